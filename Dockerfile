@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+# docker build -t expertd:0.1.0 .
+# With GPUs: --build-arg BUILD_BASE=IMAGE, a development image of CUDA 13 on Debian 12. The result needs no CUDA packages:
+# the runtime is linked in, and the driver's library comes from the node.
+ARG BUILD_BASE=debian:12-slim
+ARG RUNTIME_BASE=debian:12-slim
+
+FROM ${BUILD_BASE} AS deps
+COPY deploy/dev/install-packages /usr/local/sbin/install-packages
+RUN apt-get update \
+ && install-packages build \
+ && rm -rf /var/lib/apt/lists/*
+
+FROM deps AS build
+WORKDIR /src
+COPY . .
+RUN deploy/dev/build build -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_INSTALL_PREFIX=/usr \
+ && DESTDIR=/out cmake --install build --prefix /usr --strip
+
+FROM ${RUNTIME_BASE} AS runtime
+RUN apt-get update \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+      libgrpc++1.51 libprotobuf32 libspdlog1.10 libprometheus-cpp-core1.0 libprometheus-cpp-pull1.0 \
+      libnghttp2-14 libtomlplusplus3 libucx0 tini \
+ && rm -rf /var/lib/apt/lists/* \
+ && groupadd --gid 64646 expertd \
+ && useradd --uid 64646 --gid 64646 --no-create-home --home-dir /run/expertd --shell /usr/sbin/nologin expertd \
+ && install -d -o expertd -g expertd -m 0750 /run/expertd \
+ && install -d /etc/expertd
+COPY --from=build /out/ /
+COPY deploy/container/entrypoint /usr/lib/expertd/entrypoint
+# UCX reads these in library constructors, before main.
+ENV UCX_HANDLE_ERRORS=none UCX_ERROR_SIGNALS= UCX_DEBUG_SIGNO=0 \
+    CUDA_MODULE_LOADING=EAGER CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_DEVICE_MAX_CONNECTIONS=32
+USER 64646:64646
+EXPOSE 9464
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["/usr/bin/expertctl", "health"]
+# tini is process 1: it forwards signals and reaps; expertd gets a process id of its own.
+ENTRYPOINT ["/usr/bin/tini", "--", "/usr/lib/expertd/entrypoint"]

@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "client/ctl/render.h"
+
+#include <nlohmann/json.hpp>
+
+#include "client/ctl/format.h"
+
+namespace expertd::ctl {
+
+namespace {
+
+using nlohmann::json;
+
+std::string or_dash(const std::string& text) { return text.empty() ? "-" : text; }
+
+std::string devices_text(const v1::GetStatusResponse& status) {
+  Table table({{"DEVICE", Align::kRight},
+               {"KIND"},
+               {"UUID"},
+               {"NAME"},
+               {"HEALTH"},
+               {"SESSIONS", Align::kRight},
+               {"WINDOWS", Align::kRight},
+               {"QUARANTINED", Align::kRight},
+               {"CONTEXT", Align::kRight},
+               {"STREAMS", Align::kRight},
+               {"MPS"},
+               {"DOORBELL"},
+               {"KERNELS"},
+               {"PEERS"}});
+  for (const v1::DeviceStatus& device : status.devices()) {
+    table.add({std::to_string(device.index()), device.kind(), device.uuid(), or_dash(device.name()),
+               device.healthy() ? "ok" : "LOST", std::to_string(device.sessions()), size_text(device.window_bytes()),
+               size_text(device.quarantined_bytes()), size_text(device.context_bytes()),
+               device.armed_streams_max() == 0
+                   ? "-"
+                   : std::to_string(device.armed_streams()) + "/" + std::to_string(device.armed_streams_max()),
+               device.mps_active() ? "yes" : "no", or_dash(device.doorbell_form()), or_dash(device.kernels()),
+               mask_text(device.peer_access_mask())});
+  }
+  return table.text();
+}
+
+std::string groups_text(const v1::GetStatusResponse& status) {
+  Table table({{"GROUP"},
+               {"MODE"},
+               {"RANKS", Align::kRight},
+               {"EXPERTS", Align::kRight},
+               {"HIDDEN", Align::kRight},
+               {"TOP-K", Align::kRight},
+               {"TOKENS", Align::kRight},
+               {"EPOCH", Align::kRight},
+               {"OPS", Align::kRight},
+               {"JOINED"},
+               {"LOST"}});
+  for (const v1::GroupStatus& group : status.groups()) {
+    table.add({group.name(), group.mode(), std::to_string(group.expert_parallel_size()),
+               std::to_string(group.num_experts()), std::to_string(group.hidden()), std::to_string(group.top_k()),
+               std::to_string(group.max_tokens()), std::to_string(group.epoch()), std::to_string(group.ops()),
+               mask_text(group.joined()), mask_text(group.lost())});
+  }
+  return table.text();
+}
+
+json device_json(const v1::DeviceStatus& device) {
+  return {{"index", device.index()},
+          {"kind", device.kind()},
+          {"uuid", device.uuid()},
+          {"name", device.name()},
+          {"healthy", device.healthy()},
+          {"mps_active", device.mps_active()},
+          {"doorbell_form", device.doorbell_form()},
+          {"kernels", device.kernels()},
+          {"sessions", device.sessions()},
+          {"context_bytes", device.context_bytes()},
+          {"window_bytes", device.window_bytes()},
+          {"quarantined_bytes", device.quarantined_bytes()},
+          {"armed_streams", device.armed_streams()},
+          {"armed_streams_max", device.armed_streams_max()},
+          {"peer_access_mask", device.peer_access_mask()}};
+}
+
+json group_json(const v1::GroupStatus& group) {
+  return {{"name", group.name()},
+          {"id", group.id()},
+          {"expert_parallel_size", group.expert_parallel_size()},
+          {"num_experts", group.num_experts()},
+          {"hidden", group.hidden()},
+          {"top_k", group.top_k()},
+          {"max_tokens", group.max_tokens()},
+          {"mode", group.mode()},
+          {"epoch", group.epoch()},
+          {"joined_mask", group.joined()},
+          {"lost_mask", group.lost()},
+          {"ops", group.ops()}};
+}
+
+}  // namespace
+
+std::string status_text(const v1::GetStatusResponse& status) {
+  std::string out = "expertd " + or_dash(status.version()) + "  " + status.state() + "  up " +
+                    duration_text(status.uptime_ns()) + "\n";
+  out += "  sessions " + std::to_string(status.sessions()) + " of " + std::to_string(status.sessions_max()) + ", pid " +
+         std::to_string(status.pid()) + ", " + size_text(status.resident_bytes()) + " resident, protocol " +
+         std::to_string(status.abi_major()) + "." + std::to_string(status.abi_minor()) + ", generation " +
+         std::to_string(status.generation()) + "\n";
+  out += "  metrics " + (status.metrics_address().empty() ? "off" : "http://" + status.metrics_address() + "/metrics");
+  if (!status.cuda_build().empty() || !status.cuda_driver().empty()) {
+    out += ", CUDA " + or_dash(status.cuda_build()) + ", driver " + or_dash(status.cuda_driver());
+  }
+  out += "\n\n" + (status.devices().empty() ? "no devices\n" : devices_text(status));
+  out += "\n" + (status.groups().empty() ? "no groups\n" : groups_text(status));
+  return out;
+}
+
+json status_json(const v1::GetStatusResponse& status) {
+  json devices = json::array();
+  for (const v1::DeviceStatus& device : status.devices()) {
+    devices.push_back(device_json(device));
+  }
+  json groups = json::array();
+  for (const v1::GroupStatus& group : status.groups()) {
+    groups.push_back(group_json(group));
+  }
+  return {{"version", status.version()},
+          {"state", status.state()},
+          {"abi_major", status.abi_major()},
+          {"abi_minor", status.abi_minor()},
+          {"generation", status.generation()},
+          {"uptime_ns", status.uptime_ns()},
+          {"pid", status.pid()},
+          {"resident_bytes", status.resident_bytes()},
+          {"sessions", status.sessions()},
+          {"sessions_max", status.sessions_max()},
+          {"metrics_address", status.metrics_address()},
+          {"cuda_build", status.cuda_build()},
+          {"cuda_driver", status.cuda_driver()},
+          {"devices", std::move(devices)},
+          {"groups", std::move(groups)}};
+}
+
+std::string sessions_text(const v1::ListSessionsResponse& sessions) {
+  if (sessions.sessions().empty()) {
+    return "no sessions\n";
+  }
+  Table table({{"SESSION", Align::kRight},
+               {"NAME"},
+               {"DEVICE"},
+               {"STATE"},
+               {"UID", Align::kRight},
+               {"PID", Align::kRight},
+               {"AGE", Align::kRight},
+               {"GROUPS", Align::kRight},
+               {"BUFFERS", Align::kRight},
+               {"MEMORY", Align::kRight},
+               {"SLOTS", Align::kRight},
+               {"OPS", Align::kRight},
+               {"REJECTED", Align::kRight},
+               {"MOVED", Align::kRight},
+               {"P50", Align::kRight},
+               {"P99", Align::kRight}});
+  for (const v1::SessionStatus& session : sessions.sessions()) {
+    table.add({std::to_string(session.id()), or_dash(session.name()), session.device(), session.state(),
+               std::to_string(session.uid()), session.pid() == 0 ? "-" : std::to_string(session.pid()),
+               duration_text(session.age_ns()), std::to_string(session.groups()), std::to_string(session.buffers()),
+               size_text(session.buffer_bytes()),
+               std::to_string(session.slots_used()) + "/" + std::to_string(session.slots()),
+               std::to_string(session.ops_completed()), std::to_string(session.ops_rejected()),
+               size_text(session.bytes_moved()), session.p50_ns() == 0 ? "-" : duration_text(session.p50_ns()),
+               session.p99_ns() == 0 ? "-" : duration_text(session.p99_ns())});
+  }
+  return table.text();
+}
+
+json sessions_json(const v1::ListSessionsResponse& sessions) {
+  json list = json::array();
+  for (const v1::SessionStatus& session : sessions.sessions()) {
+    list.push_back({{"id", session.id()},
+                    {"name", session.name()},
+                    {"state", session.state()},
+                    {"uid", session.uid()},
+                    {"pid", session.pid()},
+                    {"device", session.device()},
+                    {"age_ns", session.age_ns()},
+                    {"groups", session.groups()},
+                    {"buffers", session.buffers()},
+                    {"buffer_bytes", session.buffer_bytes()},
+                    {"slots_used", session.slots_used()},
+                    {"slots", session.slots()},
+                    {"ops_completed", session.ops_completed()},
+                    {"ops_rejected", session.ops_rejected()},
+                    {"moved_bytes", session.bytes_moved()},
+                    {"p50_ns", session.p50_ns()},
+                    {"p99_ns", session.p99_ns()}});
+  }
+  return {{"sessions", std::move(list)}};
+}
+
+std::string json_text(const json& value) { return value.dump(2, ' ', false, json::error_handler_t::replace) + "\n"; }
+
+}  // namespace expertd::ctl

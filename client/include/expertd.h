@@ -1,0 +1,397 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The C interface of expertd's client library. C11; no other header of the project but the Reasons is needed.
+ *
+ * Threads: every function may be called from any thread; calls on one session serialise inside, waits do not hold locks.
+ * Operations of a group are collective: all ranks issue the same ones in the same order, so one thread per group issues.
+ * Fork: a forked child inherits nothing; every call on a parent's object returns EXPERTD_REASON_FORKED. Attach anew.
+ * Streams: `stream` is a CUstream/cudaStream_t on GPU sessions (NULL: the legacy default stream). On host sessions
+ * operations of a session run in the order of issue and `stream` is ignored.
+ * Errors: every function returns expertd_status_t; reason 0 is success. expertd_last_message() explains the last failure
+ * of the calling thread. Sizes are bytes, times are nanoseconds, a timeout of 0 means the default of the callee.
+ * Structs begin with struct_size: set it to sizeof (EXPERTD_INIT does), so that later versions can grow them. */
+#ifndef EXPERTD_H_
+#define EXPERTD_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "expertd_reason.h"
+
+#if defined(__GNUC__)
+#define EXPERTD_API __attribute__((visibility("default")))
+#else
+#define EXPERTD_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define EXPERTD_CLIENT_ABI_MAJOR 1
+#define EXPERTD_CLIENT_ABI_MINOR 0
+
+/* A zeroed struct with its struct_size: expertd_op_result_t result = EXPERTD_INIT(expertd_op_result_t); */
+#ifdef __cplusplus
+#define EXPERTD_INIT(type)               \
+  ([] {                                  \
+    type expertd_zeroed{};               \
+    expertd_zeroed.struct_size = sizeof(type); \
+    return expertd_zeroed;               \
+  }())
+#else
+#define EXPERTD_INIT(type) ((type){.struct_size = sizeof(type)})
+#endif
+
+typedef struct expertd_status {
+  int32_t code;   /* enum expertd_code */
+  int32_t reason; /* enum expertd_reason */
+} expertd_status_t;
+
+typedef struct expertd_session expertd_session_t;
+typedef struct expertd_group expertd_group_t;
+typedef struct expertd_buffer expertd_buffer_t;
+typedef struct expertd_buffer_pair expertd_buffer_pair_t;
+typedef void* expertd_stream_t;
+
+typedef enum expertd_data_type {
+  EXPERTD_BF16 = 1,
+  EXPERTD_BYTES = 2, /* already quantised rows of any format: row_bytes each */
+  EXPERTD_FP8_E4M3 = 3,
+  EXPERTD_F32 = 4,
+  EXPERTD_I32 = 5,
+  EXPERTD_I64 = 6,
+  EXPERTD_U8 = 7
+} expertd_data_type_t;
+
+/* ---- Text and versions ---- */
+
+/* Explains the last failure of this thread, naming argument, value and allowed range. Never NULL. */
+EXPERTD_API const char* expertd_last_message(void);
+/* "PEER_LOST" for EXPERTD_REASON_PEER_LOST; "UNKNOWN" for numbers not in the list. */
+EXPERTD_API const char* expertd_reason_name(int32_t reason);
+EXPERTD_API const char* expertd_reason_sentence(int32_t reason);
+EXPERTD_API int expertd_reason_is_retryable(int32_t reason);
+EXPERTD_API const char* expertd_version(void);
+
+/* ---- Session ---- */
+
+typedef struct expertd_attach_options {
+  size_t struct_size;
+  const char* socket_path; /* NULL: $EXPERTD_SOCKET, else /run/expertd/attach.sock */
+  const char* device;      /* "host:0", "cuda:1" (CUDA ordinal of this process), or a GPU's "GPU-..." UUID */
+  const char* name;        /* for people; NULL: the program's name */
+  const char* traceparent; /* W3C trace context, or NULL */
+  uint64_t timeout_ns;     /* 0: 5 s */
+} expertd_attach_options_t;
+
+typedef enum expertd_device_type { EXPERTD_HOST = 1, EXPERTD_CUDA = 2 } expertd_device_type_t;
+
+typedef struct expertd_session_info_s {
+  size_t struct_size;
+  uint64_t session_id;
+  expertd_device_type_t device_type;
+  char device[64];     /* "host:0" or the GPU's UUID */
+  int32_t mps_active;  /* the daemon runs under MPS; signal and wait are small kernels */
+  uint32_t ring_slots; /* operations that may be outstanding */
+  uint32_t handles_max;
+  uint64_t generation; /* changes when the daemon restarts */
+} expertd_session_info_t;
+
+/* Attaches to the node's daemon. UNAVAILABLE when none answers, NO_SUCH_DEVICE, MIG_UNSUPPORTED, PROTOCOL_VERSION,
+ * SESSION_LIMIT, PERMISSION, DRAINING. */
+EXPERTD_API expertd_status_t expertd_attach(const expertd_attach_options_t* options, expertd_session_t** session);
+/* Ends the session: in-flight operations are aborted, groups are left, memory returns. Frees every object of it. */
+EXPERTD_API expertd_status_t expertd_detach(expertd_session_t* session);
+/* After UNAVAILABLE: attaches the same session object to the restarted daemon and re-creates its windows and
+ * registrations (buffer pointers may change: read them again; contents of windows are lost). Groups must be joined anew. */
+EXPERTD_API expertd_status_t expertd_reattach(expertd_session_t* session, uint64_t timeout_ns);
+EXPERTD_API expertd_status_t expertd_session_info(expertd_session_t* session, expertd_session_info_t* info);
+/* OK, UNAVAILABLE (daemon gone), DRAINING. */
+EXPERTD_API expertd_status_t expertd_session_state(expertd_session_t* session);
+
+/* ---- Memory ---- */
+
+/* A window: memory of the daemon, mapped here. Both sides keep it until destroyed. */
+EXPERTD_API expertd_status_t expertd_window_create(expertd_session_t* session, uint64_t bytes, expertd_buffer_t** buffer);
+/* Registers memory of the caller. GPU: cudaMalloc memory travels as a CUDA IPC handle (with offset and size), VMM memory
+ * as a descriptor where it was allocated exportable (else IPC_HANDLE_VMM). Host: memory from expertd_alloc only. */
+EXPERTD_API expertd_status_t expertd_register(expertd_session_t* session, void* data, uint64_t bytes,
+                                              expertd_buffer_t** buffer);
+/* Host: registers [offset, offset + bytes) of a memfd sealed with F_SEAL_SHRINK. */
+EXPERTD_API expertd_status_t expertd_register_fd(expertd_session_t* session, int fd, uint64_t offset, uint64_t bytes,
+                                                 expertd_buffer_t** buffer);
+/* Unregisters or destroys; waits until no operation in flight uses it (BUFFER_BUSY after 5 s). */
+EXPERTD_API expertd_status_t expertd_buffer_release(expertd_buffer_t* buffer);
+EXPERTD_API void* expertd_buffer_data(const expertd_buffer_t* buffer);
+EXPERTD_API uint64_t expertd_buffer_bytes(const expertd_buffer_t* buffer);
+/* Memory that operations reach without a copy, freed by expertd_free or with the session. Host: a registered sealed
+ * memfd; GPU: a window. Aligned to 128 bytes. Tensors that lie in no known buffer are copied through a window of the
+ * library (counted in expertd_client_metrics_text); on host sessions such outputs are filled by expertd_event_wait. */
+EXPERTD_API expertd_status_t expertd_alloc(expertd_session_t* session, uint64_t bytes, void** data);
+EXPERTD_API expertd_status_t expertd_free(expertd_session_t* session, void* data);
+/* Copies between memory of the session's device and the host, either way, without a CUDA toolkit in the caller. GPU: in
+ * the order of `stream`. Host sessions copy at once; wait for the operations that the bytes depend on before. */
+EXPERTD_API expertd_status_t expertd_copy(expertd_session_t* session, void* destination, const void* source,
+                                          uint64_t bytes, expertd_stream_t stream);
+/* GPU: blocks until everything issued on `stream` ended, at most timeout_ns (0: 100 s; TIMEOUT). Host sessions: waits
+ * for every operation of the session issued so far and fills their staged outputs. */
+EXPERTD_API expertd_status_t expertd_stream_synchronize(expertd_session_t* session, expertd_stream_t stream,
+                                                        uint64_t timeout_ns);
+
+/* ---- Groups ---- */
+
+typedef enum expertd_group_mode {
+  EXPERTD_MODE_NORMAL = 1,    /* training, prefill: dispatch/combine */
+  EXPERTD_MODE_INFERENCE = 2, /* decode: ll_dispatch/ll_combine */
+  EXPERTD_MODE_AUTO = 3       /* both */
+} expertd_group_mode_t;
+
+typedef enum expertd_on_rank_loss { EXPERTD_RANK_LOSS_FAIL = 1, EXPERTD_RANK_LOSS_MASK = 2 } expertd_on_rank_loss_t;
+
+typedef struct expertd_group_options {
+  size_t struct_size;
+  const char* name;              /* the same on every rank; 1..64 characters */
+  uint32_t rank;                 /* 0..expert_parallel_size-1 */
+  uint32_t expert_parallel_size; /* R, 1..64 on one node */
+  uint32_t num_experts;          /* E, a multiple of R, <= 2048, E/R <= 256 */
+  uint32_t hidden;               /* H, a multiple of 128, <= 16384 */
+  uint32_t top_k;                /* K, 1..32 */
+  uint32_t max_tokens;           /* per rank: <= 4096 with INFERENCE or AUTO, <= 65536 with NORMAL */
+  expertd_group_mode_t mode;     /* 0: AUTO */
+  expertd_on_rank_loss_t on_rank_loss; /* 0: FAIL */
+  uint64_t op_timeout_ns;        /* 0: 100 s */
+  uint64_t first_op_timeout_ns;  /* 0: 30 min */
+  uint64_t join_timeout_ns;      /* 0: 60 s */
+} expertd_group_options_t;
+
+typedef struct expertd_group_plan_s {
+  size_t struct_size;
+  uint64_t window_bytes; /* low-latency window per rank */
+  uint64_t table_bytes;  /* the daemon's tables per rank */
+  uint64_t handle_bytes; /* handles per rank */
+  uint64_t worst_rows;   /* rows of a dispatch output that can never overflow (R * max_tokens) */
+} expertd_group_plan_t;
+
+/* What the group would take; nothing is allocated. */
+EXPERTD_API expertd_status_t expertd_group_plan(expertd_session_t* session, const expertd_group_options_t* options,
+                                                expertd_group_plan_t* plan);
+/* Blocks until every rank has joined. CONFIG_MISMATCH names field and both values; DUPLICATE_RANK; JOIN_TIMEOUT. */
+EXPERTD_API expertd_status_t expertd_group_join(expertd_session_t* session, const expertd_group_options_t* options,
+                                                expertd_group_t** group);
+EXPERTD_API expertd_status_t expertd_group_leave(expertd_group_t* group);
+/* Lost and excluded ranks (bit per rank) and the epoch; exclude/readmit need EXPERTD_RANK_LOSS_MASK, 0 = query only. */
+EXPERTD_API expertd_status_t expertd_group_mask(expertd_group_t* group, uint64_t exclude, uint64_t readmit,
+                                                uint64_t* lost, uint64_t* excluded, uint64_t* epoch);
+
+/* ---- Operations ----
+ * Each is issued on `stream` and returns an event at once; the stream waits for the completion unless EXPERTD_ASYNC is
+ * given: then computation may follow, and expertd_event_stream_wait (the receive half, or "hook") makes a stream wait.
+ * Notation and results: R ranks, E experts, L = E/R, T tokens, K top-k, H hidden, M max_tokens, N = R*M, C capacity_rows.
+ * Data pointers are multiples of 16 bytes. Failures of an operation come with its event. */
+
+enum expertd_op_flag {
+  EXPERTD_ASYNC = 1,                /* the stream does not wait; use the event */
+  EXPERTD_WORST_TOKENS = 2,         /* dispatch: C = worst case, rows behind the last get index -1 */
+  EXPERTD_EXPANDED = 4,             /* dispatch, combine: one row per (token, local expert) */
+  EXPERTD_KEEP_FOREIGN_WEIGHTS = 8, /* dispatch: do not zero weights where the index is -1 */
+  EXPERTD_ORDER_LAST_LANE = 16,     /* combine: ranks in the order of each token's last top-k lane */
+  EXPERTD_USE_FP8 = 32,             /* ll_dispatch: quantise to E4M3 with scales per 128 channels */
+  EXPERTD_ROUND_SCALE = 64,         /* with USE_FP8: scales are powers of two */
+  EXPERTD_UE8M0 = 128               /* with ROUND_SCALE: packed exponent bytes; H % 512 = 0 */
+};
+
+/* The routing a dispatch leaves for its combine. Plain value; generation 0 is "none". */
+typedef struct expertd_handle {
+  uint32_t index;
+  uint32_t generation;
+} expertd_handle_t;
+
+/* One issued operation. Plain value. */
+typedef struct expertd_event {
+  expertd_session_t* session;
+  uint64_t seq;
+} expertd_event_t;
+
+typedef struct expertd_op_result {
+  size_t struct_size;
+  expertd_status_t status;
+  uint32_t recv_rows;          /* dispatch: Nr (expanded: rows including alignment gaps) */
+  uint32_t expert_count_entries;
+  const uint32_t* expert_counts; /* dispatch, ll_dispatch: rows per local expert; valid until 64 more operations */
+  int32_t degraded;            /* computed under a rank mask */
+  uint64_t rank_mask;          /* ranks that took part */
+  uint64_t epoch;
+  int32_t rank;                /* the rank that the status names, or -1 */
+  uint64_t queue_ns, execute_ns, total_ns;
+  uint64_t local_bytes, remote_bytes;
+} expertd_op_result_t;
+
+typedef struct expertd_layout_args {
+  size_t struct_size;
+  const void* topk_idx;          /* [T,K] */
+  expertd_data_type_t idx_type;  /* EXPERTD_I64 or EXPERTD_I32 */
+  uint32_t tokens, top_k, num_experts, num_ranks;
+  int32_t* tokens_per_rank;      /* [R], each token once */
+  int32_t* tokens_per_node;      /* [1] on one node, or NULL */
+  int32_t* tokens_per_expert;    /* [E] */
+  uint8_t* token_rank_mask;      /* [T,R] */
+  uint32_t flags;
+  uint64_t timeout_ns;
+} expertd_layout_args_t;
+
+typedef struct expertd_dispatch_args {
+  size_t struct_size;
+  const void* x;                 /* [T] rows: bf16 [H], or row_bytes bytes */
+  expertd_data_type_t dtype;     /* EXPERTD_BF16 or EXPERTD_BYTES */
+  uint32_t row_bytes;            /* EXPERTD_BYTES: a multiple of 16 */
+  const void* side;              /* EXPERTD_BYTES: [T,S], may be NULL */
+  uint32_t side_elements;        /* S */
+  uint32_t side_element_bytes;   /* 1, 2, 4 */
+  int64_t side_row_stride, side_element_stride; /* bytes; 0,0 = row-major */
+  const void* topk_idx;          /* [T,K]; -1 = none */
+  expertd_data_type_t idx_type;
+  const float* topk_weights;     /* [T,K] or NULL */
+  const uint8_t* token_rank_mask;/* [T,R] or NULL: routing by mask, topk_idx only carried */
+  uint32_t tokens;
+  expertd_handle_t cached;       /* generation != 0: routing of that handle, topk_* NULL */
+  uint32_t capacity_rows;        /* rows of the outputs below */
+  uint32_t expert_alignment;     /* 0 or 1: none */
+  void* recv_x;                  /* [C] rows */
+  void* recv_side;               /* [C,S] row-major */
+  void* recv_topk_idx;           /* [C,K] of idx_type (expanded [C]) */
+  float* recv_topk_weights;      /* [C,K] (expanded [C]) */
+  int32_t* recv_src_info;        /* [C] source token, or NULL */
+  int32_t* expert_counts;        /* [L] on the device, or NULL */
+  int32_t* rank_prefix;          /* [R,R], or NULL */
+  int64_t* wait_stats;           /* [R] nanoseconds added, or NULL */
+  uint32_t flags;
+  uint64_t timeout_ns;
+} expertd_dispatch_args_t;
+
+typedef struct expertd_combine_args {
+  size_t struct_size;
+  const void* x;                 /* [C,H] bf16, rows as dispatched */
+  uint32_t rows;                 /* C */
+  const float* topk_weights;     /* [C,K] (expanded [C]) or NULL */
+  const void* bias0;             /* [T,H] bf16 or NULL */
+  const void* bias1;
+  expertd_handle_t handle;
+  uint32_t tokens;               /* T of the dispatch */
+  void* combined_x;              /* [T,H] bf16 */
+  float* combined_topk_weights;  /* [T,K] or NULL */
+  int64_t* wait_stats;
+  uint32_t flags;
+  uint64_t timeout_ns;
+} expertd_combine_args_t;
+
+typedef struct expertd_ll_dispatch_args {
+  size_t struct_size;
+  const void* x;                 /* [T,H] bf16, or rows of row_bytes */
+  expertd_data_type_t dtype;
+  uint32_t row_bytes;
+  const void* side;
+  uint32_t side_elements, side_element_bytes;
+  int64_t side_row_stride, side_element_stride;
+  const void* topk_idx;
+  expertd_data_type_t idx_type;
+  uint32_t tokens;
+  void* recv_x;                  /* [L,N] rows; NULL: the group's window, see expertd_ll_outputs */
+  void* recv_scales;             /* f32 [L,H/128,N] or UE8M0 i32 [L,H/512,N]; BYTES: side [L,N,S] */
+  int32_t* expert_counts;        /* [L] */
+  int32_t* recv_src_info;        /* [L,N] */
+  int64_t* layout_range;         /* [L,R] (begin << 32) | count */
+  int32_t* stats;                /* [L] rows added, or NULL */
+  int64_t* wait_stats;           /* [R] nanoseconds added, or NULL */
+  uint32_t flags;
+  uint64_t timeout_ns;
+} expertd_ll_dispatch_args_t;
+
+typedef struct expertd_ll_combine_args {
+  size_t struct_size;
+  const void* x;                 /* [L,N,H] bf16; NULL: the group's window (zero copy), see expertd_ll_combine_input */
+  const void* topk_idx;          /* as dispatched; -1 lanes are skipped */
+  expertd_data_type_t idx_type;
+  const float* topk_weights;     /* [T,K] */
+  expertd_handle_t handle;
+  uint32_t tokens;
+  void* combined_x;              /* [T,H] bf16 */
+  int64_t* wait_stats;
+  uint32_t flags;
+  uint64_t timeout_ns;
+} expertd_ll_combine_args_t;
+
+/* Where ll_dispatch puts its results when the caller gives no pointers: fixed places in the group's window, two sets
+ * used in turn. `x` is also where the expert may write its output for a zero-copy ll_combine (bf16 [L,N,H]). */
+typedef struct expertd_ll_outputs {
+  size_t struct_size;
+  void* recv_x;
+  void* recv_scales;
+  int32_t* expert_counts;
+  int32_t* recv_src_info;
+  int64_t* layout_range;
+  void* combine_x;
+  uint32_t rows_per_expert; /* N */
+} expertd_ll_outputs_t;
+
+EXPERTD_API expertd_status_t expertd_barrier(expertd_group_t* group, expertd_stream_t stream, uint32_t flags,
+                                             uint64_t timeout_ns, expertd_event_t* event);
+EXPERTD_API expertd_status_t expertd_layout(expertd_session_t* session, const expertd_layout_args_t* args,
+                                            expertd_stream_t stream, expertd_event_t* event);
+EXPERTD_API expertd_status_t expertd_dispatch(expertd_group_t* group, const expertd_dispatch_args_t* args,
+                                              expertd_stream_t stream, expertd_handle_t* handle, expertd_event_t* event);
+EXPERTD_API expertd_status_t expertd_combine(expertd_group_t* group, const expertd_combine_args_t* args,
+                                             expertd_stream_t stream, expertd_event_t* event);
+EXPERTD_API expertd_status_t expertd_ll_dispatch(expertd_group_t* group, const expertd_ll_dispatch_args_t* args,
+                                                 expertd_stream_t stream, expertd_handle_t* handle,
+                                                 expertd_event_t* event);
+EXPERTD_API expertd_status_t expertd_ll_combine(expertd_group_t* group, const expertd_ll_combine_args_t* args,
+                                                expertd_stream_t stream, expertd_event_t* event);
+/* Outputs of the ll_dispatch that left `handle`, valid until the second ll_dispatch after it. */
+EXPERTD_API expertd_status_t expertd_ll_handle_outputs(expertd_group_t* group, expertd_handle_t handle,
+                                                       expertd_ll_outputs_t* outputs);
+/* Frees the handle's place (handles_max per session, HANDLE_LIMIT beyond). Low-latency handles are freed in turn. */
+EXPERTD_API expertd_status_t expertd_handle_free(expertd_group_t* group, expertd_handle_t handle);
+
+/* ---- Events ---- */
+
+/* 1 in *done when the operation ended, well or not. */
+EXPERTD_API expertd_status_t expertd_event_query(expertd_event_t event, int* done);
+/* Blocks the calling thread until the operation ended; returns its status and fills result (may be NULL). TIMEOUT when
+ * timeout_ns (0: the operation's own deadline plus 1 s) passes first. UNAVAILABLE within 200 ms of the daemon's end. */
+EXPERTD_API expertd_status_t expertd_event_wait(expertd_event_t event, uint64_t timeout_ns, expertd_op_result_t* result);
+/* Makes `stream` wait for the operation (the receive half). On host sessions this is a no-op: order is given. */
+EXPERTD_API expertd_status_t expertd_event_stream_wait(expertd_event_t event, expertd_stream_t stream);
+
+/* ---- A send/receive buffer pair with an ordered queue of events ---- */
+
+typedef void (*expertd_hook_t)(expertd_status_t status, const expertd_op_result_t* result, void* user);
+
+/* Two buffers of `elements` elements of dtype, and a queue of at most 64 recorded events. */
+EXPERTD_API expertd_status_t expertd_buffer_create(expertd_session_t* session, uint64_t elements,
+                                                   expertd_data_type_t dtype, expertd_buffer_pair_t** pair);
+EXPERTD_API expertd_status_t expertd_buffer_pair_destroy(expertd_buffer_pair_t* pair);
+EXPERTD_API void* expertd_buffer_send(const expertd_buffer_pair_t* pair);
+EXPERTD_API void* expertd_buffer_receive(const expertd_buffer_pair_t* pair);
+/* Appends an event; the hook (may be NULL) runs once, on the thread that takes the event off the queue. */
+EXPERTD_API expertd_status_t expertd_queue_record(expertd_buffer_pair_t* pair, expertd_event_t event,
+                                                  expertd_hook_t hook, void* user);
+/* Makes `stream` wait for every recorded event. */
+EXPERTD_API expertd_status_t expertd_queue_stream_wait(expertd_buffer_pair_t* pair, expertd_stream_t stream);
+/* Number of recorded events not yet taken off. */
+EXPERTD_API expertd_status_t expertd_queue_query(expertd_buffer_pair_t* pair, uint32_t* pending);
+/* Takes finished events off the front, in order, running hooks; returns the first failure among them. */
+EXPERTD_API expertd_status_t expertd_queue_poll(expertd_buffer_pair_t* pair, uint32_t* taken);
+/* Waits for all recorded events, in order, at most timeout_ns. */
+EXPERTD_API expertd_status_t expertd_queue_synchronize(expertd_buffer_pair_t* pair, uint64_t timeout_ns);
+
+/* ---- Metrics ---- */
+
+/* Prometheus text of this process's own view: submit-to-complete histogram per operation, bytes, staged copies,
+ * re-attaches. Returns the bytes needed (without the terminating 0); writes at most `capacity`. */
+EXPERTD_API size_t expertd_client_metrics_text(char* text, size_t capacity);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* EXPERTD_H_ */

@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C interface: groups and operations. Callers' threads; one thread per group issues operations.
+#include <cstring>
+
+#include "client/src/api_check.h"
+#include "client/src/group.h"
+#include "client/src/op_request.h"
+#include "client/src/session.h"
+
+namespace client = expertd::client;
+using client::check_given;
+using client::Group;
+using client::OpRequest;
+using client::publish;
+using client::SessionUse;
+using client::Status;
+using client::unwrap;
+
+namespace {
+
+constexpr uint64_t kLeaveTimeoutNs = 10'000'000'000;
+
+Status config_of(const expertd_group_options_t* options, client::GroupConfig* config) {
+  Status status = client::check_struct(options, "options");
+  if (status.ok()) {
+    status = check_given(options->name, "options.name");
+  }
+  if (!status.ok()) {
+    return status;
+  }
+  config->name = options->name;
+  config->rank = options->rank;
+  config->ranks = options->expert_parallel_size;
+  config->num_experts = options->num_experts;
+  config->hidden = options->hidden;
+  config->top_k = options->top_k;
+  config->max_tokens = options->max_tokens;
+  config->mode = static_cast<uint32_t>(options->mode == 0 ? EXPERTD_MODE_AUTO : options->mode);
+  config->on_rank_loss =
+      static_cast<uint32_t>(options->on_rank_loss == 0 ? EXPERTD_RANK_LOSS_FAIL : options->on_rank_loss);
+  config->op_timeout_ns = options->op_timeout_ns;
+  config->first_op_timeout_ns = options->first_op_timeout_ns;
+  config->join_timeout_ns = options->join_timeout_ns;
+  return {};
+}
+
+template <typename Call>
+expertd_status_t on_group(expertd_group_t* group, Status checked, const Call& call) {
+  if (group == nullptr) {
+    return publish(client::missing_argument("group"));
+  }
+  if (!checked.ok()) {
+    return publish(checked);
+  }
+  Group* known = unwrap(group);
+  const SessionUse use(known->session());
+  Status status = use.ok() ? known->check_current() : use.status();
+  return publish(status.ok() ? call(known) : status);
+}
+
+Status submit(Group* group, OpRequest* request, expertd_stream_t stream, expertd_event_t* event) {
+  Status status = group->session()->submit(request, stream, event);
+  if (status.ok()) {
+    group->count_issued();
+  }
+  return status;
+}
+
+Status dispatch(Group* group, const expertd_dispatch_args_t& args, expertd_stream_t stream, expertd_handle_t* handle,
+                expertd_event_t* event) {
+  OpRequest request;
+  Status status = client::build_dispatch(*group, args, &request);
+  const bool cached = args.cached.generation != 0;
+  expertd_handle_t taken = args.cached;
+  if (status.ok()) {
+    status = cached ? group->check_handle(args.cached) : group->session()->handles()->take(group->id(), &taken);
+  }
+  if (!status.ok()) {
+    return status;
+  }
+  request.slot.handle_index = taken.index;
+  request.slot.handle_generation = taken.generation;
+  status = submit(group, &request, stream, event);
+  if (!status.ok() && !cached) {
+    // It is this call's own, so that giving it back cannot fail.
+    static_cast<void>(group->session()->handles()->give_back(group->id(), taken));
+  }
+  if (status.ok() && handle != nullptr) {
+    *handle = taken;
+  }
+  return status;
+}
+
+Status ll_dispatch(Group* group, const expertd_ll_dispatch_args_t& args, expertd_stream_t stream,
+                   expertd_handle_t* handle, expertd_event_t* event) {
+  if (!group->config().low_latency()) {
+    return client::range_error(EXPERTD_REASON_MODE_MISMATCH, "mode of the group", group->config().mode,
+                               EXPERTD_MODE_INFERENCE, EXPERTD_MODE_AUTO);
+  }
+  OpRequest request;
+  uint32_t set = 0;
+  const expertd_handle_t next = group->next_ll_handle(&set);
+  Status status = client::build_ll_dispatch(*group, args, set, &request);
+  if (!status.ok()) {
+    return status;
+  }
+  request.slot.handle_index = next.index;
+  request.slot.handle_generation = next.generation;
+  status = submit(group, &request, stream, event);
+  if (status.ok()) {
+    group->commit_ll(next);
+    *handle = next;
+  }
+  return status;
+}
+
+}  // namespace
+
+expertd_status_t expertd_group_plan(expertd_session_t* session, const expertd_group_options_t* options,
+                                    expertd_group_plan_t* plan) {
+  client::GroupConfig config;
+  Status status = client::both(check_given(session, "session"), config_of(options, &config));
+  status = client::both(std::move(status), client::check_struct(plan, "plan"));
+  if (!status.ok()) {
+    return publish(status);
+  }
+  const SessionUse use(unwrap(session));
+  return publish(use.ok() ? Group::plan(unwrap(session), config, plan) : use.status());
+}
+
+expertd_status_t expertd_group_join(expertd_session_t* session, const expertd_group_options_t* options,
+                                    expertd_group_t** group) {
+  client::GroupConfig config;
+  Status status = client::both(check_given(session, "session"), config_of(options, &config));
+  status = client::both(std::move(status), check_given(group, "group"));
+  if (!status.ok()) {
+    return publish(status);
+  }
+  *group = nullptr;
+  const SessionUse use(unwrap(session));
+  if (!use.ok()) {
+    return publish(use.status());
+  }
+  Group* joined = nullptr;
+  status = Group::join(unwrap(session), std::move(config), &joined);
+  *group = status.ok() ? client::wrap(joined) : nullptr;
+  return publish(status);
+}
+
+expertd_status_t expertd_group_leave(expertd_group_t* group) {
+  if (group == nullptr) {
+    return publish(client::missing_argument("group"));
+  }
+  const SessionUse use(unwrap(group)->session(), true);
+  return publish(use.ok() ? Group::leave(unwrap(group), kLeaveTimeoutNs) : use.status());
+}
+
+expertd_status_t expertd_group_mask(expertd_group_t* group, uint64_t exclude, uint64_t readmit, uint64_t* lost,
+                                    uint64_t* excluded, uint64_t* epoch) {
+  return on_group(group, {}, [=](Group* it) { return it->mask(exclude, readmit, lost, excluded, epoch); });
+}
+
+expertd_status_t expertd_barrier(expertd_group_t* group, expertd_stream_t stream, uint32_t flags, uint64_t timeout_ns,
+                                 expertd_event_t* event) {
+  return on_group(group, check_given(event, "event"), [=](Group* it) {
+    OpRequest request;
+    Status status = client::build_barrier(*it, flags, timeout_ns, &request);
+    return status.ok() ? submit(it, &request, stream, event) : status;
+  });
+}
+
+expertd_status_t expertd_layout(expertd_session_t* session, const expertd_layout_args_t* args, expertd_stream_t stream,
+                                expertd_event_t* event) {
+  Status status = client::both(check_given(session, "session"), client::check_struct(args, "args"));
+  status = client::both(std::move(status), check_given(event, "event"));
+  if (!status.ok()) {
+    return publish(status);
+  }
+  const SessionUse use(unwrap(session));
+  if (!use.ok()) {
+    return publish(use.status());
+  }
+  OpRequest request;
+  status = client::build_layout(*args, unwrap(session)->default_timeout_ns(), &request);
+  return publish(status.ok() ? unwrap(session)->submit(&request, stream, event) : status);
+}
+
+expertd_status_t expertd_dispatch(expertd_group_t* group, const expertd_dispatch_args_t* args, expertd_stream_t stream,
+                                  expertd_handle_t* handle, expertd_event_t* event) {
+  Status status = client::both(client::check_struct(args, "args"), check_given(event, "event"));
+  if (status.ok() && args->cached.generation == 0) {
+    status = check_given(handle, "handle");
+  }
+  return on_group(group, std::move(status), [=](Group* it) { return dispatch(it, *args, stream, handle, event); });
+}
+
+expertd_status_t expertd_combine(expertd_group_t* group, const expertd_combine_args_t* args, expertd_stream_t stream,
+                                 expertd_event_t* event) {
+  Status status = client::both(client::check_struct(args, "args"), check_given(event, "event"));
+  return on_group(group, std::move(status), [=](Group* it) {
+    OpRequest request;
+    Status built = it->check_handle(args->handle);
+    if (built.ok()) {
+      built = client::build_combine(*it, *args, &request);
+    }
+    return built.ok() ? submit(it, &request, stream, event) : built;
+  });
+}
+
+expertd_status_t expertd_ll_dispatch(expertd_group_t* group, const expertd_ll_dispatch_args_t* args,
+                                     expertd_stream_t stream, expertd_handle_t* handle, expertd_event_t* event) {
+  Status status = client::both(client::check_struct(args, "args"), check_given(event, "event"));
+  status = client::both(std::move(status), check_given(handle, "handle"));
+  return on_group(group, std::move(status), [=](Group* it) { return ll_dispatch(it, *args, stream, handle, event); });
+}
+
+expertd_status_t expertd_ll_combine(expertd_group_t* group, const expertd_ll_combine_args_t* args,
+                                    expertd_stream_t stream, expertd_event_t* event) {
+  Status status = client::both(client::check_struct(args, "args"), check_given(event, "event"));
+  return on_group(group, std::move(status), [=](Group* it) {
+    OpRequest request;
+    Status built = it->check_handle(args->handle);
+    if (built.ok()) {
+      built = client::build_ll_combine(*it, *args, &request);
+    }
+    return built.ok() ? submit(it, &request, stream, event) : built;
+  });
+}
+
+expertd_status_t expertd_ll_handle_outputs(expertd_group_t* group, expertd_handle_t handle,
+                                           expertd_ll_outputs_t* outputs) {
+  return on_group(group, client::check_struct(outputs, "outputs"), [=](Group* it) {
+    uint32_t set = 0;
+    Status status = it->ll_set_of(handle, &set);
+    return status.ok() ? client::ll_outputs(*it, set, outputs) : status;
+  });
+}
+
+expertd_status_t expertd_handle_free(expertd_group_t* group, expertd_handle_t handle) {
+  return on_group(group, {}, [=](Group* it) {
+    // The rotation keeps its places for the life of the group.
+    return it->is_ll_handle(handle) ? it->check_handle(handle)
+                                    : it->session()->handles()->give_back(it->id(), handle);
+  });
+}

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// Connection: one attachment to the daemon: lease socket, gRPC channel, ring and the client thread that polls them. It
+// lives from attach to the next re-attach or detach and belongs to the Session. call() and the descriptor exchange may
+// be used by any thread but the client thread. When the lease ends, every wait on it ends at once.
+#pragma once
+
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "client/rpc/channel.h"
+#include "client/src/attach_socket.h"
+#include "client/src/device_side.h"
+#include "client/src/fd_exchange.h"
+#include "client/src/ring_client.h"
+#include "client/src/rpc_call.h"
+
+namespace expertd::client {
+
+struct AttachRequest {
+  std::string socket_path;
+  std::string device;
+  std::string name;
+  std::string traceparent;
+  uint64_t timeout_ns = 0;
+};
+
+class Connection {
+  struct Private {
+    explicit Private() = default;
+  };
+
+ public:
+  /// Attaches, starts the client thread and opens the session. The device side must outlive the connection.
+  static Status open(const AttachRequest& request, DeviceSide* device, std::unique_ptr<Connection>* connection);
+  /// Only for open().
+  Connection(Private, Greeting greeting, DeviceSide* device);
+  /// Ends the lease and joins the client thread.
+  ~Connection();
+  Connection(const Connection&) = delete;
+  Connection& operator=(const Connection&) = delete;
+
+  const expertd_attach_welcome& welcome() const { return greeting_.welcome; }
+  RingClient* ring() const { return ring_.get(); }
+  FdExchange* descriptors() { return &descriptors_; }
+  bool lost() const { return lost_.load(std::memory_order_acquire); }
+
+  Status call(const char* method, const RpcMessage& request, const RpcMessage& response, uint64_t timeout_ns) {
+    return call_session(channel_.get(), method, request, response, timeout_ns);
+  }
+
+  /// Ends everything that waits; the lease itself ends with the destructor. Any thread.
+  void abandon(const char* why);
+
+ private:
+  Status start(uint64_t deadline_ns);
+  Status open_session(const AttachRequest& request, uint64_t deadline_ns);
+  static void* thread_main(void* self);
+  void run();
+  bool poll_once(bool* rpc_alive);
+
+  Greeting greeting_;
+  DeviceSide* const device_;
+  OwnedFd stop_;
+  FdExchange descriptors_;
+  std::unique_ptr<RingClient> ring_;
+  std::unique_ptr<rpc::Channel> channel_;
+  std::atomic<bool> lost_{false};
+  bool thread_started_ = false;
+  pthread_t thread_{};
+};
+
+}  // namespace expertd::client

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// DeviceSide: what a session needs of its device on the caller's side: mapping windows, handing over the caller's memory,
+// and the words on the caller's stream. HostSide maps memfds; the CUDA one is in cuda_import.cc. Any thread;
+// release_waiters() by the client thread when the lease is over. Owned by the Session.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "client/src/owned_fd.h"
+#include "client/src/status.h"
+#include "proto/abi/attach_v1.h"
+
+namespace expertd::client {
+
+struct MappedWindow {
+  void* data = nullptr;
+  uint64_t bytes = 0;
+  /// The device side's own name for the mapping; 0 on the host.
+  uint64_t handle = 0;
+};
+
+/// The caller's GPU memory, in one of the two forms that can travel.
+struct ExportedMemory {
+  bool has_ipc_handle = false;
+  unsigned char ipc_handle[64] = {};
+  OwnedFd fd;
+  /// From the start of the underlying allocation to the buffer.
+  uint64_t offset = 0;
+  uint64_t allocation_bytes = 0;
+  uint64_t buffer_id = 0;
+};
+
+class DeviceSide {
+ public:
+  DeviceSide() = default;
+  DeviceSide(const DeviceSide&) = delete;
+  DeviceSide& operator=(const DeviceSide&) = delete;
+  virtual ~DeviceSide() = default;
+
+  virtual bool is_cuda() const = 0;
+  /// What the hello names: "host:0" or the GPU's UUID.
+  virtual const std::string& name() const = 0;
+  /// At every attach, before the first operation.
+  virtual Status begin(const expertd_attach_welcome& welcome, OwnedFd flag_page, uint32_t slots) = 0;
+  /// Releases every stream that waits for a completion of the ended session.
+  virtual void release_waiters() = 0;
+
+  /// `at` is where it was mapped before a re-attach, or null.
+  virtual Status map_window(OwnedFd fd, uint64_t bytes, const MappedWindow& at, MappedWindow* mapped) = 0;
+  virtual void unmap_window(const MappedWindow& mapped) = 0;
+
+  virtual Status export_memory(const void* data, uint64_t bytes, bool same_pid, ExportedMemory* exported) = 0;
+  /// The identity of the allocation behind a pointer, which a freed and re-used address does not keep.
+  virtual Status buffer_id(const void* data, uint64_t* id) = 0;
+  /// Extent of the allocation behind a pointer.
+  virtual Status allocation_of(const void* data, void** base, uint64_t* bytes) = 0;
+
+  /// UNSUPPORTED while the stream is being captured.
+  virtual Status check_stream(expertd_stream_t stream) = 0;
+  virtual Status ring_doorbell(uint32_t slot, uint64_t seq, expertd_stream_t stream) = 0;
+  virtual Status wait_completion(uint32_t slot, uint64_t seq, expertd_stream_t stream) = 0;
+  virtual Status copy(void* destination, const void* source, uint64_t bytes, expertd_stream_t stream) = 0;
+  virtual Status synchronize(expertd_stream_t stream, uint64_t deadline_ns) = 0;
+};
+
+/// Interprets "host:0", "cuda:1" and "GPU-...".
+Status create_device_side(const std::string& device, std::unique_ptr<DeviceSide>* side);
+std::unique_ptr<DeviceSide> create_host_side(std::string name);
+/// In cuda_import.cc.
+Status create_cuda_side(const std::string& device, std::unique_ptr<DeviceSide>* side);
+
+}  // namespace expertd::client

@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "client/src/group.h"
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+
+#include "client/src/clock.h"
+#include "client/src/session.h"
+#include "expertd/v1/session.pb.h"
+
+namespace expertd::client {
+namespace {
+
+constexpr uint64_t kDefaultJoinNs = 60 * kNsPerS;
+// The daemon answers at the join's deadline; its answer names the missing ranks and must not be cut off.
+constexpr uint64_t kJoinGraceNs = 5 * kNsPerS;
+
+expertd_v1_GroupConfig to_proto(const GroupConfig& config) {
+  expertd_v1_GroupConfig message{};
+  message.expert_parallel_size = config.ranks;
+  message.num_experts = config.num_experts;
+  message.hidden = config.hidden;
+  message.top_k = config.top_k;
+  message.max_tokens = config.max_tokens;
+  message.mode = static_cast<expertd_v1_GroupMode>(config.mode);
+  message.on_rank_loss = static_cast<expertd_v1_OnRankLoss>(config.on_rank_loss);
+  message.op_timeout_ns = config.op_timeout_ns;
+  message.first_op_timeout_ns = config.first_op_timeout_ns;
+  return message;
+}
+
+}  // namespace
+
+Status Group::plan(Session* session, const GroupConfig& config, expertd_group_plan_t* plan) {
+  expertd_v1_PlanGroupRequest request{};
+  request.has_config = true;
+  request.config = to_proto(config);
+  expertd_v1_PlanGroupResponse response{};
+  Status status = session->connection()->call("PlanGroup", {expertd_v1_PlanGroupRequest_fields, &request},
+                                              {expertd_v1_PlanGroupResponse_fields, &response}, kControlTimeoutNs);
+  if (status.ok()) {
+    plan->window_bytes = response.window_bytes;
+    plan->table_bytes = response.table_bytes;
+    plan->handle_bytes = response.handle_bytes;
+    plan->worst_rows = response.worst_rows;
+  }
+  return status;
+}
+
+Status Group::join(Session* session, GroupConfig config, Group** group) {
+  auto joined = std::make_unique<Group>(session, std::move(config));
+  joined->incarnation_ = session->incarnation();
+  Status status = joined->call_join();
+  if (status.ok()) {
+    status = joined->adopt_resources();
+  }
+  if (status.ok()) {
+    status = session->add_group(&joined, group);
+  }
+  if (!status.ok() && joined->id_ != 0) {
+    // The first failure is the one to report.
+    static_cast<void>(joined->end(kControlTimeoutNs));
+  }
+  return status;
+}
+
+Status Group::call_join() {
+  expertd_v1_JoinGroupRequest request{};
+  if (config_.name.empty() || !copy_text(config_.name, request.name, sizeof(request.name))) {
+    return range_error(EXPERTD_REASON_ARGUMENT_RANGE, "length of name", static_cast<int64_t>(config_.name.size()), 1,
+                       sizeof(request.name) - 1);
+  }
+  const uint64_t join_ns = config_.join_timeout_ns == 0 ? kDefaultJoinNs : config_.join_timeout_ns;
+  request.rank = config_.rank;
+  request.has_config = true;
+  request.config = to_proto(config_);
+  request.join_timeout_ns = join_ns;
+  expertd_v1_JoinGroupResponse response{};
+  Status status = session_->connection()->call("JoinGroup", {expertd_v1_JoinGroupRequest_fields, &request},
+                                               {expertd_v1_JoinGroupResponse_fields, &response},
+                                               join_ns + kJoinGraceNs);
+  if (status.reason == EXPERTD_REASON_TIMEOUT) {
+    return error(EXPERTD_REASON_JOIN_TIMEOUT, "not every rank of %s joined within %llu ms", config_.name.c_str(),
+                 static_cast<unsigned long long>(join_ns / kNsPerMs));
+  }
+  if (!status.ok()) {
+    return status;
+  }
+  if (response.group_id == 0) {
+    return error(EXPERTD_REASON_BAD_MESSAGE, "the daemon granted group 0");
+  }
+  id_ = response.group_id;
+  epoch_ = response.epoch;
+  config_.op_timeout_ns = response.op_timeout_ns;
+  config_.first_op_timeout_ns = response.first_op_timeout_ns;
+  granted_window_ = response.window_buffer_id;
+  granted_token_ = response.window_fd_token;
+  granted_bytes_ = response.window_size;
+  return {};
+}
+
+Status Group::adopt_resources() {
+  if (config_.low_latency()) {
+    Status status = take_ll_handles();
+    if (!status.ok()) {
+      return status;
+    }
+  }
+  if (granted_window_ == 0) {
+    return {};
+  }
+  const uint64_t needed = ll_window_layout(config_.window_shape(), 0).total_bytes;
+  if (granted_bytes_ < needed || needed == 0) {
+    return error(EXPERTD_REASON_BAD_MESSAGE, "the group's window has %llu bytes, its layout needs %llu",
+                 static_cast<unsigned long long>(granted_bytes_), static_cast<unsigned long long>(needed));
+  }
+  return session_->memory()->adopt_window(granted_window_, granted_token_, granted_bytes_, &window_);
+}
+
+Status Group::take_ll_handles() {
+  for (expertd_handle_t& handle : ll_handles_) {
+    Status status = session_->handles()->take(id_, &handle);
+    if (!status.ok()) {
+      return status;
+    }
+  }
+  return {};
+}
+
+// Tells the daemon, if it is still the one that knows the group, and frees what the group holds here.
+Status Group::end(uint64_t timeout_ns) {
+  Status status;
+  if (check_current().ok()) {
+    if (!session_->connection()->lost()) {
+      expertd_v1_LeaveGroupRequest request{};
+      request.group_id = id_;
+      expertd_v1_LeaveGroupResponse response{};
+      status = session_->connection()->call("LeaveGroup", {expertd_v1_LeaveGroupRequest_fields, &request},
+                                            {expertd_v1_LeaveGroupResponse_fields, &response}, timeout_ns);
+    }
+    session_->handles()->give_back_all(id_);
+  }
+  if (window_ != nullptr) {
+    session_->memory()->drop(window_);
+    window_ = nullptr;
+  }
+  return status;
+}
+
+Status Group::leave(Group* group, uint64_t timeout_ns) {
+  const std::unique_ptr<Group> owned = group->session_->remove_group(group);
+  if (owned == nullptr) {
+    return error(EXPERTD_REASON_NO_SUCH_GROUP, "the group was left already");
+  }
+  return owned->end(timeout_ns);
+}
+
+Status Group::mask(uint64_t exclude, uint64_t readmit, uint64_t* lost, uint64_t* excluded, uint64_t* epoch) {
+  expertd_v1_GroupMaskRequest request{};
+  request.group_id = id_;
+  request.exclude = exclude;
+  request.readmit = readmit;
+  expertd_v1_GroupMaskResponse response{};
+  Status status = session_->connection()->call("GroupMask", {expertd_v1_GroupMaskRequest_fields, &request},
+                                               {expertd_v1_GroupMaskResponse_fields, &response}, kControlTimeoutNs);
+  if (!status.ok()) {
+    return status;
+  }
+  if (lost != nullptr) {
+    *lost = response.lost;
+  }
+  if (excluded != nullptr) {
+    *excluded = response.excluded;
+  }
+  if (epoch != nullptr) {
+    *epoch = response.epoch;
+  }
+  return status;
+}
+
+Status Group::check_current() const {
+  if (incarnation_ == session_->incarnation()) {
+    return {};
+  }
+  return error(EXPERTD_REASON_NO_SUCH_GROUP, "the group %s ended with the daemon; leave it and join anew",
+               config_.name.c_str());
+}
+
+uint64_t Group::next_timeout_ns(uint64_t asked_ns) const {
+  if (asked_ns != 0) {
+    return asked_ns;
+  }
+  return issued_any_ ? config_.op_timeout_ns : std::max(config_.first_op_timeout_ns, config_.op_timeout_ns);
+}
+
+expertd_handle_t Group::next_ll_handle(uint32_t* set) const {
+  *set = static_cast<uint32_t>(ll_count_ % EXPERTD_LL_WINDOW_SETS);
+  return session_->handles()->renew(ll_handles_[ll_count_ % kLlHandles].index);
+}
+
+void Group::commit_ll(expertd_handle_t handle) {
+  ll_handles_[ll_count_ % kLlHandles] = handle;
+  ++ll_count_;
+}
+
+Status Group::ll_set_of(expertd_handle_t handle, uint32_t* set) const {
+  for (uint64_t back = 1; back <= EXPERTD_LL_WINDOW_SETS && back <= ll_count_; ++back) {
+    const uint64_t number = ll_count_ - back;
+    const expertd_handle_t& known = ll_handles_[number % kLlHandles];
+    if (known.index == handle.index && known.generation == handle.generation) {
+      *set = static_cast<uint32_t>(number % EXPERTD_LL_WINDOW_SETS);
+      return {};
+    }
+  }
+  return error(EXPERTD_REASON_STALE_HANDLE, "handle %u.%u is not one of the group's last %u ll_dispatches",
+               handle.index, handle.generation, EXPERTD_LL_WINDOW_SETS);
+}
+
+bool Group::is_ll_handle(expertd_handle_t handle) const {
+  return config_.low_latency() && std::any_of(ll_handles_.begin(), ll_handles_.end(),
+                                              [handle](const auto& it) { return it.index == handle.index; });
+}
+
+Status Group::check_handle(expertd_handle_t handle) const { return session_->handles()->check(id_, handle); }
+
+}  // namespace expertd::client

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+// Group: one rank of a communicator as its session sees it: configuration, low-latency window and handle rotation. One
+// thread per group issues operations; joining, leaving and masks run on any caller's thread. Owned by the Session.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <string>
+
+#include "client/src/ll_window.h"
+#include "client/src/memory.h"
+#include "client/src/status.h"
+
+namespace expertd::client {
+
+class Session;
+
+/// Handle places that a group's ll_dispatches use in turn: two operations in flight and two being looked at.
+inline constexpr uint32_t kLlHandles = 4;
+
+struct GroupConfig {
+  std::string name;
+  uint32_t rank = 0;
+  uint32_t ranks = 0;
+  uint32_t num_experts = 0;
+  uint32_t hidden = 0;
+  uint32_t top_k = 0;
+  uint32_t max_tokens = 0;
+  uint32_t mode = 0;
+  uint32_t on_rank_loss = 0;
+  uint64_t op_timeout_ns = 0;
+  uint64_t first_op_timeout_ns = 0;
+  uint64_t join_timeout_ns = 0;
+
+  uint32_t local_experts() const { return ranks == 0 ? 0 : num_experts / ranks; }
+  uint64_t worst_rows() const { return uint64_t{ranks} * max_tokens; }
+  bool low_latency() const { return mode != EXPERTD_MODE_NORMAL; }
+  LlWindowShape window_shape() const { return {ranks, num_experts, hidden, max_tokens}; }
+};
+
+class Group {
+ public:
+  Group(Session* session, GroupConfig config) : session_(session), config_(std::move(config)) {}
+
+  static Status plan(Session* session, const GroupConfig& config, expertd_group_plan_t* plan);
+  static Status join(Session* session, GroupConfig config, Group** group);
+  /// Frees the group, also when the daemon cannot be asked any more.
+  static Status leave(Group* group, uint64_t timeout_ns);
+  Status mask(uint64_t exclude, uint64_t readmit, uint64_t* lost, uint64_t* excluded, uint64_t* epoch);
+
+  Session* session() const { return session_; }
+  const GroupConfig& config() const { return config_; }
+  uint64_t id() const { return id_; }
+  const Buffer* window() const { return window_; }
+  /// NO_SUCH_GROUP after a re-attach.
+  Status check_current() const;
+  /// The deadline the daemon will hold the next operation to.
+  uint64_t next_timeout_ns(uint64_t asked_ns) const;
+  void count_issued() { issued_any_ = true; }
+
+  /// The handle and the window set of the next ll_dispatch; commit_ll() makes them the current ones.
+  expertd_handle_t next_ll_handle(uint32_t* set) const;
+  void commit_ll(expertd_handle_t handle);
+  /// STALE_HANDLE unless the handle is one of the last two ll_dispatches.
+  Status ll_set_of(expertd_handle_t handle, uint32_t* set) const;
+  Status check_handle(expertd_handle_t handle) const;
+  bool is_ll_handle(expertd_handle_t handle) const;
+
+ private:
+  friend class Session;  // which ends its groups when it is detached
+  Status call_join();
+  Status adopt_resources();
+  Status end(uint64_t timeout_ns);
+  Status take_ll_handles();
+
+  Session* const session_;
+  GroupConfig config_;
+  uint64_t id_ = 0;
+  uint64_t epoch_ = 0;
+  uint64_t incarnation_ = 0;
+  uint32_t granted_window_ = 0;
+  uint64_t granted_token_ = 0;
+  uint64_t granted_bytes_ = 0;
+  Buffer* window_ = nullptr;
+  bool issued_any_ = false;
+  std::array<expertd_handle_t, kLlHandles> ll_handles_{};
+  uint64_t ll_count_ = 0;
+};
+
+inline Group* unwrap(expertd_group_t* group) { return reinterpret_cast<Group*>(group); }
+inline expertd_group_t* wrap(Group* group) { return reinterpret_cast<expertd_group_t*>(group); }
+
+}  // namespace expertd::client

@@ -1,0 +1,426 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "client/src/memory.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "client/src/clock.h"
+#include "expertd/v1/session.pb.h"
+
+namespace expertd::client {
+namespace {
+
+constexpr uint64_t kMaxBufferBytes = uint64_t{1} << 46;
+constexpr uint64_t kPage = 4096;
+
+uintptr_t address_of(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+
+uint64_t deadline() { return deadline_after(kControlTimeoutNs); }
+
+Status check_descriptor(int fd, uint64_t offset, uint64_t bytes) {
+  struct stat info {};
+  if (fstat(fd, &info) != 0) {
+    return system_error("fstat of the descriptor");
+  }
+  const uint64_t size = static_cast<uint64_t>(info.st_size);
+  if (offset > size || bytes > size - offset) {
+    return range_error(EXPERTD_REASON_OUT_OF_BOUNDS, "offset + bytes", static_cast<int64_t>(offset + bytes), 1,
+                       static_cast<int64_t>(size));
+  }
+  if (offset % 16 != 0) {
+    return error(EXPERTD_REASON_UNALIGNED, "offset = %llu, allowed multiples of 16",
+                 static_cast<unsigned long long>(offset));
+  }
+  const int seals = fcntl(fd, F_GET_SEALS);
+  if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
+    return error(EXPERTD_REASON_UNSEALED_MEMORY, "the descriptor is not a memfd with F_SEAL_SHRINK");
+  }
+  return {};
+}
+
+// Maps the pages around [offset, offset + bytes) of the buffer's descriptor.
+Status map_descriptor(Buffer* buffer) {
+  const uint64_t first_page = buffer->fd_offset & ~(kPage - 1);
+  const uint64_t lead = buffer->fd_offset - first_page;
+  void* base = mmap(nullptr, lead + buffer->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, buffer->fd.get(),
+                    static_cast<off_t>(first_page));
+  if (base == MAP_FAILED) {
+    return system_error("mmap of the descriptor");
+  }
+  buffer->mapping = {base, lead + buffer->bytes, 0};
+  buffer->data = static_cast<char*>(base) + lead;
+  return {};
+}
+
+}  // namespace
+
+Memory::~Memory() {
+  for (auto& [address, buffer] : buffers_) {
+    unmap(buffer.get());
+  }
+}
+
+void Memory::unmap(Buffer* buffer) {
+  if (buffer->kind == BufferKind::kWindow) {
+    device_->unmap_window(buffer->mapping);
+  } else if (buffer->kind == BufferKind::kDescriptor && buffer->mapping.data != nullptr) {
+    munmap(buffer->mapping.data, buffer->mapping.bytes);
+  }
+  buffer->mapping = MappedWindow();
+}
+
+Status Memory::check_room(uint64_t bytes) const {
+  if (bytes == 0 || bytes > kMaxBufferBytes) {
+    return range_error(EXPERTD_REASON_ARGUMENT_RANGE, "bytes", static_cast<int64_t>(bytes), 1,
+                       static_cast<int64_t>(kMaxBufferBytes));
+  }
+  const std::lock_guard lock(mutex_);
+  if (buffers_.size() + views_.size() >= kMaxBuffers) {
+    return range_error(EXPERTD_REASON_BUFFER_LIMIT, "buffers", static_cast<int64_t>(kMaxBuffers) + 1, 0, kMaxBuffers);
+  }
+  return {};
+}
+
+Status Memory::insert(std::unique_ptr<Buffer> buffer, Buffer** out) {
+  buffer->session = session_;
+  *out = buffer.get();
+  const std::lock_guard lock(mutex_);
+  if (buffer->kind == BufferKind::kView) {
+    views_.push_back(std::move(buffer));
+    return {};
+  }
+  const uintptr_t address = address_of(buffer->data);
+  if (!buffers_.emplace(address, std::move(buffer)).second) {
+    return error(EXPERTD_REASON_BAD_STATE, "memory at this address is registered already");
+  }
+  return {};
+}
+
+std::unique_ptr<Buffer> Memory::extract(const Buffer* buffer) {
+  const std::lock_guard lock(mutex_);
+  const auto found = buffers_.find(address_of(buffer->data));
+  if (found != buffers_.end() && found->second.get() == buffer) {
+    std::unique_ptr<Buffer> owned = std::move(found->second);
+    buffers_.erase(found);
+    return owned;
+  }
+  const auto view = std::find_if(views_.begin(), views_.end(), [buffer](const auto& it) { return it.get() == buffer; });
+  if (view == views_.end()) {
+    return nullptr;
+  }
+  std::unique_ptr<Buffer> owned = std::move(*view);
+  views_.erase(view);
+  return owned;
+}
+
+bool Memory::owns(const Buffer* buffer) const {
+  const std::lock_guard lock(mutex_);
+  const auto same = [buffer](const auto& it) { return it.get() == buffer; };
+  return std::any_of(buffers_.begin(), buffers_.end(), [&](const auto& it) { return same(it.second); }) ||
+         std::any_of(views_.begin(), views_.end(), same);
+}
+
+Buffer* Memory::containing(uintptr_t address) const {
+  const auto above = buffers_.upper_bound(address);
+  if (above == buffers_.begin()) {
+    return nullptr;
+  }
+  Buffer* buffer = std::prev(above)->second.get();
+  return address - address_of(buffer->data) < buffer->bytes ? buffer : nullptr;
+}
+
+Resolved Memory::resolve(const void* pointer, uint64_t bytes, Place* place, Buffer** out) const {
+  const std::lock_guard lock(mutex_);
+  Buffer* buffer = containing(address_of(pointer));
+  if (buffer == nullptr) {
+    return Resolved::kUnknown;
+  }
+  const uint64_t offset = address_of(pointer) - address_of(buffer->data);
+  *place = {buffer->id, offset};
+  *out = buffer;
+  return bytes > buffer->bytes - offset ? Resolved::kOutOfBounds : Resolved::kFound;
+}
+
+Status Memory::map_granted(uint32_t id, uint64_t token, uint64_t bytes, Buffer* buffer) {
+  FdReply reply;
+  Status status = connection_->descriptors()->get(token, deadline(), &reply);
+  if (!status.ok()) {
+    return status;
+  }
+  if (reply.bytes != 0 && reply.bytes != bytes) {
+    return error(EXPERTD_REASON_BAD_MESSAGE, "the window was granted with %llu bytes and handed over with %llu",
+                 static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(reply.bytes));
+  }
+  const MappedWindow before = buffer->mapping;
+  status = device_->map_window(std::move(reply.fd), bytes, before, &buffer->mapping);
+  if (status.ok()) {
+    buffer->id = id;
+    buffer->data = buffer->mapping.data;
+  }
+  return status;
+}
+
+Status Memory::request_window(uint64_t bytes, Buffer* buffer) {
+  expertd_v1_CreateWindowRequest request{};
+  request.size = bytes;
+  expertd_v1_CreateWindowResponse response{};
+  Status status = connection_->call("CreateWindow", {expertd_v1_CreateWindowRequest_fields, &request},
+                                    {expertd_v1_CreateWindowResponse_fields, &response}, kControlTimeoutNs);
+  if (!status.ok()) {
+    return status;
+  }
+  if (response.buffer_id == 0 || response.size < bytes || response.size > 2 * kMaxBufferBytes) {
+    return error(EXPERTD_REASON_BAD_MESSAGE, "the daemon granted window %u of %llu bytes for %llu", response.buffer_id,
+                 static_cast<unsigned long long>(response.size), static_cast<unsigned long long>(bytes));
+  }
+  status = map_granted(response.buffer_id, response.fd_token, response.size, buffer);
+  if (!status.ok()) {
+    // Best effort: the first failure is the one to report.
+    static_cast<void>(unregister(response.buffer_id));
+  }
+  return status;
+}
+
+Status Memory::create_window(uint64_t bytes, Buffer** buffer) {
+  Status status = check_room(bytes);
+  auto made = std::make_unique<Buffer>();
+  if (status.ok()) {
+    status = request_window(bytes, made.get());
+  }
+  if (!status.ok()) {
+    return status;
+  }
+  made->bytes = bytes;
+  return insert(std::move(made), buffer);
+}
+
+Status Memory::adopt_window(uint32_t id, uint64_t token, uint64_t bytes, Buffer** buffer) {
+  Status status = check_room(bytes);
+  auto made = std::make_unique<Buffer>();
+  made->of_group = true;
+  if (status.ok()) {
+    status = map_granted(id, token, bytes, made.get());
+  }
+  if (!status.ok()) {
+    return status;
+  }
+  made->bytes = bytes;
+  return insert(std::move(made), buffer);
+}
+
+Status Memory::put_descriptor(Buffer* buffer) {
+  expertd_v1_RegisterBufferRequest request{};
+  uint64_t token = 0;
+  Status status = connection_->descriptors()->put(buffer->fd.get(), deadline(), &token);
+  if (!status.ok()) {
+    return status;
+  }
+  request.which_source = expertd_v1_RegisterBufferRequest_fd_token_tag;
+  request.source.fd_token = token;
+  request.offset = buffer->fd_offset;
+  request.size = buffer->bytes;
+  expertd_v1_RegisterBufferResponse response{};
+  status = connection_->call("RegisterBuffer", {expertd_v1_RegisterBufferRequest_fields, &request},
+                             {expertd_v1_RegisterBufferResponse_fields, &response}, kControlTimeoutNs);
+  buffer->id = response.buffer_id;
+  return status;
+}
+
+Status Memory::register_fd(int fd, uint64_t offset, uint64_t bytes, Buffer** buffer) {
+  if (device_->is_cuda()) {
+    return error(EXPERTD_REASON_WRONG_DEVICE_KIND, "a memfd belongs to host sessions, this one is on %s",
+                 device_->name().c_str());
+  }
+  Status status = check_room(bytes);
+  if (status.ok()) {
+    status = check_descriptor(fd, offset, bytes);
+  }
+  if (!status.ok()) {
+    return status;
+  }
+  auto made = std::make_unique<Buffer>();
+  made->kind = BufferKind::kDescriptor;
+  made->fd = OwnedFd(fcntl(fd, F_DUPFD_CLOEXEC, 3));
+  made->fd_offset = offset;
+  made->bytes = bytes;
+  if (!made->fd.valid()) {
+    return system_error("dup of the descriptor");
+  }
+  status = map_descriptor(made.get());
+  if (status.ok()) {
+    status = put_descriptor(made.get());
+  }
+  if (!status.ok()) {
+    unmap(made.get());
+    return status;
+  }
+  return insert(std::move(made), buffer);
+}
+
+Status Memory::register_exported(Buffer* buffer) {
+  ExportedMemory exported;
+  const bool same_pid = connection_->welcome().local_pid == getpid();
+  Status status = device_->export_memory(buffer->data, buffer->bytes, same_pid, &exported);
+  if (!status.ok()) {
+    return status;
+  }
+  expertd_v1_RegisterBufferRequest request{};
+  request.offset = exported.offset;
+  request.size = buffer->bytes;
+  if (exported.has_ipc_handle) {
+    request.which_source = expertd_v1_RegisterBufferRequest_cuda_ipc_handle_tag;
+    request.source.cuda_ipc_handle.size = sizeof(exported.ipc_handle);
+    std::copy_n(exported.ipc_handle, sizeof(exported.ipc_handle), request.source.cuda_ipc_handle.bytes);
+  } else {
+    uint64_t token = 0;
+    status = connection_->descriptors()->put(exported.fd.get(), deadline(), &token);
+    if (!status.ok()) {
+      return status;
+    }
+    request.which_source = expertd_v1_RegisterBufferRequest_fd_token_tag;
+    request.source.fd_token = token;
+    request.allocation_size = exported.allocation_bytes;
+  }
+  expertd_v1_RegisterBufferResponse response{};
+  status = connection_->call("RegisterBuffer", {expertd_v1_RegisterBufferRequest_fields, &request},
+                             {expertd_v1_RegisterBufferResponse_fields, &response}, kControlTimeoutNs);
+  buffer->id = response.buffer_id;
+  buffer->identity = exported.buffer_id;
+  return status;
+}
+
+Status Memory::register_pointer(void* data, uint64_t bytes, bool automatic, Buffer** buffer) {
+  Status status = check_room(bytes);
+  if (!status.ok()) {
+    return status;
+  }
+  auto made = std::make_unique<Buffer>();
+  made->data = data;
+  made->bytes = bytes;
+  made->automatic = automatic;
+  Place place;
+  Buffer* parent = nullptr;
+  const Resolved resolved = resolve(data, bytes, &place, &parent);
+  if (resolved == Resolved::kFound && !automatic) {
+    made->kind = BufferKind::kView;
+    made->id = place.buffer;
+    return insert(std::move(made), buffer);
+  }
+  if (!device_->is_cuda()) {
+    return error(EXPERTD_REASON_UNSEALED_MEMORY,
+                 "memory at %p is not a sealed memfd; use expertd_alloc or expertd_register_fd", data);
+  }
+  made->kind = BufferKind::kDevice;
+  status = register_exported(made.get());
+  return status.ok() ? insert(std::move(made), buffer) : status;
+}
+
+Status Memory::allocate(uint64_t bytes, void** data) {
+  Buffer* buffer = nullptr;
+  if (device_->is_cuda()) {
+    Status status = create_window(bytes, &buffer);
+    *data = status.ok() ? buffer->data : nullptr;
+    return status;
+  }
+  Status status = check_room(bytes);
+  if (!status.ok()) {
+    return status;
+  }
+  const OwnedFd fd(memfd_create("expertd-alloc", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  const uint64_t rounded = (bytes + kPage - 1) & ~(kPage - 1);
+  if (!fd.valid() || ftruncate(fd.get(), static_cast<off_t>(rounded)) != 0 ||
+      fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) != 0) {
+    return system_error("memfd_create");
+  }
+  status = register_fd(fd.get(), 0, rounded, &buffer);
+  *data = status.ok() ? buffer->data : nullptr;
+  return status;
+}
+
+Status Memory::free_allocated(void* data) {
+  Place place;
+  Buffer* buffer = nullptr;
+  if (resolve(data, 1, &place, &buffer) == Resolved::kUnknown || place.offset != 0) {
+    return error(EXPERTD_REASON_NO_SUCH_BUFFER, "%p was not returned by expertd_alloc", data);
+  }
+  return release(buffer);
+}
+
+Status Memory::unregister(uint32_t id) {
+  expertd_v1_UnregisterBufferRequest request{};
+  request.buffer_id = id;
+  expertd_v1_UnregisterBufferResponse response{};
+  Status status = connection_->call("UnregisterBuffer", {expertd_v1_UnregisterBufferRequest_fields, &request},
+                                    {expertd_v1_UnregisterBufferResponse_fields, &response}, kControlTimeoutNs);
+  if (status.reason == EXPERTD_REASON_TIMEOUT) {
+    return error(EXPERTD_REASON_BUFFER_BUSY, "an operation in flight still used buffer %u after 5 s", id);
+  }
+  return status;
+}
+
+Status Memory::release(Buffer* buffer) {
+  if (buffer->of_group) {
+    return error(EXPERTD_REASON_BAD_STATE, "a group's window goes with its group");
+  }
+  if (buffer->kind != BufferKind::kView) {
+    Status status = unregister(buffer->id);
+    // What the daemon does not know any more, or with the daemon gone, is released here all the same.
+    if (status.reason != EXPERTD_REASON_NO_SUCH_BUFFER && status.reason != EXPERTD_REASON_UNAVAILABLE && !status.ok()) {
+      return status;
+    }
+  }
+  const std::unique_ptr<Buffer> owned = extract(buffer);
+  if (owned == nullptr) {
+    return error(EXPERTD_REASON_NO_SUCH_BUFFER, "the buffer was released already");
+  }
+  unmap(owned.get());
+  return {};
+}
+
+void Memory::drop(Buffer* buffer) {
+  const std::unique_ptr<Buffer> owned = extract(buffer);
+  if (owned != nullptr) {
+    unmap(owned.get());
+  }
+}
+
+Status Memory::recreate_one(Buffer* buffer) {
+  switch (buffer->kind) {
+    case BufferKind::kWindow:
+      return buffer->of_group ? Status() : request_window(buffer->bytes, buffer);
+    case BufferKind::kDescriptor:
+      return put_descriptor(buffer);
+    case BufferKind::kDevice:
+      return register_exported(buffer);
+    case BufferKind::kView:
+      break;
+  }
+  return {};
+}
+
+Status Memory::recreate() {
+  Map before;
+  {
+    const std::lock_guard lock(mutex_);
+    before.swap(buffers_);
+  }
+  Status first;
+  for (auto& [address, buffer] : before) {
+    Status status = recreate_one(buffer.get());
+    if (!status.ok()) {
+      // It stays known, with an id that the daemon refuses by name.
+      buffer->id = buffer->of_group ? buffer->id : 0;
+      first = first.ok() ? std::move(status) : std::move(first);
+    }
+    Buffer* inserted = nullptr;
+    // Old and new addresses cannot collide: everything old is still mapped.
+    static_cast<void>(insert(std::move(buffer), &inserted));
+  }
+  return first;
+}
+
+}  // namespace expertd::client

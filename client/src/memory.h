@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// Memory: the buffers of a session, by address: windows of the daemon mapped here, registered memory of the caller, and
+// memory the library allocated. Any thread; the lock is never held during a call to the daemon, except that
+// re-attaching, which runs alone, re-creates everything. Owned by the Session; buffers live until released or detached.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "client/src/connection.h"
+#include "client/src/device_side.h"
+#include "client/src/status.h"
+
+namespace expertd::client {
+
+class Session;
+
+/// The daemon's limit of buffers of a session.
+inline constexpr size_t kMaxBuffers = 1024;
+inline constexpr uint64_t kControlTimeoutNs = 5'000'000'000;
+
+enum class BufferKind {
+  kWindow,      // memory of the daemon, mapped here
+  kDescriptor,  // a sealed memfd, of the caller or of expertd_alloc, mapped here
+  kDevice,      // GPU memory of the caller
+  kView         // a part of another buffer: registering registered memory
+};
+
+struct Buffer {
+  Session* session = nullptr;
+  BufferKind kind = BufferKind::kWindow;
+  void* data = nullptr;
+  uint64_t bytes = 0;
+  uint32_t id = 0;
+  MappedWindow mapping;
+  OwnedFd fd;                // kDescriptor, for a re-attach
+  uint64_t fd_offset = 0;    // kDescriptor
+  uint64_t identity = 0;     // kDevice: the driver's id of the allocation
+  bool automatic = false;    // kDevice: registered by the library on first use
+  bool of_group = false;     // kWindow: re-created by joining, not by re-attaching
+};
+
+/// Where a tensor lies, as ring descriptors say it.
+struct Place {
+  uint32_t buffer = 0;
+  uint64_t offset = 0;
+};
+
+enum class Resolved { kFound, kUnknown, kOutOfBounds };
+
+class Memory {
+ public:
+  Memory(Session* session, DeviceSide* device) : session_(session), device_(device) {}
+  ~Memory();
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  /// The attachment that ids belong to. While nothing else runs.
+  void bind(Connection* connection) { connection_ = connection; }
+  /// Gives every buffer its counterpart in the new attachment.
+  Status recreate();
+
+  Status create_window(uint64_t bytes, Buffer** buffer);
+  /// A window that the daemon made with a group.
+  Status adopt_window(uint32_t id, uint64_t token, uint64_t bytes, Buffer** buffer);
+  Status register_fd(int fd, uint64_t offset, uint64_t bytes, Buffer** buffer);
+  Status register_pointer(void* data, uint64_t bytes, bool automatic, Buffer** buffer);
+  Status allocate(uint64_t bytes, void** data);
+  Status free_allocated(void* data);
+  /// BUFFER_BUSY leaves it as it was.
+  Status release(Buffer* buffer);
+  /// Unmaps a group's window; the daemon frees its side with the group.
+  void drop(Buffer* buffer);
+
+  Resolved resolve(const void* pointer, uint64_t bytes, Place* place, Buffer** buffer) const;
+  /// The extent of the buffer a pointer lies in, for messages.
+  bool owns(const Buffer* buffer) const;
+
+ private:
+  using Map = std::map<uintptr_t, std::unique_ptr<Buffer>>;
+
+  Status check_room(uint64_t bytes) const;
+  Status map_granted(uint32_t id, uint64_t token, uint64_t bytes, Buffer* buffer);
+  Status request_window(uint64_t bytes, Buffer* buffer);
+  Status put_descriptor(Buffer* buffer);
+  Status register_exported(Buffer* buffer);
+  Status unregister(uint32_t id);
+  Status recreate_one(Buffer* buffer);
+  Status insert(std::unique_ptr<Buffer> buffer, Buffer** out);
+  std::unique_ptr<Buffer> extract(const Buffer* buffer);
+  Buffer* containing(uintptr_t address) const;
+  void unmap(Buffer* buffer);
+
+  Session* const session_;
+  DeviceSide* const device_;
+  Connection* connection_ = nullptr;
+  mutable std::mutex mutex_;
+  Map buffers_;
+  std::vector<std::unique_ptr<Buffer>> views_;
+};
+
+}  // namespace expertd::client

@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// This process's own counters, as Prometheus text. Relaxed atomics, any thread; process-wide because the C function that
+// prints them takes no session.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace expertd::client {
+
+void observe_op(uint32_t op, bool succeeded, uint64_t duration_ns, uint64_t bytes);
+void count_staged_copy(uint64_t bytes);
+void count_reattach();
+void count_session(int change);
+
+std::string metrics_text();
+
+}  // namespace expertd::client

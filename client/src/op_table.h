@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+// OpTable: the operations in flight and the results of the last ones, so that an event can be asked after its ring slot
+// was used again. Any thread; a short lock inside, held longer only while outputs of unknown pointers are copied back.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "client/src/ring_client.h"
+#include "client/src/status.h"
+
+namespace expertd::client {
+
+class Staging;
+
+/// Which bytes of a staged output an operation has written.
+enum class CopyBack { kAll, kReceivedRows, kExpertRows };
+
+struct StagedOutput {
+  void* destination = nullptr;
+  const void* source = nullptr;
+  uint64_t bytes = 0;
+  uint64_t row_bytes = 0;
+  CopyBack rows = CopyBack::kAll;
+};
+
+struct OpRecord {
+  uint64_t event = 0;  // incarnation and sequence
+  uint64_t seq = 0;
+  uint32_t op = 0;
+  uint32_t rows_per_expert = 0;
+  uint64_t submit_ns = 0;
+  uint64_t deadline_ns = 0;
+  int32_t staging_chunk = -1;
+  std::vector<StagedOutput> outputs;
+};
+
+/// What is kept of a completion: everything in front of the counts.
+struct OpOutcome {
+  uint64_t event = 0;
+  uint64_t submit_ns = 0;
+  expertd_completion completion{};
+  /// Null when the counts were overwritten by later operations.
+  const uint32_t* expert_counts = nullptr;
+};
+
+enum class Lookup { kDone, kInFlight, kForgotten, kLost };
+
+class OpTable {
+ public:
+  static constexpr uint32_t kHistory = 1024;
+  /// More than the 64 operations for which the counts of a result are promised.
+  static constexpr uint32_t kCountTables = 128;
+
+  explicit OpTable(Staging* staging);
+
+  /// Before the record's slot is written; the slot's earlier operation has been collected.
+  void begin(OpRecord record, uint32_t slot);
+  /// Moves a completed operation of the ring into the history.
+  void collect(const RingClient& ring, uint64_t seq);
+  void collect_all(const RingClient& ring);
+  /// Looks at the history, and at the ring when it is the event's own.
+  Lookup find(const RingClient* ring, uint64_t event, uint64_t seq, OpOutcome* outcome, uint64_t* deadline_ns);
+  /// The ring is gone: whatever had not completed is lost.
+  void forget_in_flight();
+
+ private:
+  struct Kept {
+    uint64_t event = 0;
+    uint64_t submit_ns = 0;
+    std::array<std::byte, offsetof(expertd_completion, expert_counts)> head{};
+  };
+  struct Counts {
+    uint64_t event = 0;
+    std::array<uint32_t, EXPERTD_COMPLETION_EXPERTS> values{};
+  };
+
+  void collect_locked(const RingClient& ring, OpRecord* record);
+  bool find_kept_locked(uint64_t event, OpOutcome* outcome);
+  Kept& kept_at(uint64_t event) { return (*kept_)[event % kHistory]; }
+  Counts& counts_at(uint64_t event) { return (*counts_)[event % kCountTables]; }
+
+  Staging* const staging_;
+  std::mutex mutex_;
+  std::array<OpRecord, EXPERTD_RING_SLOTS_MAX> in_flight_{};
+  std::unique_ptr<std::array<Kept, kHistory>> kept_;
+  std::unique_ptr<std::array<Counts, kCountTables>> counts_;
+};
+
+}  // namespace expertd::client

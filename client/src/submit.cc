@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+// From a request to the ring: tensors become places in buffers, unknown ones travel through staging (host) or are
+// registered (GPU), then the descriptor is published and the doorbell rung. On the caller's thread.
+#include <cstring>
+
+#include "client/src/clock.h"
+#include "client/src/message.h"
+#include "client/src/metrics.h"
+#include "client/src/op_request.h"
+#include "client/src/session.h"
+
+namespace expertd::client {
+namespace {
+
+constexpr uint64_t kStagedAlignment = 128;
+
+uint64_t aligned(uint64_t bytes) { return (bytes + kStagedAlignment - 1) & ~(kStagedAlignment - 1); }
+
+const char* lowest_byte(const TensorArg& tensor) { return static_cast<const char*>(tensor.pointer) - tensor.lead; }
+
+const char* name_of(uint32_t tensor) { return argument_name(EXPERTD_ARGUMENT_IN_X + tensor); }
+
+void set_ref(OpRequest* request, uint32_t index, uint32_t buffer, uint64_t offset) {
+  request->slot.tensors[index] = {buffer, 0, offset};
+}
+
+Status out_of_bounds(uint32_t index, const TensorArg& tensor, const Place& place, const Buffer& buffer) {
+  return error(EXPERTD_REASON_OUT_OF_BOUNDS, "%s = %llu bytes at offset %llu, allowed 0..%llu bytes of its buffer",
+               name_of(index), static_cast<unsigned long long>(tensor.bytes),
+               static_cast<unsigned long long>(place.offset), static_cast<unsigned long long>(buffer.bytes));
+}
+
+}  // namespace
+
+Status Session::place_device_tensor(OpRequest* request, uint32_t index) {
+  const TensorArg& tensor = request->tensors[index];
+  const char* low = lowest_byte(tensor);
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    Place place;
+    Buffer* buffer = nullptr;
+    const Resolved resolved = memory_->resolve(low, tensor.bytes, &place, &buffer);
+    if (resolved != Resolved::kUnknown && buffer->kind == BufferKind::kDevice) {
+      // The caller's allocator may have freed the memory and given its address to another tensor.
+      uint64_t identity = 0;
+      Status status = device_->buffer_id(tensor.pointer, &identity);
+      if (!status.ok()) {
+        return status;
+      }
+      if (identity != buffer->identity) {
+        status = memory_->release(buffer);
+        if (!status.ok()) {
+          return status;
+        }
+        continue;
+      }
+    }
+    if (resolved == Resolved::kOutOfBounds) {
+      return out_of_bounds(index, tensor, place, *buffer);
+    }
+    if (resolved == Resolved::kFound) {
+      set_ref(request, index, place.buffer, place.offset + tensor.lead);
+      return {};
+    }
+    void* base = nullptr;
+    uint64_t bytes = 0;
+    Status status = device_->allocation_of(low, &base, &bytes);
+    if (status.ok()) {
+      status = memory_->register_pointer(base, bytes, true, &buffer);
+    }
+    if (!status.ok()) {
+      return {status.reason, format("%s at %p: %s", name_of(index), tensor.pointer, status.text.c_str())};
+    }
+  }
+  return error(EXPERTD_REASON_INTERNAL, "%s at %p changes its allocation while it is registered", name_of(index),
+               tensor.pointer);
+}
+
+Status Session::place_tensor(OpRequest* request, uint32_t index, bool* staged) {
+  const TensorArg& tensor = request->tensors[index];
+  if (device_->is_cuda()) {
+    return place_device_tensor(request, index);
+  }
+  Place place;
+  Buffer* buffer = nullptr;
+  switch (memory_->resolve(lowest_byte(tensor), tensor.bytes, &place, &buffer)) {
+    case Resolved::kFound:
+      set_ref(request, index, place.buffer, place.offset + tensor.lead);
+      break;
+    case Resolved::kOutOfBounds:
+      return out_of_bounds(index, tensor, place, *buffer);
+    case Resolved::kUnknown:
+      *staged = true;
+      break;
+  }
+  return {};
+}
+
+Status Session::stage_tensors(OpRequest* request, const std::vector<uint32_t>& staged, OpRecord* record) {
+  uint64_t total = 0;
+  for (const uint32_t index : staged) {
+    total += aligned(request->tensors[index].bytes);
+  }
+  Buffer* chunk = nullptr;
+  Status status = staging_->take(total, &record->staging_chunk, &chunk);
+  if (!status.ok()) {
+    record->staging_chunk = -1;
+    return status;
+  }
+  uint64_t offset = 0;
+  for (const uint32_t index : staged) {
+    const TensorArg& tensor = request->tensors[index];
+    char* copy = static_cast<char*>(chunk->data) + offset;
+    if (tensor.direction != Direction::kOut) {
+      std::memcpy(copy, lowest_byte(tensor), tensor.bytes);
+      count_staged_copy(tensor.bytes);
+    }
+    if (tensor.direction != Direction::kIn) {
+      record->outputs.push_back(
+          {const_cast<void*>(tensor.pointer), copy, tensor.bytes, tensor.row_bytes, tensor.rows});
+    }
+    set_ref(request, index, chunk->id, offset + tensor.lead);
+    offset += aligned(tensor.bytes);
+  }
+  return {};
+}
+
+Status Session::resolve_tensors(OpRequest* request, OpRecord* record, expertd_stream_t) {
+  std::vector<uint32_t> staged_tensors;
+  for (uint32_t index = 0; index < EXPERTD_TENSOR_COUNT; ++index) {
+    if (request->tensors[index].pointer == nullptr) {
+      continue;
+    }
+    bool staged = false;
+    Status status = place_tensor(request, index, &staged);
+    if (!status.ok()) {
+      return status;
+    }
+    if (staged) {
+      staged_tensors.push_back(index);
+    }
+  }
+  return staged_tensors.empty() ? Status() : stage_tensors(request, staged_tensors, record);
+}
+
+// Under the submit lock; the place of the next sequence is free afterwards and its old operation collected.
+Status Session::wait_for_slot(uint64_t deadline_ns) {
+  RingClient* ring = connection_->ring();
+  const uint64_t seq = ring->next_seq();
+  if (seq <= ring->slot_count()) {
+    return {};
+  }
+  const uint64_t before = seq - ring->slot_count();
+  const WaitEnd end = ring->next_slot_free() ? WaitEnd::kComplete : ring->wait(before, deadline_ns);
+  if (end == WaitEnd::kClosed) {
+    return {EXPERTD_REASON_UNAVAILABLE, "the daemon is gone; call expertd_reattach when it is back"};
+  }
+  if (end == WaitEnd::kDeadline) {
+    return range_error(EXPERTD_REASON_RING_OVERFLOW, "operations in flight", int64_t{ring->slot_count()} + 1, 0,
+                       ring->slot_count());
+  }
+  ops_->collect(*ring, before);
+  return {};
+}
+
+Status Session::submit(OpRequest* request, expertd_stream_t stream, expertd_event_t* event) {
+  Status status = device_->check_stream(stream);
+  OpRecord record;
+  if (status.ok()) {
+    status = resolve_tensors(request, &record, stream);
+  }
+  if (!status.ok()) {
+    return status;
+  }
+  const std::lock_guard lock(submit_mutex_);
+  RingClient* ring = connection_->ring();
+  status = wait_for_slot(deadline_after(request->timeout_ns));
+  if (!status.ok()) {
+    if (record.staging_chunk >= 0) {
+      staging_->give_back(record.staging_chunk);
+    }
+    return status;
+  }
+  expertd_slot& slot = request->slot;
+  slot.seq = ring->next_seq();
+  slot.submit_ns = now_ns();
+  std::memcpy(slot.trace_id, trace_id_.data(), trace_id_.size());
+  const uint32_t index = ring->slot_index(slot.seq);
+  record.event = (incarnation_ << kIncarnationShift) | slot.seq;
+  record.seq = slot.seq;
+  record.op = slot.op;
+  record.rows_per_expert = request->rows_per_expert;
+  record.submit_ns = slot.submit_ns;
+  record.deadline_ns = deadline_after(request->timeout_ns);
+  *event = {wrap(this), record.event};
+  ops_->begin(std::move(record), index);
+  // Before the doorbell: the daemon arms its stream as soon as the descriptor is there.
+  ring->submit(slot);
+  status = device_->ring_doorbell(index, slot.seq, stream);
+  if (status.ok() && (request->flags & EXPERTD_ASYNC) == 0) {
+    status = device_->wait_completion(index, slot.seq, stream);
+  }
+  return status;
+}
+
+}  // namespace expertd::client

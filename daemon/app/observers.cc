@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "daemon/app/observers.h"
+
+#include <algorithm>
+
+#include "daemon/base/log.h"
+
+namespace expertd::app {
+
+void DeviceObserver::completed(base::DeviceIndex /*device*/, const engine::Request& request,
+                               const expertd_completion& completion) {
+  metrics::OpRecord record;
+  record.op = static_cast<uint32_t>(request.shape.kind);
+  record.reason = completion.reason;
+  record.missing = completion.missing;
+  record.phases = metrics::phase_times(completion, request.submit_ns);
+  record.tokens = request.shape.tokens;
+  record.local_bytes = completion.local_bytes;
+  record.remote_bytes = completion.remote_bytes;
+  if (request.rejected_reason != 0) {
+    ops_->reject(request.rejected_reason);
+    if (request.rejected_reason == EXPERTD_REASON_DESCRIPTOR_MALFORMED) {
+      ops_->descriptor_invalid(request.rejected_reason);
+    }
+  }
+  ops_->record(record);
+}
+
+void DeviceObserver::beat(base::DeviceIndex /*device*/, uint64_t now_ns, uint64_t lag_ns) {
+  beat_->beat(now_ns);
+  thread_->lag(lag_ns);
+}
+
+void DeviceObserver::ring_fill(base::DeviceIndex /*device*/, uint32_t used, uint32_t /*capacity*/) {
+  ops_->ring_used(used);
+}
+
+void SessionLog::opened(const session::SessionSnapshot& session) {
+  counters_->session_opened();
+  base::log_info("session opened", {{"session", session.id},
+                                    {"name", session.name},
+                                    {"device", session.device},
+                                    {"uid", session.uid},
+                                    {"pid", session.pid}});
+}
+
+void SessionLog::ended(base::SessionId session, const std::string& cause) {
+  const auto& names = metrics::kCloseCauseNames;
+  const auto found = std::find(names.begin(), names.end(), cause);
+  const size_t index = found == names.end() ? static_cast<size_t>(metrics::CloseCause::kEof)
+                                            : static_cast<size_t>(found - names.begin());
+  counters_->session_closed(static_cast<metrics::CloseCause>(index));
+  base::log_info("session ended", {{"session", session}, {"cause", cause}});
+}
+
+void SessionLog::reclaimed(base::SessionId session, uint64_t duration_ns) {
+  counters_->lease_reaped(duration_ns);
+  base::log_debug("session reclaimed", {{"session", session}, {"duration_us", duration_ns / 1000}});
+}
+
+}  // namespace expertd::app

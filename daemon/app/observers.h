@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+// The outlets of loops and sessions towards metrics, log and watchdog: they look, never act. One DeviceObserver per
+// device, called by its loop thread; the SessionLog by control threads.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "daemon/metrics/blocks.h"
+#include "daemon/session/service.h"
+#include "daemon/supervise/watchdog.h"
+#include "daemon/transport/device_loop.h"
+
+namespace expertd::app {
+
+class DeviceObserver final : public engine::OpObserver, public transport::LoopObserver {
+ public:
+  DeviceObserver(metrics::OpCounters* ops, metrics::ThreadCounters* thread, supervise::Beat* beat)
+      : ops_(ops), thread_(thread), beat_(beat) {}
+  void completed(base::DeviceIndex device, const engine::Request& request,
+                 const expertd_completion& completion) override;
+  void beat(base::DeviceIndex device, uint64_t now_ns, uint64_t lag_ns) override;
+  void ring_fill(base::DeviceIndex device, uint32_t used, uint32_t capacity) override;
+
+ private:
+  metrics::OpCounters* ops_;
+  metrics::ThreadCounters* thread_;
+  supervise::Beat* beat_;
+};
+
+class SessionLog final : public session::SessionObserver {
+ public:
+  explicit SessionLog(metrics::ProcessCounters* counters) : counters_(counters) {}
+  void opened(const session::SessionSnapshot& session) override;
+  void ended(base::SessionId session, const std::string& cause) override;
+  void reclaimed(base::SessionId session, uint64_t duration_ns) override;
+
+ private:
+  metrics::ProcessCounters* counters_;
+};
+
+}  // namespace expertd::app

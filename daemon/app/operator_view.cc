@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "daemon/app/operator_view.h"
+
+#include <array>
+
+#include "daemon/base/clock.h"
+#include "daemon/base/log.h"
+
+namespace expertd::app {
+
+namespace {
+
+constexpr std::array<const char*, EXPERTD_OP_COUNT> kOpNames = {"none",    "barrier",     "layout",    "dispatch",
+                                                               "combine", "ll_dispatch", "ll_combine"};
+
+}  // namespace
+
+session::StatusSnapshot OperatorView::status() {
+  session::StatusSnapshot status;
+  status.version = facts_.version;
+  status.state = metrics::kStateNames[static_cast<size_t>(state())];
+  status.generation = facts_.generation;
+  status.uptime_ns = base::now_ns() - facts_.generation;
+  status.devices = sessions_->devices();
+  status.groups = sessions_->groups();
+  for (const session::DeviceSnapshot& device : status.devices) {
+    status.sessions += device.sessions;
+  }
+  status.sessions_max = facts_.sessions_max;
+  status.metrics_address = metrics_address_;
+  status.cuda_build = facts_.cuda_build;
+  status.cuda_driver = facts_.cuda_driver;
+  return status;
+}
+
+std::vector<session::SessionSnapshot> OperatorView::sessions() { return sessions_->sessions(); }
+
+std::vector<session::OpCounterSnapshot> OperatorView::counters() {
+  std::vector<session::OpCounterSnapshot> rows;
+  for (uint32_t device = 0; device < blocks_->devices().size(); ++device) {
+    for (uint32_t op = EXPERTD_OP_BARRIER; op < EXPERTD_OP_COUNT; ++op) {
+      const metrics::OpTotals totals = blocks_->devices()[device]->ops.totals(op);
+      rows.push_back({kOpNames[op], device, totals.ok, totals.failed, totals.tokens, totals.local_bytes,
+                      totals.remote_bytes, totals.duration_ns});
+    }
+  }
+  return rows;
+}
+
+uint32_t OperatorView::drain(uint64_t timeout_ns) {
+  const uint32_t told = static_cast<uint32_t>(sessions_->sessions().size());
+  start_drain_(timeout_ns);
+  return told;
+}
+
+base::Result<std::string> OperatorView::set_log_level(const std::string& level) {
+  const std::string previous(base::log_level_name(base::log_level()));
+  for (int candidate = 0; candidate <= static_cast<int>(base::LogLevel::kError); ++candidate) {
+    if (base::log_level_name(static_cast<base::LogLevel>(candidate)) == level) {
+      base::set_log_level(static_cast<base::LogLevel>(candidate));
+      return previous;
+    }
+  }
+  return base::Status(EXPERTD_REASON_CONFIG_BAD_VALUE,
+                      "log level \"" + level + "\", allowed trace, debug, info, warn, error");
+}
+
+metrics::Gauges OperatorView::gauges() {
+  metrics::Gauges gauges;
+  gauges.state = metrics::kStateNames[static_cast<size_t>(state())];
+  gauges.drain_in_progress = state() == State::kDraining;
+  gauges.log_dropped = base::log_dropped_total();
+  for (const session::DeviceSnapshot& device : sessions_->devices()) {
+    metrics::DeviceGauges values;
+    values.gpu = metrics::gpu_label(device.kind == "host", device.index);
+    values.pool_used_bytes = device.window_bytes;
+    values.pool_quarantined_bytes = device.quarantined_bytes;
+    const uint64_t taken = device.window_bytes + device.quarantined_bytes;
+    values.pool_free_bytes = facts_.pool_max_bytes > taken ? facts_.pool_max_bytes - taken : 0;
+    values.ring_slots_capacity = device.sessions * facts_.ring_slots;
+    values.healthy = device.healthy;
+    values.mps_active = device.mps_active;
+    gauges.sessions += device.sessions;
+    gauges.devices.push_back(std::move(values));
+  }
+  gauges.drain_remaining_sessions = gauges.drain_in_progress ? gauges.sessions : 0;
+  return gauges;
+}
+
+}  // namespace expertd::app

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// The effective configuration as typed values, where each came from, and the call that builds it.
+// Value types: `main` calls load() before any thread starts and again on SIGHUP; everyone else gets
+// a const Config&. Never logs, never exits. The defaults live in the table of keys (keys.cc) alone:
+// a default-constructed Config is zero, see defaults().
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "daemon/base/log.h"
+#include "daemon/base/status.h"
+
+namespace expertd::config {
+
+inline constexpr std::string_view kDefaultConfigPath = "/etc/expertd/expertd.toml";
+
+enum class Kernels { kAuto, kGeneric };
+enum class Schedule { kFifo };
+
+/// device.gpus: every GPU, none, or the named ones (indices such as "0" or UUIDs such as
+/// "GPU-...").
+struct GpuSelection {
+  enum class Kind { kAuto, kNone, kList };
+  Kind kind = Kind::kAuto;
+  std::vector<std::string> names;  // kList only, in the order given, without duplicates
+};
+
+struct ControlConfig {
+  std::string socket;         // resolved: never empty after load()
+  std::string attach_socket;  // resolved: never empty after load()
+  uint32_t socket_mode = 0;
+  std::string socket_group;            // empty: leave the group of the process
+  std::vector<uint32_t> allowed_uids;  // empty: everyone whom the file mode lets in
+  bool enable_reflection = false;
+  uint32_t max_sessions = 0;
+  uint32_t max_sessions_per_uid = 0;
+  uint64_t call_deadline_max_ns = 0;
+  uint64_t drain_timeout_ns = 0;
+};
+
+struct DeviceConfig {
+  int32_t hosts = 0;  // -1: two when no GPU is served, else none
+  GpuSelection gpus;
+  std::optional<uint64_t> pool_bytes;  // empty: "auto"
+  uint64_t pool_max_bytes = 0;         // 0: no cap
+  bool peer_access = false;
+  Kernels kernels = Kernels::kAuto;
+};
+
+struct EngineConfig {
+  uint32_t spin_us = 0;
+  Schedule schedule = Schedule::kFifo;
+  uint64_t op_deadline_ns = 0;
+  uint64_t first_op_deadline_ns = 0;
+  uint32_t handles_per_session = 0;
+  uint32_t ring_slots = 0;  // a power of two
+};
+
+struct SessionConfig {
+  uint32_t max_buffers = 0;
+  uint32_t max_groups = 0;
+  uint64_t max_window_bytes = 0;  // 0: no limit
+};
+
+struct MetricsConfig {
+  bool enabled = false;
+  std::string address;  // an IPv4 or IPv6 literal
+  uint16_t port = 0;    // 0: any free port
+};
+
+struct LogConfig {
+  base::LogLevel level = base::LogLevel::kInfo;
+  base::LogFormat format = base::LogFormat::kLogfmt;
+};
+
+struct Config {
+  std::string runtime_directory;  // absolute, without a trailing slash
+  ControlConfig control;
+  DeviceConfig device;
+  EngineConfig engine;
+  SessionConfig session;
+  MetricsConfig metrics;
+  LogConfig log;
+};
+
+/// One key's effective value as a TOML literal (which is a JSON literal too) and where it came
+/// from: "default", "file PATH:LINE", "environment NAME" or "flag --name".
+struct KeyReport {
+  std::string name;
+  std::string value;
+  std::string origin;
+};
+
+using EnvironmentLookup = std::function<std::optional<std::string>(const std::string& name)>;
+
+struct LoadRequest {
+  std::string path{kDefaultConfigPath};
+  bool path_given = false;  // a missing file is an error only if it was asked for
+  /// Full key name ("engine.spin_us") and text; a later pair wins over an earlier one.
+  std::vector<std::pair<std::string, std::string>> flags;
+  EnvironmentLookup environment;  // empty: no environment
+};
+
+struct LoadedConfig {
+  Config config;
+  std::vector<KeyReport> report;  // every key, in the order of the table
+  std::string file;               // the file that was read; empty when there was none
+};
+
+/// Flag > environment > file > default. A failure's message has one line per mistake found, each
+/// "PATH:LINE:COL: ...", "environment NAME: ..." or "flag --name: ...".
+base::Result<LoadedConfig> load(const LoadRequest& request);
+
+/// The configuration of an absent file, no environment and no flags.
+Config defaults();
+
+/// What a reload would change: `reloadable` takes effect while running, the rest needs a restart.
+struct Difference {
+  std::vector<std::string> reloadable;
+  std::vector<std::string> restart_required;
+};
+Difference compare(const std::vector<KeyReport>& running, const std::vector<KeyReport>& fresh);
+
+}  // namespace expertd::config

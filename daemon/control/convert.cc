@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "daemon/control/convert.h"
+
+#include <algorithm>
+#include <string_view>
+#include <utility>
+
+#include "proto/abi/ring_v1.h"
+
+namespace expertd::control {
+
+namespace {
+
+session::ErrorDetail field_error(base::Reason reason, std::string field, std::string value, const std::string& wanted) {
+  session::ErrorDetail error;
+  error.status = base::Status(reason, field + ": " + wanted);
+  error.field = std::move(field);
+  error.value = std::move(value);
+  return error;
+}
+
+bool printable(std::string_view text) { return std::ranges::all_of(text, [](char c) { return c >= ' ' && c <= '~'; }); }
+
+/// Names go into logs and tables: short and printable.
+session::ErrorDetail check_name(const char* field, const std::string& name) {
+  if (name.empty() || name.size() > kNameBytesMax || !printable(name)) {
+    return field_error(EXPERTD_REASON_ARGUMENT_RANGE, field, std::to_string(name.size()) + " bytes",
+                       "must have 1 to 64 printable ASCII characters");
+  }
+  return {};
+}
+
+session::ErrorDetail check_enum(const char* field, int value, bool known) {
+  if (!known) {
+    return field_error(EXPERTD_REASON_ARGUMENT_RANGE, field, std::to_string(value), "is not given or not known");
+  }
+  return {};
+}
+
+void put_device(const session::DeviceSnapshot& device, v1::DeviceStatus* message) {
+  message->set_index(device.index);
+  message->set_kind(device.kind);
+  message->set_uuid(device.uuid);
+  message->set_name(device.name);
+  message->set_healthy(device.healthy);
+  message->set_mps_active(device.mps_active);
+  message->set_doorbell_form(device.doorbell_form);
+  message->set_context_bytes(device.context_bytes);
+  message->set_window_bytes(device.window_bytes);
+  message->set_quarantined_bytes(device.quarantined_bytes);
+  message->set_sessions(device.sessions);
+  message->set_armed_streams(device.armed_streams);
+  message->set_armed_streams_max(device.armed_streams_max);
+  message->set_peer_access_mask(device.peer_access_mask);
+  message->set_kernels(device.kernels);
+}
+
+void put_group(const session::GroupSnapshot& group, v1::GroupStatus* message) {
+  message->set_name(group.name);
+  message->set_id(group.id.value);
+  message->set_expert_parallel_size(group.config.expert_parallel_size);
+  message->set_num_experts(group.config.num_experts);
+  message->set_hidden(group.config.hidden);
+  message->set_top_k(group.config.top_k);
+  message->set_max_tokens(group.config.max_tokens);
+  message->set_mode(group_mode_name(group.config.mode));
+  message->set_epoch(group.epoch);
+  message->set_joined(group.joined);
+  message->set_lost(group.lost);
+  message->set_ops(group.ops);
+}
+
+void put_session(const session::SessionSnapshot& session, v1::SessionStatus* message) {
+  message->set_id(session.id.value);
+  message->set_name(session.name);
+  message->set_uid(session.uid);
+  message->set_pid(session.pid);
+  message->set_device(session.device);
+  message->set_age_ns(session.age_ns);
+  message->set_buffers(session.buffers);
+  message->set_buffer_bytes(session.buffer_bytes);
+  message->set_groups(session.groups);
+  message->set_ops_completed(session.ops_completed);
+  message->set_ops_rejected(session.ops_rejected);
+  message->set_slots_used(session.slots_used);
+  message->set_slots(session.slots);
+  message->set_bytes_moved(session.bytes_moved);
+  message->set_p50_ns(session.p50_ns);
+  message->set_p99_ns(session.p99_ns);
+  message->set_state(session.state);
+}
+
+}  // namespace
+
+Converted<OpenRequest> from_proto(const v1::OpenSessionRequest& message) {
+  Converted<OpenRequest> out;
+  out.error = check_name("client_id", message.client_id());
+  if (out.error.status.is_ok() &&
+      (message.traceparent().size() > kTraceparentBytesMax || !printable(message.traceparent()))) {
+    out.error =
+        field_error(EXPERTD_REASON_ARGUMENT_RANGE, "traceparent", std::to_string(message.traceparent().size()) + " bytes",
+                    "must have at most 128 printable ASCII characters");
+  }
+  out.value = OpenRequest{message.client_id(), message.traceparent()};
+  return out;
+}
+
+Converted<RegisterRequest> from_proto(const v1::RegisterBufferRequest& message) {
+  Converted<RegisterRequest> out;
+  out.value.offset = message.offset();
+  out.value.size = message.size();
+  out.value.allocation_size = message.allocation_size();
+  switch (message.source_case()) {
+    case v1::RegisterBufferRequest::kCudaIpcHandle:
+      if (message.cuda_ipc_handle().size() != kIpcHandleBytes) {
+        out.error = field_error(EXPERTD_REASON_ARGUMENT_RANGE, "cuda_ipc_handle",
+                                std::to_string(message.cuda_ipc_handle().size()) + " bytes", "must have 64 bytes");
+      }
+      out.value.ipc_handle = message.cuda_ipc_handle();
+      break;
+    case v1::RegisterBufferRequest::kFdToken:
+      if (message.fd_token() == 0) {
+        out.error = field_error(EXPERTD_REASON_NO_SUCH_TOKEN, "fd_token", "0", "tokens start at 1");
+      }
+      out.value.fd_token = message.fd_token();
+      break;
+    default:
+      out.error = field_error(EXPERTD_REASON_MISSING_ARGUMENT, "source", "", "give cuda_ipc_handle or fd_token");
+  }
+  return out;
+}
+
+Converted<session::GroupConfig> from_proto(const v1::GroupConfig& message) {
+  Converted<session::GroupConfig> out;
+  out.error = check_enum("mode", message.mode(),
+                         v1::GroupMode_IsValid(message.mode()) && message.mode() != v1::GROUP_MODE_UNSPECIFIED);
+  if (out.error.status.is_ok()) {
+    // Unspecified is left for the domain to default.
+    out.error = check_enum("on_rank_loss", message.on_rank_loss(), v1::OnRankLoss_IsValid(message.on_rank_loss()));
+  }
+  if (!out.error.status.is_ok()) {
+    return out;
+  }
+  out.value.expert_parallel_size = message.expert_parallel_size();
+  out.value.num_experts = message.num_experts();
+  out.value.hidden = message.hidden();
+  out.value.top_k = message.top_k();
+  out.value.max_tokens = message.max_tokens();
+  out.value.mode = static_cast<session::GroupMode>(message.mode());
+  out.value.on_rank_loss = static_cast<session::OnRankLoss>(message.on_rank_loss());
+  out.value.op_timeout_ns = message.op_timeout_ns();
+  out.value.first_op_timeout_ns = message.first_op_timeout_ns();
+  return out;
+}
+
+Converted<session::GroupConfig> from_proto(const v1::PlanGroupRequest& message) {
+  if (!message.has_config()) {
+    return {{}, field_error(EXPERTD_REASON_MISSING_ARGUMENT, "config", "", "must be given")};
+  }
+  return from_proto(message.config());
+}
+
+Converted<session::JoinRequest> from_proto(const v1::JoinGroupRequest& message) {
+  Converted<session::JoinRequest> out;
+  out.error = check_name("name", message.name());
+  if (!out.error.status.is_ok()) {
+    return out;
+  }
+  if (!message.has_config()) {
+    out.error = field_error(EXPERTD_REASON_MISSING_ARGUMENT, "config", "", "must be given");
+    return out;
+  }
+  Converted<session::GroupConfig> config = from_proto(message.config());
+  out.error = std::move(config.error);
+  out.value = session::JoinRequest{message.name(), message.rank(), config.value, message.join_timeout_ns()};
+  return out;
+}
+
+void to_proto(const session::BufferGrant& grant, v1::CreateWindowResponse* message) {
+  message->set_buffer_id(grant.buffer_id);
+  message->set_fd_token(grant.fd_token);
+  message->set_size(grant.size);
+}
+
+void to_proto(const session::JoinGrant& grant, v1::JoinGroupResponse* message) {
+  message->set_group_id(grant.group.value);
+  message->set_epoch(grant.epoch);
+  message->set_window_buffer_id(grant.window.buffer_id);
+  message->set_window_fd_token(grant.window.fd_token);
+  message->set_window_size(grant.window.size);
+  message->set_op_timeout_ns(grant.op_timeout_ns);
+  message->set_first_op_timeout_ns(grant.first_op_timeout_ns);
+}
+
+void to_proto(const session::MaskReply& reply, v1::GroupMaskResponse* message) {
+  message->set_epoch(reply.epoch);
+  message->set_lost(reply.lost);
+  message->set_excluded(reply.excluded);
+}
+
+void to_proto(const session::GroupPlan& plan, v1::PlanGroupResponse* message) {
+  message->set_window_bytes(plan.window_bytes);
+  message->set_table_bytes(plan.table_bytes);
+  message->set_handle_bytes(plan.handle_bytes);
+  message->set_worst_rows(plan.worst_rows);
+}
+
+void to_proto(const session::StatusSnapshot& snapshot, const ProcessFacts& process, v1::GetStatusResponse* message) {
+  message->set_version(snapshot.version);
+  message->set_state(snapshot.state);
+  message->set_abi_major(EXPERTD_ABI_MAJOR);
+  message->set_abi_minor(EXPERTD_ABI_MINOR);
+  message->set_generation(snapshot.generation);
+  message->set_uptime_ns(snapshot.uptime_ns);
+  message->set_pid(process.pid);
+  for (const session::DeviceSnapshot& device : snapshot.devices) {
+    put_device(device, message->add_devices());
+  }
+  for (const session::GroupSnapshot& group : snapshot.groups) {
+    put_group(group, message->add_groups());
+  }
+  message->set_sessions(snapshot.sessions);
+  message->set_sessions_max(snapshot.sessions_max);
+  message->set_metrics_address(snapshot.metrics_address);
+  message->set_cuda_build(snapshot.cuda_build);
+  message->set_cuda_driver(snapshot.cuda_driver);
+  message->set_resident_bytes(process.resident_bytes);
+}
+
+void to_proto(const std::vector<session::SessionSnapshot>& sessions, v1::ListSessionsResponse* message) {
+  for (const session::SessionSnapshot& session : sessions) {
+    put_session(session, message->add_sessions());
+  }
+}
+
+void to_proto(const std::vector<session::OpCounterSnapshot>& counters, uint64_t now_ns,
+              v1::GetCountersResponse* message) {
+  message->set_now_ns(now_ns);
+  for (const session::OpCounterSnapshot& counter : counters) {
+    v1::OpCounters* const op = message->add_ops();
+    op->set_op(counter.op);
+    op->set_device(counter.device);
+    op->set_ok(counter.ok);
+    op->set_failed(counter.failed);
+    op->set_tokens(counter.tokens);
+    op->set_local_bytes(counter.local_bytes);
+    op->set_remote_bytes(counter.remote_bytes);
+    op->set_duration_ns(counter.duration_ns);
+  }
+}
+
+std::string group_mode_name(session::GroupMode mode) {
+  switch (mode) {
+    case session::GroupMode::kNormal:
+      return "normal";
+    case session::GroupMode::kInference:
+      return "inference";
+    case session::GroupMode::kAuto:
+      return "auto";
+    case session::GroupMode::kUnspecified:
+      break;
+  }
+  return "unspecified";
+}
+
+}  // namespace expertd::control

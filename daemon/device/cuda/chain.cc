@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0
+// The chain of one part, all of it enqueued by launch() on the session's armed stream:
+//
+//   wait doorbell[slot] >= seq                          (unless the doorbell has rung)
+//   dispatch: route_count, route_scan, signal(routed), route_number      others: signal(routed)
+//   wait routed[s] >= n for every other active rank s   (own device's page)
+//   plan, dispatch_move or combine_pull, signal(moved)  (not for a barrier)
+//   wait moved[s] >= n for every other active rank s
+//   finish: tails, report, result word, completion word, `done`
+//
+// Order and visibility. (1) Inputs: a rank signals routed behind its doorbell, so a peer that saw the flag may read that
+// rank's inputs and write its outputs. (2) Rows and count rows: the storing kernels end with a system-scope fence in
+// every thread and the signal kernel, later in the stream, stores its flag with release at system scope; NVLink stores
+// are acknowledged by the peer's L2 before the fence passes, so the flag cannot overtake the data. (3) A stream wait is
+// no acquire by itself; it orders by starting later kernels only after the word was seen in the waiting GPU's own
+// memory, and a kernel starts with an invalid L1. Where the device can flush remote writes (stores that arrive over
+// PCIe without acknowledgement) the exchange waits ask for it. (4) All parts of one group on a device run on one
+// session's stream, so scratch and handles need no pages; count rows and flags, which peers write, have kExchangePages.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "daemon/device/cuda/cuda_device.h"
+#include "daemon/kernels/cuda/launch.h"
+#include "proto/abi/ring_v1.h"
+
+namespace expertd::device::cuda {
+namespace {
+
+using engine::LaunchSpec;
+using engine::Request;
+using engine::TensorView;
+using kernels::OpKind;
+using kernels::OpShape;
+using kernels::cuda::PartParams;
+using kernels::cuda::SignalStep;
+
+/// The tensors of one request as one device sees them. A tensor that was given but has no address there clears `ok`:
+/// its null base plus an offset would be a pointer that faults.
+struct TensorReader {
+  const Request& request;
+  base::DeviceIndex device;
+  bool ok = true;
+
+  template <typename T>
+  T* at(uint32_t tensor) {
+    const TensorView& view = request.tensors[tensor];
+    if (view.mapping == nullptr) {
+      return nullptr;
+    }
+    if (view.mapping->base[device.value] == nullptr) {
+      ok = false;
+      return nullptr;
+    }
+    return static_cast<T*>(view.on(device));
+  }
+
+  /// Bytes from the tensor's start to the end of its mapping.
+  uint64_t bytes_behind(uint32_t tensor) const {
+    const TensorView& view = request.tensors[tensor];
+    return view.mapping == nullptr || view.offset > view.mapping->bytes ? 0 : view.mapping->bytes - view.offset;
+  }
+};
+
+bool is_low_latency(const OpShape& shape) {
+  return shape.kind == OpKind::kLlDispatch || shape.kind == OpKind::kLlCombine;
+}
+
+bool is_dispatch(const OpShape& shape) {
+  return shape.kind == OpKind::kDispatch || shape.kind == OpKind::kLlDispatch;
+}
+
+uint32_t usable_rows(uint64_t rows) {
+  return static_cast<uint32_t>(std::min<uint64_t>(rows, std::numeric_limits<int32_t>::max()));
+}
+
+void fill_inputs(TensorReader* tensors, kernels::OpInputs* in) {
+  in->x = tensors->at<const void>(EXPERTD_IN_X);
+  in->topk_idx = tensors->at<const void>(EXPERTD_IN_TOPK_IDX);
+  in->topk_weights = tensors->at<const float>(EXPERTD_IN_TOPK_WEIGHTS);
+  in->side = tensors->at<const void>(EXPERTD_IN_SIDE);
+  in->bias0 = tensors->at<const void>(EXPERTD_IN_BIAS0);
+  in->bias1 = tensors->at<const void>(EXPERTD_IN_BIAS1);
+  in->token_rank_mask = tensors->at<const uint8_t>(EXPERTD_IN_TOKEN_RANK_MASK);
+}
+
+void fill_outputs(TensorReader* tensors, kernels::OpOutputs* out) {
+  out->x = tensors->at<void>(EXPERTD_OUT_X);
+  out->side = tensors->at<void>(EXPERTD_OUT_SIDE);
+  out->topk_idx = tensors->at<void>(EXPERTD_OUT_TOPK_IDX);
+  out->topk_weights = tensors->at<float>(EXPERTD_OUT_TOPK_WEIGHTS);
+  out->expert_counts = tensors->at<int32_t>(EXPERTD_OUT_EXPERT_COUNTS);
+  out->rank_prefix = tensors->at<int32_t>(EXPERTD_OUT_RANK_PREFIX);
+  out->src_info = tensors->at<int32_t>(EXPERTD_OUT_SRC_INFO);
+  out->layout_range = tensors->at<int64_t>(EXPERTD_OUT_LAYOUT_RANGE);
+  out->stats = tensors->at<int32_t>(EXPERTD_OUT_STATS);
+  out->wait_stats = tensors->at<int64_t>(EXPERTD_OUT_WAIT_STATS);
+  out->token_rank_mask = tensors->at<uint8_t>(EXPERTD_OUT_TOKEN_RANK_MASK);
+}
+
+/// What a peer lets this device touch, by the kind of the operation.
+void fill_view(const OpShape& shape, TensorReader* tensors, kernels::PeerView* view) {
+  if (shape.kind == OpKind::kCombine || shape.kind == OpKind::kLlCombine) {
+    view->in_x = tensors->at<const void>(EXPERTD_IN_X);
+    view->in_topk_weights =
+        shape.kind == OpKind::kCombine ? tensors->at<const float>(EXPERTD_IN_TOPK_WEIGHTS) : nullptr;
+    const uint64_t stated = is_low_latency(shape) ? uint64_t{shape.local_experts} * shape.slots_per_expert
+                                                  : tensors->request.shape.capacity_rows;
+    const uint64_t mapped = shape.hidden == 0 ? 0 : tensors->bytes_behind(EXPERTD_IN_X) / (2ull * shape.hidden);
+    view->in_rows = usable_rows(std::min(stated, mapped));
+  } else if (is_dispatch(shape)) {
+    view->out_x = tensors->at<void>(EXPERTD_OUT_X);
+    view->out_side = tensors->at<void>(EXPERTD_OUT_SIDE);
+    view->out_topk_idx = tensors->at<void>(EXPERTD_OUT_TOPK_IDX);
+    view->out_topk_weights = tensors->at<float>(EXPERTD_OUT_TOPK_WEIGHTS);
+    view->out_src_info = tensors->at<int32_t>(EXPERTD_OUT_SRC_INFO);
+    view->capacity_rows = usable_rows(tensors->request.shape.capacity_rows);
+  }
+}
+
+uint64_t* word_at(void* flag_page, uint64_t offset) {
+  return flag_page == nullptr ? nullptr : reinterpret_cast<uint64_t*>(static_cast<char*>(flag_page) + offset);
+}
+
+bool is_active(uint64_t mask, uint32_t rank) { return ((mask >> rank) & 1) != 0; }
+
+}  // namespace
+
+bool CudaDevice::fill_peers(const LaunchSpec& spec, const Part& part, PartParams* params) const {
+  for (uint32_t j = 0; j < spec.ranks; ++j) {
+    if (!is_active(spec.active_ranks, j)) {
+      continue;
+    }
+    const uint32_t device = spec.devices[j].value;
+    // Pairs with the release in start(): the peer's tables are complete.
+    const Registry::GroupTable* table =
+        device < base::kMaxDevices ? registry_->groups[device].load(std::memory_order_acquire) : nullptr;
+    const GroupEntry* group = table == nullptr ? nullptr : table->find(spec.group.value);
+    if (group == nullptr || spec.requests[j] == nullptr || group->shape.rank != j) {
+      return false;
+    }
+    TensorReader tensors{*spec.requests[j], gpu_.view.index};
+    fill_view(params->op.shape, &tensors, &params->peers.views[j]);
+    if (!tensors.ok) {
+      return false;
+    }
+    params->peers.views[j].counts = group->counts(spec.page);
+    params->peers.pages[j] = group->sync_page(spec.page);
+  }
+  params->op.counts = part.group->counts(spec.page);
+  return true;
+}
+
+bool CudaDevice::fill_params(const LaunchSpec& spec, const Part& part, PartParams* params) const {
+  OpShape& shape = params->op.shape;
+  shape = spec.own->shape;
+  shape.capacity_rows = usable_rows(shape.capacity_rows);
+  TensorReader tensors{*spec.own, gpu_.view.index};
+  fill_inputs(&tensors, &params->op.in);
+  fill_outputs(&tensors, &params->op.out);
+  params->multiprocessors = gpu_.multiprocessors;
+  params->words.part = part.id;
+  params->words.seq = part.words.seq;
+  params->words.state = part_state(part.id);
+  params->words.facts = device_facts(part.id);
+  params->words.completion = word_at(part.words.flag_page, EXPERTD_COMPLETION_WORD_OFFSET(part.words.slot));
+  params->words.result = word_at(part.words.flag_page, EXPERTD_RESULT_WORD_OFFSET(part.words.slot));
+  if (part.group == nullptr) {
+    return tensors.ok && shape.kind == OpKind::kLayout && kernels::cuda::validate(*params) == nullptr;
+  }
+  const engine::GroupShape& group = part.group->shape;
+  shape.ranks = group.ranks;
+  shape.rank = group.rank;
+  shape.experts = group.experts;
+  shape.local_experts = group.experts / group.ranks;
+  shape.hidden = group.hidden;
+  shape.max_tokens = group.max_tokens;
+  shape.slots_per_expert = group.ranks * group.max_tokens;
+  shape.active_ranks = spec.active_ranks;
+  params->table_top_k = group.top_k;
+  params->words.group_op = spec.group_op;
+  params->words.progress = part.group->device_progress;
+  params->scratch = part.group->scratch();
+  if (shape.kind != OpKind::kBarrier) {
+    if (spec.own->handle_index >= part.group->layout.handle_count) {
+      return false;
+    }
+    params->op.routing = part.group->routing(spec.own->handle_index);
+  }
+  return tensors.ok && fill_peers(spec, part, params) && kernels::cuda::validate(*params) == nullptr;
+}
+
+bool CudaDevice::enqueue_exchange_wait(const Part& part, bool moved) {
+  std::array<CUstreamBatchMemOpParams, base::kMaxGpuRanks> waits{};
+  uint32_t count = 0;
+  for (uint32_t s = 0; s < part.ranks; ++s) {
+    if (s == part.rank || !is_active(part.active_ranks, s)) {
+      continue;
+    }
+    CUstreamBatchMemOpParams& wait = waits[count++];
+    wait.waitValue.operation = CU_STREAM_MEM_OP_WAIT_VALUE_64;
+    wait.waitValue.address = reinterpret_cast<CUdeviceptr>(moved ? &part.page->moved[s] : &part.page->routed[s]);
+    wait.waitValue.value64 = part.group_op;
+    wait.waitValue.flags = CU_STREAM_WAIT_VALUE_GEQ;
+    if (gpu_.can_flush_remote_writes) {
+      wait.waitValue.flags |= CU_STREAM_WAIT_VALUE_FLUSH;
+    }
+  }
+  return count == 0 || driver_.cuStreamBatchMemOp(part.session->stream, count, waits.data(), 0) == CUDA_SUCCESS;
+}
+
+bool CudaDevice::enqueue_move(const Part& part, const PartParams& params) {
+  using namespace kernels::cuda;
+  CUstream stream = part.session->stream;
+  const OpShape& shape = params.op.shape;
+  if (is_dispatch(shape) && shape.cached == 0 && launch_route_number(params, stream) != cudaSuccess) {
+    return false;
+  }
+  if (!enqueue_exchange_wait(part, false)) {
+    return false;
+  }
+  if (shape.kind == OpKind::kBarrier) {
+    return true;
+  }
+  return launch_plan(params, stream) == cudaSuccess &&
+         (is_dispatch(shape) ? launch_dispatch_move(params, stream) : launch_combine_pull(params, stream)) ==
+             cudaSuccess &&
+         launch_signal(params, SignalStep::kMoved, stream) == cudaSuccess && enqueue_exchange_wait(part, true);
+}
+
+bool CudaDevice::enqueue_chain(const Part& part, const PartParams& params) {
+  using namespace kernels::cuda;
+  CUstream stream = part.session->stream;
+  if (part.waits_doorbell) {
+    const auto doorbell = reinterpret_cast<CUdeviceptr>(
+        word_at(part.words.flag_page, EXPERTD_DOORBELL_OFFSET(part.words.slot)));
+    if (driver_.cuStreamWaitValue64(stream, doorbell, part.words.seq, CU_STREAM_WAIT_VALUE_GEQ) != CUDA_SUCCESS) {
+      return false;
+    }
+  }
+  const OpShape& shape = params.op.shape;
+  if (shape.kind == OpKind::kLayout) {
+    return launch_layout_clear(params, stream) == cudaSuccess && launch_layout_count(params, stream) == cudaSuccess &&
+           launch_finish(params, stream) == cudaSuccess;
+  }
+  if (is_dispatch(shape) && shape.cached == 0 &&
+      (launch_route_count(params, stream) != cudaSuccess || launch_route_scan(params, stream) != cudaSuccess)) {
+    return false;
+  }
+  return launch_signal(params, SignalStep::kRouted, stream) == cudaSuccess && enqueue_move(part, params) &&
+         launch_finish(params, stream) == cudaSuccess;
+}
+
+}  // namespace expertd::device::cuda

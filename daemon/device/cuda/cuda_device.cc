@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: Apache-2.0
+// The control side of a GPU. The port is in cuda_port.cc, the chain of a part in chain.cc.
+#include "daemon/device/cuda/cuda_device.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <string>
+
+#include "daemon/kernels/cuda/launch.h"
+#include "proto/abi/ring_v1.h"
+
+namespace expertd::device::cuda {
+namespace {
+
+/// The window that create_window() hands out; it keeps the device's account of window bytes.
+class WindowMemory : public HeldMemory {
+ public:
+  WindowMemory(std::unique_ptr<VmmMemory> memory, std::atomic<uint64_t>* account)
+      : memory_(std::move(memory)), account_(account) {
+    mapping_ = memory_->mapping();
+    account_->fetch_add(mapping_.bytes, std::memory_order_relaxed);
+  }
+  ~WindowMemory() override { account_->fetch_sub(mapping_.bytes, std::memory_order_relaxed); }
+
+ private:
+  std::unique_ptr<VmmMemory> memory_;
+  std::atomic<uint64_t>* account_;
+};
+
+base::Status check_shape(const engine::GroupShape& shape) {
+  const auto refuse = [](const char* what, uint64_t value) {
+    return base::Status(EXPERTD_REASON_ARGUMENT_RANGE,
+                        std::string("a group on GPUs cannot have ") + std::to_string(value) + " " + what);
+  };
+  if (shape.ranks == 0 || shape.ranks > base::kMaxGpuRanks || shape.rank >= shape.ranks) {
+    return refuse("ranks on one node (at most 16)", shape.ranks);
+  }
+  if (shape.experts == 0 || shape.experts > base::kMaxExperts || shape.experts % shape.ranks != 0 ||
+      shape.experts / shape.ranks > base::kMaxLocalExperts) {
+    return refuse("experts", shape.experts);
+  }
+  if (shape.top_k == 0 || shape.top_k > base::kMaxTopK) {
+    return refuse("top-k lanes", shape.top_k);
+  }
+  if (shape.max_tokens == 0 || shape.max_tokens > base::kMaxTokens) {
+    return refuse("tokens per rank", shape.max_tokens);
+  }
+  if (shape.hidden == 0 || shape.hidden > base::kMaxHidden || shape.hidden % 128 != 0) {
+    return refuse("hidden channels", shape.hidden);
+  }
+  return base::Status::ok();
+}
+
+}  // namespace
+
+CudaDevice::CudaDevice(Setup setup)
+    : driver_(*setup.driver),
+      gpu_(std::move(setup.gpu)),
+      all_(std::move(setup.all)),
+      registry_(std::move(setup.registry)),
+      pool_(setup.pool_max_bytes) {}
+
+base::Result<std::unique_ptr<CudaDevice>> CudaDevice::create(Setup setup) {
+  std::unique_ptr<CudaDevice> device(new CudaDevice(std::move(setup)));
+  const base::Status started = device->start();
+  if (!started.is_ok()) {
+    return started.with_context("starting GPU " + device->gpu_.uuid);
+  }
+  return device;
+}
+
+base::Status CudaDevice::start() {
+  const ScopedContext context(driver_, gpu_.view.context);
+  int low = 0;
+  int high = 0;
+  EXPERTD_DRIVER_CALL(driver_, cuCtxGetStreamPriorityRange(&low, &high));
+  EXPERTD_DRIVER_CALL(driver_, cuStreamCreateWithPriority(&rescue_stream_, CU_STREAM_NON_BLOCKING, high));
+  EXPERTD_DRIVER_CALL(driver_, cuStreamCreateWithPriority(&control_stream_, CU_STREAM_NON_BLOCKING, low));
+  auto states = VmmMemory::create(reach(false), kMaxPartsInFlight * sizeof(kernels::cuda::PartState), &pool_);
+  if (!states.is_ok()) {
+    return states.status();
+  }
+  states_ = std::move(states).value();
+  EXPERTD_RETURN_IF_ERROR(zero(*states_));
+  auto facts = PinnedMemory::create(driver_, gpu_.view.context, kMaxPartsInFlight * sizeof(kernels::cuda::PartFacts));
+  if (!facts.is_ok()) {
+    return facts.status();
+  }
+  facts_ = std::move(facts).value();
+  auto progress =
+      PinnedMemory::create(driver_, gpu_.view.context, kMaxGroupsPerDevice * sizeof(kernels::cuda::Progress));
+  if (!progress.is_ok()) {
+    return progress.status();
+  }
+  progress_ = std::move(progress).value();
+  const cudaError_t launched = kernels::cuda::launch_all_null(control_stream_);
+  if (launched != cudaSuccess) {
+    return base::Status(EXPERTD_REASON_CUDA,
+                        std::string("the first launch of the kernels: ") + cudaGetErrorString(launched));
+  }
+  EXPERTD_DRIVER_CALL(driver_, cuStreamSynchronize(control_stream_));
+  registry_->groups[gpu_.view.index.value].store(&groups_, std::memory_order_release);  // acquired by fill_peers()
+  return base::Status::ok();
+}
+
+CudaDevice::~CudaDevice() {
+  registry_->groups[gpu_.view.index.value].store(nullptr, std::memory_order_release);
+  {
+    const ScopedContext context(driver_, gpu_.view.context);
+    for (auto& [id, session] : sessions_owned_) {
+      driver_.cuStreamDestroy(session->stream);
+    }
+    sessions_owned_.clear();
+    groups_owned_.clear();
+    for (const CUstream stream : {rescue_stream_, control_stream_}) {
+      if (stream != nullptr) {
+        driver_.cuStreamDestroy(stream);
+      }
+    }
+    states_.reset();
+    facts_.reset();
+    progress_.reset();
+  }
+  driver_.cuDevicePrimaryCtxRelease(gpu_.view.device);
+}
+
+Reach CudaDevice::reach(bool peers) const {
+  Reach reach;
+  reach.driver = &driver_;
+  reach.home = gpu_.view;
+  reach.gpus.push_back(gpu_.view);
+  for (const GpuFacts& other : all_) {
+    // `other` must be able to reach this GPU's memory.
+    if (peers && other.view.index != gpu_.view.index && ((other.peer_mask >> gpu_.view.index.value) & 1) != 0) {
+      reach.gpus.push_back(other.view);
+    }
+  }
+  return reach;
+}
+
+base::Status CudaDevice::zero(const VmmMemory& memory) {
+  EXPERTD_DRIVER_CALL(driver_, cuMemsetD8Async(memory.address(), 0, memory.allocated_bytes(), control_stream_));
+  EXPERTD_DRIVER_CALL(driver_, cuStreamSynchronize(control_stream_));
+  return base::Status::ok();
+}
+
+DeviceInfo CudaDevice::info() const {
+  DeviceInfo info;
+  info.is_cuda = true;
+  info.uuid = gpu_.uuid;
+  info.name = gpu_.name;
+  info.mps_active = gpu_.mps;
+  info.doorbell_form = "words";
+  info.kernels = "generic";
+  info.window_bytes = window_bytes_.load(std::memory_order_relaxed);
+  info.context_bytes = pool_.used() - std::min(pool_.used(), info.window_bytes);
+  info.armed_streams_max = kMaxArmedStreams;
+  info.peer_access_mask = gpu_.peer_mask;
+  info.healthy = healthy_.load(std::memory_order_relaxed);
+  const std::lock_guard<std::mutex> lock(control_mutex_);
+  info.armed_streams = static_cast<uint32_t>(sessions_owned_.size());
+  return info;
+}
+
+base::Result<Window> CudaDevice::create_window(uint64_t bytes) {
+  const std::lock_guard<std::mutex> lock(control_mutex_);
+  const ScopedContext context(driver_, gpu_.view.context);
+  auto memory = VmmMemory::create(reach(true), bytes, &pool_);
+  if (!memory.is_ok()) {
+    return memory.status();
+  }
+  EXPERTD_RETURN_IF_ERROR(zero(*memory.value()));
+  auto fd = memory.value()->export_fd();
+  if (!fd.is_ok()) {
+    return fd.status();
+  }
+  Window window;
+  window.bytes = memory.value()->allocated_bytes();
+  window.fd = std::move(fd).value();
+  window.memory = std::make_unique<WindowMemory>(std::move(memory).value(), &window_bytes_);
+  return window;
+}
+
+base::Result<std::unique_ptr<HeldMemory>> CudaDevice::import_fd(base::ScopedFd fd, uint64_t offset, uint64_t bytes,
+                                                                uint64_t allocation_bytes) {
+  const std::lock_guard<std::mutex> lock(control_mutex_);
+  const ScopedContext context(driver_, gpu_.view.context);
+  VmmMemory::Import import;
+  import.fd = std::move(fd);
+  import.offset = offset;
+  import.bytes = bytes;
+  import.allocation_bytes = allocation_bytes;
+  auto memory = VmmMemory::import(reach(true), import);
+  if (!memory.is_ok()) {
+    return memory.status();
+  }
+  return std::unique_ptr<HeldMemory>(std::move(memory).value());
+}
+
+base::Result<std::unique_ptr<HeldMemory>> CudaDevice::import_ipc(const void* handle, uint64_t offset, uint64_t bytes) {
+  const std::lock_guard<std::mutex> lock(control_mutex_);
+  IpcMemory::Range range;
+  range.offset = offset;
+  range.bytes = bytes;
+  auto memory = IpcMemory::open(reach(true), handle, range);
+  if (!memory.is_ok()) {
+    return memory.status();
+  }
+  return std::unique_ptr<HeldMemory>(std::move(memory).value());
+}
+
+base::Result<SessionGrant> CudaDevice::open_session(base::SessionId session) {
+  const std::lock_guard<std::mutex> lock(control_mutex_);
+  if (sessions_owned_.contains(session.value)) {
+    return base::Status(EXPERTD_REASON_BAD_STATE, "the session is open on this device already");
+  }
+  if (sessions_owned_.size() >= kMaxArmedStreams) {
+    return base::Status(EXPERTD_REASON_SESSION_LIMIT,
+                        "GPU " + gpu_.uuid + " serves " + std::to_string(kMaxArmedStreams) + " sessions already");
+  }
+  const ScopedContext context(driver_, gpu_.view.context);
+  auto entry = std::make_unique<SessionEntry>();
+  entry->id = session.value;
+  auto page = VmmMemory::create(reach(false), EXPERTD_FLAG_PAGE_BYTES, &pool_);
+  if (!page.is_ok()) {
+    return page.status().with_context("flag page");
+  }
+  entry->flag_page = std::move(page).value();
+  EXPERTD_RETURN_IF_ERROR(zero(*entry->flag_page));
+  auto fd = entry->flag_page->export_fd();
+  if (!fd.is_ok()) {
+    return fd.status();
+  }
+  int low = 0;
+  int high = 0;
+  EXPERTD_DRIVER_CALL(driver_, cuCtxGetStreamPriorityRange(&low, &high));
+  EXPERTD_DRIVER_CALL(driver_, cuStreamCreateWithPriority(&entry->stream, CU_STREAM_NON_BLOCKING, high));
+  SessionGrant grant;
+  grant.flag_page_fd = std::move(fd).value();
+  grant.flag_page_bytes = entry->flag_page->allocated_bytes();
+  sessions_.insert(session.value, entry.get());  // as many slots as sessions_owned_ may have entries
+  sessions_owned_[session.value] = std::move(entry);
+  return grant;
+}
+
+void CudaDevice::close_session(base::SessionId session) {
+  const std::lock_guard<std::mutex> lock(control_mutex_);
+  const auto found = sessions_owned_.find(session.value);
+  if (found == sessions_owned_.end()) {
+    return;
+  }
+  const ScopedContext context(driver_, gpu_.view.context);
+  sessions_.erase(session.value);
+  driver_.cuStreamDestroy(found->second->stream);
+  sessions_owned_.erase(found);
+}
+
+void* CudaDevice::session_flag_page(base::SessionId session) {
+  const SessionEntry* entry = sessions_.find(session.value);
+  return entry == nullptr ? nullptr : reinterpret_cast<void*>(entry->flag_page->address());
+}
+
+bool CudaDevice::take_progress(GroupEntry* entry) {
+  const auto free = std::find(progress_used_.begin(), progress_used_.end(), false);
+  if (free == progress_used_.end()) {
+    return false;
+  }
+  *free = true;
+  entry->progress_index = static_cast<uint32_t>(free - progress_used_.begin());
+  entry->host_progress = static_cast<kernels::cuda::Progress*>(progress_->host()) + entry->progress_index;
+  entry->device_progress = reinterpret_cast<kernels::cuda::Progress*>(progress_->device()) + entry->progress_index;
+  *entry->host_progress = {};
+  return true;
+}
+
+base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t handle_limit) {
+  EXPERTD_RETURN_IF_ERROR(check_shape(shape));
+  for (uint32_t r = 0; r < shape.ranks; ++r) {
+    const uint32_t other = shape.devices[r].value;
+    if (other >= base::kMaxDevices || ((gpu_.peer_mask >> other) & 1) == 0) {
+      return base::Status(EXPERTD_REASON_UNSUPPORTED, "devices " + std::to_string(gpu_.view.index.value) + " and " +
+                                                          std::to_string(other) +
+                                                          " have no peer access (or device.peer_access is off)");
+    }
+  }
+  const std::lock_guard<std::mutex> lock(control_mutex_);
+  if (groups_.find(shape.id.value) != nullptr) {
+    return base::Status(EXPERTD_REASON_DEVICE_TAKEN, "another rank of the group is on GPU " + gpu_.uuid);
+  }
+  const ScopedContext context(driver_, gpu_.view.context);
+  auto entry = std::make_unique<GroupEntry>();
+  entry->shape = shape;
+  entry->layout = group_layout(shape, handle_limit);
+  auto memory = VmmMemory::create(reach(true), entry->layout.total_bytes, &pool_);
+  if (!memory.is_ok()) {
+    return memory.status().with_context("tables of the group");
+  }
+  entry->memory = std::move(memory).value();
+  EXPERTD_RETURN_IF_ERROR(zero(*entry->memory));
+  if (!take_progress(entry.get())) {
+    return base::Status(EXPERTD_REASON_GROUP_LIMIT,
+                        "GPU " + gpu_.uuid + " has " + std::to_string(kMaxGroupsPerDevice) + " groups already");
+  }
+  groups_.insert(shape.id.value, entry.get());  // as many slots as there are progress words
+  groups_owned_[{shape.id.value, shape.rank}] = std::move(entry);
+  return base::Status::ok();
+}
+
+void CudaDevice::destroy_group(base::GroupId group, base::Rank rank) {
+  const std::lock_guard<std::mutex> lock(control_mutex_);
+  const auto found = groups_owned_.find({group.value, rank.value});
+  if (found == groups_owned_.end()) {
+    return;
+  }
+  const ScopedContext context(driver_, gpu_.view.context);
+  groups_.erase(group.value);
+  progress_used_[found->second->progress_index] = false;
+  groups_owned_.erase(found);
+}
+
+uint32_t CudaDevice::handle_capacity(base::GroupId group, base::Rank rank) const {
+  const GroupEntry* entry = groups_.find(group.value);
+  return entry != nullptr && entry->shape.rank == rank.value ? entry->layout.handle_count : 0;
+}
+
+}  // namespace expertd::device::cuda

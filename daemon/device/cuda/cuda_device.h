@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+// One GPU: its memory and tables for control threads (Device), its parts for the loop thread (DevicePort). Control calls
+// serialise on a mutex that the loop thread never takes; what both sides share are the lookup tables and atomics. Owned
+// by main. The port never blocks and calls nothing of CUDA that can synchronise; no kernel of it waits.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "daemon/device/cuda/memory.h"
+#include "daemon/device/cuda/tables.h"
+#include "daemon/device/device.h"
+#include "daemon/engine/ports.h"
+
+namespace expertd::device::cuda {
+
+/// One GPU as it was found, before a device is made of it.
+struct GpuFacts {
+  GpuView view;
+  std::string uuid;
+  std::string name;
+  uint32_t multiprocessors = 0;
+  bool mps = false;
+  bool can_flush_remote_writes = false;
+  uint64_t peer_mask = 0;  // device indices that this GPU may access, itself included
+};
+
+class CudaDevice : public Device, public engine::DevicePort {
+ public:
+  struct Setup {
+    const Driver* driver = nullptr;
+    GpuFacts gpu;
+    std::vector<GpuFacts> all;  // every device of the process, this one included
+    std::shared_ptr<Registry> registry;
+    uint64_t pool_max_bytes = 0;
+  };
+  /// Streams, part words and one null launch of every kernel. The primary context is retained by the caller and is
+  /// released by the device's destructor from then on.
+  static base::Result<std::unique_ptr<CudaDevice>> create(Setup setup);
+  ~CudaDevice() override;
+  CudaDevice(const CudaDevice&) = delete;
+  CudaDevice& operator=(const CudaDevice&) = delete;
+
+  base::DeviceIndex index() const override { return gpu_.view.index; }
+  DeviceInfo info() const override;
+  engine::DevicePort& port() override { return *this; }
+  base::Result<Window> create_window(uint64_t bytes) override;
+  base::Result<std::unique_ptr<HeldMemory>> import_fd(base::ScopedFd fd, uint64_t offset, uint64_t bytes,
+                                                      uint64_t allocation_bytes) override;
+  base::Result<std::unique_ptr<HeldMemory>> import_ipc(const void* handle, uint64_t offset, uint64_t bytes) override;
+  base::Result<SessionGrant> open_session(base::SessionId session) override;
+  void close_session(base::SessionId session) override;
+  void* session_flag_page(base::SessionId session) override;
+  base::Status create_group(const engine::GroupShape& shape, uint32_t handle_limit) override;
+  void destroy_group(base::GroupId group, base::Rank rank) override;
+  /// Handles that the rank's tables hold: at most what create_group() asked for, fewer for large groups; 0 if unknown.
+  uint32_t handle_capacity(base::GroupId group, base::Rank rank) const;
+
+  bool launch(const engine::LaunchSpec& spec, const engine::SlotWords& words, engine::PartId* part) override;
+  bool poll(engine::PartId part, engine::Outcome* outcome) override;
+  void abort(engine::PartId part, uint32_t reason) override;
+  uint32_t missing(engine::PartId part, uint64_t* ranks) override;
+  bool busy() const override { return parts_in_flight_ != 0; }
+  void release_words(const engine::SlotWords& words, uint32_t reason) override;
+
+ private:
+  /// A part between launch() and the poll() that reports it. Loop thread only.
+  struct Part {
+    engine::PartId id = 0;        // 0: free
+    uint32_t end_reason = 0;      // of abort(), or why launch failed; 0: the report's
+    bool chain_broken = false;    // not everything was enqueued: `done` may never come
+    bool rescue_sent = false;
+    bool restore_sent = false;
+    bool waits_doorbell = false;
+    uint32_t entries = 0;         // counted against its stream
+    uint64_t launch_ns = 0;
+    uint64_t group_op = 0;
+    uint32_t rank = 0;
+    uint64_t active_ranks = 0;
+    SessionEntry* session = nullptr;
+    GroupEntry* group = nullptr;  // null for local operations
+    kernels::cuda::SyncPage* page = nullptr;
+    engine::SlotWords words;
+    std::array<base::DeviceIndex, base::kMaxGpuRanks> devices{};
+    uint32_t ranks = 0;
+  };
+  /// Stream memory operations collected for one submission.
+  class WordBatch;
+
+  explicit CudaDevice(Setup setup);
+  base::Status start();
+  Reach reach(bool peers) const;
+  base::Status zero(const VmmMemory& memory);
+  bool take_progress(GroupEntry* entry);
+
+  Part* free_part();
+  bool fill_params(const engine::LaunchSpec& spec, const Part& part, kernels::cuda::PartParams* params) const;
+  bool fill_peers(const engine::LaunchSpec& spec, const Part& part, kernels::cuda::PartParams* params) const;
+  bool enqueue_chain(const Part& part, const kernels::cuda::PartParams& params);
+  bool enqueue_exchange_wait(const Part& part, bool moved);
+  bool enqueue_move(const Part& part, const kernels::cuda::PartParams& params);
+  void fail_launch(Part* part, uint32_t reason);
+  void send_rescue(Part* part);
+  void send_restore(Part* part);
+  bool chain_drained(const Part& part);
+  void end_part(Part* part, engine::Outcome* outcome);
+  void check_health();
+  kernels::cuda::PartFacts* host_facts(engine::PartId part) const;
+  kernels::cuda::PartFacts* device_facts(engine::PartId part) const;
+  kernels::cuda::PartState* part_state(engine::PartId part) const;
+
+  const Driver& driver_;
+  GpuFacts gpu_;
+  std::vector<GpuFacts> all_;
+  std::shared_ptr<Registry> registry_;
+  Pool pool_;
+  std::atomic<bool> healthy_{true};
+  std::atomic<uint64_t> window_bytes_{0};
+
+  mutable std::mutex control_mutex_;  // control threads only
+  std::map<uint64_t, std::unique_ptr<SessionEntry>> sessions_owned_;
+  std::map<std::pair<uint64_t, uint32_t>, std::unique_ptr<GroupEntry>> groups_owned_;
+  CUstream control_stream_ = nullptr;
+  std::unique_ptr<PinnedMemory> progress_;  // one Progress per group: freeing pinned memory would synchronise
+  std::array<bool, kMaxGroupsPerDevice> progress_used_{};
+
+  LookupTable<SessionEntry, kMaxArmedStreams> sessions_;
+  Registry::GroupTable groups_;
+
+  // Loop thread.
+  CUstream rescue_stream_ = nullptr;  // nothing on it ever waits
+  std::unique_ptr<VmmMemory> states_;
+  std::unique_ptr<PinnedMemory> facts_;
+  std::array<Part, kMaxPartsInFlight> parts_{};
+  uint32_t parts_in_flight_ = 0;
+  uint64_t next_part_ = 1;
+  uint64_t health_checked_ns_ = 0;
+};
+
+}  // namespace expertd::device::cuda

@@ -1,0 +1,317 @@
+// SPDX-License-Identifier: Apache-2.0
+// The loop thread's side of a GPU: takes parts, watches their `done` words, ends them early.
+//
+// Ending early. abort() sends, over the rescue stream, the part's number into its abort word and then the abort value
+// into the doorbell and exchange words that the chain waits for; what is left of the chain runs as no-ops and finish
+// settles the verdict. A finish that had decided before the abort word came stays a normal end. After both the chain
+// drained and the rescue was seen (so that no late copy can follow), the same stream puts the words back: doorbell = seq,
+// exchange words = n, and for an aborted part the result and completion word; only then poll() reports the part, so a
+// page or slot is never used again while a write to it is under way. A slot's doorbell is not rung again before its ring
+// completion was written, which the ring protocol gives.
+#include <algorithm>
+#include <atomic>
+
+#include "daemon/base/clock.h"
+#include "daemon/device/cuda/cuda_device.h"
+#include "proto/abi/ring_v1.h"
+
+namespace expertd::device::cuda {
+namespace {
+
+constexpr uint64_t kHealthIntervalNs = 10'000'000;
+
+/// Words of pinned memory that kernels and streams write. Acquire: pairs with the kernels' and the stream's release, so
+/// that the facts behind the word are there.
+uint64_t load_word(const uint64_t& word) {
+  return std::atomic_ref<uint64_t>(const_cast<uint64_t&>(word)).load(std::memory_order_acquire);
+}
+
+uint64_t* word_at(void* flag_page, uint64_t offset) {
+  return reinterpret_cast<uint64_t*>(static_cast<char*>(flag_page) + offset);
+}
+
+}  // namespace
+
+class CudaDevice::WordBatch {
+ public:
+  void write(const void* address, uint64_t value) {
+    CUstreamBatchMemOpParams& write = writes_[count_++];
+    write.writeValue.operation = CU_STREAM_MEM_OP_WRITE_VALUE_64;
+    write.writeValue.address = reinterpret_cast<CUdeviceptr>(address);
+    write.writeValue.value64 = value;
+    write.writeValue.flags = CU_STREAM_WRITE_VALUE_DEFAULT;  // each write is ordered behind the one before
+  }
+  bool send(const Driver& driver, CUstream stream) {
+    return driver.cuStreamBatchMemOp(stream, count_, writes_.data(), 0) == CUDA_SUCCESS;
+  }
+
+ private:
+  // Abort word, doorbell, two exchange words per rank, result, completion and the host's word.
+  std::array<CUstreamBatchMemOpParams, 2 * base::kMaxGpuRanks + 8> writes_{};
+  uint32_t count_ = 0;
+};
+
+kernels::cuda::PartFacts* CudaDevice::host_facts(engine::PartId part) const {
+  return static_cast<kernels::cuda::PartFacts*>(facts_->host()) + part % kMaxPartsInFlight;
+}
+
+kernels::cuda::PartFacts* CudaDevice::device_facts(engine::PartId part) const {
+  return reinterpret_cast<kernels::cuda::PartFacts*>(facts_->device()) + part % kMaxPartsInFlight;
+}
+
+kernels::cuda::PartState* CudaDevice::part_state(engine::PartId part) const {
+  return reinterpret_cast<kernels::cuda::PartState*>(states_->address()) + part % kMaxPartsInFlight;
+}
+
+CudaDevice::Part* CudaDevice::free_part() {
+  for (uint32_t i = 0; i < kMaxPartsInFlight; ++i) {
+    if (parts_[i].id == 0) {
+      parts_[i] = Part{};
+      parts_[i].id = next_part_++ * kMaxPartsInFlight + i;
+      return &parts_[i];
+    }
+  }
+  return nullptr;
+}
+
+bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords& words, engine::PartId* part) {
+  SessionEntry* session = sessions_.find(spec.own->session.value);
+  if (session != nullptr && session->queued_entries + kEntriesPerPart > kMaxStreamEntries) {
+    return false;
+  }
+  Part* slot = parts_in_flight_ < kMaxPartsInFlight ? free_part() : nullptr;
+  if (slot == nullptr) {
+    return false;
+  }
+  ++parts_in_flight_;
+  *part = slot->id;
+  *host_facts(slot->id) = {};
+  slot->launch_ns = base::now_ns();
+  slot->words = words;
+  slot->session = session;
+  slot->group = spec.group.value == 0 ? nullptr : groups_.find(spec.group.value);
+  slot->waits_doorbell = words.flag_page != nullptr && !spec.own->doorbell_rung;
+  slot->group_op = spec.group_op;
+  slot->ranks = slot->group == nullptr ? 0 : spec.ranks;
+  slot->rank = spec.rank;
+  slot->active_ranks = spec.active_ranks;
+  if (session == nullptr || words.slot >= EXPERTD_RING_SLOTS_MAX ||
+      (spec.group.value != 0 && (slot->group == nullptr || slot->group->shape.rank != spec.rank ||
+                                 slot->group->shape.ranks != spec.ranks || spec.page >= engine::kExchangePages))) {
+    fail_launch(slot, EXPERTD_REASON_INTERNAL);
+    return true;
+  }
+  if (slot->group != nullptr) {
+    std::copy_n(spec.devices.begin(), spec.ranks, slot->devices.begin());
+    slot->page = slot->group->sync_page(spec.page);
+  }
+  kernels::cuda::PartParams params{};
+  if (!fill_params(spec, *slot, &params)) {
+    fail_launch(slot, EXPERTD_REASON_UNSUPPORTED);
+    return true;
+  }
+  const ScopedContext context(driver_, gpu_.view.context);
+  slot->entries = kEntriesPerPart;
+  session->queued_entries += slot->entries;
+  if (!enqueue_chain(*slot, params)) {
+    slot->chain_broken = true;
+    fail_launch(slot, EXPERTD_REASON_CUDA);
+  }
+  return true;
+}
+
+/// The part ends without its chain, or with a piece of it: release what may wait and report `reason`.
+void CudaDevice::fail_launch(Part* part, uint32_t reason) {
+  part->end_reason = reason;
+  if (part->chain_broken) {
+    send_rescue(part);
+    return;
+  }
+  part->waits_doorbell = false;  // nothing was enqueued: only the caller's words are to be written
+  part->page = nullptr;
+  part->rescue_sent = true;
+  host_facts(part->id)->rescued = part->id;
+  host_facts(part->id)->done = part->id;
+  host_facts(part->id)->verdict = kernels::cuda::kVerdictAborted;
+}
+
+void CudaDevice::send_rescue(Part* part) {
+  WordBatch batch;
+  batch.write(&part_state(part->id)->aborted_part, part->id);
+  if (part->waits_doorbell) {
+    batch.write(word_at(part->words.flag_page, EXPERTD_DOORBELL_OFFSET(part->words.slot)), EXPERTD_ABORT_WORD);
+  }
+  for (uint32_t s = 0; part->page != nullptr && s < part->ranks; ++s) {
+    if (s != part->rank && ((part->active_ranks >> s) & 1) != 0) {
+      batch.write(&part->page->routed[s], EXPERTD_ABORT_WORD);
+      batch.write(&part->page->moved[s], EXPERTD_ABORT_WORD);
+    }
+  }
+  batch.write(&device_facts(part->id)->rescued, part->id);
+  const ScopedContext context(driver_, gpu_.view.context);
+  part->rescue_sent = batch.send(driver_, rescue_stream_);
+}
+
+/// Puts the words as a normal end leaves them and, for an aborted part, lets the caller's stream go.
+void CudaDevice::send_restore(Part* part) {
+  WordBatch batch;
+  if (part->waits_doorbell) {
+    batch.write(word_at(part->words.flag_page, EXPERTD_DOORBELL_OFFSET(part->words.slot)), part->words.seq);
+  }
+  for (uint32_t s = 0; part->page != nullptr && s < part->ranks; ++s) {
+    if (s != part->rank && ((part->active_ranks >> s) & 1) != 0) {
+      batch.write(&part->page->routed[s], part->group_op);
+      batch.write(&part->page->moved[s], part->group_op);
+    }
+  }
+  const bool finished = host_facts(part->id)->verdict == kernels::cuda::kVerdictGo;
+  if (!finished && part->words.flag_page != nullptr && part->words.slot < EXPERTD_RING_SLOTS_MAX) {
+    batch.write(word_at(part->words.flag_page, EXPERTD_RESULT_WORD_OFFSET(part->words.slot)), part->end_reason);
+    batch.write(word_at(part->words.flag_page, EXPERTD_COMPLETION_WORD_OFFSET(part->words.slot)), part->words.seq);
+  }
+  batch.write(&device_facts(part->id)->restored, part->id);
+  const ScopedContext context(driver_, gpu_.view.context);
+  part->restore_sent = batch.send(driver_, rescue_stream_);
+}
+
+bool CudaDevice::chain_drained(const Part& part) {
+  if (load_word(host_facts(part.id)->done) == part.id) {
+    return true;
+  }
+  if (!part.chain_broken) {
+    return false;
+  }
+  const ScopedContext context(driver_, gpu_.view.context);
+  return driver_.cuStreamQuery(part.session->stream) != CUDA_ERROR_NOT_READY;
+}
+
+bool CudaDevice::poll(engine::PartId id, engine::Outcome* outcome) {
+  Part& part = parts_[id % kMaxPartsInFlight];
+  if (part.id != id || id == 0) {
+    *outcome = {};
+    outcome->report.reason = EXPERTD_REASON_INTERNAL;
+    return true;
+  }
+  check_health();
+  const bool lost = !healthy_.load(std::memory_order_relaxed);
+  if (lost) {
+    part.end_reason = EXPERTD_REASON_GPU_LOST;
+    end_part(&part, outcome);
+    return true;
+  }
+  if (!chain_drained(part)) {
+    if (part.end_reason != 0 && !part.rescue_sent) {
+      send_rescue(&part);
+    }
+    return false;
+  }
+  if (part.end_reason == 0) {
+    end_part(&part, outcome);
+    return true;
+  }
+  const kernels::cuda::PartFacts* facts = host_facts(id);
+  if (!part.rescue_sent) {
+    send_rescue(&part);
+    return false;
+  }
+  if (load_word(facts->rescued) != id) {
+    return false;
+  }
+  if (!part.restore_sent) {
+    send_restore(&part);
+    return false;
+  }
+  if (load_word(facts->restored) != id) {
+    return false;
+  }
+  end_part(&part, outcome);
+  return true;
+}
+
+void CudaDevice::end_part(Part* part, engine::Outcome* outcome) {
+  const kernels::cuda::PartFacts& facts = *host_facts(part->id);
+  *outcome = {};
+  outcome->launch_ns = part->launch_ns;
+  outcome->end_ns = base::now_ns();
+  // The GPU's timer is another clock: the part's length is taken from it, its end is when the host saw it.
+  if (facts.start_ns != 0 && facts.end_ns >= facts.start_ns) {
+    outcome->start_ns = std::max(part->launch_ns, outcome->end_ns - (facts.end_ns - facts.start_ns));
+  }
+  const bool finished = load_word(facts.done) == part->id && facts.verdict == kernels::cuda::kVerdictGo;
+  if (finished) {
+    outcome->report = facts.report;
+  } else {
+    outcome->report.reason = part->end_reason;
+  }
+  if (part->session != nullptr) {
+    part->session->queued_entries -= part->entries;
+  }
+  part->id = 0;
+  --parts_in_flight_;
+}
+
+void CudaDevice::abort(engine::PartId id, uint32_t reason) {
+  Part& part = parts_[id % kMaxPartsInFlight];
+  if (part.id != id || id == 0 || part.end_reason != 0 || load_word(host_facts(id)->done) == id) {
+    return;
+  }
+  part.end_reason = reason == 0 ? static_cast<uint32_t>(EXPERTD_REASON_INTERNAL) : reason;
+  send_rescue(&part);
+}
+
+uint32_t CudaDevice::missing(engine::PartId id, uint64_t* ranks) {
+  *ranks = 0;
+  const Part& part = parts_[id % kMaxPartsInFlight];
+  if (part.id != id || id == 0) {
+    return EXPERTD_MISSING_NONE;
+  }
+  if (load_word(host_facts(id)->start_ns) == 0) {
+    *ranks = uint64_t{1} << part.rank;
+    return EXPERTD_MISSING_DOORBELL;
+  }
+  uint64_t unrouted = 0;
+  uint64_t unmoved = 0;
+  for (uint32_t s = 0; s < part.ranks; ++s) {
+    if (((part.active_ranks >> s) & 1) == 0) {
+      continue;
+    }
+    const Registry::GroupTable* table = registry_->groups[part.devices[s].value].load(std::memory_order_acquire);
+    const GroupEntry* group = table == nullptr ? nullptr : table->find(part.group->shape.id.value);
+    const bool routed = group != nullptr && load_word(group->host_progress->routed) >= part.group_op;
+    const bool moved = group != nullptr && load_word(group->host_progress->moved) >= part.group_op;
+    unrouted |= routed ? 0 : uint64_t{1} << s;
+    unmoved |= moved ? 0 : uint64_t{1} << s;
+  }
+  *ranks = unrouted != 0 ? unrouted : unmoved;
+  if (*ranks == 0) {
+    return EXPERTD_MISSING_NONE;
+  }
+  return unrouted != 0 ? EXPERTD_MISSING_COUNTS : EXPERTD_MISSING_ROWS;
+}
+
+void CudaDevice::release_words(const engine::SlotWords& words, uint32_t reason) {
+  if (words.flag_page == nullptr || words.slot >= EXPERTD_RING_SLOTS_MAX) {
+    return;
+  }
+  WordBatch batch;
+  batch.write(word_at(words.flag_page, EXPERTD_RESULT_WORD_OFFSET(words.slot)), reason);
+  batch.write(word_at(words.flag_page, EXPERTD_COMPLETION_WORD_OFFSET(words.slot)), words.seq);
+  const ScopedContext context(driver_, gpu_.view.context);
+  batch.send(driver_, rescue_stream_);
+}
+
+/// A lost context shows as an error of any query. At most once per interval; the rescue stream never holds work back.
+void CudaDevice::check_health() {
+  const uint64_t now = base::now_ns();
+  if (now - health_checked_ns_ < kHealthIntervalNs) {
+    return;
+  }
+  health_checked_ns_ = now;
+  const ScopedContext context(driver_, gpu_.view.context);
+  const CUresult state = driver_.cuStreamQuery(rescue_stream_);
+  if (!context.ok() || (state != CUDA_SUCCESS && state != CUDA_ERROR_NOT_READY)) {
+    healthy_.store(false, std::memory_order_relaxed);
+  }
+}
+
+}  // namespace expertd::device::cuda

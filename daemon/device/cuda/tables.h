@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a CUDA device keeps per session and per rank of a group, and how its loop thread and the loops of its peers find
+// it without a lock. Written by control threads under the device's mutex; read by loop threads. An entry is removed only
+// after the last part that uses it ended, which is the caller's promise (device.h).
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+#include "daemon/base/limits.h"
+#include "daemon/device/cuda/memory.h"
+#include "daemon/engine/ports.h"
+#include "daemon/kernels/cuda/part_params.h"
+
+namespace expertd::device::cuda {
+
+inline constexpr uint32_t kMaxArmedStreams = 24;      // of 32 connections; measured: 32 streams progress independently
+inline constexpr uint32_t kMaxStreamEntries = 256;    // measured: 256 behind a wait are fine, 1024 hang the thread
+inline constexpr uint32_t kEntriesPerPart = 12;       // the longest chain: doorbell, 7 kernels, 2 waits, slack
+inline constexpr uint32_t kMaxPartsInFlight = 64;
+inline constexpr uint32_t kMaxGroupsPerDevice = 256;
+inline constexpr uint64_t kMaxHandleTableBytes = 256ull << 20;  // per rank of a group
+
+/// Fixed table from a 64-bit key to an object. find() from any thread, insert() and erase() by one thread at a time.
+template <typename T, uint32_t kSize>
+class LookupTable {
+ public:
+  T* find(uint64_t key) const {
+    for (const Slot& slot : slots_) {
+      // Pairs with the release in insert(): whoever sees the key sees the value.
+      if (slot.key.load(std::memory_order_acquire) == key + 1) {
+        return slot.value;
+      }
+    }
+    return nullptr;
+  }
+  /// False when the table is full.
+  bool insert(uint64_t key, T* value) {
+    for (Slot& slot : slots_) {
+      if (slot.key.load(std::memory_order_relaxed) == 0) {
+        slot.value = value;
+        slot.key.store(key + 1, std::memory_order_release);  // pairs with the acquire in find()
+        return true;
+      }
+    }
+    return false;
+  }
+  void erase(uint64_t key) {
+    for (Slot& slot : slots_) {
+      if (slot.key.load(std::memory_order_relaxed) == key + 1) {
+        slot.key.store(0, std::memory_order_release);
+      }
+    }
+  }
+
+ private:
+  struct Slot {
+    std::atomic<uint64_t> key{0};  // key + 1; 0 is free
+    T* value = nullptr;
+  };
+  std::array<Slot, kSize> slots_{};
+};
+
+struct SessionEntry {
+  uint64_t id = 0;
+  std::unique_ptr<VmmMemory> flag_page;
+  CUstream stream = nullptr;
+  uint32_t queued_entries = 0;  // loop thread only
+};
+
+/// Offsets inside one rank's table memory; one function yields all of them.
+struct GroupLayout {
+  uint64_t sync_pages = 0;
+  uint64_t counts = 0;
+  uint64_t counts_page_bytes = 0;
+  uint64_t plan = 0;
+  uint64_t chunk_counts = 0;
+  uint64_t chunk_errors = 0;
+  uint64_t handles = 0;
+  uint64_t handle_bytes = 0;
+  uint32_t handle_count = 0;
+  uint64_t total_bytes = 0;
+};
+GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit);
+
+struct GroupEntry {
+  engine::GroupShape shape;
+  GroupLayout layout;
+  std::unique_ptr<VmmMemory> memory;
+  uint32_t progress_index = 0;  // of the device's pinned progress words
+  kernels::cuda::Progress* host_progress = nullptr;
+  kernels::cuda::Progress* device_progress = nullptr;
+
+  kernels::cuda::SyncPage* sync_page(uint32_t page) const {
+    return reinterpret_cast<kernels::cuda::SyncPage*>(memory->address() + layout.sync_pages) + page;
+  }
+  int32_t* counts(uint32_t page) const {
+    return reinterpret_cast<int32_t*>(memory->address() + layout.counts + page * layout.counts_page_bytes);
+  }
+  /// The handle's tables; `handle` < layout.handle_count.
+  kernels::Routing routing(uint32_t handle) const;
+  kernels::cuda::PartScratch scratch() const;
+};
+
+/// The tables of all CUDA devices of the process by device index: how a device finds its peers' pages.
+struct Registry {
+  using GroupTable = LookupTable<GroupEntry, kMaxGroupsPerDevice>;
+  std::array<std::atomic<const GroupTable*>, base::kMaxDevices> groups{};
+};
+
+}  // namespace expertd::device::cuda

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// Device: the control side of one device (host or CUDA) beside its DevicePort. Calls come from control threads, may
+// block and may synchronise; the loop thread never calls them. Owned by main. Implementations serialise inside.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "daemon/base/fd.h"
+#include "daemon/base/ids.h"
+#include "daemon/base/status.h"
+#include "daemon/engine/ports.h"
+
+namespace expertd::device {
+
+/// Memory that the daemon holds for a session: a window it allocated or a buffer it opened. The destructor unmaps in
+/// every device's context; it may block and runs only after the engines reported the last operation that could touch it.
+class HeldMemory {
+ public:
+  virtual ~HeldMemory() = default;
+  const engine::Mapping& mapping() const { return mapping_; }
+
+ protected:
+  engine::Mapping mapping_;
+};
+
+struct Window {
+  std::unique_ptr<HeldMemory> memory;
+  base::ScopedFd fd;   // what the client maps: a sealed memfd, or a VMM allocation
+  uint64_t bytes = 0;  // after rounding
+};
+
+struct SessionGrant {
+  base::ScopedFd flag_page_fd;  // CUDA only
+  uint64_t flag_page_bytes = 0;
+};
+
+struct DeviceInfo {
+  bool is_cuda = false;
+  std::string uuid;  // "host:N" or "GPU-...": what clients name
+  std::string name;
+  bool mps_active = false;
+  std::string doorbell_form;  // "host" or "words"
+  std::string kernels;        // "auto" or "generic"
+  uint64_t context_bytes = 0;
+  uint64_t window_bytes = 0;
+  uint32_t armed_streams = 0;
+  uint32_t armed_streams_max = 0;
+  uint64_t peer_access_mask = 0;
+  bool healthy = true;
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+  virtual base::DeviceIndex index() const = 0;
+  virtual DeviceInfo info() const = 0;
+  virtual engine::DevicePort& port() = 0;
+
+  virtual base::Result<Window> create_window(uint64_t bytes) = 0;
+  /// A descriptor of the client: sealed memfd (host) or VMM allocation of allocation_bytes (CUDA).
+  virtual base::Result<std::unique_ptr<HeldMemory>> import_fd(base::ScopedFd fd, uint64_t offset, uint64_t bytes,
+                                                              uint64_t allocation_bytes) = 0;
+  /// A legacy CUDA IPC handle (64 bytes). Equal pids were refused before.
+  virtual base::Result<std::unique_ptr<HeldMemory>> import_ipc(const void* handle, uint64_t offset, uint64_t bytes) = 0;
+
+  /// What a session needs on this device (CUDA: flag page and an armed stream); closed after its last part ended.
+  virtual base::Result<SessionGrant> open_session(base::SessionId session) = 0;
+  virtual void close_session(base::SessionId session) = 0;
+  /// The session's flag page as launch() wants it in SlotWords; null on host devices.
+  virtual void* session_flag_page(base::SessionId session) = 0;
+
+  /// Tables of one rank of a group: count matrices of kExchangePages pages, handles. Called for every local rank on its
+  /// own device before the group's first launch. destroy_group after the last part of the group ended.
+  virtual base::Status create_group(const engine::GroupShape& shape, uint32_t handle_limit) = 0;
+  virtual void destroy_group(base::GroupId group, base::Rank rank) = 0;
+};
+
+}  // namespace expertd::device

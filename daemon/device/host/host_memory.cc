@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "daemon/device/host/host_memory.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <atomic>
+
+namespace expertd::device {
+
+namespace {
+
+constexpr uint64_t kPageBytes = 4096;
+std::atomic<uint64_t> bytes_mapped{0};
+
+class HostMemory final : public HeldMemory {
+ public:
+  HostMemory(void* base, uint64_t mapped_bytes, uint64_t skip, uint64_t bytes, base::DeviceIndex home)
+      : base_(base), mapped_bytes_(mapped_bytes) {
+    mapping_.bytes = bytes;
+    mapping_.home = home;
+    mapping_.base.fill(static_cast<char*>(base) + skip);  // every host device sees the one address
+    bytes_mapped.fetch_add(mapped_bytes, std::memory_order_relaxed);
+  }
+  ~HostMemory() override {
+    ::munmap(base_, mapped_bytes_);
+    bytes_mapped.fetch_sub(mapped_bytes_, std::memory_order_relaxed);
+  }
+
+ private:
+  void* base_;
+  uint64_t mapped_bytes_;
+};
+
+}  // namespace
+
+uint64_t host_bytes_mapped() { return bytes_mapped.load(std::memory_order_relaxed); }
+
+base::Result<Window> create_host_window(uint64_t bytes, base::DeviceIndex home) {
+  if (bytes == 0 || bytes > (1ULL << 46)) {
+    return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "window size " + std::to_string(bytes) + ", allowed 1..2^46");
+  }
+  const uint64_t rounded = (bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
+  base::ScopedFd fd(::memfd_create("expertd-window", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!fd.valid()) {
+    return base::errno_status("memfd_create");
+  }
+  if (::ftruncate(fd.get(), static_cast<off_t>(rounded)) != 0) {
+    return base::errno_status("ftruncate of a window");
+  }
+  if (::fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+    return base::errno_status("sealing a window");
+  }
+  void* base = ::mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
+  if (base == MAP_FAILED) {
+    return base::errno_status("mapping a window");
+  }
+  Window window;
+  window.memory = std::make_unique<HostMemory>(base, rounded, 0, rounded, home);
+  window.fd = std::move(fd);
+  window.bytes = rounded;
+  return window;
+}
+
+base::Result<std::unique_ptr<HeldMemory>> import_host_fd(base::ScopedFd fd, uint64_t offset, uint64_t bytes,
+                                                         base::DeviceIndex home) {
+  const int seals = ::fcntl(fd.get(), F_GET_SEALS);
+  if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
+    return base::Status(EXPERTD_REASON_UNSEALED_MEMORY);
+  }
+  struct stat facts {};
+  if (::fstat(fd.get(), &facts) != 0) {
+    return base::errno_status("fstat of shared memory");
+  }
+  const uint64_t size = static_cast<uint64_t>(facts.st_size);
+  if (bytes == 0 || offset > size || bytes > size - offset) {
+    return base::Status(EXPERTD_REASON_OUT_OF_BOUNDS, "offset " + std::to_string(offset) + " + size " +
+                                                          std::to_string(bytes) + " exceeds the memfd's " +
+                                                          std::to_string(size) + " bytes");
+  }
+  if (offset % 16 != 0) {
+    return base::Status(EXPERTD_REASON_UNALIGNED, "offset " + std::to_string(offset) + " is not a multiple of 16");
+  }
+  const uint64_t skip = offset % kPageBytes;
+  void* base = ::mmap(nullptr, bytes + skip, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(),
+                      static_cast<off_t>(offset - skip));
+  if (base == MAP_FAILED) {
+    return base::errno_status("mapping shared memory");
+  }
+  return std::unique_ptr<HeldMemory>(std::make_unique<HostMemory>(base, bytes + skip, skip, bytes, home));
+}
+
+}  // namespace expertd::device

@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "daemon/engine/engine.h"
+
+#include <algorithm>
+#include <bit>
+
+namespace expertd::engine {
+
+namespace {
+
+int32_t lowest_rank(uint64_t ranks) { return ranks == 0 ? -1 : std::countr_zero(ranks); }
+
+void fill_from_report(const kernels::OpReport& report, expertd_completion* completion) {
+  completion->reason = report.reason;
+  completion->argument = report.argument;
+  completion->value = report.value;
+  completion->minimum = report.minimum;
+  completion->maximum = report.maximum;
+  completion->rank = report.rank;
+  completion->recv_rows = report.recv_rows;
+  completion->local_bytes = report.local_bytes;
+  completion->remote_bytes = report.remote_bytes;
+  completion->expert_count_entries = std::min(report.expert_count_entries, EXPERTD_COMPLETION_EXPERTS);
+  std::copy_n(report.expert_counts, completion->expert_count_entries, completion->expert_counts);
+}
+
+void fill_from_failure(const Failure& failure, expertd_completion* completion) {
+  completion->reason = failure.reason;
+  completion->argument = failure.argument;
+  completion->missing = failure.missing;
+  completion->value = failure.value;
+  completion->minimum = failure.minimum;
+  completion->maximum = failure.maximum;
+  completion->rank = failure.rank;
+  completion->peer_reason = failure.peer_reason;
+}
+
+}  // namespace
+
+bool EngineSession::uses(const Mapping* mapping) const {
+  for (const Op& op : ops_) {
+    if (op.stage == Stage::kIdle || op.stage == Stage::kDone) {
+      continue;
+    }
+    for (const TensorView& tensor : op.request.tensors) {
+      if (tensor.mapping == mapping) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+bool EngineSession::uses(const RankState* rank) const {
+  return std::any_of(ops_.begin(), ops_.end(), [rank](const Op& op) {
+    return op.stage != Stage::kIdle && op.stage != Stage::kDone && op.rank == rank;
+  });
+}
+
+void Engine::wake_group(const GroupShared& group) {
+  for (uint32_t rank = 0; rank < group.ranks(); ++rank) {
+    const base::DeviceIndex device = group.settings().shape.devices[rank];
+    if (device != device_) {
+      wake_->wake(device);
+    }
+  }
+}
+
+void Engine::submit(EngineSession* session, uint32_t slot, RankState* rank) {
+  Op& op = session->ops_[slot];
+  op.rank = rank;
+  op.number = rank == nullptr ? 0 : rank->next_number++;
+  op.stage = EngineSession::Stage::kQueued;
+  op.part = 0;
+  op.abort_sent = false;
+  op.failure = Failure{};
+  op.outcome.missing = 0;
+  op.outcome.launch_ns = 0;
+  op.outcome.start_ns = 0;
+  op.outcome.end_ns = 0;
+  session->order_[session->tail_ % EXPERTD_RING_SLOTS_MAX] = slot;
+  ++session->tail_;
+  ++outstanding_;
+  if (rank != nullptr) {
+    rank->group->post(op.number, rank->rank, &op.request);
+  }
+}
+
+bool Engine::run_once(uint64_t now_ns) {
+  bool moved = false;
+  next_deadline_ns_ = ~0ULL;
+  for (EngineSession* session : sessions_) {
+    bool may_launch = true;
+    for (uint64_t i = session->head_; i != session->tail_; ++i) {
+      Op& op = session->ops_[session->order_[i % EXPERTD_RING_SLOTS_MAX]];
+      moved |= advance(*session, op, may_launch, now_ns);
+      if (op.stage == EngineSession::Stage::kQueued) {
+        may_launch = false;
+      }
+      if (op.stage != EngineSession::Stage::kDone) {
+        next_deadline_ns_ = std::min(next_deadline_ns_, op.request.deadline_ns);
+      }
+    }
+    while (session->head_ != session->tail_ &&
+           session->ops_[session->order_[session->head_ % EXPERTD_RING_SLOTS_MAX]].stage ==
+               EngineSession::Stage::kDone) {
+      ++session->head_;
+    }
+  }
+  return moved;
+}
+
+bool Engine::advance(EngineSession& session, Op& op, bool may_launch, uint64_t now_ns) {
+  switch (op.stage) {
+    case EngineSession::Stage::kQueued:
+      return advance_queued(session, op, may_launch, now_ns);
+    case EngineSession::Stage::kRunning:
+      return advance_running(session, op, now_ns);
+    case EngineSession::Stage::kEnding:
+      return advance_ending(session, op, now_ns);
+    case EngineSession::Stage::kIdle:
+    case EngineSession::Stage::kDone:
+      return false;
+  }
+  return false;
+}
+
+// A lost rank ends gathering operations of a `fail` group at once and running ones in both modes: they would wait for
+// rows that never come.
+void Engine::check_loss(Op& op) {
+  GroupShared& group = *op.rank->group;
+  const uint64_t lost = group.lost();
+  if (lost == 0) {
+    return;
+  }
+  const Failure failure{.reason = EXPERTD_REASON_PEER_LOST, .rank = lowest_rank(lost)};
+  if (op.stage == EngineSession::Stage::kQueued && !group.settings().mask_on_loss) {
+    group.fail(op.number, failure);
+  }
+  if (op.stage == EngineSession::Stage::kRunning && group.lost_before_release(op.number) != 0) {
+    group.request_abort(op.number, failure);
+  }
+}
+
+bool Engine::advance_queued(EngineSession& session, Op& op, bool may_launch, uint64_t now_ns) {
+  if (op.rank == nullptr) {
+    if (op.request.rejected_reason != 0 || session.closing_) {
+      finish_unlaunched(session, op, now_ns);
+      return true;
+    }
+    return may_launch && launch(session, op, now_ns);
+  }
+  GroupShared& group = *op.rank->group;
+  check_loss(op);
+  if (session.closing_ && group.undecided(op.number)) {
+    finish_unlaunched(session, op, now_ns);  // the rank is lost: whoever decides later leaves it out
+    return true;
+  }
+  bool decided = false;
+  Verdict verdict = group.try_decide(op.number, &decided);
+  if (verdict == Verdict::kOpen && now_ns >= op.request.deadline_ns) {
+    const Failure late{.reason = EXPERTD_REASON_TIMEOUT,
+                       .missing = EXPERTD_MISSING_SUBMISSION,
+                       .rank = lowest_rank(group.not_posted(op.number))};
+    decided |= group.fail(op.number, late);
+    verdict = group.try_decide(op.number, &decided);
+    decided = true;
+  }
+  if (decided) {
+    wake_group(group);
+  }
+  switch (verdict) {
+    case Verdict::kOpen:
+      return decided;
+    case Verdict::kFailed:
+      op.failure = group.entry(op.number).failure;
+      finish_unlaunched(session, op, now_ns);
+      return true;
+    case Verdict::kGone:
+      op.failure = {.reason = EXPERTD_REASON_TIMEOUT,
+                    .missing = EXPERTD_MISSING_SUBMISSION,
+                    .rank = static_cast<int32_t>(op.rank->rank)};
+      finish_unlaunched(session, op, now_ns);
+      return true;
+    case Verdict::kLaunch:
+      break;
+  }
+  if ((group.entry(op.number).active >> op.rank->rank & 1) == 0) {
+    // Excluded by request, or lost while its session still drains: the others run without this rank.
+    op.failure = {.reason = EXPERTD_REASON_BAD_STATE, .rank = static_cast<int32_t>(op.rank->rank)};
+    finish_unlaunched(session, op, now_ns);
+    return true;
+  }
+  Failure abort;
+  const bool late = now_ns >= op.request.deadline_ns;
+  if (late) {
+    group.request_abort(op.number, {.reason = EXPERTD_REASON_TIMEOUT,
+                                    .missing = EXPERTD_MISSING_DOORBELL,
+                                    .rank = static_cast<int32_t>(op.rank->rank)});
+    wake_group(group);
+  }
+  if (session.closing_ || group.abort_requested(op.number, &abort)) {
+    // Agreed but never launched here: this part counts as ended, the others abort theirs.
+    group.request_abort(op.number, {.reason = EXPERTD_REASON_PEER_LOST, .rank = static_cast<int32_t>(op.rank->rank)});
+    (void)group.abort_requested(op.number, &op.failure);
+    group.part_finished(op.number);
+    op.stage = EngineSession::Stage::kEnding;
+    wake_group(group);
+    return true;
+  }
+  return may_launch && group.page_free(op.number) && launch(session, op, now_ns);
+}
+
+bool Engine::launch(EngineSession& session, Op& op, uint64_t now_ns) {
+  LaunchSpec spec;
+  spec.own = &op.request;
+  if (op.rank != nullptr) {
+    GroupShared& group = *op.rank->group;
+    OpEntry& entry = group.entry(op.number);
+    spec.group = group.settings().shape.id;
+    spec.group_op = op.number;
+    spec.ranks = group.ranks();
+    spec.rank = op.rank->rank;
+    spec.active_ranks = entry.active;
+    spec.page = static_cast<uint32_t>(op.number % kExchangePages);
+    spec.flags = &entry.flags;
+    spec.devices = group.settings().shape.devices;
+    for (uint32_t rank = 0; rank < spec.ranks; ++rank) {
+      spec.requests[rank] = (entry.active >> rank & 1) != 0 ? entry.requests[rank] : nullptr;
+    }
+  }
+  const SlotWords words{session.flag_page_, op.request.slot, op.request.seq};
+  if (!port_->launch(spec, words, &op.part)) {
+    return false;
+  }
+  op.stage = EngineSession::Stage::kRunning;
+  op.outcome.launch_ns = now_ns;
+  return true;
+}
+
+bool Engine::advance_running(EngineSession& session, Op& op, uint64_t now_ns) {
+  const uint64_t launch_ns = op.outcome.launch_ns;
+  if (port_->poll(op.part, &op.outcome)) {
+    op.outcome.launch_ns = launch_ns;
+    if (op.rank != nullptr) {
+      op.rank->group->part_finished(op.number);
+    }
+    // An aborted operation completes only when every rank's part has ended: peers read this request until then.
+    op.stage = EngineSession::Stage::kEnding;
+    (void)advance_ending(session, op, now_ns);
+    return true;
+  }
+  if (op.abort_sent) {
+    return false;
+  }
+  if (op.rank == nullptr) {
+    if (session.closing_ || now_ns >= op.request.deadline_ns) {
+      op.failure = {.reason = session.closing_ ? EXPERTD_REASON_CANCELLED : EXPERTD_REASON_TIMEOUT,
+                    .missing = EXPERTD_MISSING_DOORBELL};
+      port_->abort(op.part, op.failure.reason);
+      op.abort_sent = true;
+      return true;
+    }
+    return false;
+  }
+  GroupShared& group = *op.rank->group;
+  check_loss(op);
+  if (session.closing_) {
+    group.request_abort(op.number, {.reason = EXPERTD_REASON_PEER_LOST, .rank = static_cast<int32_t>(op.rank->rank)});
+    wake_group(group);
+  } else if (now_ns >= op.request.deadline_ns) {
+    uint64_t ranks = 0;
+    const uint32_t missing = port_->missing(op.part, &ranks);
+    group.request_abort(op.number,
+                        {.reason = EXPERTD_REASON_TIMEOUT, .missing = missing, .rank = lowest_rank(ranks)});
+    wake_group(group);
+  }
+  if (group.abort_requested(op.number, &op.failure)) {
+    port_->abort(op.part, op.failure.reason);
+    op.abort_sent = true;
+    return true;
+  }
+  return false;
+}
+
+bool Engine::advance_ending(EngineSession& session, Op& op, uint64_t now_ns) {
+  if (op.rank != nullptr) {
+    GroupShared& group = *op.rank->group;
+    const bool aborted = op.abort_sent || op.part == 0;
+    if (aborted && group.entry(op.number).unfinished.load(std::memory_order_acquire) != 0) {
+      return false;
+    }
+    if (aborted) {
+      wake_group(group);
+    }
+  }
+  if (op.part == 0) {
+    finish_unlaunched(session, op, now_ns);
+  } else {
+    complete(session, op, now_ns);
+  }
+  return true;
+}
+
+void Engine::finish_unlaunched(EngineSession& session, Op& op, uint64_t now_ns) {
+  const uint32_t reason = op.request.rejected_reason != 0 ? op.request.rejected_reason : op.failure.reason;
+  if (!session.closing_) {
+    port_->release_words({session.flag_page_, op.request.slot, op.request.seq}, reason);
+  }
+  complete(session, op, now_ns);
+}
+
+void Engine::complete(EngineSession& session, Op& op, uint64_t now_ns) {
+  expertd_completion completion{};
+  completion.rank = -1;
+  if (op.part != 0) {
+    fill_from_report(op.outcome.report, &completion);
+    if (op.outcome.report.reason != 0 && op.failure.reason != 0) {
+      fill_from_failure(op.failure, &completion);
+      completion.recv_rows = 0;
+    }
+  } else if (op.request.rejected_reason != 0) {
+    completion.reason = op.request.rejected_reason;  // details were written by admission beside the request
+    completion.argument = op.request.rejected_argument;
+    completion.value = op.request.rejected_value;
+    completion.minimum = op.request.rejected_minimum;
+    completion.maximum = op.request.rejected_maximum;
+  } else {
+    fill_from_failure(op.failure, &completion);
+  }
+  if (op.rank != nullptr) {
+    GroupShared& group = *op.rank->group;
+    const OpEntry& entry = group.entry(op.number);
+    completion.group_op = op.number;
+    completion.epoch = op.part != 0 ? entry.epoch : group.epoch();
+    completion.rank_mask = op.part != 0 ? entry.active : 0;
+    if (op.part != 0 && entry.active != group.all_ranks()) {
+      completion.flags |= EXPERTD_COMPLETION_DEGRADED;
+    }
+    group.release(op.number, op.rank->rank);
+  }
+  completion.seq = op.request.seq;
+  completion.admit_ns = op.request.admit_ns;
+  completion.launch_ns = op.outcome.launch_ns;
+  completion.start_ns = op.outcome.start_ns;
+  completion.end_ns = op.outcome.end_ns;
+  completion.complete_ns = now_ns;
+  op.stage = EngineSession::Stage::kDone;
+  --outstanding_;
+  if (!session.closing_) {
+    session.completions_->complete(op.request, completion);
+    observer_->completed(device_, op.request, completion);
+  }
+}
+
+void Engine::close_session(EngineSession* session, uint64_t now_ns) {
+  session->closing_ = true;
+  (void)run_once(now_ns);
+}
+
+bool Engine::forget_if_drained(EngineSession* session) {
+  if (session->outstanding() != 0) {
+    return false;
+  }
+  std::erase(sessions_, session);
+  return true;
+}
+
+}  // namespace expertd::engine

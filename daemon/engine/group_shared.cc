@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "daemon/engine/group_shared.h"
+
+#include <bit>
+#include <iterator>
+
+namespace expertd::engine {
+
+namespace {
+
+constexpr uint64_t kDeciding = 1;
+constexpr uint64_t kLaunchTag = 2;
+constexpr uint64_t kFailedTag = 3;
+
+constexpr uint64_t word(uint64_t number, uint64_t tag) { return (number << 2) | tag; }
+constexpr uint64_t number_of(uint64_t verdict) { return verdict >> 2; }
+constexpr uint64_t tag_of(uint64_t verdict) { return verdict & 3; }
+
+/// What all ranks of a collective must have given alike, and the argument that names it.
+struct Agreement {
+  uint32_t argument;
+  int64_t (*value)(const Request& request);
+};
+
+// A rank without rows may leave optional tensors out (an empty tensor often has no pointer), so it agrees with anybody.
+constexpr int64_t kAny = INT64_MIN;
+
+bool has_rows(const Request& request) {
+  return request.shape.kind == kernels::OpKind::kCombine ? request.shape.capacity_rows != 0
+                                                         : request.shape.tokens != 0;
+}
+
+constexpr Agreement kAgreements[] = {
+    {EXPERTD_ARGUMENT_OP, [](const Request& r) { return static_cast<int64_t>(r.shape.kind); }},
+    {EXPERTD_ARGUMENT_DTYPE, [](const Request& r) { return static_cast<int64_t>(r.shape.payload); }},
+    {EXPERTD_ARGUMENT_FLAGS,
+     [](const Request& r) {
+       return static_cast<int64_t>(r.shape.cached | (r.shape.expanded << 1) |
+                                   (static_cast<uint32_t>(r.shape.scale) << 2));
+     }},
+    {EXPERTD_ARGUMENT_IN_TOPK_WEIGHTS,
+     [](const Request& r) { return has_rows(r) ? static_cast<int64_t>(r.with_weights ? 1 : 0) : kAny; }},
+    {EXPERTD_ARGUMENT_ROW_BYTES, [](const Request& r) { return static_cast<int64_t>(r.shape.row_bytes); }},
+    {EXPERTD_ARGUMENT_TOP_K, [](const Request& r) { return static_cast<int64_t>(r.shape.top_k); }},
+    {EXPERTD_ARGUMENT_TOPK_IDX_BYTES,
+     [](const Request& r) { return static_cast<int64_t>(r.shape.topk_idx_bytes); }},
+    {EXPERTD_ARGUMENT_SIDE_ELEMENTS,
+     [](const Request& r) { return has_rows(r) ? static_cast<int64_t>(r.shape.side_elements) : kAny; }},
+    {EXPERTD_ARGUMENT_SIDE_ELEMENT_BYTES,
+     [](const Request& r) { return has_rows(r) ? static_cast<int64_t>(r.shape.side_element_bytes) : kAny; }},
+    {EXPERTD_ARGUMENT_EXPERT_ALIGNMENT,
+     [](const Request& r) { return static_cast<int64_t>(r.shape.expert_alignment); }},
+};
+
+}  // namespace
+
+GroupShared::GroupShared(const GroupSettings& settings) : settings_(settings), entries_(kEntries) {}
+
+uint64_t GroupShared::all_ranks() const {
+  return ranks() >= 64 ? ~0ULL : (1ULL << ranks()) - 1;
+}
+
+void GroupShared::set_lost(uint32_t rank) {
+  const uint64_t bit = 1ULL << rank;
+  if ((lost_.fetch_or(bit, std::memory_order_seq_cst) & bit) == 0) {
+    epoch_.fetch_add(1, std::memory_order_acq_rel);
+  }
+}
+
+void GroupShared::set_excluded(uint64_t ranks) {
+  if (excluded_.exchange(ranks, std::memory_order_acq_rel) != ranks) {
+    epoch_.fetch_add(1, std::memory_order_acq_rel);
+  }
+}
+
+void GroupShared::post(uint64_t number, uint32_t rank, const Request* request) {
+  OpEntry& op = entry(number);
+  op.requests[rank] = request;
+  op.posted[rank].store(number, std::memory_order_release);  // pairs with the acquire in not_posted
+}
+
+Verdict GroupShared::verdict_of(uint64_t number) const {
+  const uint64_t current = entry(number).verdict.load(std::memory_order_acquire);
+  if (number_of(current) > number) {
+    return Verdict::kGone;
+  }
+  if (number_of(current) < number || tag_of(current) == kDeciding) {
+    return Verdict::kOpen;
+  }
+  return tag_of(current) == kLaunchTag ? Verdict::kLaunch : Verdict::kFailed;
+}
+
+uint64_t GroupShared::not_posted(uint64_t number) const {
+  const OpEntry& op = entry(number);
+  uint64_t ranks_missing = 0;
+  const uint64_t inactive = lost() | excluded();
+  for (uint32_t rank = 0; rank < ranks(); ++rank) {
+    if ((inactive >> rank & 1) == 0 && op.posted[rank].load(std::memory_order_acquire) != number) {
+      ranks_missing |= 1ULL << rank;
+    }
+  }
+  return ranks_missing;
+}
+
+bool GroupShared::reusable(const OpEntry& op, uint64_t decided_word) const {
+  const uint64_t old_number = number_of(decided_word);
+  if (old_number == 0) {
+    return true;
+  }
+  if (tag_of(decided_word) == kDeciding || op.unfinished.load(std::memory_order_acquire) != 0) {
+    return false;
+  }
+  const uint64_t lost_ranks = lost();
+  for (uint32_t rank = 0; rank < ranks(); ++rank) {
+    const bool reads = op.posted[rank].load(std::memory_order_acquire) == old_number;
+    if (reads && (lost_ranks >> rank & 1) == 0 && op.released[rank].load(std::memory_order_acquire) != old_number) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool GroupShared::claim(uint64_t number) {
+  OpEntry& op = entry(number);
+  uint64_t current = op.verdict.load(std::memory_order_acquire);
+  if (number_of(current) >= number || !reusable(op, current)) {
+    return false;
+  }
+  return op.verdict.compare_exchange_strong(current, word(number, kDeciding), std::memory_order_acq_rel);
+}
+
+bool GroupShared::agree(uint64_t number, uint64_t active, Failure* failure) const {
+  const OpEntry& op = entry(number);
+  for (const Agreement& agreement : kAgreements) {
+    int64_t expected = kAny;
+    for (uint32_t rank = 0; rank < ranks(); ++rank) {
+      const int64_t given = (active >> rank & 1) == 0 ? kAny : agreement.value(*op.requests[rank]);
+      if (expected == kAny) {
+        expected = given;
+      }
+      if (given != kAny && expected != given) {
+        *failure = {.reason = EXPERTD_REASON_OP_MISMATCH,
+                    .argument = agreement.argument,
+                    .rank = static_cast<int32_t>(rank),
+                    .value = given,
+                    .minimum = expected,
+                    .maximum = expected};
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+Verdict GroupShared::try_decide(uint64_t number, bool* decided) {
+  *decided = false;
+  const Verdict now = verdict_of(number);
+  if (now != Verdict::kOpen || not_posted(number) != 0) {
+    return now;
+  }
+  if (!claim(number)) {
+    return verdict_of(number);
+  }
+  *decided = true;
+  OpEntry& op = entry(number);
+  const uint64_t active = all_ranks() & ~(lost() | excluded());
+  Failure failure;
+  for (uint32_t rank = 0; rank < ranks() && failure.reason == 0; ++rank) {
+    if ((active >> rank & 1) != 0 && op.posted[rank].load(std::memory_order_acquire) != number) {
+      // A readmitted rank appeared between the check and now; the operation belongs to the older epoch.
+      failure = {.reason = EXPERTD_REASON_CANCELLED, .rank = static_cast<int32_t>(rank)};
+    } else if ((active >> rank & 1) != 0 && op.requests[rank]->rejected_reason != 0) {
+      failure = {.reason = EXPERTD_REASON_PEER_REJECTED,
+                 .peer_reason = op.requests[rank]->rejected_reason,
+                 .rank = static_cast<int32_t>(rank)};
+    }
+  }
+  if (active == 0 || failure.reason != 0 || !agree(number, active, &failure)) {
+    op.failure = failure;
+    op.active = active;
+    op.epoch = epoch();
+    op.verdict.store(word(number, kFailedTag), std::memory_order_release);
+    return Verdict::kFailed;
+  }
+  op.active = active;
+  op.epoch = epoch();
+  op.flags.routed.store(0, std::memory_order_relaxed);
+  op.flags.moved.store(0, std::memory_order_relaxed);
+  op.unfinished.store(static_cast<uint32_t>(std::popcount(active)), std::memory_order_relaxed);
+  launched_ops_.fetch_add(1, std::memory_order_relaxed);
+  op.verdict.store(word(number, kLaunchTag), std::memory_order_release);
+  return Verdict::kLaunch;
+}
+
+bool GroupShared::undecided(uint64_t number) const {
+  return number_of(entry(number).verdict.load(std::memory_order_seq_cst)) < number;
+}
+
+bool GroupShared::fail(uint64_t number, const Failure& failure) {
+  if (!claim(number)) {
+    return false;
+  }
+  OpEntry& op = entry(number);
+  op.failure = failure;
+  op.active = all_ranks() & ~(lost() | excluded());
+  op.epoch = epoch();
+  op.verdict.store(word(number, kFailedTag), std::memory_order_release);
+  return true;
+}
+
+uint64_t GroupShared::lost_before_release(uint64_t number) const {
+  const OpEntry& op = entry(number);
+  uint64_t ranks_lost = lost() & op.active;
+  for (uint32_t rank = 0; rank < ranks() && ranks_lost != 0; ++rank) {
+    if (op.released[rank].load(std::memory_order_acquire) == number) {
+      ranks_lost &= ~(1ULL << rank);
+    }
+  }
+  return ranks_lost;
+}
+
+bool GroupShared::request_abort(uint64_t number, const Failure& failure) {
+  OpEntry& op = entry(number);
+  uint64_t claimed = op.abort_claim.load(std::memory_order_acquire);
+  if (claimed >= number || !op.abort_claim.compare_exchange_strong(claimed, number, std::memory_order_acq_rel)) {
+    return false;
+  }
+  op.abort_failure = failure;
+  op.abort_number.store(number, std::memory_order_release);
+  return true;
+}
+
+bool GroupShared::abort_requested(uint64_t number, Failure* failure) const {
+  const OpEntry& op = entry(number);
+  if (op.abort_number.load(std::memory_order_acquire) != number) {
+    return false;
+  }
+  *failure = op.abort_failure;
+  return true;
+}
+
+bool GroupShared::page_free(uint64_t number) const {
+  if (number <= kExchangePages) {
+    return true;
+  }
+  const OpEntry& before = entry(number - kExchangePages);
+  return number_of(before.verdict.load(std::memory_order_acquire)) >= number - kExchangePages &&
+         before.unfinished.load(std::memory_order_acquire) == 0;
+}
+
+void GroupShared::part_finished(uint64_t number) {
+  entry(number).unfinished.fetch_sub(1, std::memory_order_acq_rel);
+}
+
+void GroupShared::release(uint64_t number, uint32_t rank) {
+  entry(number).released[rank].store(number, std::memory_order_release);
+}
+
+bool GroupShared::quiet(uint32_t rank) const {
+  for (const OpEntry& op : entries_) {
+    const uint64_t verdict = op.verdict.load(std::memory_order_acquire);
+    if (tag_of(verdict) == kDeciding) {
+      return false;
+    }
+    if (tag_of(verdict) == kLaunchTag && (op.active >> rank & 1) != 0 &&
+        op.unfinished.load(std::memory_order_acquire) != 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace expertd::engine

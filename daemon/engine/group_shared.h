@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// GroupShared: the state of one group that the engines of its ranks share on a node: who has submitted operation n, what
+// was decided about it, and how many parts still run. Created by the group directory, used by every loop thread of its
+// ranks without locks: each word has one kind of writer, and the verdict of an operation is decided once by
+// compare-and-swap. Entries are reused every kEntries operations; a rank has at most EXPERTD_RING_SLOTS_MAX outstanding,
+// so entry n is decided and released long before n + kEntries is posted in all but failed groups.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "daemon/engine/ports.h"
+
+namespace expertd::engine {
+
+/// Why an operation failed for the whole group; every rank reports it, except a rank whose own request was refused.
+struct Failure {
+  uint32_t reason = 0;
+  uint32_t missing = 0;
+  uint32_t argument = 0;
+  uint32_t peer_reason = 0;
+  int32_t rank = -1;
+  int64_t value = 0;
+  int64_t minimum = 0;
+  int64_t maximum = 0;
+};
+
+enum class Verdict : uint32_t {
+  kOpen = 0,     // still gathering (or the entry serves an older operation)
+  kLaunch = 1,   // every active rank submitted and they agree
+  kFailed = 2,   // ended before launch
+  kGone = 3,     // the entry already serves a newer operation: this rank is far too late
+};
+
+struct OpEntry {
+  /// (number << 2) | kDeciding/kLaunchTag/kFailedTag; CAS decides, then a release store publishes.
+  std::atomic<uint64_t> verdict{0};
+  /// posted[r] == n: rank r submitted operation n; requests[r] was written before (release/acquire pair).
+  std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> posted{};
+  /// released[r] == n: rank r will not read this entry for operation n again.
+  std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> released{};
+  std::array<const Request*, base::kMaxLocalRanks> requests{};
+  /// Parts of this operation not yet ended on their devices; set by the decider, counted down by each engine.
+  std::atomic<uint32_t> unfinished{0};
+  /// Operation number whose launched parts must be aborted; `abort_failure` was written before by the CAS winner.
+  std::atomic<uint64_t> abort_claim{0};
+  std::atomic<uint64_t> abort_number{0};
+  Failure abort_failure;
+  Failure failure;          // of a kFailed verdict
+  uint64_t active = 0;      // ranks that take part; written by the decider
+  uint64_t epoch = 0;
+  ExchangeFlags flags;
+};
+
+struct GroupSettings {
+  GroupShape shape;  // rank and session are those of nobody: per-rank data is in the vectors below
+  bool mask_on_loss = false;
+  uint64_t op_timeout_ns = 0;
+  uint64_t first_op_timeout_ns = 0;
+  bool normal = true;     // HT operations allowed
+  bool inference = true;  // LL operations allowed
+};
+
+class GroupShared {
+ public:
+  static constexpr uint32_t kEntries = 128;
+
+  explicit GroupShared(const GroupSettings& settings);
+
+  const GroupSettings& settings() const { return settings_; }
+  uint32_t ranks() const { return settings_.shape.ranks; }
+  uint64_t all_ranks() const;
+  uint64_t lost() const { return lost_.load(std::memory_order_acquire); }
+  uint64_t excluded() const { return excluded_.load(std::memory_order_acquire); }
+  uint64_t epoch() const { return epoch_.load(std::memory_order_acquire); }
+  uint64_t launched_ops() const { return launched_ops_.load(std::memory_order_relaxed); }
+
+  /// A rank's session ended. Any thread; the loops of the other ranks must be woken afterwards.
+  void set_lost(uint32_t rank);
+  /// Mask by request; only with mask_on_loss. Any thread.
+  void set_excluded(uint64_t ranks);
+
+  /// Rank `rank` submits operation `number`. Only by that rank's loop thread, in order.
+  void post(uint64_t number, uint32_t rank, const Request* request);
+  /// Decides what can be decided about `number`; returns the verdict. `decided` is set for the one caller that decided.
+  Verdict try_decide(uint64_t number, bool* decided);
+  /// Nobody has begun to decide `number`; asked after set_lost(rank) this means the rank will not take part in it.
+  bool undecided(uint64_t number) const;
+  /// Ends `number` before launch; false when something else was decided first.
+  bool fail(uint64_t number, const Failure& failure);
+  /// Ranks that have not submitted `number` and are not lost.
+  uint64_t not_posted(uint64_t number) const;
+  /// Ranks of a launched operation that were lost before they were through with it; one that finished its part and
+  /// left afterwards delivered everything.
+  uint64_t lost_before_release(uint64_t number) const;
+  /// Asks every rank's engine to abort its part of a launched operation; the first caller's failure is reported.
+  bool request_abort(uint64_t number, const Failure& failure);
+  bool abort_requested(uint64_t number, Failure* failure) const;
+  /// True when the exchange page of `number` is free: all parts of operation number - kExchangePages ended.
+  bool page_free(uint64_t number) const;
+  void part_finished(uint64_t number);
+  /// The rank will not look at operation `number` again.
+  void release(uint64_t number, uint32_t rank);
+  OpEntry& entry(uint64_t number) { return entries_[number % kEntries]; }
+  const OpEntry& entry(uint64_t number) const { return entries_[number % kEntries]; }
+  /// No part of an operation in which `rank` takes part is still running. Any thread.
+  bool quiet(uint32_t rank) const;
+
+ private:
+  Verdict verdict_of(uint64_t number) const;
+  bool claim(uint64_t number);
+  bool reusable(const OpEntry& entry, uint64_t decided_word) const;
+  bool agree(uint64_t number, uint64_t active, Failure* failure) const;
+
+  GroupSettings settings_;
+  std::atomic<uint64_t> lost_{0};
+  std::atomic<uint64_t> excluded_{0};
+  std::atomic<uint64_t> epoch_{1};
+  std::atomic<uint64_t> launched_ops_{0};
+  std::vector<OpEntry> entries_;
+};
+
+}  // namespace expertd::engine

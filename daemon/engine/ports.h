@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// The engine's outlets and the values that cross them. Pure: no CUDA, UCX, gRPC, sockets, clocks or threads. A request
+// moves right (admit -> Request -> engine -> LaunchSpec -> device), a completion moves left (device facts -> Outcome ->
+// completion slot). Everything here is used by the thread of one device loop, except where "any thread" is said.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+
+#include "daemon/base/ids.h"
+#include "daemon/base/limits.h"
+#include "daemon/kernels/op_params.h"
+#include "proto/abi/expertd_reason.h"
+#include "proto/abi/ring_v1.h"
+
+namespace expertd::engine {
+
+/// Memory of a session as the devices see it: one base address per device that may touch it (null where it may not).
+/// Owned by the session's table; outlives every operation that names it (architecture: who owns memory).
+struct Mapping {
+  uint64_t bytes = 0;
+  base::DeviceIndex home;
+  std::array<void*, base::kMaxDevices> base{};
+};
+
+/// A validated tensor: inside its mapping, aligned, large enough. mapping == nullptr: not given.
+struct TensorView {
+  const Mapping* mapping = nullptr;
+  uint64_t offset = 0;
+  void* on(base::DeviceIndex device) const {
+    return mapping == nullptr ? nullptr
+                              : static_cast<char*>(mapping->base[device.value]) + offset;
+  }
+};
+
+/// One admitted operation of one rank: the slot's values after validation, with ids resolved. Lives in the loop's fixed
+/// request pool from admission to completion.
+struct Request {
+  base::SessionId session;
+  uint32_t slot = 0;       // ring slot, where its completion goes
+  uint64_t seq = 0;
+  kernels::OpShape shape;  // rank, ranks, experts, max_tokens come from the group, active_ranks at launch
+  std::array<TensorView, EXPERTD_TENSOR_COUNT> tensors{};
+  uint32_t handle_index = 0;
+  uint32_t handle_generation = 0;
+  bool doorbell_rung = false;
+  bool with_weights = false;  // top-k weights travel; all ranks alike, also those with no tokens
+  uint32_t rejected_reason = 0;  // refused at admission but counted as this rank's operation of the group
+  uint32_t rejected_argument = 0;
+  int64_t rejected_value = 0;
+  int64_t rejected_minimum = 0;
+  int64_t rejected_maximum = 0;
+  uint64_t submit_ns = 0;
+  uint64_t admit_ns = 0;
+  uint64_t deadline_ns = 0;  // absolute
+};
+
+/// The doorbell and completion of a slot on devices whose words live in device memory.
+struct SlotWords {
+  void* flag_page = nullptr;  // as the executing device sees it
+  uint32_t slot = 0;
+  uint64_t seq = 0;
+};
+
+/// Facts of one finished or failed rank part.
+struct Outcome {
+  kernels::OpReport report;
+  uint32_t missing = 0;  // expertd_missing, with TIMEOUT
+  uint64_t launch_ns = 0;
+  uint64_t start_ns = 0;
+  uint64_t end_ns = 0;
+};
+
+/// Exchange flags of one operation of a group on one node: rank r sets its bit after `route` and after `move`.
+/// Host devices use them directly; CUDA devices have words of their own and leave these alone.
+struct ExchangeFlags {
+  std::atomic<uint64_t> routed{0};
+  std::atomic<uint64_t> moved{0};
+};
+
+/// Everything a device needs for its rank's part. `requests[r]` is rank r's Request (null for inactive ranks); the
+/// pointers stay valid until every participating device has reported the part finished.
+struct LaunchSpec {
+  base::GroupId group;     // 0 for local operations (layout)
+  uint64_t group_op = 0;   // operation number of the group, from 1
+  uint32_t ranks = 0;
+  uint32_t rank = 0;
+  uint64_t active_ranks = 0;
+  uint32_t page = 0;       // exchange page of the group (kExchangePages), free again when all parts finished
+  ExchangeFlags* flags = nullptr;
+  const Request* own = nullptr;
+  std::array<const Request*, base::kMaxLocalRanks> requests{};
+  std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};
+};
+
+inline constexpr uint32_t kExchangePages = 8;
+
+/// Sizes of the tables a device keeps for one rank of a group.
+struct GroupShape {
+  base::GroupId id;
+  uint32_t ranks = 0;
+  uint32_t rank = 0;
+  uint32_t experts = 0;
+  uint32_t hidden = 0;
+  uint32_t top_k = 0;
+  uint32_t max_tokens = 0;
+  std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};
+  base::SessionId session;
+};
+
+/// A part in flight on a device, numbered by the device; 0 is never used.
+using PartId = uint64_t;
+
+/// One device as its engine drives it. All calls from the device's loop thread, none blocks or can synchronise.
+class DevicePort {
+ public:
+  virtual ~DevicePort() = default;
+  /// Takes a part; false when its queues are full (try again later). The device copies what it needs of the spec.
+  virtual bool launch(const LaunchSpec& spec, const SlotWords& words, PartId* part) = 0;
+  /// Advances what can be advanced and says how a part stands; true when it ended and `outcome` is filled.
+  virtual bool poll(PartId part, Outcome* outcome) = 0;
+  /// Ends a part early: nothing of it writes client memory after poll() reports it, and poll() reports it soon. The
+  /// outcome's report keeps `reason` unless the part had already finished.
+  virtual void abort(PartId part, uint32_t reason) = 0;
+  /// What a part that is not finished waits for, for TIMEOUT: expertd_missing and the ranks (bit mask) not yet there.
+  virtual uint32_t missing(PartId part, uint64_t* ranks) = 0;
+  /// True while a part may advance without an event from outside, so that the loop should not sleep.
+  virtual bool busy() const = 0;
+  /// Releases a slot's stream waiters for an operation that was never launched (rejected, failed while gathering).
+  virtual void release_words(const SlotWords& words, uint32_t reason) = 0;
+};
+
+/// Wakes the loop of another device after a flag it waits for was set. Any thread; cheap when that loop is awake.
+class WakePort {
+ public:
+  virtual ~WakePort() = default;
+  virtual void wake(base::DeviceIndex device) = 0;
+};
+
+/// Sees every completion for metrics; never acts. Loop thread of `device`; must not block or allocate.
+class OpObserver {
+ public:
+  virtual ~OpObserver() = default;
+  virtual void completed(base::DeviceIndex device, const Request& request, const expertd_completion& completion) = 0;
+};
+
+/// Where completions go; implemented by the ring server of the session, on the loop thread.
+class CompletionPort {
+ public:
+  virtual ~CompletionPort() = default;
+  virtual void complete(const Request& request, const expertd_completion& completion) = 0;
+};
+
+}  // namespace expertd::engine

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "daemon/group/directory.h"
+
+namespace expertd::group {
+
+namespace {
+
+session::ErrorDetail refused(base::Reason reason, const std::string& message, int32_t rank) {
+  session::ErrorDetail error;
+  error.status = base::Status(reason, message);
+  error.rank = rank;
+  return error;
+}
+
+std::string missing_ranks(const std::map<uint32_t, Member>& members, uint32_t ranks) {
+  std::string text;
+  for (uint32_t rank = 0; rank < ranks; ++rank) {
+    if (members.count(rank) == 0) {
+      text += (text.empty() ? "" : ", ") + std::to_string(rank);
+    }
+  }
+  return text;
+}
+
+}  // namespace
+
+session::ErrorDetail Directory::check_place(const session::JoinRequest& request, const Member& member,
+                                            const Pending* pending) {
+  const int32_t rank = static_cast<int32_t>(request.rank);
+  for (const auto& [id, formed] : formed_) {
+    const std::shared_ptr<engine::GroupShared> shared = formed.shared.lock();
+    const bool whole = shared != nullptr && shared->lost() == 0 && formed.present == shared->all_ranks();
+    if (formed.name == request.name && whole) {
+      return refused(EXPERTD_REASON_DUPLICATE_RANK,
+                     "rank " + std::to_string(request.rank) + " of group \"" + request.name +
+                         "\" is taken; the group is complete",
+                     rank);
+    }
+  }
+  if (pending == nullptr) {
+    return {};
+  }
+  for (const auto& [other_rank, other] : pending->members) {
+    if (other_rank == request.rank && other.session != member.session) {
+      return refused(EXPERTD_REASON_DUPLICATE_RANK,
+                     "rank " + std::to_string(request.rank) + " of group \"" + request.name + "\" is taken by session " +
+                         std::to_string(other.session.value),
+                     rank);
+    }
+    if (other_rank != request.rank && other.device == member.device) {
+      return refused(EXPERTD_REASON_DEVICE_TAKEN,
+                     "rank " + std::to_string(other_rank) + " of group \"" + request.name + "\" is already on device " +
+                         std::to_string(member.device.value),
+                     static_cast<int32_t>(other_rank));
+    }
+  }
+  return {};
+}
+
+session::ErrorDetail Directory::join(const session::JoinRequest& request, Member member,
+                                     std::unique_ptr<Formation>* formation) {
+  session::ErrorDetail error = check_config(request.config, request.rank);
+  if (!error.status.is_ok()) {
+    return error;
+  }
+  if (request.name.empty() || request.name.size() > 64) {
+    return refused(EXPERTD_REASON_ARGUMENT_RANGE, "group name of " + std::to_string(request.name.size()) +
+                                                      " characters, allowed 1..64", -1);
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = pending_.find(request.name);
+  Pending* pending = found == pending_.end() ? nullptr : &found->second;
+  if (pending != nullptr) {
+    error = compare_configs(pending->config, request.config);
+    error.rank = error.status.is_ok() ? -1 : static_cast<int32_t>(request.rank);
+    if (!error.status.is_ok()) {
+      return error;
+    }
+  }
+  error = check_place(request, member, pending);
+  if (!error.status.is_ok()) {
+    return error;
+  }
+  if (pending == nullptr) {
+    pending = &pending_[request.name];
+    pending->config = request.config;
+  }
+  member.rank = request.rank;
+  pending->members[request.rank] = std::move(member);
+  if (pending->members.size() == request.config.expert_parallel_size) {
+    Pending complete = std::move(*pending);
+    pending_.erase(request.name);
+    *formation = form(request.name, std::move(complete));
+  }
+  return {};
+}
+
+std::unique_ptr<Formation> Directory::form(const std::string& name, Pending&& pending) {
+  auto formation = std::make_unique<Formation>();
+  formation->name = name;
+  formation->config = pending.config;
+  session::GroupConfig& config = formation->config;
+  engine::GroupSettings settings;
+  settings.shape.id = base::GroupId{next_group_++};
+  settings.shape.ranks = config.expert_parallel_size;
+  settings.shape.experts = config.num_experts;
+  settings.shape.hidden = config.hidden;
+  settings.shape.top_k = config.top_k;
+  settings.shape.max_tokens = config.max_tokens;
+  settings.mask_on_loss = config.on_rank_loss == session::OnRankLoss::kMask;
+  settings.op_timeout_ns = config.op_timeout_ns != 0 ? config.op_timeout_ns : defaults_.op_timeout_ns;
+  settings.first_op_timeout_ns =
+      config.first_op_timeout_ns != 0 ? config.first_op_timeout_ns
+      : config.op_timeout_ns != 0     ? config.op_timeout_ns
+                                      : defaults_.first_op_timeout_ns;
+  settings.normal = config.mode != session::GroupMode::kInference;
+  settings.inference = config.mode != session::GroupMode::kNormal;
+  for (auto& [rank, member] : pending.members) {
+    settings.shape.devices[rank] = member.device;
+    by_session_[member.session.value].emplace_back(settings.shape.id.value, rank);
+    formation->members.push_back(std::move(member));
+  }
+  formation->shared = std::make_shared<engine::GroupShared>(settings);
+  std::erase_if(formed_, [](const auto& entry) { return entry.second.shared.expired(); });
+  formed_[settings.shape.id.value] = {name, config, formation->shared, formation->shared->all_ranks()};
+  return formation;
+}
+
+void Directory::left(base::GroupId group, uint32_t rank) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = formed_.find(group.value);
+  if (found == formed_.end()) {
+    return;
+  }
+  found->second.present &= ~(1ULL << rank);
+  if (const std::shared_ptr<engine::GroupShared> shared = found->second.shared.lock()) {
+    shared->set_lost(rank);
+  }
+  if (found->second.present == 0) {
+    formed_.erase(found);
+  }
+}
+
+std::vector<Member> Directory::session_ended(base::SessionId session) {
+  std::vector<Member> dropped;
+  std::vector<std::pair<uint64_t, uint32_t>> memberships;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto entry = pending_.begin(); entry != pending_.end();) {
+      std::erase_if(entry->second.members, [&](auto& member) {
+        const bool drop = member.second.session == session;
+        if (drop) {
+          dropped.push_back(std::move(member.second));
+        }
+        return drop;
+      });
+      entry = entry->second.members.empty() ? pending_.erase(entry) : std::next(entry);
+    }
+    if (const auto found = by_session_.find(session.value); found != by_session_.end()) {
+      memberships = std::move(found->second);
+      by_session_.erase(found);
+    }
+  }
+  for (const auto& [group, rank] : memberships) {
+    left(base::GroupId{group}, rank);
+  }
+  return dropped;
+}
+
+std::vector<std::pair<Member, std::string>> Directory::expire(uint64_t now_ns) {
+  std::vector<std::pair<Member, std::string>> expired;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (auto entry = pending_.begin(); entry != pending_.end();) {
+    std::map<uint32_t, Member>& members = entry->second.members;
+    const std::string missing = missing_ranks(members, entry->second.config.expert_parallel_size);
+    for (auto member = members.begin(); member != members.end();) {
+      if (member->second.deadline_ns > now_ns) {
+        ++member;
+        continue;
+      }
+      expired.emplace_back(std::move(member->second),
+                           "group \"" + entry->first + "\": rank(s) " + missing + " had not joined at the deadline");
+      member = members.erase(member);
+    }
+    entry = members.empty() ? pending_.erase(entry) : std::next(entry);
+  }
+  return expired;
+}
+
+std::vector<session::GroupSnapshot> Directory::snapshot() const {
+  std::vector<session::GroupSnapshot> groups;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& [id, formed] : formed_) {
+    const std::shared_ptr<engine::GroupShared> shared = formed.shared.lock();
+    if (shared == nullptr) {
+      continue;
+    }
+    groups.push_back({.name = formed.name,
+                      .id = base::GroupId{id},
+                      .config = formed.config,
+                      .epoch = shared->epoch(),
+                      .joined = formed.present,
+                      .lost = shared->lost(),
+                      .ops = shared->launched_ops()});
+  }
+  return groups;
+}
+
+}  // namespace expertd::group

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// Directory: the embedded rendezvous of one node. Collects the ranks of a group by name, holds every rank to the first
+// one's configuration, and hands a complete group over for formation. Control threads call it; it takes a lock of its
+// own and calls back outside of it. Times are arguments.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "daemon/engine/group_shared.h"
+#include "daemon/session/api.h"
+
+namespace expertd::group {
+
+struct Member {
+  base::SessionId session;
+  base::DeviceIndex device;
+  uint32_t rank = 0;
+  session::JoinCallback done;
+  uint64_t deadline_ns = 0;
+};
+
+/// A group whose ranks are all here, in rank order, ready to be formed.
+struct Formation {
+  std::string name;
+  session::GroupConfig config;
+  std::shared_ptr<engine::GroupShared> shared;
+  std::vector<Member> members;
+};
+
+struct Defaults {
+  uint64_t op_timeout_ns = 0;
+  uint64_t first_op_timeout_ns = 0;
+};
+
+/// Limits of semantics.md; names the first field out of range.
+session::ErrorDetail check_config(const session::GroupConfig& config, uint32_t rank);
+/// Field by field; an empty field when equal.
+session::ErrorDetail compare_configs(const session::GroupConfig& first, const session::GroupConfig& other);
+
+class Directory {
+ public:
+  explicit Directory(const Defaults& defaults) : defaults_(defaults) {}
+
+  /// Adds a rank. An error is returned here (done is not called); otherwise `formation` is filled when the group became
+  /// complete, and empty while ranks are missing. A rank that asks again replaces its own earlier request.
+  session::ErrorDetail join(const session::JoinRequest& request, Member member, std::unique_ptr<Formation>* formation);
+  /// A session ended: its formed ranks are marked lost; its pending joins are dropped and returned to be answered.
+  [[nodiscard]] std::vector<Member> session_ended(base::SessionId session);
+  void left(base::GroupId group, uint32_t rank);
+  /// Takes out the joins whose deadline passed; the caller answers them with JOIN_TIMEOUT and the message.
+  std::vector<std::pair<Member, std::string>> expire(uint64_t now_ns);
+  std::vector<session::GroupSnapshot> snapshot() const;
+
+ private:
+  struct Pending {
+    session::GroupConfig config;
+    std::map<uint32_t, Member> members;
+  };
+  struct Formed {
+    std::string name;
+    session::GroupConfig config;
+    std::weak_ptr<engine::GroupShared> shared;
+    uint64_t present = 0;  // ranks that neither left nor ended
+  };
+  session::ErrorDetail check_place(const session::JoinRequest& request, const Member& member, const Pending* pending);
+  std::unique_ptr<Formation> form(const std::string& name, Pending&& pending);
+
+  Defaults defaults_;
+  mutable std::mutex mutex_;
+  uint64_t next_group_ = 1;
+  std::map<std::string, Pending> pending_;
+  std::map<uint64_t, Formed> formed_;
+  std::map<uint64_t, std::vector<std::pair<uint64_t, uint32_t>>> by_session_;  // session -> (group, rank)
+};
+
+}  // namespace expertd::group

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+// The move step of combine and ll_combine: pulls the rows that belong to this rank's tokens out of every rank's input
+// and sums them in float32 in the order that the definitions name. Definitions: daemon/kernels/README.md.
+#include "daemon/kernels/cuda/device_common.cuh"
+#include "daemon/kernels/cuda/launch.h"
+
+namespace expertd::kernels::cuda {
+namespace {
+
+constexpr uint32_t kPullThreads = 256;
+constexpr uint32_t kBlocksPerMultiprocessor = 4;
+
+/// One row to add.
+struct Source {
+  const uint4* x;
+  uint64_t row;
+  float weight;        // LL
+  uint32_t rank;
+  uint32_t lane;       // of the top-k, for rows per expert
+  uint32_t ends_rank;  // the last row of its rank: the rank's partial sum is rounded and added behind it
+};
+
+struct PullShared {
+  Source sources[base::kMaxTopK];
+  uint32_t count;
+  uint32_t local_rows;   // of all tokens of the block, for the report
+  uint32_t remote_rows;
+};
+
+/// A row that the token has at `rank`, from the handle; false for none. Rows behind the peer's input are skipped.
+__device__ bool make_source(const PartParams& p, uint32_t rank, int32_t row, Source* source) {
+  const OpShape& shape = p.op.shape;
+  const PeerView& peer = p.peers.views[rank];
+  source->rank = rank;
+  source->row = static_cast<uint64_t>(row);
+  source->x = reinterpret_cast<const uint4*>(static_cast<const char*>(peer.in_x) +
+                                             static_cast<uint64_t>(row) * shape.hidden * 2);
+  return peer.in_x != nullptr && static_cast<uint64_t>(row) < peer.in_rows;
+}
+
+/// LL and expanded rows: lane `lane` of the top-k.
+__device__ bool expert_source(const PartParams& p, uint32_t token, uint32_t lane, Source* source) {
+  const OpShape& shape = p.op.shape;
+  if (lane >= p.table_top_k || lane >= shape.top_k) {
+    return false;
+  }
+  const uint64_t at = uint64_t{token} * p.table_top_k + lane;
+  const int32_t expert = p.op.routing.topk[at];
+  const int32_t row = p.op.routing.token_expert[at];
+  if (expert < 0 || expert >= static_cast<int32_t>(shape.experts) || row < 0) {
+    return false;
+  }
+  const uint32_t owner = static_cast<uint32_t>(expert) / shape.local_experts;
+  source->lane = lane;
+  if (!rank_active(shape, owner)) {
+    return false;
+  }
+  if (shape.kind != OpKind::kLlCombine) {
+    return make_source(p, owner, row, source);
+  }
+  if (p.op.in.topk_idx != nullptr && lane_expert(p, token, lane) < 0) {
+    return false;
+  }
+  const uint32_t local = static_cast<uint32_t>(expert) % shape.local_experts;
+  source->weight = p.op.in.topk_weights != nullptr ? p.op.in.topk_weights[uint64_t{token} * shape.top_k + lane] : 1.0f;
+  return static_cast<uint32_t>(row) < shape.slots_per_expert &&
+         make_source(p, owner, static_cast<int32_t>(local * shape.slots_per_expert) + row, source);
+}
+
+/// The last top-k lane of the token that a rank owns, -1 for none: the order of ranks under order_last_lane. All lanes of
+/// the warp take part; `expert` is that of the own lane.
+__device__ int32_t last_lane_of(const PartParams& p, int32_t expert, uint32_t rank) {
+  int32_t last = -1;
+  for (int32_t lane = 0; lane < 32; ++lane) {
+    const int32_t other = __shfl_sync(kFullWarp, expert, lane);
+    if (other >= 0 && static_cast<uint32_t>(other) / p.op.shape.local_experts == rank) {
+      last = lane;
+    }
+  }
+  return last;
+}
+
+/// Fills `s` for one token: warp 0 only. One lane per rank or per top-k lane; the position of a row is the number of
+/// rows with a smaller key, and keys are distinct: (order of the rank, rank, lane).
+__device__ void collect_sources(const PartParams& p, uint32_t token, PullShared* s) {
+  const OpShape& shape = p.op.shape;
+  const uint32_t lane = threadIdx.x;
+  const bool experts = per_expert_rows(shape);
+  Source source{};
+  bool wanted = false;
+  if (experts) {
+    wanted = expert_source(p, token, lane, &source);
+  } else if (lane < shape.ranks && rank_active(shape, lane)) {
+    const int32_t row = p.op.routing.token_rank[uint64_t{token} * shape.ranks + lane];
+    wanted = row >= 0 && make_source(p, lane, row, &source);
+  }
+  int32_t order = 0;
+  if (shape.order_last_lane != 0) {
+    const int32_t expert = lane < p.table_top_k ? p.op.routing.topk[uint64_t{token} * p.table_top_k + lane] : -1;
+    order = last_lane_of(p, expert, wanted ? source.rank : 0) + 1;
+  }
+  // LL adds lane by lane; everything else rank by rank. order <= 32, rank < 16, lane < 32.
+  const bool by_lane = shape.kind == OpKind::kLlCombine;
+  const uint32_t key = by_lane ? lane : (static_cast<uint32_t>(order) * 32 + source.rank) * 32 + lane;
+  const uint32_t ballot = __ballot_sync(kFullWarp, wanted);
+  uint32_t position = 0;
+  uint32_t ends_rank = 1;
+  for (int32_t other = 0; other < 32; ++other) {
+    const uint32_t other_key = __shfl_sync(kFullWarp, key, other);
+    const bool other_wanted = ((ballot >> other) & 1u) != 0;
+    position += other_wanted && other_key < key ? 1 : 0;
+    ends_rank = other_wanted && other_key > key && other_key / 32 == key / 32 ? 0 : ends_rank;
+  }
+  if (wanted) {
+    source.ends_rank = ends_rank;
+    s->sources[position] = source;
+  }
+  const uint32_t own = __popc(__ballot_sync(kFullWarp, wanted && source.rank == shape.rank));
+  if (lane == 0) {
+    s->count = __popc(ballot);
+    s->local_rows += own;
+    s->remote_rows += s->count - own;
+  }
+}
+
+/// Adds four rows at a time so that four loads are in flight; the order of additions is that of the sources.
+__device__ void sum_piece(const PullShared& s, uint32_t piece, bool weighted, float* sum) {
+  float partial[8] = {};
+  for (uint32_t first = 0; first < s.count; first += 4) {
+    uint4 v[4];
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      v[i] = first + i < s.count ? s.sources[first + i].x[piece] : uint4{};
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      if (first + i >= s.count) {
+        break;
+      }
+      const Source& source = s.sources[first + i];
+      const Bf16x8 values = to_bf16x8(v[i]);
+#pragma unroll
+      for (uint32_t c = 0; c < 8; ++c) {
+        if (weighted) {
+          sum[c] = __fadd_rn(sum[c], __fmul_rn(source.weight, element(values, c)));
+        } else {
+          partial[c] = __fadd_rn(partial[c], element(values, c));
+        }
+      }
+      if (!weighted && source.ends_rank != 0) {
+#pragma unroll
+        for (uint32_t c = 0; c < 8; ++c) {
+          sum[c] = __fadd_rn(sum[c], bf16_to_float(float_to_bf16(partial[c])));
+          partial[c] = 0.0f;
+        }
+      }
+    }
+  }
+}
+
+__device__ void add_bias(const void* bias, uint64_t piece, bool first, float* sum) {
+  const Bf16x8 values = to_bf16x8(static_cast<const uint4*>(bias)[piece]);
+#pragma unroll
+  for (uint32_t c = 0; c < 8; ++c) {
+    sum[c] = first ? element(values, c) : __fadd_rn(sum[c], element(values, c));
+  }
+}
+
+/// Weights come back summed like the rows; one thread per lane.
+__device__ void pull_weights(const PartParams& p, uint32_t token, const PullShared& s) {
+  const OpShape& shape = p.op.shape;
+  const uint32_t lane = threadIdx.x;
+  if (p.op.out.topk_weights == nullptr || shape.kind == OpKind::kLlCombine || lane >= shape.top_k) {
+    return;
+  }
+  float sum = 0.0f;
+  for (uint32_t i = 0; i < s.count; ++i) {
+    const Source& source = s.sources[i];
+    const float* weights = p.peers.views[source.rank].in_topk_weights;
+    if (weights == nullptr) {
+      continue;
+    }
+    if (shape.expanded == 0) {
+      sum = __fadd_rn(sum, weights[source.row * shape.top_k + lane]);
+    } else if (source.lane == lane) {
+      sum = weights[source.row];
+    }
+  }
+  p.op.out.topk_weights[uint64_t{token} * shape.top_k + lane] = sum;
+}
+
+// combine_pull. Grid: blocks of 256 threads, at most 4 per multiprocessor, tokens strided over blocks. Warp 0 collects
+// the token's rows (one lane per rank or top-k lane) in the order of addition; then every thread takes 16-byte pieces:
+// loads from all rows, sums in float32, one rounding, one store. Reads the handle's tables and the peers' inputs (after
+// their routed flags), no flag itself; writes only this rank's outputs. Bytes per token: H * 2 per row pulled + H * 2.
+// Bound: the link, pulled once per remote row.
+__global__ __launch_bounds__(kPullThreads) void combine_pull(const __grid_constant__ PartParams p) {
+  __shared__ PullShared s;
+  if (block_is_gated(p)) {
+    return;
+  }
+  const OpShape& shape = p.op.shape;
+  if (threadIdx.x == 0) {
+    s.local_rows = 0;
+    s.remote_rows = 0;
+  }
+  __syncwarp();
+  const bool weighted = shape.kind == OpKind::kLlCombine;
+  const uint32_t pieces = shape.hidden / 8;
+  for (uint32_t token = blockIdx.x; token < shape.tokens; token += gridDim.x) {
+    if (threadIdx.x < 32) {
+      collect_sources(p, token, &s);
+    }
+    __syncthreads();
+    for (uint32_t piece = threadIdx.x; piece < pieces && p.op.out.x != nullptr; piece += kPullThreads) {
+      const uint64_t at = uint64_t{token} * pieces + piece;
+      float sum[8] = {};
+      if (p.op.in.bias0 != nullptr) {
+        add_bias(p.op.in.bias0, at, true, sum);
+      }
+      if (p.op.in.bias1 != nullptr) {
+        add_bias(p.op.in.bias1, at, false, sum);
+      }
+      sum_piece(s, piece, weighted, sum);
+      uint32_t words[4];
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i) {
+        words[i] = static_cast<uint32_t>(float_to_bf16(sum[2 * i])) |
+                   static_cast<uint32_t>(float_to_bf16(sum[2 * i + 1])) << 16;
+      }
+      static_cast<uint4*>(p.op.out.x)[at] = uint4{words[0], words[1], words[2], words[3]};
+    }
+    pull_weights(p, token, s);
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    atomicAdd(&p.scratch.plan->pulled_local_rows, s.local_rows);
+    atomicAdd(&p.scratch.plan->pulled_remote_rows, s.remote_rows);
+  }
+  fence_sys();
+}
+
+}  // namespace
+
+cudaError_t launch_combine_pull(const PartParams& params, cudaStream_t stream) {
+  const uint32_t most = params.multiprocessors * kBlocksPerMultiprocessor;
+  const uint32_t tokens = params.op.shape.tokens == 0 ? 1 : params.op.shape.tokens;
+  combine_pull<<<tokens < most ? tokens : most, kPullThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace expertd::kernels::cuda

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// The launchers of the CUDA kernels: each enqueues one kernel of one part on a stream and returns. Called by device/cuda
+// on the loop thread with the device's context current; none waits, allocates or synchronises, and no kernel waits.
+// The order of a part is in device/cuda/chain.cc. Errors are CUDA runtime error numbers, 0 for success.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "daemon/kernels/cuda/part_params.h"
+
+namespace expertd::kernels::cuda {
+
+enum class SignalStep : uint32_t { kRouted = 0, kMoved = 1 };
+
+/// First kernels of an uncached dispatch: rows per chunk and column; the prefix over chunks and the count row to every
+/// active rank; after the signal, the numbers of this rank's rows.
+cudaError_t launch_route_count(const PartParams& params, cudaStream_t stream);
+cudaError_t launch_route_scan(const PartParams& params, cudaStream_t stream);
+cudaError_t launch_route_number(const PartParams& params, cudaStream_t stream);
+/// Tells every active rank that this rank's step of the operation is done.
+cudaError_t launch_signal(const PartParams& params, SignalStep step, cudaStream_t stream);
+/// Bases, sizes and the decision whether anything moves, from the whole count matrix.
+cudaError_t launch_plan(const PartParams& params, cudaStream_t stream);
+cudaError_t launch_dispatch_move(const PartParams& params, cudaStream_t stream);
+cudaError_t launch_combine_pull(const PartParams& params, cudaStream_t stream);
+/// The two kernels of layout.
+cudaError_t launch_layout_clear(const PartParams& params, cudaStream_t stream);
+cudaError_t launch_layout_count(const PartParams& params, cudaStream_t stream);
+/// Last kernel of every part: tails, counts, the report, result and completion word, `done`.
+cudaError_t launch_finish(const PartParams& params, cudaStream_t stream);
+
+/// Launches every kernel once as a null operation, so that nothing is loaded later.
+cudaError_t launch_all_null(cudaStream_t stream);
+
+}  // namespace expertd::kernels::cuda

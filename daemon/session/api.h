@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the control service may ask of sessions and groups, in domain terms: the seam between gRPC and the house. Control
+// threads call it; everything is implemented behind it (session, group) without a gRPC type. Replies that wait for other
+// ranks come through a callback, exactly once, from another thread.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "daemon/base/ids.h"
+#include "daemon/base/status.h"
+
+namespace expertd::session {
+
+struct BufferGrant {
+  uint32_t buffer_id = 0;
+  uint64_t fd_token = 0;  // windows: for GET_FD on the attach socket
+  uint64_t size = 0;
+};
+
+enum class GroupMode : uint32_t { kUnspecified = 0, kNormal = 1, kInference = 2, kAuto = 3 };
+enum class OnRankLoss : uint32_t { kUnspecified = 0, kFail = 1, kMask = 2 };
+
+struct GroupConfig {
+  uint32_t expert_parallel_size = 0;
+  uint32_t num_experts = 0;
+  uint32_t hidden = 0;
+  uint32_t top_k = 0;
+  uint32_t max_tokens = 0;
+  GroupMode mode = GroupMode::kUnspecified;
+  OnRankLoss on_rank_loss = OnRankLoss::kUnspecified;
+  uint64_t op_timeout_ns = 0;
+  uint64_t first_op_timeout_ns = 0;
+  friend bool operator==(const GroupConfig&, const GroupConfig&) = default;
+};
+
+struct JoinRequest {
+  std::string name;
+  uint32_t rank = 0;
+  GroupConfig config;
+  uint64_t timeout_ns = 0;
+};
+
+struct JoinGrant {
+  base::GroupId group;
+  uint64_t epoch = 0;
+  BufferGrant window;  // buffer_id 0: none
+  uint64_t op_timeout_ns = 0;
+  uint64_t first_op_timeout_ns = 0;
+};
+
+/// An error with what ErrorInfo carries beside the Reason.
+struct ErrorDetail {
+  base::Status status;
+  int32_t rank = -1;
+  std::string field;
+  std::string value;
+  std::string other_value;
+};
+
+struct MaskReply {
+  uint64_t epoch = 0;
+  uint64_t lost = 0;
+  uint64_t excluded = 0;
+};
+
+struct GroupPlan {
+  uint64_t window_bytes = 0;
+  uint64_t table_bytes = 0;
+  uint64_t handle_bytes = 0;
+  uint64_t worst_rows = 0;
+};
+
+using JoinCallback = std::function<void(const ErrorDetail& error, const JoinGrant& grant)>;
+
+/// Calls of one attached session. `session` is the identity that the connection carries.
+class SessionApi {
+ public:
+  virtual ~SessionApi() = default;
+  virtual base::Status open_session(base::SessionId session, const std::string& client_id,
+                                    const std::string& traceparent) = 0;
+  virtual base::Result<BufferGrant> register_ipc(base::SessionId session, const std::string& handle, uint64_t offset,
+                                                 uint64_t size) = 0;
+  virtual base::Result<BufferGrant> register_fd(base::SessionId session, uint64_t token, uint64_t offset, uint64_t size,
+                                                uint64_t allocation_size) = 0;
+  /// Blocks until nothing in flight uses the buffer, at most until deadline_ns (absolute, base::now_ns clock).
+  virtual base::Status unregister(base::SessionId session, uint32_t buffer_id, uint64_t deadline_ns) = 0;
+  virtual base::Result<BufferGrant> create_window(base::SessionId session, uint64_t size) = 0;
+  virtual void join_group(base::SessionId session, const JoinRequest& request, JoinCallback done) = 0;
+  virtual base::Status leave_group(base::SessionId session, base::GroupId group, uint64_t deadline_ns) = 0;
+  virtual base::Result<MaskReply> group_mask(base::SessionId session, base::GroupId group, uint64_t exclude,
+                                             uint64_t readmit) = 0;
+  virtual base::Result<GroupPlan> plan_group(const GroupConfig& config) = 0;
+};
+
+struct DeviceSnapshot {
+  uint32_t index = 0;
+  std::string kind;
+  std::string uuid;
+  std::string name;
+  bool healthy = true;
+  bool mps_active = false;
+  std::string doorbell_form;
+  uint64_t context_bytes = 0;
+  uint64_t window_bytes = 0;
+  uint64_t quarantined_bytes = 0;
+  uint32_t sessions = 0;
+  uint32_t armed_streams = 0;
+  uint32_t armed_streams_max = 0;
+  uint64_t peer_access_mask = 0;
+  std::string kernels;
+};
+
+struct GroupSnapshot {
+  std::string name;
+  base::GroupId id;
+  GroupConfig config;
+  uint64_t epoch = 0;
+  uint64_t joined = 0;
+  uint64_t lost = 0;
+  uint64_t ops = 0;
+};
+
+struct SessionSnapshot {
+  base::SessionId id;
+  std::string name;
+  uint32_t uid = 0;
+  uint32_t pid = 0;
+  std::string device;
+  uint64_t age_ns = 0;
+  uint32_t buffers = 0;
+  uint64_t buffer_bytes = 0;
+  uint32_t groups = 0;
+  uint64_t ops_completed = 0;
+  uint64_t ops_rejected = 0;
+  uint32_t slots_used = 0;
+  uint32_t slots = 0;
+  uint64_t bytes_moved = 0;
+  uint64_t p50_ns = 0;
+  uint64_t p99_ns = 0;
+  std::string state;
+};
+
+struct StatusSnapshot {
+  std::string version;
+  std::string state;  // starting, ready, degraded, draining
+  uint64_t generation = 0;
+  uint64_t uptime_ns = 0;
+  std::vector<DeviceSnapshot> devices;
+  std::vector<GroupSnapshot> groups;
+  uint32_t sessions = 0;
+  uint32_t sessions_max = 0;
+  std::string metrics_address;
+  std::string cuda_build;
+  std::string cuda_driver;
+};
+
+struct OpCounterSnapshot {
+  std::string op;
+  uint32_t device = 0;
+  uint64_t ok = 0;
+  uint64_t failed = 0;
+  uint64_t tokens = 0;
+  uint64_t local_bytes = 0;
+  uint64_t remote_bytes = 0;
+  uint64_t duration_ns = 0;
+};
+
+/// What operators see and may do.
+class OperatorApi {
+ public:
+  virtual ~OperatorApi() = default;
+  virtual StatusSnapshot status() = 0;
+  virtual std::vector<SessionSnapshot> sessions() = 0;
+  virtual std::vector<OpCounterSnapshot> counters() = 0;
+  /// Starts the drain (main does the rest); returns the number of sessions told.
+  virtual uint32_t drain(uint64_t timeout_ns) = 0;
+  /// Returns the previous level, or CONFIG_BAD_VALUE.
+  virtual base::Result<std::string> set_log_level(const std::string& level) = 0;
+};
+
+}  // namespace expertd::session

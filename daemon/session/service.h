@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// SessionService: every session of the daemon, from attach to reclaim: memory, groups, quotas, state. Control threads
+// and the attach listener call it; it never runs on a device loop. A session that ended is reclaimed by the housekeeper
+// thread only when the engines reported that nothing in flight can touch its memory (daemon/README.md, "Who owns memory").
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "daemon/base/fd.h"
+#include "daemon/device/device.h"
+#include "daemon/group/directory.h"
+#include "daemon/session/api.h"
+#include "daemon/session/attach_api.h"
+#include "daemon/session/loop_port.h"
+
+namespace expertd::session {
+
+struct ServiceOptions {
+  uint64_t generation = 0;
+  uint32_t max_sessions = 64;
+  uint32_t max_sessions_per_uid = 64;
+  uint32_t max_buffers = 256;
+  uint32_t max_groups = 8;
+  uint64_t max_window_bytes = 0;  // per session; 0 = no limit
+  uint32_t ring_slots = 64;
+  uint32_t handles_per_session = 512;
+  uint64_t op_timeout_ns = 0;
+  uint64_t first_op_timeout_ns = 0;
+};
+
+/// For metrics and the log; any thread but a loop's.
+class SessionObserver {
+ public:
+  virtual ~SessionObserver() = default;
+  virtual void opened(const SessionSnapshot& session) = 0;
+  virtual void ended(base::SessionId session, const std::string& cause) = 0;
+  virtual void reclaimed(base::SessionId session, uint64_t duration_ns) = 0;
+};
+
+struct DeviceEntry {
+  device::Device* device = nullptr;
+  LoopPort* loop = nullptr;
+};
+
+class SessionService final : public SessionApi, public AttachApi {
+ public:
+  SessionService(const ServiceOptions& options, std::vector<DeviceEntry> devices, SessionObserver* observer);
+  ~SessionService() override;
+  SessionService(const SessionService&) = delete;
+  SessionService& operator=(const SessionService&) = delete;
+
+  base::Status start();
+  /// Ends every session and waits until all are reclaimed, at most until deadline_ns.
+  void stop(uint64_t deadline_ns);
+  /// Refuses new sessions from now on and raises the draining flag in every ring.
+  uint32_t begin_drain();
+  uint32_t outstanding_operations();
+
+  base::Result<AttachGrant> attach(const AttachRequest& request) override;
+  void session_ended(base::SessionId session, const std::string& cause) override;
+  base::Result<uint64_t> put_fd(base::SessionId session, base::ScopedFd fd) override;
+  base::Result<TakenFd> take_fd(base::SessionId session, uint64_t token) override;
+
+  base::Status open_session(base::SessionId session, const std::string& client_id,
+                            const std::string& traceparent) override;
+  base::Result<BufferGrant> register_ipc(base::SessionId session, const std::string& handle, uint64_t offset,
+                                         uint64_t size) override;
+  base::Result<BufferGrant> register_fd(base::SessionId session, uint64_t token, uint64_t offset, uint64_t size,
+                                        uint64_t allocation_size) override;
+  base::Status unregister(base::SessionId session, uint32_t buffer_id, uint64_t deadline_ns) override;
+  base::Result<BufferGrant> create_window(base::SessionId session, uint64_t size) override;
+  void join_group(base::SessionId session, const JoinRequest& request, JoinCallback done) override;
+  base::Status leave_group(base::SessionId session, base::GroupId group, uint64_t deadline_ns) override;
+  base::Result<MaskReply> group_mask(base::SessionId session, base::GroupId group, uint64_t exclude,
+                                     uint64_t readmit) override;
+  base::Result<GroupPlan> plan_group(const GroupConfig& config) override;
+
+  std::vector<SessionSnapshot> sessions();
+  std::vector<GroupSnapshot> groups() const { return directory_.snapshot(); }
+  std::vector<DeviceSnapshot> devices();
+
+ private:
+  struct Session;
+  using SessionRef = std::shared_ptr<Session>;
+
+  base::Result<SessionRef> find(base::SessionId session);
+  base::Result<SessionRef> create_session(const AttachRequest& request, size_t device);
+  base::Status check_quota(const AttachRequest& request);
+  base::Result<BufferGrant> install(const SessionRef& session, std::unique_ptr<device::HeldMemory> memory,
+                                    base::ScopedFd fd);
+  base::Status remove_buffer(const SessionRef& session, uint32_t buffer_id, uint64_t deadline_ns);
+  void form_group(std::unique_ptr<group::Formation> formation);
+  base::Status form_member(const group::Formation& formation, const group::Member& member, JoinGrant* grant);
+  base::Status remove_membership(const SessionRef& session, base::GroupId group, uint64_t deadline_ns);
+  void wake_group(const engine::GroupShared& group);
+  bool try_reclaim(const SessionRef& session);
+  void housekeeper_main();
+  SessionSnapshot describe(Session& session) const;
+
+  ServiceOptions options_;
+  std::vector<DeviceEntry> devices_;
+  SessionObserver* observer_;
+  group::Directory directory_;
+  std::mutex mutex_;
+  std::condition_variable housekeeper_signal_;
+  std::map<uint64_t, SessionRef> sessions_;
+  std::deque<SessionRef> ended_;  // waiting for their last operations; bounded by max_sessions
+  uint64_t next_session_ = 1;
+  bool draining_ = false;
+  bool stop_ = false;
+  std::thread housekeeper_;
+};
+
+}  // namespace expertd::session

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+// Groups of sessions: joining, forming, leaving, masks, plans.
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+#include "daemon/base/clock.h"
+#include "daemon/session/service.h"
+#include "daemon/session/session.h"
+#include "proto/abi/ll_window_v1.h"
+
+namespace expertd::session {
+
+namespace {
+
+constexpr uint64_t kDefaultJoinNs = 60'000'000'000ULL;
+constexpr std::chrono::milliseconds kQuietPoll(1);
+
+uint64_t window_bytes_of(const GroupConfig& config) {
+  if (config.mode == GroupMode::kNormal) {
+    return 0;
+  }
+  const expertd_ll_window_shape shape{config.expert_parallel_size, config.num_experts, config.hidden,
+                                      config.max_tokens};
+  return expertd_ll_window_place_all(&shape, 0).total_bytes;
+}
+
+}  // namespace
+
+base::Result<GroupPlan> SessionService::plan_group(const GroupConfig& config) {
+  const ErrorDetail error = group::check_config(config, 0);
+  if (!error.status.is_ok()) {
+    return error.status;
+  }
+  const uint64_t ranks = config.expert_parallel_size;
+  const uint64_t matrix_bytes = ranks * kernels::count_row_ints(config.expert_parallel_size, config.num_experts) * 4;
+  GroupPlan plan;
+  plan.window_bytes = window_bytes_of(config);
+  plan.table_bytes = matrix_bytes * engine::kExchangePages;
+  plan.handle_bytes = (uint64_t{config.max_tokens} * (ranks + 2ULL * config.top_k) * 4 + matrix_bytes) *
+                      options_.handles_per_session;
+  plan.worst_rows = ranks * config.max_tokens;
+  return plan;
+}
+
+void SessionService::join_group(base::SessionId id, const JoinRequest& request, JoinCallback done) {
+  ErrorDetail error;
+  base::Result<SessionRef> found = find(id);
+  if (!found.is_ok()) {
+    error.status = found.status();
+    done(error, {});
+    return;
+  }
+  const SessionRef session = found.value();
+  {
+    const std::lock_guard<std::mutex> lock(session->mutex);
+    if (session->memberships.size() >= std::min(options_.max_groups, base::kMaxGroupsPerSession)) {
+      error.status = base::Status(EXPERTD_REASON_GROUP_LIMIT, "session.max_groups = " +
+                                                                  std::to_string(options_.max_groups));
+    }
+  }
+  if (!error.status.is_ok()) {
+    done(error, {});
+    return;
+  }
+  group::Member member;
+  member.session = id;
+  member.device = session->place.device->index();
+  member.deadline_ns = base::now_ns() + (request.timeout_ns != 0 ? request.timeout_ns : kDefaultJoinNs);
+  member.done = done;
+  std::unique_ptr<group::Formation> formation;
+  error = directory_.join(request, std::move(member), &formation);
+  if (!error.status.is_ok()) {
+    done(error, {});
+    return;
+  }
+  if (formation != nullptr) {
+    form_group(std::move(formation));
+  }
+}
+
+void SessionService::form_group(std::unique_ptr<group::Formation> formation) {
+  std::vector<JoinGrant> grants(formation->members.size());
+  ErrorDetail error;
+  for (size_t i = 0; i < formation->members.size() && error.status.is_ok(); ++i) {
+    error.status = form_member(*formation, formation->members[i], &grants[i]);
+    error.rank = error.status.is_ok() ? -1 : static_cast<int32_t>(formation->members[i].rank);
+  }
+  if (!error.status.is_ok()) {
+    // All or none: a rank that could not be set up leaves a group that nobody may use.
+    for (const group::Member& member : formation->members) {
+      base::Result<SessionRef> found = find(member.session);
+      if (found.is_ok()) {
+        (void)remove_membership(found.value(), formation->shared->settings().shape.id, base::now_ns()).is_ok();
+      }
+    }
+  }
+  for (size_t i = 0; i < formation->members.size(); ++i) {
+    formation->members[i].done(error, error.status.is_ok() ? grants[i] : JoinGrant{});
+  }
+}
+
+base::Status SessionService::form_member(const group::Formation& formation, const group::Member& member,
+                                         JoinGrant* grant) {
+  base::Result<SessionRef> found = find(member.session);
+  if (!found.is_ok()) {
+    return found.status();
+  }
+  const SessionRef session = found.value();
+  const engine::GroupSettings& settings = formation.shared->settings();
+  engine::GroupShape shape = settings.shape;
+  shape.rank = member.rank;
+  shape.session = member.session;
+  EXPERTD_RETURN_IF_ERROR(session->place.device->create_group(shape, options_.handles_per_session));
+  {
+    const std::lock_guard<std::mutex> lock(session->mutex);
+    session->memberships[shape.id.value] = {formation.shared, member.rank, 0};
+  }
+  if (const uint64_t bytes = window_bytes_of(formation.config); bytes != 0) {
+    base::Result<BufferGrant> window = create_window(member.session, bytes);
+    if (!window.is_ok()) {
+      return window.status().with_context("low-latency window of rank " + std::to_string(member.rank));
+    }
+    grant->window = window.value();
+    const std::lock_guard<std::mutex> lock(session->mutex);
+    session->memberships[shape.id.value].window_buffer = grant->window.buffer_id;
+  }
+  grant->group = shape.id;
+  grant->epoch = formation.shared->epoch();
+  grant->op_timeout_ns = settings.op_timeout_ns;
+  grant->first_op_timeout_ns = settings.first_op_timeout_ns;
+  auto entered = std::make_shared<bool>(false);
+  EXPERTD_RETURN_IF_ERROR(session->place.loop->run([session, shared = formation.shared, id = shape.id,
+                                                    rank = member.rank, entered] {
+    for (JoinedGroup& joined : session->tables.groups) {
+      if (joined.id.value == 0) {
+        joined.rank = {shared.get(), rank, 1};
+        joined.id = id;
+        *entered = true;
+        return;
+      }
+    }
+  }));
+  if (!*entered) {
+    return base::Status(EXPERTD_REASON_GROUP_LIMIT);
+  }
+  return base::Status::ok();
+}
+
+base::Status SessionService::remove_membership(const SessionRef& session, base::GroupId group, uint64_t deadline_ns) {
+  std::shared_ptr<engine::GroupShared> shared;
+  uint32_t rank = 0;
+  uint32_t window = 0;
+  {
+    const std::lock_guard<std::mutex> lock(session->mutex);
+    const auto found = session->memberships.find(group.value);
+    if (found == session->memberships.end()) {
+      return base::Status(EXPERTD_REASON_NO_SUCH_GROUP, "group " + std::to_string(group.value));
+    }
+    shared = found->second.group;
+    rank = found->second.rank;
+    window = found->second.window_buffer;
+  }
+  directory_.left(group, rank);
+  shared->set_lost(rank);
+  wake_group(*shared);
+  // Operations of the group that this session still has in flight end with PEER_LOST; nothing new is admitted.
+  LoopPort* loop = session->place.loop;
+  auto idle = std::make_shared<bool>(false);
+  do {
+    EXPERTD_RETURN_IF_ERROR(loop->run([session, shared, group, loop, idle] {
+      JoinedGroup* joined = session->tables.find_group(group.value);
+      *idle = joined == nullptr || !loop->uses_group(session->id, &joined->rank);
+      if (*idle && joined != nullptr) {
+        *joined = JoinedGroup{};
+      }
+    }));
+    *idle = *idle && shared->quiet(rank);
+    if (!*idle) {
+      if (base::now_ns() >= deadline_ns) {
+        return base::Status(EXPERTD_REASON_TIMEOUT, "operations of the group did not end before the deadline");
+      }
+      std::this_thread::sleep_for(kQuietPoll);
+    }
+  } while (!*idle);
+  session->place.device->destroy_group(group, base::Rank{rank});
+  {
+    const std::lock_guard<std::mutex> lock(session->mutex);
+    session->memberships.erase(group.value);
+  }
+  return window == 0 ? base::Status::ok() : remove_buffer(session, window, deadline_ns);
+}
+
+base::Status SessionService::leave_group(base::SessionId id, base::GroupId group, uint64_t deadline_ns) {
+  base::Result<SessionRef> found = find(id);
+  if (!found.is_ok()) {
+    return found.status();
+  }
+  return remove_membership(found.value(), group, deadline_ns);
+}
+
+base::Result<MaskReply> SessionService::group_mask(base::SessionId id, base::GroupId group, uint64_t exclude,
+                                                   uint64_t readmit) {
+  base::Result<SessionRef> found = find(id);
+  if (!found.is_ok()) {
+    return found.status();
+  }
+  Session& session = *found.value();
+  std::shared_ptr<engine::GroupShared> shared;
+  {
+    const std::lock_guard<std::mutex> lock(session.mutex);
+    const auto entry = session.memberships.find(group.value);
+    if (entry == session.memberships.end()) {
+      return base::Status(EXPERTD_REASON_NO_SUCH_GROUP, "group " + std::to_string(group.value));
+    }
+    shared = entry->second.group;
+  }
+  if ((exclude | readmit) != 0) {
+    if (!shared->settings().mask_on_loss) {
+      return base::Status(EXPERTD_REASON_BAD_STATE, "the group was joined with on_rank_loss = fail");
+    }
+    if (((exclude | readmit) & ~shared->all_ranks()) != 0) {
+      return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "mask names ranks beyond expert_parallel_size");
+    }
+    shared->set_excluded((shared->excluded() | exclude) & ~readmit);
+    wake_group(*shared);
+  }
+  return MaskReply{shared->epoch(), shared->lost(), shared->excluded()};
+}
+
+}  // namespace expertd::session

@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+// Memory of sessions: descriptors in passing, registered buffers, windows.
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <thread>
+
+#include "daemon/base/clock.h"
+#include "daemon/session/service.h"
+#include "daemon/session/session.h"
+
+namespace expertd::session {
+
+namespace {
+
+// How often an unregistration looks whether the operations that use the buffer have ended.
+constexpr std::chrono::milliseconds kBusyPoll(1);
+constexpr size_t kIpcHandleBytes = 64;
+
+}  // namespace
+
+base::Result<uint64_t> SessionService::put_fd(base::SessionId id, base::ScopedFd fd) {
+  base::Result<SessionRef> found = find(id);
+  if (!found.is_ok()) {
+    return found.status();
+  }
+  Session& session = *found.value();
+  const std::lock_guard<std::mutex> lock(session.mutex);
+  if (session.fds.size() >= base::kMaxPendingFds) {
+    return base::Status(EXPERTD_REASON_BUFFER_LIMIT, "more than " + std::to_string(base::kMaxPendingFds) +
+                                                         " descriptors wait to be used");
+  }
+  const uint64_t token = session.next_token++;
+  session.fds[token].fd = std::move(fd);
+  return token;
+}
+
+base::Result<TakenFd> SessionService::take_fd(base::SessionId id, uint64_t token) {
+  base::Result<SessionRef> found = find(id);
+  if (!found.is_ok()) {
+    return found.status();
+  }
+  Session& session = *found.value();
+  const std::lock_guard<std::mutex> lock(session.mutex);
+  const auto entry = session.fds.find(token);
+  if (entry == session.fds.end() || !entry->second.for_client) {
+    return base::Status(EXPERTD_REASON_NO_SUCH_TOKEN);
+  }
+  TakenFd taken{std::move(entry->second.fd), entry->second.bytes};
+  session.fds.erase(entry);
+  return taken;
+}
+
+// Gives memory a buffer id in the session's tables; with a descriptor it waits there for the client to fetch it.
+base::Result<BufferGrant> SessionService::install(const SessionRef& session,
+                                                  std::unique_ptr<device::HeldMemory> memory, base::ScopedFd fd) {
+  const engine::Mapping* mapping = &memory->mapping();
+  BufferGrant grant;
+  grant.size = mapping->bytes;
+  {
+    const std::lock_guard<std::mutex> lock(session->mutex);
+    if (session->ended) {
+      return base::Status(EXPERTD_REASON_NO_SUCH_SESSION);
+    }
+    if (session->buffers.size() >= options_.max_buffers) {
+      return base::Status(EXPERTD_REASON_BUFFER_LIMIT,
+                          "session.max_buffers = " + std::to_string(options_.max_buffers) + " buffers are in use");
+    }
+    if (fd.valid() && session->fds.size() >= base::kMaxPendingFds) {
+      return base::Status(EXPERTD_REASON_BUFFER_LIMIT, "fetch the descriptors of earlier windows first");
+    }
+    grant.buffer_id = 1;
+    while (session->buffers.count(grant.buffer_id) != 0) {
+      ++grant.buffer_id;
+    }
+    session->buffers[grant.buffer_id] = {std::move(memory), mapping->bytes};
+    session->buffer_bytes += mapping->bytes;
+    if (fd.valid()) {
+      grant.fd_token = session->next_token++;
+      session->fds[grant.fd_token] = {std::move(fd), mapping->bytes, true};
+    }
+  }
+  // The session itself is kept alive by the task; its tables belong to the loop.
+  EXPERTD_RETURN_IF_ERROR(session->place.loop->run(
+      [session, id = grant.buffer_id, mapping] { session->tables.buffers[id] = mapping; }));
+  return grant;
+}
+
+base::Result<BufferGrant> SessionService::register_ipc(base::SessionId id, const std::string& handle, uint64_t offset,
+                                                       uint64_t size) {
+  base::Result<SessionRef> found = find(id);
+  if (!found.is_ok()) {
+    return found.status();
+  }
+  const SessionRef session = found.value();
+  if (handle.size() != kIpcHandleBytes) {
+    return base::Status(EXPERTD_REASON_BAD_MESSAGE,
+                        "a CUDA IPC handle has 64 bytes, got " + std::to_string(handle.size()));
+  }
+  if (size == 0 || offset % 16 != 0) {
+    return base::Status(size == 0 ? EXPERTD_REASON_ARGUMENT_RANGE : EXPERTD_REASON_UNALIGNED,
+                        "offset " + std::to_string(offset) + ", size " + std::to_string(size));
+  }
+  if (session->identity.local_pid == static_cast<int32_t>(::getpid())) {
+    return base::Status(EXPERTD_REASON_IPC_SAME_PID, "client and daemon both have local pid " +
+                                                         std::to_string(::getpid()) +
+                                                         "; use a window or pass a VMM descriptor");
+  }
+  base::Result<std::unique_ptr<device::HeldMemory>> memory =
+      session->place.device->import_ipc(handle.data(), offset, size);
+  if (!memory.is_ok()) {
+    return memory.status().with_context("registering a CUDA IPC handle");
+  }
+  return install(session, std::move(memory).value(), base::ScopedFd());
+}
+
+base::Result<BufferGrant> SessionService::register_fd(base::SessionId id, uint64_t token, uint64_t offset,
+                                                      uint64_t size, uint64_t allocation_size) {
+  base::Result<SessionRef> found = find(id);
+  if (!found.is_ok()) {
+    return found.status();
+  }
+  const SessionRef session = found.value();
+  base::ScopedFd fd;
+  {
+    const std::lock_guard<std::mutex> lock(session->mutex);
+    const auto entry = session->fds.find(token);
+    if (entry == session->fds.end() || entry->second.for_client) {
+      return base::Status(EXPERTD_REASON_NO_SUCH_TOKEN);
+    }
+    fd = std::move(entry->second.fd);
+    session->fds.erase(entry);
+  }
+  base::Result<std::unique_ptr<device::HeldMemory>> memory =
+      session->place.device->import_fd(std::move(fd), offset, size, allocation_size);
+  if (!memory.is_ok()) {
+    return memory.status().with_context("registering shared memory");
+  }
+  return install(session, std::move(memory).value(), base::ScopedFd());
+}
+
+base::Result<BufferGrant> SessionService::create_window(base::SessionId id, uint64_t size) {
+  base::Result<SessionRef> found = find(id);
+  if (!found.is_ok()) {
+    return found.status();
+  }
+  const SessionRef session = found.value();
+  {
+    const std::lock_guard<std::mutex> lock(session->mutex);
+    const uint64_t limit = options_.max_window_bytes;
+    if (limit != 0 && (size > limit || session->buffer_bytes > limit - size)) {
+      return base::Status(EXPERTD_REASON_POOL_EXHAUSTED, "session.max_window_bytes = " + std::to_string(limit) + ", " +
+                                                             std::to_string(session->buffer_bytes) + " in use");
+    }
+  }
+  base::Result<device::Window> window = session->place.device->create_window(size);
+  if (!window.is_ok()) {
+    return window.status().with_context("creating a window");
+  }
+  return install(session, std::move(window.value().memory), std::move(window.value().fd));
+}
+
+base::Status SessionService::remove_buffer(const SessionRef& session, uint32_t buffer_id, uint64_t deadline_ns) {
+  const engine::Mapping* mapping = nullptr;
+  {
+    const std::lock_guard<std::mutex> lock(session->mutex);
+    const auto found = session->buffers.find(buffer_id);
+    if (found == session->buffers.end()) {
+      return base::Status(EXPERTD_REASON_NO_SUCH_BUFFER, "buffer " + std::to_string(buffer_id));
+    }
+    mapping = &found->second.memory->mapping();
+  }
+  LoopPort* loop = session->place.loop;
+  auto busy = std::make_shared<bool>(true);
+  while (true) {
+    // Admission stops at once, so that the wait ends; a buffer that stays busy is given back to the client as it was.
+    EXPERTD_RETURN_IF_ERROR(loop->run([session, loop, mapping, buffer_id, busy] {
+      *busy = loop->uses(session->id, mapping);
+      session->tables.buffers[buffer_id] = nullptr;
+    }));
+    if (!*busy) {
+      break;
+    }
+    if (base::now_ns() >= deadline_ns) {
+      EXPERTD_RETURN_IF_ERROR(
+          loop->run([session, mapping, buffer_id] { session->tables.buffers[buffer_id] = mapping; }));
+      return base::Status(EXPERTD_REASON_BUFFER_BUSY, "buffer " + std::to_string(buffer_id));
+    }
+    std::this_thread::sleep_for(kBusyPoll);
+  }
+  std::unique_ptr<device::HeldMemory> memory;  // closed outside the lock: it may block
+  const std::lock_guard<std::mutex> lock(session->mutex);
+  const auto found = session->buffers.find(buffer_id);
+  if (found != session->buffers.end()) {
+    session->buffer_bytes -= found->second.bytes;
+    memory = std::move(found->second.memory);
+    session->buffers.erase(found);
+  }
+  return base::Status::ok();
+}
+
+base::Status SessionService::unregister(base::SessionId id, uint32_t buffer_id, uint64_t deadline_ns) {
+  base::Result<SessionRef> found = find(id);
+  if (!found.is_ok()) {
+    return found.status();
+  }
+  return remove_buffer(found.value(), buffer_id, deadline_ns);
+}
+
+}  // namespace expertd::session

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// One session as the service keeps it. Control threads under the session's own mutex; the tables inside belong to the
+// device loop between add_session and the drained callback.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "daemon/session/service.h"
+
+namespace expertd::session {
+
+struct SessionService::Session {
+  struct Buffer {
+    std::unique_ptr<device::HeldMemory> memory;
+    uint64_t bytes = 0;
+  };
+  struct Membership {
+    std::shared_ptr<engine::GroupShared> group;
+    uint32_t rank = 0;
+    uint32_t window_buffer = 0;
+  };
+  struct PendingFd {
+    base::ScopedFd fd;
+    uint64_t bytes = 0;
+    bool for_client = false;  // a window's; otherwise put by the client
+  };
+
+  Session(base::SessionId session, uint32_t handle_limit) : id(session), tables(session, handle_limit) {}
+
+  const base::SessionId id;
+  SessionTables tables;
+  std::unique_ptr<RingMemory> ring;
+  DeviceEntry place;
+  AttachRequest identity;
+  uint64_t opened_ns = 0;
+
+  std::mutex mutex;  // guards what follows
+  std::string client_id;
+  std::string traceparent;
+  std::map<uint32_t, Buffer> buffers;
+  uint64_t buffer_bytes = 0;
+  std::map<uint64_t, Membership> memberships;
+  std::map<uint64_t, PendingFd> fds;
+  uint64_t next_token = 1;
+  bool ended = false;
+  uint64_t ended_ns = 0;
+  std::atomic<bool> drained{false};
+};
+
+}  // namespace expertd::session

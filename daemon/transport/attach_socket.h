@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// System calls of the attach socket: binding a SEQPACKET path, sending and receiving one packet with descriptors.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "daemon/base/fd.h"
+#include "daemon/base/status.h"
+
+namespace expertd::transport {
+
+/// Binds and listens. A file on which nobody answers is replaced; ADDRESS_IN_USE when somebody does.
+base::Result<base::ScopedFd> listen_seqpacket(const std::string& path, uint32_t mode, const std::string& group);
+
+struct Packet {
+  size_t bytes = 0;
+  bool end_of_file = false;
+  bool nothing = false;           // would block
+  std::vector<base::ScopedFd> fds;  // at most one is expected; more are closed by whoever drops the packet
+};
+Packet receive_packet(int fd, void* buffer, size_t capacity);
+/// False when the packet could not be sent whole at once: the peer is gone or does not read.
+bool send_packet(int fd, const void* message, size_t bytes, const std::vector<int>& fds);
+
+}  // namespace expertd::transport

@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "daemon/transport/device_loop.h"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <future>
+#include <system_error>
+
+#include "daemon/base/clock.h"
+
+namespace expertd::transport {
+
+namespace {
+
+// The longest sleep: the watchdog hears from an idle loop this often.
+constexpr uint64_t kBeatNs = 500'000'000;
+// A control thread waits this long for a loop before it reports the loop as stuck.
+constexpr std::chrono::seconds kTaskTimeout(5);
+
+void relax() { __builtin_ia32_pause(); }
+
+}  // namespace
+
+base::Result<std::unique_ptr<DeviceLoop>> DeviceLoop::create(base::DeviceIndex device, const LoopOptions& options) {
+  base::ScopedFd event(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (!event.valid()) {
+    return base::errno_status("eventfd of a device loop");
+  }
+  return std::unique_ptr<DeviceLoop>(new DeviceLoop(device, options, std::move(event)));
+}
+
+DeviceLoop::~DeviceLoop() { stop(); }
+
+base::Status DeviceLoop::start(engine::DevicePort* port, engine::WakePort* wake, engine::OpObserver* op_observer,
+                               LoopObserver* loop_observer, FaultCallback fault) {
+  port_ = port;
+  engine_ = std::make_unique<engine::Engine>(device_, port, wake, op_observer);
+  observer_ = loop_observer;
+  fault_ = std::move(fault);
+  try {
+    thread_ = std::thread([this] { thread_main(); });
+  } catch (const std::system_error& error) {
+    return base::Status(EXPERTD_REASON_SYSTEM, std::string("starting a device loop: ") + error.what());
+  }
+  return base::Status::ok();
+}
+
+void DeviceLoop::stop() {
+  stop_.store(true, std::memory_order_release);
+  wake();
+  if (thread_.joinable()) {
+    thread_.join();
+  }
+}
+
+void DeviceLoop::wake() {
+  // seq_cst pairs with the store in sleep_until_work: either the loop sees the flag or this sees it sleeping.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (sleeping_.load(std::memory_order_seq_cst)) {
+    const uint64_t one = 1;
+    (void)!::write(event_.get(), &one, sizeof(one));
+  }
+}
+
+base::Status DeviceLoop::post(std::function<void()> task) {
+  {
+    const std::lock_guard<std::mutex> lock(tasks_mutex_);
+    if (tasks_.size() >= base::kMaxLoopTasks) {
+      return base::Status(EXPERTD_REASON_INTERNAL, "a device loop has too many requests waiting");
+    }
+    tasks_.push_back(std::move(task));
+  }
+  tasks_waiting_.fetch_add(1, std::memory_order_seq_cst);
+  wake();
+  return base::Status::ok();
+}
+
+base::Status DeviceLoop::run(std::function<void()> task) {
+  // Shared, so that a loop that runs the task after the caller gave up touches nothing of the caller's stack frame
+  // except what the task itself captured; callers therefore treat a timeout as a broken daemon.
+  auto done = std::make_shared<std::promise<void>>();
+  std::future<void> future = done->get_future();
+  EXPERTD_RETURN_IF_ERROR(post([task = std::move(task), done] {
+    task();
+    done->set_value();
+  }));
+  if (future.wait_for(kTaskTimeout) != std::future_status::ready) {
+    return base::Status(EXPERTD_REASON_INTERNAL, "a device loop did not answer within 5 s");
+  }
+  return base::Status::ok();
+}
+
+base::Status DeviceLoop::add_session(session::SessionTables* tables, session::RingMemory* ring, void* flag_page) {
+  auto server = std::make_shared<std::unique_ptr<RingServer>>(
+      std::make_unique<RingServer>(tables, ring, flag_page, options_.default_timeout_ns));
+  return run([this, server] {
+    engine_->add_session(&(*server)->engine_session());
+    servers_.push_back(std::move(*server));
+  });
+}
+
+base::Status DeviceLoop::close_session(base::SessionId session, std::function<void()> drained) {
+  return post([this, session, drained = std::move(drained)] {
+    const auto found = std::find_if(servers_.begin(), servers_.end(), [&](const std::unique_ptr<RingServer>& server) {
+      return server->tables().id == session;
+    });
+    if (found == servers_.end()) {
+      drained();
+      return;
+    }
+    (*found)->set_flags(EXPERTD_SESSION_CLOSED);
+    engine_->close_session(&(*found)->engine_session(), base::now_ns());
+    closing_.push_back({std::move(*found), drained});
+    servers_.erase(found);
+    std::erase(fault_reported_, session);
+  });
+}
+
+bool DeviceLoop::uses(base::SessionId session, const engine::Mapping* mapping) {
+  for (const std::unique_ptr<RingServer>& server : servers_) {
+    if (server->tables().id == session && server->engine_session().uses(mapping)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+bool DeviceLoop::uses_group(base::SessionId session, const engine::RankState* rank) {
+  return std::any_of(servers_.begin(), servers_.end(), [&](const std::unique_ptr<RingServer>& server) {
+    return server->tables().id == session && server->engine_session().uses(rank);
+  });
+}
+
+void DeviceLoop::raise_session_flags(uint32_t flags) {
+  for (const std::unique_ptr<RingServer>& server : servers_) {
+    server->set_flags(flags);
+  }
+}
+
+bool DeviceLoop::run_tasks() {
+  if (tasks_waiting_.load(std::memory_order_seq_cst) == 0) {
+    return false;
+  }
+  std::deque<std::function<void()>> tasks;
+  {
+    const std::lock_guard<std::mutex> lock(tasks_mutex_);
+    tasks.swap(tasks_);
+  }
+  tasks_waiting_.fetch_sub(static_cast<uint32_t>(tasks.size()), std::memory_order_seq_cst);
+  for (std::function<void()>& task : tasks) {
+    task();
+  }
+  return !tasks.empty();
+}
+
+bool DeviceLoop::poll_rings(uint64_t now_ns) {
+  bool moved = false;
+  uint32_t used = 0;
+  for (const std::unique_ptr<RingServer>& server : servers_) {
+    moved |= server->poll(*engine_, now_ns);
+    used += server->slots_used();
+    if (server->faulted() && std::find(fault_reported_.begin(), fault_reported_.end(), server->tables().id) ==
+                                 fault_reported_.end()) {
+      fault_reported_.push_back(server->tables().id);
+      fault_(server->tables().id);
+    }
+  }
+  outstanding_.store(used, std::memory_order_relaxed);
+  if (moved) {
+    observer_->ring_fill(device_, used, static_cast<uint32_t>(servers_.size()) * EXPERTD_RING_SLOTS_MAX);
+  }
+  return moved;
+}
+
+bool DeviceLoop::finish_closing() {
+  bool moved = false;
+  for (size_t i = 0; i < closing_.size();) {
+    if (!engine_->forget_if_drained(&closing_[i].server->engine_session())) {
+      ++i;
+      continue;
+    }
+    const std::function<void()> drained = std::move(closing_[i].drained);
+    closing_.erase(closing_.begin() + static_cast<std::ptrdiff_t>(i));
+    drained();
+    moved = true;
+  }
+  return moved;
+}
+
+bool DeviceLoop::anything_to_do() {
+  if (tasks_waiting_.load(std::memory_order_seq_cst) != 0 || stop_.load(std::memory_order_acquire)) {
+    return true;
+  }
+  return std::any_of(servers_.begin(), servers_.end(),
+                     [](const std::unique_ptr<RingServer>& server) { return server->has_submissions(); });
+}
+
+void DeviceLoop::set_sleeping(bool sleeping) {
+  for (const std::unique_ptr<RingServer>& server : servers_) {
+    server->set_sleeping(sleeping);
+  }
+  sleeping_.store(sleeping, std::memory_order_seq_cst);
+}
+
+void DeviceLoop::sleep_until_work(uint64_t now_ns) {
+  set_sleeping(true);
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  // Look once more: whatever was set before the flag was visible must not be slept over. A progress of the engine here
+  // is work found, not lost.
+  if (!anything_to_do() && !engine_->run_once(now_ns)) {
+    const uint64_t until_ns = std::min(engine_->next_deadline_ns(), now_ns + kBeatNs);
+    const uint64_t timeout_ns = until_ns > now_ns ? until_ns - now_ns : 0;
+    pollfd entry{event_.get(), POLLIN, 0};
+    const timespec timeout{static_cast<time_t>(timeout_ns / 1'000'000'000),
+                           static_cast<long>(timeout_ns % 1'000'000'000)};
+    (void)::ppoll(&entry, 1, &timeout, nullptr);
+  }
+  set_sleeping(false);
+  uint64_t drained = 0;
+  (void)!::read(event_.get(), &drained, sizeof(drained));
+}
+
+void DeviceLoop::thread_main() {
+  uint64_t last_work_ns = base::now_ns();
+  uint64_t last_beat_ns = 0;
+  while (!stop_.load(std::memory_order_acquire)) {
+    const uint64_t now_ns = base::now_ns();
+    bool moved = run_tasks();
+    moved |= poll_rings(now_ns);
+    moved |= engine_->run_once(now_ns);
+    if (!closing_.empty()) {
+      moved |= finish_closing();
+    }
+    const uint64_t spent_ns = base::now_ns() - now_ns;
+    if (now_ns - last_beat_ns > kBeatNs / 4 || spent_ns > 1'000'000) {
+      observer_->beat(device_, now_ns, spent_ns);
+      last_beat_ns = now_ns;
+    }
+    if (moved || port_->busy()) {
+      last_work_ns = now_ns;
+    } else if (now_ns - last_work_ns < options_.spin_ns) {
+      relax();
+    } else {
+      sleep_until_work(now_ns);
+    }
+  }
+  (void)run_tasks();
+}
+
+}  // namespace expertd::transport

@@ -1,0 +1,252 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Shared-memory layout of one session's ring: the memfd that the daemon creates, hands over the attach socket and maps
+ * beside the client. Byte-level spec: ring_v1.md; golden vectors: tests/abi. Fixed-width little-endian integers, natural
+ * alignment, offsets instead of pointers, 64-bit indices that only grow. Reserved bytes are zero and are checked.
+ * Compiles as C11 and C++20. A change of any offset is a new major version. */
+#ifndef EXPERTD_RING_V1_H_
+#define EXPERTD_RING_V1_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define EXPERTD_RING_MAGIC 0x31474e5244505845ULL /* "EXPDRNG1" read as little-endian */
+#define EXPERTD_ABI_MAJOR 1u
+#define EXPERTD_ABI_MINOR 0u
+
+#define EXPERTD_RING_HEADER_BYTES 4096u
+#define EXPERTD_SLOT_BYTES 512u
+#define EXPERTD_COMPLETION_BYTES 2048u
+#define EXPERTD_RING_SLOTS_MAX 64u
+#define EXPERTD_TENSOR_COUNT 18u
+#define EXPERTD_COMPLETION_EXPERTS 256u
+/* Sequences live in [1, 2^62); this word releases every waiter and is never a sequence. */
+#define EXPERTD_ABORT_WORD 0x7fffffffffffffffULL
+/* Doorbell and completion words of slot i on the GPU flag page, for devices that have one. */
+#define EXPERTD_FLAG_STRIDE 128u
+#define EXPERTD_DOORBELL_OFFSET(slot) ((uint64_t)(slot) * 2u * EXPERTD_FLAG_STRIDE)
+#define EXPERTD_COMPLETION_WORD_OFFSET(slot) (((uint64_t)(slot) * 2u + 1u) * EXPERTD_FLAG_STRIDE)
+/* A device-readable result word behind each completion word: the Reason of the operation (0 = ok). */
+#define EXPERTD_RESULT_WORD_OFFSET(slot) (EXPERTD_COMPLETION_WORD_OFFSET(slot) + 8u)
+#define EXPERTD_FLAG_PAGE_BYTES ((uint64_t)EXPERTD_RING_SLOTS_MAX * 2u * EXPERTD_FLAG_STRIDE)
+
+enum expertd_ring_session_flag {
+  EXPERTD_SESSION_DRAINING = 1u, /* the daemon takes no new operations; in-flight ones end */
+  EXPERTD_SESSION_CLOSED = 2u    /* the daemon ended the session; every wait returns UNAVAILABLE */
+};
+
+/* Page 0. Each line that one side writes while the other reads has 128 bytes of its own. */
+struct expertd_ring_header {
+  uint64_t magic;
+  uint16_t abi_major;
+  uint16_t abi_minor;
+  uint32_t header_bytes;
+  uint32_t slot_count; /* a power of two, 8..64 */
+  uint32_t slot_bytes;
+  uint32_t completion_bytes;
+  uint32_t feature_bits;
+  uint64_t session_id;
+  uint64_t generation; /* of the daemon process: windows of another generation are stale */
+  uint64_t slots_offset;
+  uint64_t completions_offset;
+  uint64_t total_bytes;
+  uint8_t reserved0[56];
+  /* 128: written by the client (release), read by the daemon (acquire): slots ever submitted. */
+  uint64_t submit_tail;
+  uint8_t reserved1[120];
+  /* 256: written by the daemon: slots ever copied out. */
+  uint64_t submit_head;
+  uint8_t reserved2[120];
+  /* 384: daemon: 1 while its loop sleeps; the client writes the wake eventfd after submitting when it reads 1. */
+  uint32_t daemon_sleeping;
+  uint8_t reserved3[124];
+  /* 512: client: number of threads sleeping on completion_futex. */
+  uint32_t client_waiters;
+  uint8_t reserved4[124];
+  /* 640: daemon: increments once per completion; a shared futex word. */
+  uint32_t completion_futex;
+  uint32_t session_flags;
+  uint8_t reserved5[120];
+  uint8_t reserved6[3328];
+};
+
+enum expertd_op {
+  EXPERTD_OP_NONE = 0,
+  EXPERTD_OP_BARRIER = 1,
+  EXPERTD_OP_LAYOUT = 2,
+  EXPERTD_OP_DISPATCH = 3,
+  EXPERTD_OP_COMBINE = 4,
+  EXPERTD_OP_LL_DISPATCH = 5,
+  EXPERTD_OP_LL_COMBINE = 6,
+  EXPERTD_OP_COUNT = 7
+};
+
+enum expertd_slot_flag {
+  EXPERTD_SLOT_CACHED = 1u,               /* dispatch: take the routing of the handle, move data only */
+  EXPERTD_SLOT_EXPANDED = 2u,             /* dispatch/combine: one row per (token, local expert) */
+  EXPERTD_SLOT_WORST_TOKENS = 4u,         /* dispatch: rows behind the last get index -1, no host in the loop */
+  EXPERTD_SLOT_ZERO_FOREIGN_WEIGHTS = 8u, /* dispatch: weight 0 where the index is -1 */
+  EXPERTD_SLOT_ORDER_LAST_LANE = 16u,     /* combine: ranks in the order of the token's last top-k lane */
+  EXPERTD_SLOT_QUANTISE_FP8 = 32u,        /* ll_dispatch: bf16 in, e4m3 + scales out */
+  EXPERTD_SLOT_ROUND_SCALE = 64u,         /* with QUANTISE_FP8: scales are powers of two */
+  EXPERTD_SLOT_UE8M0 = 128u,              /* with ROUND_SCALE: scales as packed exponent bytes */
+  EXPERTD_SLOT_RUNG = 256u,               /* the doorbell has rung: do not wait for the GPU word */
+  EXPERTD_SLOT_FLAGS_ALL = 511u
+};
+
+enum expertd_dtype {
+  EXPERTD_DTYPE_NONE = 0,
+  EXPERTD_DTYPE_BF16 = 1, /* 2 bytes */
+  EXPERTD_DTYPE_BYTES = 2, /* already quantised rows: row_bytes bytes each, side tensor beside them */
+  EXPERTD_DTYPE_FP8_E4M3 = 3,
+  EXPERTD_DTYPE_F32 = 4,
+  EXPERTD_DTYPE_I32 = 5,
+  EXPERTD_DTYPE_I64 = 6,
+  EXPERTD_DTYPE_U8 = 7,
+  EXPERTD_DTYPE_COUNT = 8
+};
+
+/* Index into expertd_slot.tensors. R ranks, E experts, L = E/R, T tokens, K top-k, H hidden, N = R * max_tokens,
+ * C = capacity_rows, S = side_elements. Element types in brackets; idx = int32 or int64 by topk_idx_bytes. */
+enum expertd_tensor {
+  EXPERTD_IN_X = 0,              /* dispatch [T] rows of row_bytes; combine [C,H] bf16; ll_combine [L,N,H] bf16 */
+  EXPERTD_IN_TOPK_IDX = 1,       /* [T,K] idx */
+  EXPERTD_IN_TOPK_WEIGHTS = 2,   /* dispatch, ll_combine [T,K] f32; combine [C,K] f32 (expanded: [C]) */
+  EXPERTD_IN_SIDE = 3,           /* [T,S] elements of side_element_bytes, any strides */
+  EXPERTD_IN_BIAS0 = 4,          /* [T,H] bf16 */
+  EXPERTD_IN_BIAS1 = 5,          /* [T,H] bf16 */
+  EXPERTD_IN_TOKEN_RANK_MASK = 6,/* [T,R] u8 */
+  EXPERTD_OUT_X = 7,             /* dispatch [C] rows; combine [T,H] bf16; ll_dispatch [L,N] rows */
+  EXPERTD_OUT_SIDE = 8,          /* dispatch [C,S]; ll_dispatch scales [L,S,N] (f32) or [L,N,S] (bytes in) */
+  EXPERTD_OUT_TOPK_IDX = 9,      /* [C,K] i32 or i64 as the input; expanded [C]: local expert or -1 */
+  EXPERTD_OUT_TOPK_WEIGHTS = 10, /* dispatch [C,K] f32 (expanded [C]); combine [T,K] f32 */
+  EXPERTD_OUT_EXPERT_COUNTS = 11,/* [L] i32; layout: [E] i32 */
+  EXPERTD_OUT_RANK_PREFIX = 12,  /* dispatch [R,R] i32 inclusive over sources; layout: tokens per rank [R] i32 */
+  EXPERTD_OUT_SRC_INFO = 13,     /* dispatch [C] i32, ll_dispatch [L,N] i32: token index on the source rank */
+  EXPERTD_OUT_LAYOUT_RANGE = 14, /* ll_dispatch [L,R] i64 (begin << 32) | count; layout: tokens per node [nodes] i32 */
+  EXPERTD_OUT_STATS = 15,        /* ll_dispatch [L] i32, rows are added */
+  EXPERTD_OUT_WAIT_STATS = 16,   /* [R] i64, nanoseconds waited for each rank are added */
+  EXPERTD_OUT_TOKEN_RANK_MASK = 17 /* layout [T,R] u8 */
+};
+
+/* Where a tensor lies: a buffer or window of the session and an offset into it. buffer 0 = not given. */
+struct expertd_tensor_ref {
+  uint32_t buffer;
+  uint32_t reserved;
+  uint64_t offset;
+};
+
+struct expertd_slot {
+  uint64_t seq; /* position in the ring plus one */
+  uint32_t op;
+  uint32_t flags;
+  uint64_t group;       /* 0 for layout */
+  uint64_t timeout_ns;  /* 0 = the group's */
+  uint64_t submit_ns;   /* CLOCK_MONOTONIC at submission */
+  uint8_t trace_id[16]; /* opaque, returned in logs and dumps */
+  uint32_t tokens;
+  uint32_t top_k;
+  uint32_t hidden;
+  uint32_t dtype; /* expertd_dtype of x */
+  uint32_t row_bytes;
+  uint32_t topk_idx_bytes; /* 4 or 8 */
+  uint32_t side_elements;
+  uint32_t side_element_bytes; /* 1, 2 or 4 */
+  int64_t side_row_stride;     /* bytes */
+  int64_t side_element_stride; /* bytes */
+  uint32_t capacity_rows;
+  uint32_t expert_alignment;
+  uint32_t handle_index;
+  uint32_t handle_generation; /* >= 1 */
+  uint32_t num_experts;       /* layout only */
+  uint32_t num_ranks;         /* layout only */
+  uint8_t reserved[96];
+  struct expertd_tensor_ref tensors[EXPERTD_TENSOR_COUNT];
+};
+
+enum expertd_completion_flag {
+  EXPERTD_COMPLETION_DEGRADED = 1u /* computed under a rank mask */
+};
+
+/* What a TIMEOUT waited for. */
+enum expertd_missing {
+  EXPERTD_MISSING_NONE = 0,
+  EXPERTD_MISSING_SUBMISSION = 1,
+  EXPERTD_MISSING_DOORBELL = 2,
+  EXPERTD_MISSING_COUNTS = 3,
+  EXPERTD_MISSING_ROWS = 4
+};
+
+/* Written by the daemon in place at the slot's index; seq is stored last (release). */
+struct expertd_completion {
+  uint64_t seq;
+  uint32_t reason;
+  uint32_t flags;
+  /* What the Reason is about: argument (expertd_argument), its value and the allowed range, the rank it names. */
+  uint32_t argument;
+  uint32_t missing;
+  int64_t value;
+  int64_t minimum;
+  int64_t maximum;
+  int32_t rank; /* -1 = none */
+  uint32_t peer_reason;
+  uint64_t group_op;
+  uint64_t epoch;
+  uint64_t rank_mask; /* ranks that took part, bit per rank */
+  uint32_t recv_rows;
+  uint32_t expert_count_entries;
+  uint64_t admit_ns; /* CLOCK_MONOTONIC at each step; 0 = not reached */
+  uint64_t launch_ns;
+  uint64_t start_ns;
+  uint64_t end_ns;
+  uint64_t complete_ns;
+  uint64_t local_bytes;
+  uint64_t remote_bytes;
+  uint8_t reserved[112];
+  uint32_t expert_counts[EXPERTD_COMPLETION_EXPERTS]; /* dispatch: rows per local expert, rounded up as asked */
+  uint8_t reserved_tail[768];
+};
+
+/* Names of the arguments a Reason can be about; numbers are stable. */
+#define EXPERTD_ARGUMENTS(X)                                                                                           \
+  X(NONE, 0, "argument")                                                                                               \
+  X(OP, 1, "op") X(FLAGS, 2, "flags") X(GROUP, 3, "group") X(TIMEOUT, 4, "timeout_ns") X(TOKENS, 5, "tokens")          \
+  X(TOP_K, 6, "top_k") X(HIDDEN, 7, "hidden") X(DTYPE, 8, "dtype") X(ROW_BYTES, 9, "row_bytes")                        \
+  X(TOPK_IDX_BYTES, 10, "topk_idx_bytes") X(SIDE_ELEMENTS, 11, "side_elements")                                        \
+  X(SIDE_ELEMENT_BYTES, 12, "side_element_bytes") X(SIDE_STRIDE, 13, "side_stride")                                    \
+  X(CAPACITY_ROWS, 14, "capacity_rows") X(EXPERT_ALIGNMENT, 15, "expert_alignment") X(HANDLE, 16, "handle")            \
+  X(NUM_EXPERTS, 17, "num_experts") X(NUM_RANKS, 18, "num_ranks") X(RESERVED, 19, "reserved bytes") X(SEQ, 20, "seq")  \
+  X(EXPERT_ID, 21, "topk_idx value") X(RECV_ROWS, 22, "received rows")                                                 \
+  X(IN_X, 32, "x") X(IN_TOPK_IDX, 33, "topk_idx") X(IN_TOPK_WEIGHTS, 34, "topk_weights") X(IN_SIDE, 35, "side")        \
+  X(IN_BIAS0, 36, "bias0") X(IN_BIAS1, 37, "bias1") X(IN_TOKEN_RANK_MASK, 38, "token_rank_mask")                       \
+  X(OUT_X, 39, "out") X(OUT_SIDE, 40, "out_side") X(OUT_TOPK_IDX, 41, "out_topk_idx")                                  \
+  X(OUT_TOPK_WEIGHTS, 42, "out_topk_weights") X(OUT_EXPERT_COUNTS, 43, "out_expert_counts")                            \
+  X(OUT_RANK_PREFIX, 44, "out_rank_prefix") X(OUT_SRC_INFO, 45, "out_src_info")                                        \
+  X(OUT_LAYOUT_RANGE, 46, "out_layout_range") X(OUT_STATS, 47, "out_stats") X(OUT_WAIT_STATS, 48, "out_wait_stats")    \
+  X(OUT_TOKEN_RANK_MASK, 49, "out_token_rank_mask")
+
+enum expertd_argument {
+#define EXPERTD_ARGUMENT_ENUM(name, number, text) EXPERTD_ARGUMENT_##name = number,
+  EXPERTD_ARGUMENTS(EXPERTD_ARGUMENT_ENUM)
+#undef EXPERTD_ARGUMENT_ENUM
+};
+/* The argument of tensor i of a slot. */
+#define EXPERTD_ARGUMENT_OF_TENSOR(i) (32u + (uint32_t)(i))
+
+#ifdef __cplusplus
+#define EXPERTD_ABI_ASSERT(condition, text) static_assert(condition, text)
+#else
+#define EXPERTD_ABI_ASSERT(condition, text) _Static_assert(condition, text)
+#endif
+EXPERTD_ABI_ASSERT(sizeof(struct expertd_ring_header) == EXPERTD_RING_HEADER_BYTES, "header: bump the major version");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, submit_tail) == 128, "submit_tail");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, submit_head) == 256, "submit_head");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, daemon_sleeping) == 384, "daemon_sleeping");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, client_waiters) == 512, "client_waiters");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, completion_futex) == 640, "completion_futex");
+EXPERTD_ABI_ASSERT(sizeof(struct expertd_tensor_ref) == 16, "tensor_ref: bump the major version");
+EXPERTD_ABI_ASSERT(sizeof(struct expertd_slot) == EXPERTD_SLOT_BYTES, "slot: bump the major version");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, tensors) == 224, "tensors");
+EXPERTD_ABI_ASSERT(sizeof(struct expertd_completion) == EXPERTD_COMPLETION_BYTES, "completion: bump the major version");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_completion, expert_counts) == 256, "expert_counts");
+
+#endif /* EXPERTD_RING_V1_H_ */

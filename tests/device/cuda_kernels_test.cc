@@ -1,0 +1,444 @@
+// SPDX-License-Identifier: Apache-2.0
+// Label gpu. Random cases of every operation through the ports of one or two GPUs, byte for byte against the host kernels
+// (which the property tests hold to the reference) and the ends of operations against the reference itself. Then parts
+// that are ended early. Skips where there is no GPU.
+#include "tests/device/gpu_group.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <thread>
+
+#include "tests/support/random_case_host.h"
+
+namespace expertd::device_test {
+namespace {
+
+using engine::Request;
+using kernels::OpKind;
+using kernels::OpParams;
+using support::GroupMemory;
+using support::PoisonedBuffer;
+using support::RandomCase;
+using support::RankInput;
+using support::RankMemory;
+
+constexpr uint32_t kCases = 1500;  // about one in five has few enough ranks
+
+class CudaKernels : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    group_ = std::make_unique<GpuGroup>();
+    status_ = group_->open();
+  }
+  static void TearDownTestSuite() { group_.reset(); }
+  void SetUp() override {
+    if (status_.reason() == EXPERTD_REASON_NO_GPU) {
+      GTEST_SKIP() << status_.message();
+    }
+    ASSERT_TRUE(status_.is_ok()) << status_.message();
+  }
+
+  static std::unique_ptr<GpuGroup> group_;
+  static base::Status status_;
+};
+std::unique_ptr<GpuGroup> CudaKernels::group_;
+base::Status CudaKernels::status_;
+
+template <typename T>
+size_t bytes_of(const std::vector<T>& values) {
+  return values.size() * sizeof(T);
+}
+
+void place_output(Arena* arena, PoisonedBuffer* buffer, const void* given, engine::TensorView* view) {
+  if (given != nullptr) {
+    *view = arena->place(buffer->as<uint8_t>(), buffer->bytes(), buffer);
+  }
+}
+
+/// The request of one rank with every tensor of its params placed in the rank's arena.
+Request make_request(GpuGroup* group, uint32_t rank, const RankInput& input, const support::CombineInput* rows,
+                     GroupMemory* memory) {
+  const OpParams& params = memory->params[rank];
+  RankMemory& own = memory->ranks[rank];
+  Arena& arena = group->arena(rank);
+  arena.reset();
+  Request made = group->request(rank, params.shape);
+  auto& t = made.tensors;
+  const size_t x_bytes = rows != nullptr ? bytes_of(rows->x) : input.x.size();
+  t[EXPERTD_IN_X] = arena.place(params.in.x, x_bytes);
+  t[EXPERTD_IN_TOPK_IDX] = arena.place(params.in.topk_idx, own.topk_idx.size());
+  const bool row_weights = rows != nullptr && params.shape.kind == OpKind::kCombine;
+  t[EXPERTD_IN_TOPK_WEIGHTS] =
+      arena.place(params.in.topk_weights, row_weights ? bytes_of(rows->weights) : bytes_of(input.topk_weights));
+  t[EXPERTD_IN_SIDE] = arena.place(params.in.side, own.side.size());
+  t[EXPERTD_IN_BIAS0] = arena.place(params.in.bias0, bytes_of(input.bias0));
+  t[EXPERTD_IN_BIAS1] = arena.place(params.in.bias1, bytes_of(input.bias1));
+  t[EXPERTD_IN_TOKEN_RANK_MASK] = arena.place(params.in.token_rank_mask, input.token_rank_mask.size());
+  place_output(&arena, &own.x, params.out.x, &t[EXPERTD_OUT_X]);
+  place_output(&arena, &own.out_side, params.out.side, &t[EXPERTD_OUT_SIDE]);
+  place_output(&arena, &own.out_topk_idx, params.out.topk_idx, &t[EXPERTD_OUT_TOPK_IDX]);
+  place_output(&arena, &own.out_topk_weights, params.out.topk_weights, &t[EXPERTD_OUT_TOPK_WEIGHTS]);
+  place_output(&arena, &own.expert_counts, params.out.expert_counts, &t[EXPERTD_OUT_EXPERT_COUNTS]);
+  place_output(&arena, &own.rank_prefix, params.out.rank_prefix, &t[EXPERTD_OUT_RANK_PREFIX]);
+  place_output(&arena, &own.src_info, params.out.src_info, &t[EXPERTD_OUT_SRC_INFO]);
+  place_output(&arena, &own.layout_range, params.out.layout_range, &t[EXPERTD_OUT_LAYOUT_RANGE]);
+  place_output(&arena, &own.stats, params.out.stats, &t[EXPERTD_OUT_STATS]);
+  place_output(&arena, &own.token_rank_mask, params.out.token_rank_mask, &t[EXPERTD_OUT_TOKEN_RANK_MASK]);
+  return made;
+}
+
+std::vector<std::pair<const char*, PoisonedBuffer RankMemory::*>> output_buffers() {
+  return {{"x", &RankMemory::x},
+          {"side", &RankMemory::out_side},
+          {"topk_idx", &RankMemory::out_topk_idx},
+          {"topk_weights", &RankMemory::out_topk_weights},
+          {"expert_counts", &RankMemory::expert_counts},
+          {"rank_prefix", &RankMemory::rank_prefix},
+          {"src_info", &RankMemory::src_info},
+          {"layout_range", &RankMemory::layout_range},
+          {"stats", &RankMemory::stats},
+          {"token_rank_mask", &RankMemory::token_rank_mask}};
+}
+
+void expect_equal_outputs(const RankMemory& host, const RankMemory& gpu) {
+  for (const auto& [name, member] : output_buffers()) {
+    const PoisonedBuffer& a = host.*member;
+    const PoisonedBuffer& b = gpu.*member;
+    ASSERT_EQ(a.bytes(), b.bytes());
+    const auto* first = a.as<uint8_t>();
+    const auto* other = b.as<uint8_t>();
+    const auto at = std::mismatch(first, first + a.bytes(), other).first - first;
+    EXPECT_EQ(static_cast<size_t>(at), a.bytes()) << name << " differs at byte " << at;
+  }
+}
+
+void expect_equal_reports(const kernels::OpReport& host, const kernels::OpReport& gpu) {
+  EXPECT_EQ(host.reason, gpu.reason);
+  EXPECT_EQ(host.argument, gpu.argument);
+  EXPECT_EQ(host.value, gpu.value);
+  EXPECT_EQ(host.minimum, gpu.minimum);
+  EXPECT_EQ(host.maximum, gpu.maximum);
+  EXPECT_EQ(host.rank, gpu.rank);
+  if (host.reason != 0) {
+    return;
+  }
+  EXPECT_EQ(host.recv_rows, gpu.recv_rows);
+  EXPECT_EQ(host.local_bytes, gpu.local_bytes);
+  EXPECT_EQ(host.remote_bytes, gpu.remote_bytes);
+  EXPECT_EQ(host.expert_count_entries, gpu.expert_count_entries);
+  for (uint32_t e = 0; e < host.expert_count_entries; ++e) {
+    EXPECT_EQ(host.expert_counts[e], gpu.expert_counts[e]) << "expert " << e;
+  }
+}
+
+/// What a failed dispatch leaves: indices -1, counts 0.
+void expect_failed_outputs(const kernels::OpShape& shape, const RankMemory& gpu) {
+  const auto all = [](const PoisonedBuffer& buffer, uint8_t byte) {
+    return std::all_of(buffer.as<uint8_t>(), buffer.as<uint8_t>() + buffer.bytes(),
+                       [byte](uint8_t b) { return b == byte; });
+  };
+  EXPECT_TRUE(shape.kind != OpKind::kDispatch || all(gpu.out_topk_idx, 0xff));
+  EXPECT_TRUE(all(gpu.expert_counts, 0));
+}
+
+/// Runs one operation on the GPUs and compares it with `host`, where the host kernels already ran.
+void run_and_compare(GpuGroup* group, const RandomCase& random_case, const std::vector<support::CombineInput>* rows,
+                     const std::vector<uint32_t>* in_rows, const GroupMemory& host, GroupMemory* gpu) {
+  const kernels::OpShape& shape = random_case.shape;
+  std::vector<Request> requests;
+  for (uint32_t r = 0; r < shape.ranks; ++r) {
+    requests.push_back(
+        make_request(group, r, random_case.inputs[r], rows == nullptr ? nullptr : &(*rows)[r], gpu));
+    if (in_rows != nullptr) {
+      requests.back().shape.capacity_rows = (*in_rows)[r];
+    }
+    requests.back().doorbell_rung = random_case.seed % 2 == 0;
+    group->arena(r).upload(group->device_index(r));
+  }
+  ASSERT_EQ(cudaSuccess, cudaDeviceSynchronize());
+  auto parts = group->launch(&requests, shape.active_ranks);
+  for (uint32_t r = 0; r < shape.ranks && random_case.seed % 2 != 0; ++r) {
+    group->ring(r);
+  }
+  if (!group->drain(&parts)) {
+    for (uint32_t r = 0; r < shape.ranks; ++r) {
+      uint64_t ranks = 0;
+      ADD_FAILURE() << "rank " << r << " waits for " << group->port(r).missing(parts[r].id, &ranks) << " of " << ranks;
+      group->port(r).abort(parts[r].id, EXPERTD_REASON_TIMEOUT);
+    }
+    ASSERT_TRUE(group->drain(&parts)) << "not even an abort ended the parts";
+    return;
+  }
+  for (uint32_t r = 0; r < shape.ranks; ++r) {
+    if (((shape.active_ranks >> r) & 1) == 0) {
+      continue;
+    }
+    SCOPED_TRACE("rank " + std::to_string(r));
+    group->arena(r).download(group->device_index(r));
+    expect_equal_reports(host.reports[r], parts[r].outcome.report);
+    const auto [completion, result] = group->completion(r);
+    EXPECT_EQ(completion, group->seq());
+    EXPECT_EQ(result, host.reports[r].reason);
+    EXPECT_GE(parts[r].outcome.end_ns, parts[r].outcome.start_ns);
+    if (host.reports[r].reason == 0) {
+      expect_equal_outputs(host.ranks[r], gpu->ranks[r]);
+    } else {
+      expect_failed_outputs(shape, gpu->ranks[r]);
+    }
+  }
+}
+
+/// An id out of range or a row too few, in some cases.
+void spoil(RandomCase* random_case) {
+  for (uint32_t r = random_case->shape.ranks; r-- > 0;) {
+    auto& ids = random_case->inputs[r].topk_idx;
+    if (random_case->seed % 9 == 0 && !ids.empty()) {
+      ids[ids.size() / 2] = random_case->shape.experts + 3;
+      return;
+    }
+    if (random_case->seed % 9 == 1 && random_case->capacities[r] != 0) {
+      random_case->capacities[r] = 0;
+      return;
+    }
+  }
+}
+
+bool fails(const GroupMemory& memory) {
+  return std::any_of(memory.reports.begin(), memory.reports.end(),
+                     [](const kernels::OpReport& report) { return report.reason != 0; });
+}
+
+/// Random expert outputs for a combine; sometimes a peer claims fewer rows than it received.
+std::vector<support::CombineInput> make_rows(const RandomCase& random_case, std::vector<uint32_t>* in_rows) {
+  const kernels::OpShape& shape = random_case.shape;
+  support::Random random(random_case.seed + 17);
+  std::vector<support::CombineInput> rows(shape.ranks);
+  const bool ll = shape.kind == OpKind::kLlDispatch;
+  for (uint32_t r = 0; r < shape.ranks; ++r) {
+    const uint32_t count = ll ? shape.local_experts * shape.slots_per_expert : random_case.capacities[r];
+    in_rows->push_back(!ll && random.chance(10) ? count / 2 : count);
+    rows[r].x = support::random_rows(&random, size_t{count} * shape.hidden);
+    for (size_t i = 0; random_case.combine_weights && i < size_t{count} * (shape.expanded != 0 ? 1 : shape.top_k); ++i) {
+      rows[r].weights.push_back(static_cast<float>(random.unit()));
+    }
+  }
+  return rows;
+}
+
+/// Dispatch, a cached dispatch (HT), and the combine with the same handle.
+void run_case(GpuGroup* group, RandomCase random_case) {
+  SCOPED_TRACE(support::repro_line(random_case));
+  spoil(&random_case);
+  const base::Status created = group->create_group(random_case.shape);
+  ASSERT_TRUE(created.is_ok()) << created.message();
+  auto handles = support::make_handles(random_case);
+  auto other_handles = support::make_handles(random_case);  // the GPU has its own; only the params want some
+  GroupMemory host = support::make_dispatch(random_case, &handles);
+  GroupMemory gpu = support::make_dispatch(random_case, &other_handles);
+  support::drive(support::Drive::kWhole, &host);
+  run_and_compare(group, random_case, nullptr, nullptr, host, &gpu);
+  if (fails(host)) {
+    const auto ends = support::reference_end(random_case.shape, random_case.inputs, random_case.capacities);
+    for (uint32_t r = 0; r < random_case.shape.ranks; ++r) {
+      EXPECT_EQ(ends[r].reason, host.reports[r].reason);
+    }
+    group->destroy_group();
+    return;
+  }
+  if (random_case.shape.kind == OpKind::kDispatch) {
+    RandomCase cached = random_case;
+    cached.shape.cached = 1;
+    cached.shape.active_ranks = random_case.later_active;
+    support::refill_payload(random_case.seed, &cached);
+    GroupMemory cached_host = support::make_dispatch(cached, &handles);
+    GroupMemory cached_gpu = support::make_dispatch(cached, &other_handles);
+    support::drive(support::Drive::kWhole, &cached_host);
+    run_and_compare(group, cached, nullptr, nullptr, cached_host, &cached_gpu);
+  }
+  std::vector<uint32_t> in_rows;
+  const auto rows = make_rows(random_case, &in_rows);
+  RandomCase combine = random_case;
+  combine.shape.kind = random_case.shape.kind == OpKind::kDispatch ? OpKind::kCombine : OpKind::kLlCombine;
+  combine.shape.payload = kernels::Payload::kBf16;
+  combine.shape.row_bytes = combine.shape.hidden * 2;
+  combine.shape.out_row_bytes = combine.shape.row_bytes;
+  combine.shape.order_last_lane = random_case.order_last_lane ? 1 : 0;
+  combine.shape.active_ranks = random_case.later_active;
+  GroupMemory combine_host = support::make_combine(combine, &handles, rows, in_rows);
+  GroupMemory combine_gpu = support::make_combine(combine, &other_handles, rows, in_rows);
+  support::drive(support::Drive::kWhole, &combine_host);
+  run_and_compare(group, combine, &rows, &in_rows, combine_host, &combine_gpu);
+  group->destroy_group();
+}
+
+void run_cases(GpuGroup* group, OpKind kind) {
+  uint32_t ran = 0;
+  for (const uint64_t seed : support::seeds_to_run(kCases)) {
+    RandomCase random_case = support::make_random_case(seed, kind);
+    if (random_case.shape.ranks > group->size() || testing::Test::HasFatalFailure()) {
+      continue;
+    }
+    run_case(group, std::move(random_case));
+    ++ran;
+  }
+  testing::Test::RecordProperty("cases", static_cast<int>(ran));
+  std::printf("ran %u cases on %u GPUs\n", ran, group->size());
+}
+
+TEST_F(CudaKernels, HighThroughput) { run_cases(group_.get(), OpKind::kDispatch); }
+
+TEST_F(CudaKernels, LowLatency) { run_cases(group_.get(), OpKind::kLlDispatch); }
+
+TEST_F(CudaKernels, Layout) {
+  for (const uint64_t seed : support::seeds_to_run(kCases / 10)) {
+    RandomCase random_case = support::make_random_case(seed, OpKind::kLayout);
+    SCOPED_TRACE(support::repro_line(random_case));
+    GroupMemory host = support::make_layout(random_case);
+    GroupMemory gpu = support::make_layout(random_case);
+    kernels::host::layout(host.params[0], &host.reports[0]);
+    std::vector<Request> requests = {make_request(group_.get(), 0, random_case.inputs[0], nullptr, &gpu)};
+    group_->arena(0).upload(group_->device_index(0));
+    auto parts = group_->launch(&requests, 1, true);
+    ASSERT_TRUE(group_->drain(&parts));
+    group_->arena(0).download(group_->device_index(0));
+    EXPECT_EQ(host.reports[0].reason, parts[0].outcome.report.reason);
+    expect_equal_outputs(host.ranks[0], gpu.ranks[0]);
+  }
+}
+
+/// A group for barriers.
+kernels::OpShape barrier_shape(uint32_t ranks) {
+  kernels::OpShape shape;
+  shape.kind = OpKind::kBarrier;
+  shape.ranks = ranks;
+  shape.experts = ranks;
+  shape.local_experts = 1;
+  shape.top_k = 1;
+  shape.hidden = 128;
+  shape.max_tokens = 1;
+  return shape;
+}
+
+std::vector<Request> barrier_requests(GpuGroup* group, uint64_t rung) {
+  std::vector<Request> requests;
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    requests.push_back(group->request(r, barrier_shape(group->size())));
+    requests.back().doorbell_rung = ((rung >> r) & 1) != 0;
+  }
+  return requests;
+}
+
+constexpr uint64_t kAllRanks = (1u << GpuGroup::kMostRanks) - 1;
+
+uint64_t all_ranks(const GpuGroup& group) { return kAllRanks >> (GpuGroup::kMostRanks - group.size()); }
+
+/// Aborts all parts and expects them to drain in milliseconds with the reason, words included; then a barrier works.
+void abort_and_recover(GpuGroup* group, std::vector<LaunchedPart>* parts, uint32_t reason) {
+  const uint64_t begin = base::now_ns();
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    group->port(r).abort((*parts)[r].id, reason);
+  }
+  ASSERT_TRUE(group->drain(parts));
+  std::printf("abort drained in %.3f ms\n", static_cast<double>(base::now_ns() - begin) * 1e-6);
+  EXPECT_LT(base::now_ns() - begin, 100'000'000u);
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    EXPECT_EQ((*parts)[r].outcome.report.reason, reason);
+    EXPECT_EQ(group->completion(r), std::pair(group->seq(), uint64_t{reason}));
+  }
+  for (uint32_t i = 0; i < 2 * engine::kExchangePages; ++i) {  // every page again, so that a bad word would show
+    auto requests = barrier_requests(group, 0);
+    auto next = group->launch(&requests, all_ranks(*group));
+    for (uint32_t r = 0; r < group->size(); ++r) {
+      engine::Outcome early;
+      std::this_thread::sleep_for(std::chrono::microseconds(200));
+      EXPECT_FALSE(group->port(r).poll(next[r].id, &early)) << "ended before its doorbell rang";
+      group->ring(r);
+    }
+    ASSERT_TRUE(group->drain(&next));
+    for (uint32_t r = 0; r < group->size(); ++r) {
+      EXPECT_EQ(next[r].outcome.report.reason, 0u);
+    }
+  }
+}
+
+TEST_F(CudaKernels, AbortBeforeTheDoorbell) {
+  ASSERT_TRUE(group_->create_group(barrier_shape(group_->size())).is_ok());
+  auto requests = barrier_requests(group_.get(), 0);
+  auto parts = group_->launch(&requests, all_ranks(*group_));
+  EXPECT_FALSE(group_->drain(&parts, 20'000'000));
+  uint64_t ranks = 0;
+  EXPECT_EQ(group_->port(0).missing(parts[0].id, &ranks), uint32_t{EXPERTD_MISSING_DOORBELL});
+  EXPECT_EQ(ranks, 1u);
+  abort_and_recover(group_.get(), &parts, EXPERTD_REASON_CANCELLED);
+  group_->destroy_group();
+}
+
+TEST_F(CudaKernels, AbortWhileAPeerIsMissing) {
+  if (group_->size() < 2) {
+    GTEST_SKIP() << "needs two GPUs";
+  }
+  ASSERT_TRUE(group_->create_group(barrier_shape(group_->size())).is_ok());
+  auto requests = barrier_requests(group_.get(), 1);
+  auto parts = group_->launch(&requests, all_ranks(*group_));
+  EXPECT_FALSE(group_->drain(&parts, 20'000'000));
+  uint64_t ranks = 0;
+  EXPECT_EQ(group_->port(0).missing(parts[0].id, &ranks), uint32_t{EXPERTD_MISSING_COUNTS});
+  EXPECT_EQ(ranks, 2u);
+  abort_and_recover(group_.get(), &parts, EXPERTD_REASON_TIMEOUT);
+  group_->destroy_group();
+}
+
+TEST_F(CudaKernels, AbortAfterTheEndChangesNothing) {
+  ASSERT_TRUE(group_->create_group(barrier_shape(group_->size())).is_ok());
+  auto requests = barrier_requests(group_.get(), kAllRanks);
+  auto parts = group_->launch(&requests, all_ranks(*group_));
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  for (uint32_t r = 0; r < group_->size(); ++r) {
+    group_->port(r).abort(parts[r].id, EXPERTD_REASON_CANCELLED);
+  }
+  ASSERT_TRUE(group_->drain(&parts));
+  for (uint32_t r = 0; r < group_->size(); ++r) {
+    EXPECT_EQ(parts[r].outcome.report.reason, 0u);
+    EXPECT_EQ(group_->completion(r).second, 0u);
+  }
+  group_->destroy_group();
+}
+
+TEST_F(CudaKernels, QueuesAreBounded) {
+  // Local operations without tokens, parked at their doorbells.
+  kernels::OpShape shape = barrier_shape(1);
+  shape.kind = OpKind::kLayout;
+  Request request = group_->request(0, shape);
+  request.doorbell_rung = false;
+  std::vector<engine::PartId> ids;
+  bool more = true;
+  for (uint32_t i = 0; more && i < 200; ++i) {
+    engine::LaunchSpec spec;
+    spec.own = &request;
+    engine::PartId id = 0;
+    more = group_->port(0).launch(spec, {group_->words(0).flag_page, i % EXPERTD_RING_SLOTS_MAX, 1'000'000 + i}, &id);
+    if (more) {
+      ids.push_back(id);
+    }
+  }
+  EXPECT_FALSE(more);
+  EXPECT_GE(ids.size(), 8u);
+  EXPECT_LE(ids.size(), 64u);
+  for (const engine::PartId id : ids) {
+    group_->port(0).abort(id, EXPERTD_REASON_CANCELLED);
+  }
+  const uint64_t until = base::now_ns() + kDrainNs;
+  for (const engine::PartId id : ids) {
+    engine::Outcome outcome;
+    bool ended = false;
+    while (!ended && base::now_ns() < until) {
+      ended = group_->port(0).poll(id, &outcome);
+    }
+    ASSERT_TRUE(ended);
+    EXPECT_EQ(outcome.report.reason, uint32_t{EXPERTD_REASON_CANCELLED});
+  }
+  EXPECT_FALSE(group_->port(0).busy());
+}
+
+}  // namespace
+}  // namespace expertd::device_test

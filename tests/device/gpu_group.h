@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+// Drives CudaDevice ports as the engine would, for all ranks of a group in one process and one thread: memory of a random
+// case is mirrored into a window per rank, the parts are launched and polled to their end, outputs are copied back.
+// Owned by a test, one thread; tests only.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "daemon/base/clock.h"
+#include "daemon/device/cuda/cuda_devices.h"
+#include "tests/support/random_case_buffers.h"
+
+namespace expertd::device_test {
+
+inline constexpr uint64_t kArenaBytes = 192ull << 20;
+inline constexpr uint64_t kDrainNs = 20'000'000'000;  // far above any real time, below the test's limit
+
+/// One rank's memory on its GPU: a window, its host mirror and what lies where.
+class Arena {
+ public:
+  void attach(device::Window window) { window_ = std::move(window); }
+  void reset() {
+    mirror_.clear();
+    outputs_.clear();
+  }
+  /// Places bytes with 256 bytes of poison behind them; null stays "not given".
+  engine::TensorView place(const void* data, size_t bytes, support::PoisonedBuffer* output = nullptr) {
+    if (data == nullptr) {
+      return {};
+    }
+    const size_t at = mirror_.size();
+    mirror_.resize(at + (bytes + 511) / 256 * 256, 0xab);
+    std::memcpy(mirror_.data() + at, data, bytes);
+    if (output != nullptr) {
+      outputs_.push_back({output, at});
+    }
+    return {&window_.memory->mapping(), at};
+  }
+  void upload(uint32_t device) {
+    ASSERT_LE(mirror_.size(), kArenaBytes);
+    ASSERT_EQ(cudaSuccess, cudaMemcpy(window_.memory->mapping().base[device], mirror_.data(), mirror_.size(),
+                                      cudaMemcpyHostToDevice));
+  }
+  /// Outputs go back into their buffers; everything else must be as it was uploaded.
+  void download(uint32_t device) {
+    std::vector<uint8_t> now(mirror_.size());
+    ASSERT_EQ(cudaSuccess, cudaMemcpy(now.data(), window_.memory->mapping().base[device], now.size(),
+                                      cudaMemcpyDeviceToHost));
+    for (const auto& [buffer, at] : outputs_) {
+      std::memcpy(buffer->as<uint8_t>(), now.data() + at, buffer->bytes());
+      std::memcpy(now.data() + at, mirror_.data() + at, buffer->bytes());
+    }
+    EXPECT_TRUE(now == mirror_) << "an input or a guard was written";
+  }
+
+ private:
+  device::Window window_;
+  std::vector<uint8_t> mirror_;
+  std::vector<std::pair<support::PoisonedBuffer*, size_t>> outputs_;
+};
+
+struct LaunchedPart {
+  engine::PartId id = 0;
+  bool ended = false;
+  engine::Outcome outcome;
+};
+
+/// Up to two GPUs, a session on each, and the groups that a test makes.
+class GpuGroup {
+ public:
+  static constexpr uint32_t kMostRanks = 2;
+
+  base::Status open() {
+    auto created = device::cuda::create_cuda_devices({});
+    if (!created.is_ok()) {
+      return created.status();
+    }
+    devices_ = std::move(created).value();
+    devices_.resize(std::min<size_t>(devices_.size(), kMostRanks));
+    arenas_.resize(devices_.size());
+    for (uint32_t r = 0; r < devices_.size(); ++r) {
+      auto window = devices_[r]->create_window(kArenaBytes);
+      auto session = devices_[r]->open_session({r + 1});
+      if (!window.is_ok() || !session.is_ok()) {
+        return window.is_ok() ? session.status() : window.status();
+      }
+      arenas_[r].attach(std::move(window).value());
+    }
+    return base::Status::ok();
+  }
+
+  uint32_t size() const { return static_cast<uint32_t>(devices_.size()); }
+  Arena& arena(uint32_t rank) { return arenas_[rank]; }
+  engine::DevicePort& port(uint32_t rank) { return devices_[rank]->port(); }
+  uint32_t device_index(uint32_t rank) const { return devices_[rank]->index().value; }
+
+  base::Status create_group(const kernels::OpShape& shape) {
+    group_ = {++last_group_};
+    group_op_ = 0;
+    ranks_ = shape.ranks;
+    for (uint32_t r = 0; r < ranks_; ++r) {
+      engine::GroupShape group;
+      group.id = group_;
+      group.ranks = ranks_;
+      group.rank = r;
+      group.experts = shape.experts;
+      group.hidden = shape.hidden;
+      group.top_k = shape.top_k;
+      group.max_tokens = shape.max_tokens;
+      group.session = {r + 1};
+      for (uint32_t j = 0; j < ranks_; ++j) {
+        group.devices[j] = devices_[j]->index();
+      }
+      EXPERTD_RETURN_IF_ERROR(devices_[r]->create_group(group, 4));
+    }
+    return base::Status::ok();
+  }
+  void destroy_group() {
+    for (uint32_t r = 0; r < ranks_; ++r) {
+      devices_[r]->destroy_group(group_, {r});
+    }
+  }
+
+  engine::Request request(uint32_t rank, const kernels::OpShape& shape) {
+    engine::Request made;
+    made.session = {rank + 1};
+    made.shape = shape;
+    made.doorbell_rung = true;
+    return made;
+  }
+
+  /// Launches one operation on every active rank (`local`: rank 0 alone, without a group).
+  std::vector<LaunchedPart> launch(std::vector<engine::Request>* requests, uint64_t active, bool local = false) {
+    ++seq_;
+    group_op_ += local ? 0 : 1;
+    std::vector<LaunchedPart> parts(requests->size());
+    for (uint32_t r = 0; r < requests->size(); ++r) {
+      if (((active >> r) & 1) == 0) {
+        parts[r].ended = true;
+        continue;
+      }
+      engine::LaunchSpec spec;
+      spec.group = local ? base::GroupId{} : group_;
+      spec.group_op = group_op_;
+      spec.ranks = local ? 1 : ranks_;
+      spec.rank = r;
+      spec.active_ranks = active;
+      spec.page = static_cast<uint32_t>(group_op_ % engine::kExchangePages);
+      spec.own = &(*requests)[r];
+      for (uint32_t j = 0; j < requests->size(); ++j) {
+        spec.requests[j] = ((active >> j) & 1) != 0 ? &(*requests)[j] : nullptr;
+        spec.devices[j] = devices_[j]->index();
+      }
+      EXPECT_TRUE(port(r).launch(spec, words(r), &parts[r].id));
+    }
+    return parts;
+  }
+
+  engine::SlotWords words(uint32_t rank) {
+    return {devices_[rank]->session_flag_page({rank + 1}), static_cast<uint32_t>(seq_ % EXPERTD_RING_SLOTS_MAX), seq_};
+  }
+
+  /// False when a part did not end in time.
+  bool drain(std::vector<LaunchedPart>* parts, uint64_t limit_ns = kDrainNs) {
+    const uint64_t until = base::now_ns() + limit_ns;
+    bool all = false;
+    while (!all && base::now_ns() < until) {
+      all = true;
+      for (uint32_t r = 0; r < parts->size(); ++r) {
+        LaunchedPart& part = (*parts)[r];
+        part.ended = part.ended || port(r).poll(part.id, &part.outcome);
+        all = all && part.ended;
+      }
+    }
+    return all;
+  }
+
+  /// Completion and result word of the last launched operation.
+  std::pair<uint64_t, uint64_t> completion(uint32_t rank) {
+    const engine::SlotWords at = words(rank);
+    uint64_t values[2] = {};
+    EXPECT_EQ(cudaSuccess, cudaMemcpy(values,
+                                      static_cast<char*>(at.flag_page) + EXPERTD_COMPLETION_WORD_OFFSET(at.slot),
+                                      sizeof(values), cudaMemcpyDeviceToHost));
+    return {values[0], values[1]};
+  }
+  void ring(uint32_t rank) {
+    const engine::SlotWords at = words(rank);
+    EXPECT_EQ(cudaSuccess, cudaMemcpy(static_cast<char*>(at.flag_page) + EXPERTD_DOORBELL_OFFSET(at.slot), &at.seq,
+                                      sizeof(at.seq), cudaMemcpyHostToDevice));
+  }
+  uint64_t seq() const { return seq_; }
+
+ private:
+  std::vector<std::unique_ptr<device::Device>> devices_;
+  std::vector<Arena> arenas_;  // windows are given back before their devices
+  base::GroupId group_;
+  uint64_t last_group_ = 0;
+  uint64_t group_op_ = 0;
+  uint64_t seq_ = 0;
+  uint32_t ranks_ = 0;
+};
+
+}  // namespace expertd::device_test

@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: Apache-2.0
+// The parts of the control server that need no gRPC: peer table, call pool, listener.
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <future>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "daemon/base/clock.h"
+#include "daemon/control/call_pool.h"
+#include "daemon/control/listener.h"
+#include "daemon/control/peer_table.h"
+
+namespace expertd::control {
+namespace {
+
+constexpr uint64_t kSecond = 1'000'000'000;
+constexpr std::chrono::seconds kPatience(20);
+
+struct Pair {
+  base::ScopedFd ours;
+  base::ScopedFd theirs;
+};
+
+Pair make_pair_of_sockets() {
+  int fds[2] = {-1, -1};
+  EXPECT_EQ(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
+  return {base::ScopedFd(fds[0]), base::ScopedFd(fds[1])};
+}
+
+std::string name_of(int fd) { return "fd:" + std::to_string(fd); }
+
+class TemporaryDirectory {
+ public:
+  TemporaryDirectory() {
+    char pattern[] = "/tmp/expertd-control-XXXXXX";
+    path_ = mkdtemp(pattern);
+  }
+  ~TemporaryDirectory() { std::filesystem::remove_all(path_); }
+  std::string file(const std::string& name) const { return path_ + "/" + name; }
+
+ private:
+  std::string path_;
+};
+
+TEST(ControlPeerTable, NumbersRiseWrapAndAreNotTakenTwice) {
+  PeerTable table(FdRange{900, 903});
+  std::vector<base::ScopedFd> open;
+  for (uint64_t i = 1; i <= 3; ++i) {
+    auto fd = table.adopt(make_pair_of_sockets().ours, Peer{PeerKind::kSession, {i}, 0, 0});
+    ASSERT_TRUE(fd.is_ok());
+    EXPECT_EQ(fd.value().get(), 899 + static_cast<int>(i));
+    open.push_back(std::move(fd).value());
+  }
+  // Every number is in use: refused, and the entries stay what they were.
+  EXPECT_FALSE(table.adopt(make_pair_of_sockets().ours, Peer{PeerKind::kSession, {9}, 0, 0}).is_ok());
+  EXPECT_EQ(table.find("fd:901")->session.value, 2U);
+  // A closed number is used again only after the others, and then belongs to the newcomer.
+  open[1].reset();
+  auto again = table.adopt(make_pair_of_sockets().ours, Peer{PeerKind::kSession, {4}, 0, 0});
+  ASSERT_TRUE(again.is_ok());
+  EXPECT_EQ(again.value().get(), 901);
+  EXPECT_EQ(table.find("fd:901")->session.value, 4U);
+}
+
+TEST(ControlPeerTable, OnlyExactNamesAreFound) {
+  PeerTable table(FdRange{900, 910});
+  const Pair pair = make_pair_of_sockets();
+  auto fd = table.adopt(base::ScopedFd(dup(pair.ours.get())), Peer{PeerKind::kOperator, {}, 1000, 12});
+  ASSERT_TRUE(fd.is_ok());
+  EXPECT_EQ(table.find("fd:900")->uid, 1000U);
+  for (const char* name : {"fd:", "fd:900x", "fd:-900", "unix:", "fd:901", "ipv4:900", "", "fd: 900"}) {
+    EXPECT_FALSE(table.find(name).has_value()) << name;
+  }
+  EXPECT_NE(fcntl(fd.value().get(), F_GETFL) & O_NONBLOCK, 0);
+  EXPECT_NE(fcntl(fd.value().get(), F_GETFD) & FD_CLOEXEC, 0);
+}
+
+TEST(ControlPeerTable, EndOfSessionShutsItsConnectionsDownOnly) {
+  PeerTable table(FdRange{900, 910});
+  Pair first = make_pair_of_sockets();
+  Pair second = make_pair_of_sockets();
+  auto one = table.adopt(std::move(first.ours), Peer{PeerKind::kSession, {1}, 0, 0});
+  auto two = table.adopt(std::move(second.ours), Peer{PeerKind::kSession, {2}, 0, 0});
+  ASSERT_TRUE(one.is_ok() && two.is_ok());
+  table.end_session({1});
+  EXPECT_FALSE(table.find(name_of(one.value().get())).has_value());
+  EXPECT_TRUE(table.find(name_of(two.value().get())).has_value());
+  char byte = 0;
+  EXPECT_EQ(recv(first.theirs.get(), &byte, 1, MSG_DONTWAIT), 0);
+  EXPECT_EQ(recv(second.theirs.get(), &byte, 1, MSG_DONTWAIT), -1);
+}
+
+TEST(ControlPeerTable, ClosedConnectionsAreNotCounted) {
+  PeerTable table(FdRange{900, 990});
+  auto fd = table.adopt(make_pair_of_sockets().ours, Peer{PeerKind::kOperator, {}, 0, 0});
+  ASSERT_TRUE(fd.is_ok());
+  EXPECT_EQ(table.count_open(PeerKind::kOperator), 1U);
+  EXPECT_EQ(table.count_open(PeerKind::kSession), 0U);
+  // Another file under the same number is not the connection.
+  ASSERT_EQ(dup2(STDIN_FILENO, fd.value().get()), fd.value().get());
+  EXPECT_EQ(table.count_open(PeerKind::kOperator), 0U);
+}
+
+TEST(ControlCallPool, JobsOfOneKeyRunInOrderAndLeaveThreadsToOthers) {
+  auto pool = CallPool::create({.threads = 2, .queue_max = 16});
+  ASSERT_TRUE(pool.is_ok());
+  std::promise<void> release;
+  std::shared_future<void> released = release.get_future().share();
+  std::mutex mutex;
+  std::vector<int> order;
+  const auto note = [&](int value) {
+    const std::lock_guard lock(mutex);
+    order.push_back(value);
+  };
+  for (int i = 0; i < 4; ++i) {
+    ASSERT_TRUE(pool.value()
+                    ->submit(1,
+                             [&, i] {
+                               released.wait();
+                               note(i);
+                             })
+                    .is_ok());
+  }
+  std::promise<void> other;
+  ASSERT_TRUE(pool.value()->submit(2, [&] { other.set_value(); }).is_ok());
+  EXPECT_EQ(other.get_future().wait_for(kPatience), std::future_status::ready);
+  EXPECT_FALSE(pool.value()->wait_idle(base::now_ns()));
+  release.set_value();
+  EXPECT_TRUE(pool.value()->wait_idle(base::now_ns() + 20 * kSecond));
+  EXPECT_EQ(order, (std::vector<int>{0, 1, 2, 3}));
+}
+
+TEST(ControlCallPool, FullQueueIsRefusedAndClosingRunsWhatWaits) {
+  std::promise<void> release;
+  std::shared_future<void> released = release.get_future().share();
+  int ran = 0;
+  {
+    auto pool = CallPool::create({.threads = 1, .queue_max = 2});
+    ASSERT_TRUE(pool.is_ok());
+    std::promise<void> started;
+    ASSERT_TRUE(pool.value()
+                    ->submit(1,
+                             [&] {
+                               started.set_value();
+                               released.wait();
+                             })
+                    .is_ok());
+    ASSERT_EQ(started.get_future().wait_for(kPatience), std::future_status::ready);
+    ASSERT_TRUE(pool.value()->submit(1, [&] { ++ran; }).is_ok());
+    ASSERT_TRUE(pool.value()->submit(2, [&] { ++ran; }).is_ok());
+    EXPECT_EQ(pool.value()->submit(3, [] {}).reason(), EXPERTD_REASON_UNAVAILABLE);
+    release.set_value();
+  }
+  EXPECT_EQ(ran, 2);
+}
+
+int connect_to(const std::string& path) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  std::strncpy(address.sun_path, path.c_str(), sizeof(address.sun_path) - 1);
+  const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) {
+    close(fd);
+    return -1;
+  }
+  return fd;
+}
+
+void leave_stale_socket(const std::string& path) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  std::strncpy(address.sun_path, path.c_str(), sizeof(address.sun_path) - 1);
+  const base::ScopedFd fd(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  ASSERT_EQ(bind(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)), 0);
+  ASSERT_EQ(listen(fd.get(), 1), 0);
+}
+
+TEST(ControlListener, TellsWhoConnectedAndRemovesItsSocket) {
+  const TemporaryDirectory directory;
+  const std::string path = directory.file("control.sock");
+  std::promise<Peer> accepted;
+  {
+    auto listener = Listener::create({.path = path, .mode = 0600, .group = {}, .allowed_uids = {}},
+                                     [&](base::ScopedFd, const Peer& peer) { accepted.set_value(peer); });
+    ASSERT_TRUE(listener.is_ok()) << listener.status().message();
+    struct stat info{};
+    ASSERT_EQ(stat(path.c_str(), &info), 0);
+    EXPECT_EQ(info.st_mode & 0777, 0600U);
+    const base::ScopedFd client(connect_to(path));
+    ASSERT_TRUE(client.valid());
+    std::future<Peer> peer = accepted.get_future();
+    ASSERT_EQ(peer.wait_for(kPatience), std::future_status::ready);
+    const Peer found = peer.get();
+    EXPECT_EQ(found.kind, PeerKind::kOperator);
+    EXPECT_EQ(found.uid, getuid());
+    EXPECT_EQ(found.pid, static_cast<uint32_t>(getpid()));
+  }
+  EXPECT_FALSE(std::filesystem::exists(path));
+}
+
+TEST(ControlListener, StaleSocketIsReplacedLiveOneIsNot) {
+  const TemporaryDirectory directory;
+  const std::string path = directory.file("control.sock");
+  leave_stale_socket(path);
+  const auto ignore = [](base::ScopedFd, const Peer&) {};
+  auto first = Listener::create({.path = path, .group = {}, .allowed_uids = {}}, ignore);
+  ASSERT_TRUE(first.is_ok()) << first.status().message();
+  const auto second = Listener::create({.path = path, .group = {}, .allowed_uids = {}}, ignore);
+  EXPECT_EQ(second.status().reason(), EXPERTD_REASON_ADDRESS_IN_USE);
+  EXPECT_NE(second.status().message().find(path), std::string::npos);
+  // The refused one left the live socket alone.
+  const base::ScopedFd client(connect_to(path));
+  EXPECT_TRUE(client.valid());
+}
+
+TEST(ControlListener, RefusesOtherFilesLongPathsAndUnknownGroups) {
+  const TemporaryDirectory directory;
+  const auto ignore = [](base::ScopedFd, const Peer&) {};
+  const std::string file = directory.file("plain");
+  std::ofstream(file) << "x";
+  EXPECT_EQ(Listener::create({.path = file, .group = {}, .allowed_uids = {}}, ignore).status().reason(),
+            EXPERTD_REASON_ADDRESS_IN_USE);
+  EXPECT_TRUE(std::filesystem::exists(file));
+  EXPECT_EQ(Listener::create({.path = std::string(108, 'a'), .group = {}, .allowed_uids = {}}, ignore).status().reason(),
+            EXPERTD_REASON_CONFIG_BAD_VALUE);
+  EXPECT_EQ(Listener::create({.path = directory.file("s"), .group = "no-such-group", .allowed_uids = {}}, ignore)
+                .status()
+                .reason(),
+            EXPERTD_REASON_CONFIG_BAD_VALUE);
+  EXPECT_FALSE(std::filesystem::exists(directory.file("s")));
+}
+
+TEST(ControlListener, SocketOfASuccessorIsLeftAlone) {
+  const TemporaryDirectory directory;
+  const std::string path = directory.file("control.sock");
+  const auto ignore = [](base::ScopedFd, const Peer&) {};
+  auto first = Listener::create({.path = path, .group = {}, .allowed_uids = {}}, ignore);
+  ASSERT_TRUE(first.is_ok());
+  std::filesystem::rename(path, directory.file("moved"));
+  auto second = Listener::create({.path = path, .group = {}, .allowed_uids = {}}, ignore);
+  ASSERT_TRUE(second.is_ok());
+  std::move(first).value().reset();
+  EXPECT_TRUE(std::filesystem::exists(path));
+}
+
+}  // namespace
+}  // namespace expertd::control
