@@ -33,7 +33,8 @@ std::string reason_of(const std::string& details) {
     const google::protobuf::UnknownField& field = fields.field(i);
     google::protobuf::Any any;
     v1::ErrorInfo info;
-    if (field.number() == kStatusDetailsField && field.type() == google::protobuf::UnknownField::TYPE_LENGTH_DELIMITED &&
+    if (field.number() == kStatusDetailsField &&
+        field.type() == google::protobuf::UnknownField::TYPE_LENGTH_DELIMITED &&
         any.ParseFromString(field.length_delimited()) && any.UnpackTo(&info)) {
       return info.reason_name();
     }

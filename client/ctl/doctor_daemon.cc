@@ -25,7 +25,7 @@ std::string mode_text(const struct stat& info) {
 
 Check check_directory(const std::string& directory) {
   Check check{.name = "runtime_directory", .level = Level::kOk, .finding = {}, .remedy = {}, .without = {}};
-  struct stat info{};
+  struct stat info {};
   if (stat(directory.c_str(), &info) != 0) {
     check.level = Level::kFail;
     check.finding = directory + ": " + std::strerror(errno);
@@ -42,7 +42,7 @@ Check check_directory(const std::string& directory) {
 
 Check check_socket(const char* name, const std::string& path) {
   Check check{.name = name, .level = Level::kOk, .finding = {}, .remedy = {}, .without = {}};
-  struct stat info{};
+  struct stat info {};
   if (stat(path.c_str(), &info) != 0) {
     check.level = Level::kFail;
     check.finding = path + ": " + std::strerror(errno);
@@ -104,11 +104,12 @@ Check check_devices(const v1::GetStatusResponse& status) {
     lost += device.healthy() ? 0 : 1;
     gpus += device.kind() == "cuda" ? 1 : 0;
   }
-  Check check{.name = "daemon_devices",
-              .level = Level::kOk,
-              .finding = std::to_string(gpus) + " GPUs, " + std::to_string(status.devices_size() - gpus) + " host devices",
-              .remedy = {},
-              .without = {}};
+  Check check{
+      .name = "daemon_devices",
+      .level = Level::kOk,
+      .finding = std::to_string(gpus) + " GPUs, " + std::to_string(status.devices_size() - gpus) + " host devices",
+      .remedy = {},
+      .without = {}};
   if (lost > 0) {
     check.level = Level::kFail;
     check.finding += ", lost: " + std::to_string(lost);

@@ -81,7 +81,8 @@ Check check_rdma() {
     std::error_code port_error;
     for (const auto& port : std::filesystem::directory_iterator(device.path() / "ports", port_error)) {
       const std::string name = device.path().filename().string() + "/" + port.path().filename().string() + " (" +
-                               first_line_of(port.path() / "link_layer") + ", " + first_line_of(port.path() / "rate") + ")";
+                               first_line_of(port.path() / "link_layer") + ", " + first_line_of(port.path() / "rate") +
+                               ")";
       (first_line_of(port.path() / "state").find("ACTIVE") != std::string::npos ? active : inactive).push_back(name);
     }
   }
@@ -99,7 +100,11 @@ Check check_rdma() {
 }
 
 Check check_nccl() {
-  Check check{.name = "nccl", .level = Level::kOk, .finding = "not there, expertd does not use it", .remedy = {}, .without = {}};
+  Check check{.name = "nccl",
+              .level = Level::kOk,
+              .finding = "not there, expertd does not use it",
+              .remedy = {},
+              .without = {}};
   const SharedLibrary nccl("libnccl.so.2");
   auto* const get_version = nccl.find<int(int*)>("ncclGetVersion");
   int version = 0;
@@ -130,6 +135,8 @@ std::vector<std::string> ucx_transports(const std::string& ucx_info) {
   return out;
 }
 
-Checks check_fabric() { return {check_ucx(), check_rdma(), check_nccl()}; }
+Checks check_fabric() {
+  return {check_ucx(), check_rdma(), check_nccl()};
+}
 
 }  // namespace expertd::ctl

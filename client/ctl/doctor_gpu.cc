@@ -194,16 +194,16 @@ Checks check_nvml() {
                        ? make("mig", Level::kOk, "off")
                        : make("mig", Level::kFail, "on, GPU " + view->mig,
                               "nvidia-smi -i GPU -mig 0: instances have no peer access", "GPUs without MIG"));
-  checks.push_back(view->active_links > 0
-                       ? make("nvlink", Level::kOk, "active links per GPU: " + view->links)
-                       : make("nvlink", Level::kOk, "none", {}, "GPUs exchange over PCIe"));
+  checks.push_back(view->active_links > 0 ? make("nvlink", Level::kOk, "active links per GPU: " + view->links)
+                                          : make("nvlink", Level::kOk, "none", {}, "GPUs exchange over PCIe"));
   return checks;
 }
 
 Check check_mps(const std::vector<Gpu>& gpus) {
   const char* const directory = std::getenv("CUDA_MPS_PIPE_DIRECTORY");
-  const std::string control = std::string(directory != nullptr && *directory != '\0' ? directory : "/tmp/nvidia-mps") + "/control";
-  struct stat info{};
+  const std::string control =
+      std::string(directory != nullptr && *directory != '\0' ? directory : "/tmp/nvidia-mps") + "/control";
+  struct stat info {};
   const bool mps = stat(control.c_str(), &info) == 0;
   const std::string socket = mps ? "control pipe " + control : "no MPS control pipe at " + control;
   for (size_t i = 0; i < gpus.size(); ++i) {
@@ -217,7 +217,8 @@ Check check_mps(const std::vector<Gpu>& gpus) {
     }
   }
   return mps ? make("mps", Level::kOk, socket + "; a fault of one client ends the contexts of all on that server")
-             : make("mps", Level::kOk, socket, {}, "sharing in time slices; copies overlap, kernels of two processes do not");
+             : make("mps", Level::kOk, socket, {},
+                    "sharing in time slices; copies overlap, kernels of two processes do not");
 }
 
 Check check_sharing(const std::vector<Gpu>& gpus) {

@@ -113,6 +113,8 @@ std::pair<int, int> kernel_version(std::string_view release) {
   return {major, minor};
 }
 
-Checks check_system() { return {check_kernel(), check_sealed_memory(), check_memlock(), check_nofile()}; }
+Checks check_system() {
+  return {check_kernel(), check_sealed_memory(), check_memlock(), check_nofile()};
+}
 
 }  // namespace expertd::ctl

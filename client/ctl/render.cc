@@ -11,7 +11,9 @@ namespace {
 
 using nlohmann::json;
 
-std::string or_dash(const std::string& text) { return text.empty() ? "-" : text; }
+std::string or_dash(const std::string& text) {
+  return text.empty() ? "-" : text;
+}
 
 std::string devices_text(const v1::GetStatusResponse& status) {
   Table table({{"DEVICE", Align::kRight},
@@ -196,6 +198,8 @@ json sessions_json(const v1::ListSessionsResponse& sessions) {
   return {{"sessions", std::move(list)}};
 }
 
-std::string json_text(const json& value) { return value.dump(2, ' ', false, json::error_handler_t::replace) + "\n"; }
+std::string json_text(const json& value) {
+  return value.dump(2, ' ', false, json::error_handler_t::replace) + "\n";
+}
 
 }  // namespace expertd::ctl

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A library opened at run time, because it may not be there. Owner of the handle, one thread. Never calls into it itself.
+// A library opened at run time, because it may not be there. Owner of the handle, one thread. Never calls into it
+// itself.
 #pragma once
 
 #include <dlfcn.h>

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "client/ctl/top.h"
 
-#include <chrono>
 #include <CLI/CLI.hpp>
+#include <chrono>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <ostream>
@@ -45,7 +45,8 @@ OpRate rate_of(const v1::OpCounters& before, const v1::OpCounters& now, double s
   out.local_bytes_per_second = rate(before.local_bytes(), now.local_bytes(), seconds);
   out.remote_bytes_per_second = rate(before.remote_bytes(), now.remote_bytes(), seconds);
   const uint64_t ended = now.ok() >= before.ok() ? now.ok() - before.ok() : now.ok();
-  const uint64_t spent = now.duration_ns() >= before.duration_ns() ? now.duration_ns() - before.duration_ns() : now.duration_ns();
+  const uint64_t spent =
+      now.duration_ns() >= before.duration_ns() ? now.duration_ns() - before.duration_ns() : now.duration_ns();
   out.mean_ns = ended == 0 ? 0 : spent / ended;
   return out;
 }
@@ -102,9 +103,9 @@ int run_top(const Context& context, uint64_t interval_ns, bool once) {
     frame.rates = op_rates(before, now);
     frame.interval_ns = now.now_ns() - before.now_ns();
     // One line of JSON per frame, so that a stream of them can be read line by line.
-    const std::string text =
-        context.json ? top_json(frame).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n"
-                     : top_text(frame);
+    const std::string text = context.json
+                                 ? top_json(frame).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n"
+                                 : top_text(frame);
     *context.out << (context.terminal && !context.json && !once ? kClearScreen : "") << text << std::flush;
     if (once || !context.out->good()) {
       return kExitOk;
@@ -182,7 +183,9 @@ Action add_top(CLI::App& verb, const Context& context) {
       ->capture_default_str()
       ->type_name("DURATION")
       ->check([](const std::string& text) {
-        return parse_duration_ns(text).value_or(0) >= kIntervalMinNs ? "" : "\"" + text + "\" is no duration of 100ms or more";
+        return parse_duration_ns(text).value_or(0) >= kIntervalMinNs
+                   ? ""
+                   : "\"" + text + "\" is no duration of 100ms or more";
       });
   verb.add_flag("--once", options->once, "Print the rates of one interval and end");
   return [&context, options] {

@@ -33,7 +33,8 @@ int run_health(const Context& context, bool ready) {
   if (!reply.ok) {
     return report(context, reply.error);
   }
-  const std::string text = ready ? (reply.value ? "ready\n" : "not ready\n") : (reply.value ? "serving\n" : "not serving\n");
+  const std::string text =
+      ready ? (reply.value ? "ready\n" : "not ready\n") : (reply.value ? "serving\n" : "not serving\n");
   print(context, {{"service", ready ? "expertd.ready" : ""}, {"serving", reply.value}}, text);
   return reply.value ? kExitOk : kExitCheckFailed;
 }

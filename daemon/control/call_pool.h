@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// A few threads for control calls that may block (memory registration, waiting for operations in flight), so that gRPC's
-// own threads never do. Calls of one key (session) run one after another and in order, so one client cannot hold every
-// thread. Any thread submits; owned by ControlServer. It never drops a job: every one runs, whose duty is to look at its
-// deadline first.
+// A few threads for control calls that may block (memory registration, waiting for operations in flight), so that
+// gRPC's own threads never do. Calls of one key (session) run one after another and in order, so one client cannot hold
+// every thread. Any thread submits; owned by ControlServer. It never drops a job: every one runs, whose duty is to look
+// at its deadline first.
 #pragma once
 
 #include <condition_variable>

@@ -202,7 +202,9 @@ base::Status ControlServer::adopt_session_connection(base::ScopedFd fd, base::Se
   return parts_->adopt(std::move(fd), Peer{PeerKind::kSession, session, 0, 0});
 }
 
-void ControlServer::session_ended(base::SessionId session) { parts_->peers.end_session(session); }
+void ControlServer::session_ended(base::SessionId session) {
+  parts_->peers.end_session(session);
+}
 
 base::Status ControlServer::start_listening() {
   const ControlOptions& options = parts_->options;

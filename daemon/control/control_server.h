@@ -57,8 +57,8 @@ class ControlServer {
   /// Health of "expertd.gpu.N".
   void set_device_healthy(base::DeviceIndex device, bool healthy);
 
-  /// Closes control.sock, lets calls end until the deadline (absolute, base::now_ns clock), then cancels them. False when
-  /// an API call was still running at the deadline; the destructor waits for it.
+  /// Closes control.sock, lets calls end until the deadline (absolute, base::now_ns clock), then cancels them. False
+  /// when an API call was still running at the deadline; the destructor waits for it.
   bool shutdown(uint64_t deadline_ns);
 
  private:

@@ -19,7 +19,17 @@ session::ErrorDetail field_error(base::Reason reason, std::string field, std::st
   return error;
 }
 
-bool printable(std::string_view text) { return std::ranges::all_of(text, [](char c) { return c >= ' ' && c <= '~'; }); }
+bool printable(std::string_view text) {
+  return std::ranges::all_of(text, [](char c) { return c >= ' ' && c <= '~'; });
+}
+
+/// Texts from elsewhere, fit for a protocol string: one byte that is not UTF-8 would spoil the whole answer.
+std::string shown(const std::string& text) {
+  std::string out = text;
+  std::ranges::replace_if(
+      out, [](char c) { return c < ' ' || c > '~'; }, '?');
+  return out;
+}
 
 /// Names go into logs and tables: short and printable.
 session::ErrorDetail check_name(const char* field, const std::string& name) {
@@ -41,7 +51,7 @@ void put_device(const session::DeviceSnapshot& device, v1::DeviceStatus* message
   message->set_index(device.index);
   message->set_kind(device.kind);
   message->set_uuid(device.uuid);
-  message->set_name(device.name);
+  message->set_name(shown(device.name));
   message->set_healthy(device.healthy);
   message->set_mps_active(device.mps_active);
   message->set_doorbell_form(device.doorbell_form);
@@ -56,7 +66,7 @@ void put_device(const session::DeviceSnapshot& device, v1::DeviceStatus* message
 }
 
 void put_group(const session::GroupSnapshot& group, v1::GroupStatus* message) {
-  message->set_name(group.name);
+  message->set_name(shown(group.name));
   message->set_id(group.id.value);
   message->set_expert_parallel_size(group.config.expert_parallel_size);
   message->set_num_experts(group.config.num_experts);
@@ -72,7 +82,7 @@ void put_group(const session::GroupSnapshot& group, v1::GroupStatus* message) {
 
 void put_session(const session::SessionSnapshot& session, v1::SessionStatus* message) {
   message->set_id(session.id.value);
-  message->set_name(session.name);
+  message->set_name(shown(session.name));
   message->set_uid(session.uid);
   message->set_pid(session.pid);
   message->set_device(session.device);
@@ -97,9 +107,9 @@ Converted<OpenRequest> from_proto(const v1::OpenSessionRequest& message) {
   out.error = check_name("client_id", message.client_id());
   if (out.error.status.is_ok() &&
       (message.traceparent().size() > kTraceparentBytesMax || !printable(message.traceparent()))) {
-    out.error =
-        field_error(EXPERTD_REASON_ARGUMENT_RANGE, "traceparent", std::to_string(message.traceparent().size()) + " bytes",
-                    "must have at most 128 printable ASCII characters");
+    out.error = field_error(EXPERTD_REASON_ARGUMENT_RANGE, "traceparent",
+                            std::to_string(message.traceparent().size()) + " bytes",
+                            "must have at most 128 printable ASCII characters");
   }
   out.value = OpenRequest{message.client_id(), message.traceparent()};
   return out;

@@ -40,7 +40,9 @@ void put_bytes(std::string* out, uint32_t field, std::string_view bytes) {
   out->append(bytes);
 }
 
-bool continues_character(char byte) { return (static_cast<unsigned char>(byte) & 0xc0) == 0x80; }
+bool continues_character(char byte) {
+  return (static_cast<unsigned char>(byte) & 0xc0) == 0x80;
+}
 
 }  // namespace
 

@@ -37,7 +37,9 @@ base::Result<sockaddr_un> address_of(const std::string& path) {
   return address;
 }
 
-const sockaddr* as_sockaddr(const sockaddr_un& address) { return reinterpret_cast<const sockaddr*>(&address); }
+const sockaddr* as_sockaddr(const sockaddr_un& address) {
+  return reinterpret_cast<const sockaddr*>(&address);
+}
 
 base::Status in_use(const std::string& path, const char* why) {
   return base::Status(EXPERTD_REASON_ADDRESS_IN_USE, path + ": " + why);
@@ -45,7 +47,7 @@ base::Status in_use(const std::string& path, const char* why) {
 
 /// Removes what a dead process left at the path.
 base::Status clear_stale(const std::string& path, const sockaddr_un& address) {
-  struct stat info{};
+  struct stat info {};
   if (lstat(path.c_str(), &info) != 0) {
     return errno == ENOENT ? base::Status::ok() : base::errno_status("looking at " + path);
   }
@@ -101,7 +103,7 @@ Listener::~Listener() {
     [[maybe_unused]] const ssize_t written = write(stop_.get(), &one, sizeof(one));
     thread_.join();
   }
-  struct stat info{};
+  struct stat info {};
   if (inode_ != 0 && lstat(options_.path.c_str(), &info) == 0 && info.st_ino == inode_ && info.st_dev == device_) {
     unlink(options_.path.c_str());
   }
@@ -121,7 +123,7 @@ base::Status Listener::bind_and_listen() {
     return errno == EADDRINUSE ? in_use(options_.path, "another process took it just now")
                                : base::errno_status("binding " + options_.path);
   }
-  struct stat info{};
+  struct stat info {};
   if (lstat(options_.path.c_str(), &info) == 0) {
     device_ = info.st_dev;
     inode_ = info.st_ino;

@@ -39,8 +39,7 @@ class Listener {
   Listener& operator=(const Listener&) = delete;
 
  private:
-  Listener(const ListenerOptions& options, Accepted accepted)
-      : options_(options), accepted_(std::move(accepted)) {}
+  Listener(const ListenerOptions& options, Accepted accepted) : options_(options), accepted_(std::move(accepted)) {}
 
   base::Status bind_and_listen();
   base::Status set_owner_and_mode() const;

@@ -61,7 +61,7 @@ base::Result<base::ScopedFd> PeerTable::adopt(base::ScopedFd fd, const Peer& pee
   if (flags < 0 || fcntl(fd.get(), F_SETFL, flags | O_NONBLOCK) != 0) {
     return base::errno_status("making a connection non-blocking");
   }
-  struct stat info{};
+  struct stat info {};
   if (fstat(fd.get(), &info) != 0) {
     return base::errno_status("fstat of a connection");
   }
@@ -114,7 +114,7 @@ size_t PeerTable::count_open(PeerKind kind) {
 }
 
 bool PeerTable::is_open(int number, const Entry& entry) {
-  struct stat info{};
+  struct stat info {};
   return fstat(number, &info) == 0 && S_ISSOCK(info.st_mode) && info.st_ino == entry.inode;
 }
 

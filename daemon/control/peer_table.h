@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Who is behind each adopted gRPC connection. gRPC names such a connection by its descriptor ("fd:N"), so every one gets a
-// number of its own: numbers only rise and wrap below the descriptor limit, and a late call of a closed connection is
-// never taken for another peer's. Any thread; owned by ControlServer. It never owns the descriptors: gRPC closes them.
+// Who is behind each adopted gRPC connection. gRPC names such a connection by its descriptor ("fd:N"), so every one
+// gets a number of its own: numbers only rise and wrap below the descriptor limit, and a late call of a closed
+// connection is never taken for another peer's. Any thread; owned by ControlServer. It never owns the descriptors: gRPC
+// closes them.
 #pragma once
 
 #include <sys/types.h>

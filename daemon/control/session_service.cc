@@ -18,7 +18,9 @@ namespace {
 constexpr uint64_t kJoinMarginDivisor = 64;
 constexpr uint64_t kJoinMarginNs = 50'000'000;
 
-session::ErrorDetail detail_of(const base::Status& status) { return session::ErrorDetail{status, -1, {}, {}, {}}; }
+session::ErrorDetail detail_of(const base::Status& status) {
+  return session::ErrorDetail{status, -1, {}, {}, {}};
+}
 
 uint64_t join_timeout(uint64_t asked_ns, uint64_t deadline_ns) {
   const uint64_t now = base::now_ns();
@@ -107,9 +109,9 @@ class SessionService final : public v1::Session::CallbackService {
   grpc::ServerUnaryReactor* GroupMask(grpc::CallbackServerContext* context, const v1::GroupMaskRequest* request,
                                       v1::GroupMaskResponse* response) override {
     return run_as_is(context, *request, response, [this](const Caller& caller, const auto& message, auto* out) {
-      return answer(api_.group_mask(caller.peer.session, base::GroupId{message.group_id()}, message.exclude(),
-                                    message.readmit()),
-                    out);
+      return answer(
+          api_.group_mask(caller.peer.session, base::GroupId{message.group_id()}, message.exclude(), message.readmit()),
+          out);
     });
   }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// One unary gRPC call in progress: ends exactly once, by its answer or by its cancellation, whichever is first, from any
-// thread. The answer's side holds a shared handle that may outlive the call; gRPC owns the reactor. Nothing waits here.
+// One unary gRPC call in progress: ends exactly once, by its answer or by its cancellation, whichever is first, from
+// any thread. The answer's side holds a shared handle that may outlive the call; gRPC owns the reactor. Nothing waits
+// here.
 #pragma once
 
 #include <grpcpp/server_context.h>

@@ -40,11 +40,10 @@ std::string label_cell(std::string_view labels) {
 std::string bounds_text(std::span<const uint64_t> bounds_ns) {
   std::string out;
   for (const uint64_t bound : bounds_ns) {
-    const std::string text = bound < 1'000'000 ? std::to_string(bound / 1'000) + " µs"
-                             : bound % 1'000'000 == 0
-                                 ? std::to_string(bound / 1'000'000) + " ms"
-                                 : std::to_string(bound / 1'000'000) + "." + std::to_string(bound % 1'000'000 / 10'000) +
-                                       " ms";
+    const std::string text = bound < 1'000'000        ? std::to_string(bound / 1'000) + " µs"
+                             : bound % 1'000'000 == 0 ? std::to_string(bound / 1'000'000) + " ms"
+                                                      : std::to_string(bound / 1'000'000) + "." +
+                                                            std::to_string(bound % 1'000'000 / 10'000) + " ms";
     out += (out.empty() ? "" : ", ") + text;
   }
   return out;
@@ -63,7 +62,8 @@ std::span<const uint64_t> bounds_of(Metric metric) {
 std::string metrics_markdown() {
   std::string out =
       "# Metrics\n\n"
-      "Generated from `daemon/metrics/catalog.h`; a test compares the two (run it with `EXPERTD_WRITE_DOCS=1` to write\n"
+      "Generated from `daemon/metrics/catalog.h`; a test compares the two (run it with `EXPERTD_WRITE_DOCS=1` to "
+      "write\n"
       "this file). Served on `metrics.address`:`metrics.port`, path `/metrics`. Every series exists from the start at\n"
       "zero, so `rate()` works from the first event; a node has at most 2,500 series.\n\n"
       "| metric | type | labels | meaning |\n|---|---|---|---|\n";
@@ -73,12 +73,14 @@ std::string metrics_markdown() {
   }
   out += "\n## Label values\n\n";
   out += "- `gpu`: the daemon's device index; all host devices share `" + std::string(kHostLabel) + "`.\n";
-  out += "- `op`: " + join(kOpNames, 1) + "; in `expertd_op_total_duration_seconds` `ht` (dispatch, combine) and `ll`.\n";
+  out +=
+      "- `op`: " + join(kOpNames, 1) + "; in `expertd_op_total_duration_seconds` `ht` (dispatch, combine) and `ll`.\n";
   out += "- `result`: `ok`, `failed`.\n";
   out += "- `phase`: " + join(kPhaseNames, 0) + ".\n";
   out += "- `path`: `local`, `remote`.\n";
   out += "- `missing`: " + join(kMissingNames, 0) + ".\n";
-  out += "- `state` of `expertd_state`: " + join(kStateNames, 0) + "; of `expertd_pool_bytes`: `free`, `used`, `quarantined`.\n";
+  out += "- `state` of `expertd_state`: " + join(kStateNames, 0) +
+         "; of `expertd_pool_bytes`: `free`, `used`, `quarantined`.\n";
   out += "- `cause`: " + join(kCloseCauseNames, 0) + ".\n";
   out += "- `reason`: names of `proto/abi/expertd_reason.h`: " + join(kReasons.name, 1) + ".\n";
   out += "- `thread`: the loops of the daemon; those of host devices share `" + std::string(kHostLabel) + "`.\n";

@@ -18,56 +18,55 @@ namespace expertd::metrics {
 enum class MetricType { kCounter, kGauge, kHistogram };
 
 // X(id, name, type, labels separated by commas, help)
-#define EXPERTD_METRICS(X)                                                                                             \
-  X(BuildInfo, "expertd_build_info", Gauge, "version,commit,cuda,ucx,abi", "Always 1; the labels say what runs.")      \
-  X(State, "expertd_state", Gauge, "state", "1 for the state the daemon is in, 0 for the others.")                     \
-  X(Ops, "expertd_ops_total", Counter, "op,gpu,result", "Operations completed, by result.")                            \
-  X(OpFailed, "expertd_op_failed_total", Counter, "op,reason", "Operations that failed after admission, by Reason.")   \
-  X(OpDuration, "expertd_op_duration_seconds", Histogram, "op,phase", "Time of successful operations in each phase.")  \
-  X(OpTotalDuration, "expertd_op_total_duration_seconds", Histogram, "op,gpu",                                         \
-    "Submission to completion of successful dispatches and combines: op is ht or ll.")                                 \
-  X(OpTokens, "expertd_op_tokens_total", Counter, "op,gpu", "Tokens of successful operations.")                        \
-  X(OpBytes, "expertd_op_bytes_total", Counter, "op,gpu,path",                                                         \
-    "Bytes moved by successful operations: local stays on the device, remote goes to another rank's.")                 \
-  X(OpRejected, "expertd_op_rejected_total", Counter, "gpu,reason", "Operations refused at admission, by Reason.")     \
-  X(OpDeadlineExceeded, "expertd_op_deadline_exceeded_total", Counter, "op,missing",                                   \
-    "Operations that reached their deadline, by what was missing.")                                                    \
-  X(RingSlotsUsed, "expertd_ring_slots_used", Gauge, "gpu",                                                            \
-    "Most slots in use on one ring since the last scrape.")                                                            \
-  X(RingSlotsCapacity, "expertd_ring_slots_capacity", Gauge, "gpu", "Slots of one ring.")                              \
-  X(RingFull, "expertd_ring_full_total", Counter, "gpu", "Times a ring had no free slot.")                             \
-  X(DescriptorInvalid, "expertd_descriptor_invalid_total", Counter, "reason",                                          \
-    "Ring descriptors that could not be understood, by Reason.")                                                       \
-  X(Sessions, "expertd_sessions", Gauge, "", "Sessions attached.")                                                     \
-  X(SessionsOpened, "expertd_sessions_opened_total", Counter, "", "Sessions attached since the start.")                \
-  X(SessionsClosed, "expertd_sessions_closed_total", Counter, "cause", "Sessions ended, by cause.")                    \
-  X(LeaseReapDuration, "expertd_lease_reap_duration_seconds", Histogram, "",                                           \
-    "End of a session's lease to everything of it reclaimed.")                                                         \
-  X(PoolBytes, "expertd_pool_bytes", Gauge, "gpu,state", "Bytes of the device pool, by state.")                        \
-  X(GpuContextLost, "expertd_gpu_context_lost_total", Counter, "gpu", "GPU contexts lost.")                            \
-  X(GpuMpsActive, "expertd_gpu_mps_active", Gauge, "gpu", "1 when an MPS server carries the daemon on this GPU.")      \
-  X(GpuHealthy, "expertd_gpu_healthy", Gauge, "gpu", "1 while the device serves.")                                     \
-  X(ThreadLoopLag, "expertd_thread_loop_lag_seconds", Gauge, "thread",                                                 \
-    "Longest turn of the thread's loop since the last scrape.")                                                        \
-  X(WatchdogMissedBeats, "expertd_watchdog_missed_beats_total", Counter, "thread",                                     \
-    "Watchdog intervals that passed without a sign of the thread.")                                                    \
-  X(LogDropped, "expertd_log_dropped_total", Counter, "", "Log lines lost because the queue was full.")                \
-  X(ConfigLastLoadSuccess, "expertd_config_last_load_success", Gauge, "",                                              \
-    "1 when the configuration was read without error last time.")                                                      \
-  X(DrainInProgress, "expertd_drain_in_progress", Gauge, "", "1 while the daemon drains.")                             \
-  X(DrainRemainingSessions, "expertd_drain_remaining_sessions", Gauge, "", "Sessions that a drain still waits for.")   \
-  X(ProcessCpu, "process_cpu_seconds_total", Counter, "", "User and system time of the process.")                      \
-  X(ProcessResident, "process_resident_memory_bytes", Gauge, "", "Resident memory of the process.")                    \
-  X(ProcessVirtual, "process_virtual_memory_bytes", Gauge, "", "Virtual memory of the process.")                       \
-  X(ProcessOpenFds, "process_open_fds", Gauge, "", "Descriptors open.")                                                \
-  X(ProcessMaxFds, "process_max_fds", Gauge, "", "Limit of open descriptors.")                                         \
+#define EXPERTD_METRICS(X)                                                                                            \
+  X(BuildInfo, "expertd_build_info", Gauge, "version,commit,cuda,ucx,abi", "Always 1; the labels say what runs.")     \
+  X(State, "expertd_state", Gauge, "state", "1 for the state the daemon is in, 0 for the others.")                    \
+  X(Ops, "expertd_ops_total", Counter, "op,gpu,result", "Operations completed, by result.")                           \
+  X(OpFailed, "expertd_op_failed_total", Counter, "op,reason", "Operations that failed after admission, by Reason.")  \
+  X(OpDuration, "expertd_op_duration_seconds", Histogram, "op,phase", "Time of successful operations in each phase.") \
+  X(OpTotalDuration, "expertd_op_total_duration_seconds", Histogram, "op,gpu",                                        \
+    "Submission to completion of successful dispatches and combines: op is ht or ll.")                                \
+  X(OpTokens, "expertd_op_tokens_total", Counter, "op,gpu", "Tokens of successful operations.")                       \
+  X(OpBytes, "expertd_op_bytes_total", Counter, "op,gpu,path",                                                        \
+    "Bytes moved by successful operations: local stays on the device, remote goes to another rank's.")                \
+  X(OpRejected, "expertd_op_rejected_total", Counter, "gpu,reason", "Operations refused at admission, by Reason.")    \
+  X(OpDeadlineExceeded, "expertd_op_deadline_exceeded_total", Counter, "op,missing",                                  \
+    "Operations that reached their deadline, by what was missing.")                                                   \
+  X(RingSlotsUsed, "expertd_ring_slots_used", Gauge, "gpu", "Most slots in use on one ring since the last scrape.")   \
+  X(RingSlotsCapacity, "expertd_ring_slots_capacity", Gauge, "gpu", "Slots of one ring.")                             \
+  X(RingFull, "expertd_ring_full_total", Counter, "gpu", "Times a ring had no free slot.")                            \
+  X(DescriptorInvalid, "expertd_descriptor_invalid_total", Counter, "reason",                                         \
+    "Ring descriptors that could not be understood, by Reason.")                                                      \
+  X(Sessions, "expertd_sessions", Gauge, "", "Sessions attached.")                                                    \
+  X(SessionsOpened, "expertd_sessions_opened_total", Counter, "", "Sessions attached since the start.")               \
+  X(SessionsClosed, "expertd_sessions_closed_total", Counter, "cause", "Sessions ended, by cause.")                   \
+  X(LeaseReapDuration, "expertd_lease_reap_duration_seconds", Histogram, "",                                          \
+    "End of a session's lease to everything of it reclaimed.")                                                        \
+  X(PoolBytes, "expertd_pool_bytes", Gauge, "gpu,state", "Bytes of the device pool, by state.")                       \
+  X(GpuContextLost, "expertd_gpu_context_lost_total", Counter, "gpu", "GPU contexts lost.")                           \
+  X(GpuMpsActive, "expertd_gpu_mps_active", Gauge, "gpu", "1 when an MPS server carries the daemon on this GPU.")     \
+  X(GpuHealthy, "expertd_gpu_healthy", Gauge, "gpu", "1 while the device serves.")                                    \
+  X(ThreadLoopLag, "expertd_thread_loop_lag_seconds", Gauge, "thread",                                                \
+    "Longest turn of the thread's loop since the last scrape.")                                                       \
+  X(WatchdogMissedBeats, "expertd_watchdog_missed_beats_total", Counter, "thread",                                    \
+    "Watchdog intervals that passed without a sign of the thread.")                                                   \
+  X(LogDropped, "expertd_log_dropped_total", Counter, "", "Log lines lost because the queue was full.")               \
+  X(ConfigLastLoadSuccess, "expertd_config_last_load_success", Gauge, "",                                             \
+    "1 when the configuration was read without error last time.")                                                     \
+  X(DrainInProgress, "expertd_drain_in_progress", Gauge, "", "1 while the daemon drains.")                            \
+  X(DrainRemainingSessions, "expertd_drain_remaining_sessions", Gauge, "", "Sessions that a drain still waits for.")  \
+  X(ProcessCpu, "process_cpu_seconds_total", Counter, "", "User and system time of the process.")                     \
+  X(ProcessResident, "process_resident_memory_bytes", Gauge, "", "Resident memory of the process.")                   \
+  X(ProcessVirtual, "process_virtual_memory_bytes", Gauge, "", "Virtual memory of the process.")                      \
+  X(ProcessOpenFds, "process_open_fds", Gauge, "", "Descriptors open.")                                               \
+  X(ProcessMaxFds, "process_max_fds", Gauge, "", "Limit of open descriptors.")                                        \
   X(ProcessStartTime, "process_start_time_seconds", Gauge, "", "Start of the process, seconds since 1970.")
 
 enum class Metric : size_t {
 #define EXPERTD_METRIC_ENUM(id, name, type, labels, help) k##id,
   EXPERTD_METRICS(EXPERTD_METRIC_ENUM)
 #undef EXPERTD_METRIC_ENUM
-  kCount
+      kCount
 };
 
 struct MetricInfo {
@@ -83,15 +82,17 @@ inline constexpr std::array<MetricInfo, static_cast<size_t>(Metric::kCount)> kCa
 #undef EXPERTD_METRIC_ROW
 }};
 
-constexpr const MetricInfo& info_of(Metric metric) { return kCatalog[static_cast<size_t>(metric)]; }
+constexpr const MetricInfo& info_of(Metric metric) {
+  return kCatalog[static_cast<size_t>(metric)];
+}
 
 /// Upper bounds of op_duration and op_total_duration: dense from 20 to 320 us, where decode lives.
-inline constexpr std::array<uint64_t, 17> kOpBoundsNs = {
-    5'000,   10'000,  15'000,  20'000,  30'000,  40'000,    60'000,    80'000,     120'000,
-    160'000, 240'000, 320'000, 640'000, 1280'000, 5'000'000, 20'000'000, 100'000'000};
+inline constexpr std::array<uint64_t, 17> kOpBoundsNs = {5'000,   10'000,   15'000,    20'000,     30'000,     40'000,
+                                                         60'000,  80'000,   120'000,   160'000,    240'000,    320'000,
+                                                         640'000, 1280'000, 5'000'000, 20'000'000, 100'000'000};
 /// Upper bounds of lease_reap_duration: the goal is 100 ms.
-inline constexpr std::array<uint64_t, 11> kReapBoundsNs = {1'000'000,   2'000'000,   5'000'000,     10'000'000,
-                                                           20'000'000,  50'000'000,  100'000'000,   200'000'000,
+inline constexpr std::array<uint64_t, 11> kReapBoundsNs = {1'000'000,   2'000'000,     5'000'000,    10'000'000,
+                                                           20'000'000,  50'000'000,    100'000'000,  200'000'000,
                                                            500'000'000, 1'000'000'000, 5'000'000'000};
 
 /// The bounds of a histogram; empty for other types.

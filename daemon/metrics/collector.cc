@@ -199,7 +199,8 @@ class Page {
                   sum_over(devices, [op](const auto& d) { return read(d.ops.block(op).remote_bytes); }));
       }
       for (size_t i = 1; i < kReasonCount; ++i) {
-        failed.put({name, kReasons.name[i]}, over_all([op, i](const auto& d) { return read(d.ops.block(op).ended[i]); }));
+        failed.put({name, kReasons.name[i]},
+                   over_all([op, i](const auto& d) { return read(d.ops.block(op).ended[i]); }));
       }
       for (size_t i = 0; i < kMissingNames.size(); ++i) {
         late.put({name, kMissingNames[i]},
@@ -418,9 +419,13 @@ MetricsServer::~MetricsServer() {
   }
 }
 
-std::string MetricsServer::address() const { return parts_->address; }
+std::string MetricsServer::address() const {
+  return parts_->address;
+}
 
-uint16_t MetricsServer::port() const { return parts_->port; }
+uint16_t MetricsServer::port() const {
+  return parts_->port;
+}
 
 std::string MetricsServer::render() const {
   return prometheus::TextSerializer().Serialize(parts_->collectable->Collect());

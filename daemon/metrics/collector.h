@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Serves the metrics over HTTP: at each scrape it sums the counter blocks and asks the GaugeSource. `main` creates it
-// before READY and ends it; scrapes run on its own threads. The only part that knows prometheus (collector.cc). It never
-// writes a counter, except that maxima since the last scrape start anew.
+// before READY and ends it; scrapes run on its own threads. The only part that knows prometheus (collector.cc). It
+// never writes a counter, except that maxima since the last scrape start anew.
 #pragma once
 
 #include <cstdint>

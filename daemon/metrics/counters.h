@@ -18,12 +18,16 @@ inline constexpr size_t kLineBytes = 128;  // two 64-byte lines: neighbours are 
 /// Every atomic below is a number on its own: nothing is published through it, so relaxed order is enough.
 using Count = std::atomic<uint64_t>;
 
-inline uint64_t read(const Count& count) { return count.load(std::memory_order_relaxed); }
+inline uint64_t read(const Count& count) {
+  return count.load(std::memory_order_relaxed);
+}
 /// For the one writer of a count: no locked instruction.
 inline void add_alone(Count& count, uint64_t value) {
   count.store(count.load(std::memory_order_relaxed) + value, std::memory_order_relaxed);
 }
-inline void add_shared(Count& count, uint64_t value) { count.fetch_add(value, std::memory_order_relaxed); }
+inline void add_shared(Count& count, uint64_t value) {
+  count.fetch_add(value, std::memory_order_relaxed);
+}
 
 /// A histogram of nanoseconds with one writer. N bounds, and one bucket more for what lies beyond.
 template <size_t N>

@@ -23,11 +23,11 @@
 #define EXPERTD_ABORT_WORD 0x7fffffffffffffffULL
 /* Doorbell and completion words of slot i on the GPU flag page, for devices that have one. */
 #define EXPERTD_FLAG_STRIDE 128u
-#define EXPERTD_DOORBELL_OFFSET(slot) ((uint64_t)(slot) * 2u * EXPERTD_FLAG_STRIDE)
-#define EXPERTD_COMPLETION_WORD_OFFSET(slot) (((uint64_t)(slot) * 2u + 1u) * EXPERTD_FLAG_STRIDE)
+#define EXPERTD_DOORBELL_OFFSET(slot) (UINT64_C(2) * (slot) * EXPERTD_FLAG_STRIDE)
+#define EXPERTD_COMPLETION_WORD_OFFSET(slot) ((UINT64_C(2) * (slot) + 1u) * EXPERTD_FLAG_STRIDE)
 /* A device-readable result word behind each completion word: the Reason of the operation (0 = ok). */
 #define EXPERTD_RESULT_WORD_OFFSET(slot) (EXPERTD_COMPLETION_WORD_OFFSET(slot) + 8u)
-#define EXPERTD_FLAG_PAGE_BYTES ((uint64_t)EXPERTD_RING_SLOTS_MAX * 2u * EXPERTD_FLAG_STRIDE)
+#define EXPERTD_FLAG_PAGE_BYTES (UINT64_C(2) * EXPERTD_RING_SLOTS_MAX * EXPERTD_FLAG_STRIDE)
 
 enum expertd_ring_session_flag {
   EXPERTD_SESSION_DRAINING = 1u, /* the daemon takes no new operations; in-flight ones end */
@@ -230,7 +230,7 @@ enum expertd_argument {
 #undef EXPERTD_ARGUMENT_ENUM
 };
 /* The argument of tensor i of a slot. */
-#define EXPERTD_ARGUMENT_OF_TENSOR(i) (32u + (uint32_t)(i))
+#define EXPERTD_ARGUMENT_OF_TENSOR(i) (32u + (i))
 
 #ifdef __cplusplus
 #define EXPERTD_ABI_ASSERT(condition, text) static_assert(condition, text)

@@ -125,6 +125,14 @@ TEST(ControlConvert, StatusCarriesDevicesGroupsAndProcess) {
   EXPECT_EQ(message.resident_bytes(), 4096U);
 }
 
+TEST(ControlConvert, OddBytesInNamesDoNotSpoilTheAnswer) {
+  std::vector<session::SessionSnapshot> sessions(1);
+  sessions[0].name = "a\xff\nb";
+  v1::ListSessionsResponse message;
+  to_proto(sessions, &message);
+  EXPECT_EQ(message.sessions(0).name(), "a??b");
+}
+
 TEST(ControlErrorDetails, TextIsCutBetweenCharacters) {
   EXPECT_EQ(cut_text("abc", 3), "abc");
   EXPECT_EQ(cut_text("abcd", 3), "abc");

@@ -37,7 +37,9 @@ Pair make_pair_of_sockets() {
   return {base::ScopedFd(fds[0]), base::ScopedFd(fds[1])};
 }
 
-std::string name_of(int fd) { return "fd:" + std::to_string(fd); }
+std::string name_of(int fd) {
+  return "fd:" + std::to_string(fd);
+}
 
 class TemporaryDirectory {
  public:
@@ -193,7 +195,7 @@ TEST(ControlListener, TellsWhoConnectedAndRemovesItsSocket) {
     auto listener = Listener::create({.path = path, .mode = 0600, .group = {}, .allowed_uids = {}},
                                      [&](base::ScopedFd, const Peer& peer) { accepted.set_value(peer); });
     ASSERT_TRUE(listener.is_ok()) << listener.status().message();
-    struct stat info{};
+    struct stat info {};
     ASSERT_EQ(stat(path.c_str(), &info), 0);
     EXPECT_EQ(info.st_mode & 0777, 0600U);
     const base::ScopedFd client(connect_to(path));
@@ -231,8 +233,9 @@ TEST(ControlListener, RefusesOtherFilesLongPathsAndUnknownGroups) {
   EXPECT_EQ(Listener::create({.path = file, .group = {}, .allowed_uids = {}}, ignore).status().reason(),
             EXPERTD_REASON_ADDRESS_IN_USE);
   EXPECT_TRUE(std::filesystem::exists(file));
-  EXPECT_EQ(Listener::create({.path = std::string(108, 'a'), .group = {}, .allowed_uids = {}}, ignore).status().reason(),
-            EXPERTD_REASON_CONFIG_BAD_VALUE);
+  EXPECT_EQ(
+      Listener::create({.path = std::string(108, 'a'), .group = {}, .allowed_uids = {}}, ignore).status().reason(),
+      EXPERTD_REASON_CONFIG_BAD_VALUE);
   EXPECT_EQ(Listener::create({.path = directory.file("s"), .group = "no-such-group", .allowed_uids = {}}, ignore)
                 .status()
                 .reason(),

@@ -127,7 +127,8 @@ TEST(MetricsServer, AllSeriesExistFromTheStartWithinTheBudget) {
   EXPECT_EQ(std::set<std::string>(all.begin(), all.end()).size(), all.size());
   for (const MetricInfo& metric : kCatalog) {
     const std::string name(metric.name);
-    EXPECT_NE(page.find("\n" + name + (metric.type == MetricType::kHistogram ? "_count" : "")), std::string::npos) << name;
+    EXPECT_NE(page.find("\n" + name + (metric.type == MetricType::kHistogram ? "_count" : "")), std::string::npos)
+        << name;
     EXPECT_NE(page.find("# HELP " + name + " "), std::string::npos) << name;
   }
   // Nothing happened yet: counters are there, at zero.
@@ -256,20 +257,23 @@ TEST(MetricsServer, BusyPortIsNamed) {
 }
 
 TEST(MetricsCatalog, NamesFollowTheRules) {
-  const std::set<std::string> allowed_labels = {"version", "commit", "cuda",   "ucx",    "abi",   "state",  "op", "gpu",
-                                                "result",  "reason", "phase",  "path",   "cause", "thread", "missing"};
+  const std::set<std::string> allowed_labels = {"version", "commit", "cuda",  "ucx",    "abi",
+                                                "state",   "op",     "gpu",   "result", "reason",
+                                                "phase",   "path",   "cause", "thread", "missing"};
   std::set<std::string_view> names;
   for (const MetricInfo& metric : kCatalog) {
     const std::string name(metric.name);
     EXPECT_TRUE(names.insert(metric.name).second) << name;
     EXPECT_TRUE(name.starts_with("expertd_") || name.starts_with("process_")) << name;
-    EXPECT_TRUE(std::ranges::all_of(name, [](char c) { return std::islower(c) != 0 || std::isdigit(c) != 0 || c == '_'; }))
-        << name;
+    EXPECT_TRUE(std::ranges::all_of(name, [](char c) {
+      return std::islower(c) != 0 || std::isdigit(c) != 0 || c == '_';
+    })) << name;
     EXPECT_EQ(name.ends_with("_total"), metric.type == MetricType::kCounter) << name;
     if (metric.type == MetricType::kHistogram) {
       EXPECT_TRUE(name.ends_with("_seconds")) << name;
     }
-    for (const char* wrong : {"_ms", "_us", "_ns", "_milliseconds", "_kb", "_mb", "_percent", "_count", "_sum", "_bucket"}) {
+    for (const char* wrong :
+         {"_ms", "_us", "_ns", "_milliseconds", "_kb", "_mb", "_percent", "_count", "_sum", "_bucket"}) {
       EXPECT_FALSE(name.ends_with(wrong)) << name;
     }
     EXPECT_TRUE(metric.help.ends_with(".")) << name;

@@ -27,7 +27,7 @@ TEST(MetricsReasons, CompactIndexIsOneToOneForOperations) {
     EXPECT_FALSE(kReasons.name[i].empty());
     EXPECT_TRUE(names.insert(kReasons.name[i]).second);
   }
-#define EXPERTD_CHECK_REASON(reason, number, code, retryable, sentence)                                  \
+#define EXPERTD_CHECK_REASON(reason, number, code, retryable, sentence) \
   EXPECT_EQ(kReasons.name[reason_index(number)], (number) == 0 || is_op_reason(number) ? #reason : "OTHER");
   EXPERTD_REASONS(EXPERTD_CHECK_REASON)
 #undef EXPERTD_CHECK_REASON
