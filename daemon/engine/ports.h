@@ -127,6 +127,9 @@ class DevicePort {
   virtual uint32_t missing(PartId part, uint64_t* ranks) = 0;
   /// True while a part may advance without an event from outside, so that the loop should not sleep.
   virtual bool busy() const = 0;
+  /// True while a part may advance without anybody waking the loop (a GPU works on it): the loop then looks again after
+  /// a while, rarer the longer nothing moved.
+  virtual bool polls() const { return false; }
   /// Releases a slot's stream waiters for an operation that was never launched (rejected, failed while gathering).
   virtual void release_words(const SlotWords& words, uint32_t reason) = 0;
 };

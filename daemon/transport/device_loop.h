@@ -67,7 +67,7 @@ class DeviceLoop final : public session::LoopPort {
   bool run_tasks();
   bool poll_rings(uint64_t now_ns);
   bool finish_closing();
-  void sleep_until_work(uint64_t now_ns);
+  void sleep_until_work(uint64_t now_ns, uint64_t idle_ns);
   void set_sleeping(bool sleeping);
   bool anything_to_do();
   base::Status post(std::function<void()> task);

@@ -3,29 +3,28 @@
 // Test threads use it; each test owns its own.
 #pragma once
 
-#include "daemon/control/control_server.h"
-
 #include <grpcpp/create_channel.h>
 #include <grpcpp/create_channel_posix.h>
 #include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/security/credentials.h>
 #include <gtest/gtest.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <chrono>
 #include <condition_variable>
-#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <future>
 #include <mutex>
 #include <optional>
+#include <string>
+#include <thread>
 #include <utility>
+#include <vector>
 
 #include "daemon/base/clock.h"
+#include "daemon/control/control_server.h"
 #include "expertd/v1/control.grpc.pb.h"
 #include "expertd/v1/error.pb.h"
 #include "expertd/v1/session.grpc.pb.h"

@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <string>
 
 #include "daemon/kernels/cuda/launch.h"
@@ -94,12 +95,8 @@ base::Status CudaDevice::start() {
     return progress.status();
   }
   progress_ = std::move(progress).value();
-  const cudaError_t launched = kernels::cuda::launch_all_null(control_stream_);
-  if (launched != cudaSuccess) {
-    return base::Status(EXPERTD_REASON_CUDA,
-                        std::string("the first launch of the kernels: ") + cudaGetErrorString(launched));
-  }
-  EXPERTD_DRIVER_CALL(driver_, cuStreamSynchronize(control_stream_));
+  EXPERTD_RETURN_IF_ERROR(warm_up(control_stream_));
+  EXPERTD_RETURN_IF_ERROR(warm_up(rescue_stream_));
   registry_->groups[gpu_.view.index.value].store(&groups_, std::memory_order_release);  // acquired by fill_peers()
   return base::Status::ok();
 }
@@ -123,6 +120,29 @@ CudaDevice::~CudaDevice() {
     progress_.reset();
   }
   driver_.cuDevicePrimaryCtxRelease(gpu_.view.device);
+}
+
+/// Uses a new stream for everything that a chain is made of, so that nothing is set up lazily when it matters.
+base::Status CudaDevice::warm_up(CUstream stream) {
+  const cudaError_t launched = kernels::cuda::launch_all_null(stream);
+  if (launched != cudaSuccess) {
+    return base::Status(EXPERTD_REASON_CUDA,
+                        std::string("the first launch of the kernels: ") + cudaGetErrorString(launched));
+  }
+  // A word that no part uses: the reserved tail of the first part's state.
+  const CUdeviceptr word = states_->address() + offsetof(kernels::cuda::PartState, reserved);
+  std::array<CUstreamBatchMemOpParams, 2> operations{};
+  operations[0].writeValue.operation = CU_STREAM_MEM_OP_WRITE_VALUE_64;
+  operations[0].writeValue.address = word;
+  operations[0].writeValue.value64 = 1;
+  operations[1].waitValue.operation = CU_STREAM_MEM_OP_WAIT_VALUE_64;
+  operations[1].waitValue.address = word;
+  operations[1].waitValue.value64 = 1;
+  operations[1].waitValue.flags = CU_STREAM_WAIT_VALUE_GEQ;
+  EXPERTD_DRIVER_CALL(driver_, cuStreamBatchMemOp(stream, 2, operations.data(), 0));
+  EXPERTD_DRIVER_CALL(driver_, cuStreamWaitValue64(stream, word, 1, CU_STREAM_WAIT_VALUE_GEQ));
+  EXPERTD_DRIVER_CALL(driver_, cuStreamSynchronize(stream));
+  return base::Status::ok();
 }
 
 Reach CudaDevice::reach(bool peers) const {
@@ -158,8 +178,7 @@ DeviceInfo CudaDevice::info() const {
   info.armed_streams_max = kMaxArmedStreams;
   info.peer_access_mask = gpu_.peer_mask;
   info.healthy = healthy_.load(std::memory_order_relaxed);
-  const std::lock_guard<std::mutex> lock(control_mutex_);
-  info.armed_streams = static_cast<uint32_t>(sessions_owned_.size());
+  info.armed_streams = open_sessions_.load(std::memory_order_relaxed);
   return info;
 }
 
@@ -236,24 +255,36 @@ base::Result<SessionGrant> CudaDevice::open_session(base::SessionId session) {
   int high = 0;
   EXPERTD_DRIVER_CALL(driver_, cuCtxGetStreamPriorityRange(&low, &high));
   EXPERTD_DRIVER_CALL(driver_, cuStreamCreateWithPriority(&entry->stream, CU_STREAM_NON_BLOCKING, high));
+  if (const base::Status warm = warm_up(entry->stream); !warm.is_ok()) {
+    driver_.cuStreamDestroy(entry->stream);
+    return warm;
+  }
   SessionGrant grant;
   grant.flag_page_fd = std::move(fd).value();
   grant.flag_page_bytes = entry->flag_page->allocated_bytes();
   sessions_.insert(session.value, entry.get());  // as many slots as sessions_owned_ may have entries
   sessions_owned_[session.value] = std::move(entry);
+  open_sessions_.fetch_add(1, std::memory_order_relaxed);
   return grant;
 }
 
 void CudaDevice::close_session(base::SessionId session) {
-  const std::lock_guard<std::mutex> lock(control_mutex_);
-  const auto found = sessions_owned_.find(session.value);
-  if (found == sessions_owned_.end()) {
-    return;
+  std::unique_ptr<SessionEntry> closed;
+  {
+    const std::lock_guard<std::mutex> lock(control_mutex_);
+    const auto found = sessions_owned_.find(session.value);
+    if (found == sessions_owned_.end()) {
+      return;
+    }
+    sessions_.erase(session.value);
+    closed = std::move(found->second);
+    sessions_owned_.erase(found);
   }
+  // Unmapping may block behind a parked stream of another session, so not under the mutex.
   const ScopedContext context(driver_, gpu_.view.context);
-  sessions_.erase(session.value);
-  driver_.cuStreamDestroy(found->second->stream);
-  sessions_owned_.erase(found);
+  driver_.cuStreamDestroy(closed->stream);
+  closed.reset();
+  open_sessions_.fetch_sub(1, std::memory_order_relaxed);
 }
 
 void* CudaDevice::session_flag_page(base::SessionId session) {
@@ -308,15 +339,20 @@ base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t 
 }
 
 void CudaDevice::destroy_group(base::GroupId group, base::Rank rank) {
-  const std::lock_guard<std::mutex> lock(control_mutex_);
-  const auto found = groups_owned_.find({group.value, rank.value});
-  if (found == groups_owned_.end()) {
-    return;
+  std::unique_ptr<GroupEntry> destroyed;
+  {
+    const std::lock_guard<std::mutex> lock(control_mutex_);
+    const auto found = groups_owned_.find({group.value, rank.value});
+    if (found == groups_owned_.end()) {
+      return;
+    }
+    groups_.erase(group.value);
+    progress_used_[found->second->progress_index] = false;
+    destroyed = std::move(found->second);
+    groups_owned_.erase(found);
   }
   const ScopedContext context(driver_, gpu_.view.context);
-  groups_.erase(group.value);
-  progress_used_[found->second->progress_index] = false;
-  groups_owned_.erase(found);
+  destroyed.reset();  // may block like an unmap of close_session()
 }
 
 uint32_t CudaDevice::handle_capacity(base::GroupId group, base::Rank rank) const {

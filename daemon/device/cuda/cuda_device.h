@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// One GPU: its memory and tables for control threads (Device), its parts for the loop thread (DevicePort). Control calls
-// serialise on a mutex that the loop thread never takes; what both sides share are the lookup tables and atomics. Owned
-// by main. The port never blocks and calls nothing of CUDA that can synchronise; no kernel of it waits.
+// One GPU: its memory and tables for control threads (Device), its parts for its loop (DevicePort). Control calls
+// serialise on a mutex that the loop thread never takes; what both sides share are the lookup tables and atomics.
+// Owned by main and outlived by no window, session or group of it. The port never blocks and calls nothing of CUDA
+// that can synchronise; no kernel of it waits.
 #pragma once
 
 #include <array>
@@ -99,6 +100,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   Reach reach(bool peers) const;
   base::Status zero(const VmmMemory& memory);
   bool take_progress(GroupEntry* entry);
+  base::Status warm_up(CUstream stream);
 
   Part* free_part();
   bool fill_params(const engine::LaunchSpec& spec, const Part& part, kernels::cuda::PartParams* params) const;
@@ -123,6 +125,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   Pool pool_;
   std::atomic<bool> healthy_{true};
   std::atomic<uint64_t> window_bytes_{0};
+  std::atomic<uint32_t> open_sessions_{0};
 
   mutable std::mutex control_mutex_;  // control threads only
   std::map<uint64_t, std::unique_ptr<SessionEntry>> sessions_owned_;

@@ -20,8 +20,9 @@ std::string format_uuid(const CUuuid& uuid) {
   for (size_t i = 0; i < b.size(); ++i) {
     b[i] = static_cast<unsigned char>(uuid.bytes[i]);
   }
-  std::snprintf(text.data(), text.size(), "GPU-%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0],
-                b[1], b[2], b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]);
+  std::snprintf(text.data(), text.size(),
+                "GPU-%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0], b[1], b[2], b[3], b[4],
+                b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]);
   return text.data();
 }
 
@@ -101,7 +102,8 @@ base::Result<std::vector<GpuFacts>> select_gpus(const Driver& driver, const Cuda
     return base::Status(EXPERTD_REASON_NO_GPU, "the driver finds no GPU");
   }
   if (selected.size() > base::kMaxGpuRanks || options.first_index.value + selected.size() > base::kMaxDevices) {
-    return base::Status(EXPERTD_REASON_UNSUPPORTED, std::to_string(selected.size()) + " GPUs are more than one daemon serves");
+    return base::Status(EXPERTD_REASON_UNSUPPORTED,
+                        std::to_string(selected.size()) + " GPUs are more than one daemon serves");
   }
   for (const GpuFacts& gpu : selected) {
     // The name of a slice carries its profile: "NVIDIA H200 MIG 1g.18gb".

@@ -90,8 +90,9 @@ base::Result<std::unique_ptr<VmmMemory>> VmmMemory::import(const Reach& reach, c
                         "the VMM allocation does not lie on a GPU that the session's device can reach");
   }
   if (const base::Status mapped = memory->map(reach); !mapped.is_ok()) {
-    return base::Status(EXPERTD_REASON_IPC_OPEN_FAILED,
-                        mapped.with_context("mapping the imported allocation (is allocation_bytes its size?)").message());
+    return base::Status(
+        EXPERTD_REASON_IPC_OPEN_FAILED,
+        mapped.with_context("mapping the imported allocation (is allocation_bytes its size?)").message());
   }
   memory->fill_mapping(reach, import);
   return memory;
@@ -160,7 +161,7 @@ base::Result<std::unique_ptr<IpcMemory>> IpcMemory::open(const Reach& reach, con
       return base::Status(EXPERTD_REASON_IPC_OPEN_FAILED,
                           "on device " + std::to_string(gpu.index.value) + ": " +
                               driver.check(opened, "cuIpcOpenMemHandle").message() +
-                              "; VMM memory and equal process ids have no IPC handle: pass a descriptor or use a window");
+                              "; VMM memory and equal process ids have no handle: pass a descriptor or use a window");
     }
     memory->opened_.push_back({gpu.context, address});
     CUdeviceptr first = 0;

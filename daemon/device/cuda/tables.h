@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a CUDA device keeps per session and per rank of a group, and how its loop thread and the loops of its peers find
-// it without a lock. Written by control threads under the device's mutex; read by loop threads. An entry is removed only
-// after the last part that uses it ended, which is the caller's promise (device.h).
+// it without a lock. Written by control threads under the device's mutex; read by loop threads. An entry is removed
+// only after the last part that uses it ended, which is the caller's promise (device.h).
 #pragma once
 
 #include <array>
