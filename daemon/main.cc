@@ -29,6 +29,23 @@ int exit_code_of(const Status& status) {
   }
 }
 
+// Ends the process: after a normal run everything was given back, and neither the HTTP library's threads, which take 2 s
+// to end, nor those of a lost device must hold it.
+[[noreturn]] void run_daemon(const expertd::config::LoadedConfig& loaded, const expertd::config::LoadRequest& request,
+                             expertd::supervise::SystemdNotifier* notifier, expertd::supervise::Signals& signals) {
+  using expertd::app::RunEnd;
+  int code = expertd::config::kExitOk;
+  expertd::app::Daemon daemon(loaded, request, notifier);
+  if (const Status started = daemon.start(); !started.is_ok()) {
+    expertd::base::log_error("cannot start", {{"reason", started.reason()}, {"why", started.message()}});
+    code = exit_code_of(started);
+  } else if (daemon.run(signals) == RunEnd::kDeviceLost) {
+    code = expertd::config::kExitTryAgain;
+  }
+  expertd::base::log_close();
+  std::_Exit(code);
+}
+
 int serve(const expertd::config::LoadedConfig& loaded, const expertd::config::LoadRequest& request) {
   using expertd::base::log_error;
   if (const Status blocked = expertd::supervise::block_signals(); !blocked.is_ok()) {
@@ -49,27 +66,7 @@ int serve(const expertd::config::LoadedConfig& loaded, const expertd::config::Lo
     expertd::base::log_close();
     return expertd::config::kExitInternal;
   }
-  int code = expertd::config::kExitOk;
-  {
-    expertd::app::Daemon daemon(loaded, request, &notifier.value());
-    if (const Status started = daemon.start(); !started.is_ok()) {
-      log_error("cannot start", {{"reason", started.reason()}, {"why", started.message()}});
-      code = exit_code_of(started);
-    } else {
-      const expertd::app::RunEnd end = daemon.run(signals.value());
-      if (end != expertd::app::RunEnd::kDrained) {
-        expertd::base::log_close();
-        // Threads of a lost device or of clients that will not end must not hold the process.
-        std::_Exit(end == expertd::app::RunEnd::kDeviceLost ? expertd::config::kExitTryAgain
-                                                            : expertd::config::kExitOk);
-      }
-    }
-    expertd::base::log_close();
-    if (code == expertd::config::kExitOk) {
-      std::_Exit(code);  // everything was given back; the HTTP library's threads would take 2 s to end
-    }
-  }
-  return code;
+  run_daemon(loaded, request, &notifier.value(), signals.value());
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -30,7 +31,15 @@ uint16_t to_bf16(float value) {
   return static_cast<uint16_t>(bits >> 16);
 }
 
-int run(expertd::Session& session, expertd::Group& group) {
+struct Tensors {
+  std::span<uint16_t> x;
+  std::span<int64_t> idx;
+  std::span<uint16_t> recv;
+  std::span<int64_t> recv_idx;
+  std::span<uint16_t> out;
+};
+
+int prepare(expertd::Session& session, const std::vector<uint16_t>& rows, Tensors* tensors) {
   // Memory that the daemon reaches without a copy, on whichever device the session has.
   auto x = session.alloc<uint16_t>(kTokens * kHidden);
   auto idx = session.alloc<int64_t>(kTokens * kTopK);
@@ -40,28 +49,34 @@ int run(expertd::Session& session, expertd::Group& group) {
   if (!x || !idx || !recv || !recv_idx || !out) {
     return fail("alloc", !x ? x.error() : out.error());
   }
-  std::vector<uint16_t> rows(kTokens * kHidden);
-  for (uint32_t i = 0; i < rows.size(); ++i) {
-    rows[i] = to_bf16(static_cast<float>(i / kHidden + i % 4));
-  }
+  *tensors = {*x, *idx, *recv, *recv_idx, *out};
   const std::vector<int64_t> experts = {0, 1, 2, 3, 4, 5, 6, 7};
   expertd::Error copied = session.copy(x->data(), rows.data(), rows.size() * 2);
   if (copied.ok()) {
     copied = session.copy(idx->data(), experts.data(), experts.size() * 8);
   }
-  if (!copied.ok()) {
-    return fail("copy", copied);
+  return copied.ok() ? 0 : fail("copy", copied);
+}
+
+int run(expertd::Session& session, expertd::Group& group) {
+  std::vector<uint16_t> rows(kTokens * kHidden);
+  for (uint32_t i = 0; i < rows.size(); ++i) {
+    rows[i] = to_bf16(static_cast<float>(i / kHidden + i % 4));
+  }
+  Tensors tensors;
+  if (prepare(session, rows, &tensors) != 0) {
+    return 1;
   }
 
   auto dispatch = expertd::make<expertd_dispatch_args_t>();
-  dispatch.x = x->data();
+  dispatch.x = tensors.x.data();
   dispatch.dtype = EXPERTD_BF16;
-  dispatch.topk_idx = idx->data();
+  dispatch.topk_idx = tensors.idx.data();
   dispatch.idx_type = EXPERTD_I64;
   dispatch.tokens = kTokens;
   dispatch.capacity_rows = kTokens;
-  dispatch.recv_x = recv->data();
-  dispatch.recv_topk_idx = recv_idx->data();
+  dispatch.recv_x = tensors.recv.data();
+  dispatch.recv_topk_idx = tensors.recv_idx.data();
   auto dispatched = group.dispatch(dispatch);
   if (!dispatched) {
     return fail("dispatch", dispatched.error());
@@ -74,11 +89,11 @@ int run(expertd::Session& session, expertd::Group& group) {
 
   // An expert would compute here; this one gives back what it got.
   auto combine = expertd::make<expertd_combine_args_t>();
-  combine.x = recv->data();
+  combine.x = tensors.recv.data();
   combine.rows = kTokens;
   combine.handle = dispatched->handle;
   combine.tokens = kTokens;
-  combine.combined_x = out->data();
+  combine.combined_x = tensors.out.data();
   auto combined = group.combine(combine);
   if (!combined) {
     return fail("combine", combined.error());
@@ -88,7 +103,7 @@ int run(expertd::Session& session, expertd::Group& group) {
     return fail("combine", finished.error());
   }
   std::vector<uint16_t> result(rows.size());
-  copied = session.copy(result.data(), out->data(), result.size() * 2);
+  expertd::Error copied = session.copy(result.data(), tensors.out.data(), result.size() * 2);
   if (copied.ok()) {
     copied = session.synchronize();
   }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // two_ranks [kind] [threads]: two ranks exchange tokens, normal and low-latency, and check every value.
-// kind is "host" (the default) or "cuda": rank r runs on "<kind>:r". Each rank is a process, or a thread with "threads".
-// Every expert is the identity, so that a combine gives: normal, the token times the number of ranks it went to;
-// low latency, the token times the sum of its weights. Values are small integers and powers of two: exact in bf16.
+// kind is "host" (the default) or "cuda": rank r runs on "<kind>:r". Each rank is a process, or a thread with
+// "threads". Every expert is the identity, so that a combine gives: normal, the token times the number of ranks it went
+// to; low latency, the token times the sum of its weights. Values are small integers and powers of two: exact in bf16.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -28,8 +28,12 @@ constexpr uint32_t kMaxTokens = 32;
 constexpr uint32_t kWorstRows = kRanks * kMaxTokens;
 constexpr uint64_t kRowBytes = 2 * kHidden;
 
-uint16_t to_bf16(float value) { return static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16); }
-float from_bf16(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+uint16_t to_bf16(float value) {
+  return static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16);
+}
+float from_bf16(uint16_t bits) {
+  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+}
 
 // The first failure of a rank; later steps are skipped.
 class Check {
@@ -90,7 +94,9 @@ float normal_factor(const Tokens& tokens, uint32_t t) {
   return second < 0 || second / kLocalExperts == first ? 1.0f : 2.0f;
 }
 
-float weighted_factor(const Tokens& tokens, uint32_t t) { return tokens.experts[t * kTopK + 1] < 0 ? 0.5f : 0.75f; }
+float weighted_factor(const Tokens& tokens, uint32_t t) {
+  return tokens.experts[t * kTopK + 1] < 0 ? 0.5f : 0.75f;
+}
 
 struct DeviceMemory {
   uint16_t* x;
@@ -114,8 +120,8 @@ bool fill(expertd::Session& session, const Tokens& tokens, DeviceMemory* memory,
       !check("alloc", recv_idx) || !check("alloc", recv_weights) || !check("alloc", out)) {
     return false;
   }
-  *memory = {x->data(), idx->data(), weights->data(), recv_x->data(), recv_idx->data(), recv_weights->data(),
-             out->data()};
+  *memory = {x->data(),        idx->data(),          weights->data(), recv_x->data(),
+             recv_idx->data(), recv_weights->data(), out->data()};
   return check("copy", session.copy(memory->x, tokens.x.data(), tokens.x.size() * 2)) &&
          check("copy", session.copy(memory->idx, tokens.experts.data(), tokens.experts.size() * 8)) &&
          check("copy", session.copy(memory->weights, tokens.weights.data(), tokens.weights.size() * 4));
@@ -178,8 +184,8 @@ bool run_normal(expertd::Session& session, expertd::Group& group, const Tokens& 
 }
 
 // The identity expert of the low-latency path: the rows that came move to where the combine reads.
-bool run_low_latency(expertd::Session& session, expertd::Group& group, const Tokens& tokens,
-                     const DeviceMemory& memory, Check& check) {
+bool run_low_latency(expertd::Session& session, expertd::Group& group, const Tokens& tokens, const DeviceMemory& memory,
+                     Check& check) {
   auto dispatch = expertd::make<expertd_ll_dispatch_args_t>();
   dispatch.x = memory.x;
   dispatch.dtype = EXPERTD_BF16;

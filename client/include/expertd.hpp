@@ -135,9 +135,7 @@ class Group {
   ~Group() { static_cast<void>(leave()); }
 
   expertd_group_t* raw() const { return group_; }
-  Error leave() {
-    return group_ == nullptr ? Error() : Error(expertd_group_leave(std::exchange(group_, nullptr)));
-  }
+  Error leave() { return group_ == nullptr ? Error() : Error(expertd_group_leave(std::exchange(group_, nullptr))); }
 
   Result<Event> barrier(expertd_stream_t stream = nullptr, uint32_t flags = 0, uint64_t timeout_ns = 0) {
     expertd_event_t event{};
@@ -204,9 +202,7 @@ class Session {
   ~Session() { static_cast<void>(detach()); }
 
   expertd_session_t* raw() const { return session_; }
-  Error detach() {
-    return session_ == nullptr ? Error() : Error(expertd_detach(std::exchange(session_, nullptr)));
-  }
+  Error detach() { return session_ == nullptr ? Error() : Error(expertd_detach(std::exchange(session_, nullptr))); }
   Error reattach(uint64_t timeout_ns = 0) { return Error(expertd_reattach(session_, timeout_ns)); }
   Error state() const { return Error(expertd_session_state(session_)); }
   Result<expertd_session_info_t> info() const {

@@ -8,7 +8,8 @@
 
 namespace expertd::client {
 
-/// A struct that is older than the oldest known is refused by size; a newer one is read as far as this library knows it.
+/// A struct that is older than the oldest known is refused by size; a newer one is read as far as this library knows
+/// it.
 template <typename Struct>
 Status check_struct(const Struct* given, const char* name) {
   if (given == nullptr) {
@@ -26,6 +27,8 @@ inline Status check_given(const void* given, const char* name) {
 }
 
 /// The first failure of two checks.
-inline Status both(Status first, Status second) { return first.ok() ? std::move(second) : std::move(first); }
+inline Status both(Status first, Status second) {
+  return first.ok() ? std::move(second) : std::move(first);
+}
 
 }  // namespace expertd::client

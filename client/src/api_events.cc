@@ -76,7 +76,9 @@ expertd_status_t expertd_buffer_pair_destroy(expertd_buffer_pair_t* pair) {
   return on_pair(pair, {}, [](BufferPair* it) { return BufferPair::destroy(it); });
 }
 
-void* expertd_buffer_send(const expertd_buffer_pair_t* pair) { return pair == nullptr ? nullptr : unwrap(pair)->send(); }
+void* expertd_buffer_send(const expertd_buffer_pair_t* pair) {
+  return pair == nullptr ? nullptr : unwrap(pair)->send();
+}
 
 void* expertd_buffer_receive(const expertd_buffer_pair_t* pair) {
   return pair == nullptr ? nullptr : unwrap(pair)->receive();

@@ -239,7 +239,6 @@ expertd_status_t expertd_ll_handle_outputs(expertd_group_t* group, expertd_handl
 expertd_status_t expertd_handle_free(expertd_group_t* group, expertd_handle_t handle) {
   return on_group(group, {}, [=](Group* it) {
     // The rotation keeps its places for the life of the group.
-    return it->is_ll_handle(handle) ? it->check_handle(handle)
-                                    : it->session()->handles()->give_back(it->id(), handle);
+    return it->is_ll_handle(handle) ? it->check_handle(handle) : it->session()->handles()->give_back(it->id(), handle);
   });
 }

@@ -28,13 +28,17 @@ namespace {
 constexpr uint64_t kDefaultAttachNs = 5 * client::kNsPerS;
 constexpr const char* kDefaultSocket = "/run/expertd/attach.sock";
 
-std::string text_or(const char* text, const char* otherwise) { return text == nullptr ? otherwise : text; }
+std::string text_or(const char* text, const char* otherwise) {
+  return text == nullptr ? otherwise : text;
+}
 
 Buffer* unwrap_buffer(const expertd_buffer_t* buffer) {
   return reinterpret_cast<Buffer*>(const_cast<expertd_buffer_t*>(buffer));
 }
 
-expertd_buffer_t* wrap_buffer(Buffer* buffer) { return reinterpret_cast<expertd_buffer_t*>(buffer); }
+expertd_buffer_t* wrap_buffer(Buffer* buffer) {
+  return reinterpret_cast<expertd_buffer_t*>(buffer);
+}
 
 // The way of every call on a session: argument check, entry, the call itself.
 template <typename Call>
@@ -51,11 +55,21 @@ expertd_status_t on_session(expertd_session_t* session, Status checked, bool los
 
 }  // namespace
 
-const char* expertd_last_message(void) { return client::last_message(); }
-const char* expertd_reason_name(int32_t reason) { return client::reason_name(reason); }
-const char* expertd_reason_sentence(int32_t reason) { return client::reason_sentence(reason); }
-int expertd_reason_is_retryable(int32_t reason) { return client::reason_is_retryable(reason) ? 1 : 0; }
-const char* expertd_version(void) { return EXPERTD_CLIENT_VERSION; }
+const char* expertd_last_message(void) {
+  return client::last_message();
+}
+const char* expertd_reason_name(int32_t reason) {
+  return client::reason_name(reason);
+}
+const char* expertd_reason_sentence(int32_t reason) {
+  return client::reason_sentence(reason);
+}
+int expertd_reason_is_retryable(int32_t reason) {
+  return client::reason_is_retryable(reason) ? 1 : 0;
+}
+const char* expertd_version(void) {
+  return EXPERTD_CLIENT_VERSION;
+}
 
 expertd_status_t expertd_attach(const expertd_attach_options_t* options, expertd_session_t** session) {
   Status status = client::both(client::check_struct(options, "options"), check_given(session, "session"));
@@ -163,14 +177,12 @@ expertd_status_t expertd_free(expertd_session_t* session, void* data) {
 expertd_status_t expertd_copy(expertd_session_t* session, void* destination, const void* source, uint64_t bytes,
                               expertd_stream_t stream) {
   Status checked = client::both(check_given(destination, "destination"), check_given(source, "source"));
-  return on_session(session, std::move(checked), true, [=](client::Session* it) {
-    return it->device()->copy(destination, source, bytes, stream);
-  });
+  return on_session(session, std::move(checked), true,
+                    [=](client::Session* it) { return it->device()->copy(destination, source, bytes, stream); });
 }
 
 expertd_status_t expertd_stream_synchronize(expertd_session_t* session, expertd_stream_t stream, uint64_t timeout_ns) {
-  return on_session(session, {}, true,
-                    [=](client::Session* it) { return it->synchronize(stream, timeout_ns); });
+  return on_session(session, {}, true, [=](client::Session* it) { return it->synchronize(stream, timeout_ns); });
 }
 
 size_t expertd_client_metrics_text(char* text, size_t capacity) {

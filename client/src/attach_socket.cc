@@ -37,8 +37,7 @@ bool wait_ready(int socket, short events, uint64_t deadline_ns) {
 Status connect_error(const std::string& path) {
   const int number = errno;
   const char* hint = number == EACCES || number == EPERM ? "the socket's group may use it" : "is expertd running?";
-  const int32_t reason =
-      number == EACCES || number == EPERM ? EXPERTD_REASON_PERMISSION : EXPERTD_REASON_UNAVAILABLE;
+  const int32_t reason = number == EACCES || number == EPERM ? EXPERTD_REASON_PERMISSION : EXPERTD_REASON_UNAVAILABLE;
   errno = number;
   return {reason, format("cannot connect to %s: %s; %s", path.c_str(), system_error("connect").text.c_str(), hint)};
 }

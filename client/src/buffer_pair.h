@@ -51,10 +51,14 @@ class BufferPair {
   std::deque<Recorded> queue_;
 };
 
-inline BufferPair* unwrap(expertd_buffer_pair_t* pair) { return reinterpret_cast<BufferPair*>(pair); }
+inline BufferPair* unwrap(expertd_buffer_pair_t* pair) {
+  return reinterpret_cast<BufferPair*>(pair);
+}
 inline const BufferPair* unwrap(const expertd_buffer_pair_t* pair) {
   return reinterpret_cast<const BufferPair*>(pair);
 }
-inline expertd_buffer_pair_t* wrap(BufferPair* pair) { return reinterpret_cast<expertd_buffer_pair_t*>(pair); }
+inline expertd_buffer_pair_t* wrap(BufferPair* pair) {
+  return reinterpret_cast<expertd_buffer_pair_t*>(pair);
+}
 
 }  // namespace expertd::client

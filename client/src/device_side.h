@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// DeviceSide: what a session needs of its device on the caller's side: mapping windows, handing over the caller's memory,
-// and the words on the caller's stream. HostSide maps memfds; the CUDA one is in cuda_import.cc. Any thread;
+// DeviceSide: what a session needs of its device on the caller's side: mapping windows, handing over the caller's
+// memory, and the words on the caller's stream. HostSide maps memfds; the CUDA one is in cuda_import.cc. Any thread;
 // release_waiters() by the client thread when the lease is over. Owned by the Session.
 #pragma once
 

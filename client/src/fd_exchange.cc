@@ -14,7 +14,9 @@ std::chrono::steady_clock::time_point time_point(uint64_t time_ns) {
   return std::chrono::steady_clock::time_point(std::chrono::nanoseconds(static_cast<int64_t>(time_ns)));
 }
 
-Status gone() { return {EXPERTD_REASON_UNAVAILABLE, "the session's lease is over"}; }
+Status gone() {
+  return {EXPERTD_REASON_UNAVAILABLE, "the session's lease is over"};
+}
 
 Status reply_status(const expertd_attach_fd& packet) {
   if (packet.reason == EXPERTD_REASON_NONE) {

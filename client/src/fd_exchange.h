@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // FdExchange: PUT_FD and GET_FD over the attach socket, one request at a time. request() by any thread but the client
-// thread; on_readable() and fail() by the client thread, which reads the replies. Replies come in order, so that a reply
-// after its caller's deadline is counted off and dropped.
+// thread; on_readable() and fail() by the client thread, which reads the replies. Replies come in order, so that a
+// reply after its caller's deadline is counted off and dropped.
 #pragma once
 
 #include <condition_variable>

@@ -77,9 +77,9 @@ Status Group::call_join() {
   request.config = to_proto(config_);
   request.join_timeout_ns = join_ns;
   expertd_v1_JoinGroupResponse response{};
-  Status status = session_->connection()->call("JoinGroup", {expertd_v1_JoinGroupRequest_fields, &request},
-                                               {expertd_v1_JoinGroupResponse_fields, &response},
-                                               join_ns + kJoinGraceNs);
+  Status status =
+      session_->connection()->call("JoinGroup", {expertd_v1_JoinGroupRequest_fields, &request},
+                                   {expertd_v1_JoinGroupResponse_fields, &response}, join_ns + kJoinGraceNs);
   if (status.reason == EXPERTD_REASON_TIMEOUT) {
     return error(EXPERTD_REASON_JOIN_TIMEOUT, "not every rank of %s joined within %llu ms", config_.name.c_str(),
                  static_cast<unsigned long long>(join_ns / kNsPerMs));
@@ -222,6 +222,8 @@ bool Group::is_ll_handle(expertd_handle_t handle) const {
                                               [handle](const auto& it) { return it.index == handle.index; });
 }
 
-Status Group::check_handle(expertd_handle_t handle) const { return session_->handles()->check(id_, handle); }
+Status Group::check_handle(expertd_handle_t handle) const {
+  return session_->handles()->check(id_, handle);
+}
 
 }  // namespace expertd::client

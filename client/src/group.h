@@ -88,7 +88,11 @@ class Group {
   uint64_t ll_count_ = 0;
 };
 
-inline Group* unwrap(expertd_group_t* group) { return reinterpret_cast<Group*>(group); }
-inline expertd_group_t* wrap(Group* group) { return reinterpret_cast<expertd_group_t*>(group); }
+inline Group* unwrap(expertd_group_t* group) {
+  return reinterpret_cast<Group*>(group);
+}
+inline expertd_group_t* wrap(Group* group) {
+  return reinterpret_cast<expertd_group_t*>(group);
+}
 
 }  // namespace expertd::client

@@ -9,7 +9,9 @@ namespace {
 // The daemon's number sizes a table here.
 constexpr uint32_t kMaxHandles = 65536;
 
-uint32_t next_generation(uint32_t generation) { return generation == UINT32_MAX ? 1 : generation + 1; }
+uint32_t next_generation(uint32_t generation) {
+  return generation == UINT32_MAX ? 1 : generation + 1;
+}
 
 }  // namespace
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// HandleTable: which handle places of a session are free and which generation each has. Groups of a session share it, so
-// that their indices are disjoint. Any thread; a short lock inside.
+// HandleTable: which handle places of a session are free and which generation each has. Groups of a session share it,
+// so that their indices are disjoint. Any thread; a short lock inside.
 #pragma once
 
 #include <cstdint>

@@ -84,7 +84,9 @@ Status HostSide::map_window(OwnedFd fd, uint64_t bytes, const MappedWindow& at, 
 
 }  // namespace
 
-std::unique_ptr<DeviceSide> create_host_side(std::string name) { return std::make_unique<HostSide>(std::move(name)); }
+std::unique_ptr<DeviceSide> create_host_side(std::string name) {
+  return std::make_unique<HostSide>(std::move(name));
+}
 
 Status create_device_side(const std::string& device, std::unique_ptr<DeviceSide>* side) {
   if (device.rfind("host:", 0) == 0 && device.size() < EXPERTD_ATTACH_NAME_BYTES) {

@@ -17,9 +17,13 @@ namespace {
 constexpr uint64_t kMaxBufferBytes = uint64_t{1} << 46;
 constexpr uint64_t kPage = 4096;
 
-uintptr_t address_of(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+uintptr_t address_of(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer);
+}
 
-uint64_t deadline() { return deadline_after(kControlTimeoutNs); }
+uint64_t deadline() {
+  return deadline_after(kControlTimeoutNs);
+}
 
 Status check_descriptor(int fd, uint64_t offset, uint64_t bytes) {
   struct stat info {};

@@ -36,11 +36,11 @@ struct Buffer {
   uint64_t bytes = 0;
   uint32_t id = 0;
   MappedWindow mapping;
-  OwnedFd fd;                // kDescriptor, for a re-attach
-  uint64_t fd_offset = 0;    // kDescriptor
-  uint64_t identity = 0;     // kDevice: the driver's id of the allocation
-  bool automatic = false;    // kDevice: registered by the library on first use
-  bool of_group = false;     // kWindow: re-created by joining, not by re-attaching
+  OwnedFd fd;              // kDescriptor, for a re-attach
+  uint64_t fd_offset = 0;  // kDescriptor
+  uint64_t identity = 0;   // kDevice: the driver's id of the allocation
+  bool automatic = false;  // kDevice: registered by the library on first use
+  bool of_group = false;   // kWindow: re-created by joining, not by re-attaching
 };
 
 /// Where a tensor lies, as ring descriptors say it.

@@ -12,8 +12,8 @@ namespace expertd::client {
 namespace {
 
 // Upper bounds: dense where low-latency operations lie, then up to a large prefill and a stuck one.
-constexpr std::array<uint64_t, 17> kBoundsNs = {5'000,   10'000,  15'000,  20'000,    30'000,    40'000,
-                                                60'000,  80'000,  120'000, 160'000,   240'000,   320'000,
+constexpr std::array<uint64_t, 17> kBoundsNs = {5'000,   10'000,    15'000,    20'000,     30'000,     40'000,
+                                                60'000,  80'000,    120'000,   160'000,    240'000,    320'000,
                                                 640'000, 1'280'000, 5'000'000, 20'000'000, 100'000'000};
 constexpr std::array<const char*, EXPERTD_OP_COUNT> kOpNames = {"none",    "barrier",     "layout",    "dispatch",
                                                                 "combine", "ll_dispatch", "ll_combine"};
@@ -33,8 +33,12 @@ std::atomic<uint64_t> staged_bytes{0};
 std::atomic<uint64_t> reattaches{0};
 std::atomic<int64_t> sessions{0};
 
-uint64_t load(const std::atomic<uint64_t>& counter) { return counter.load(std::memory_order_relaxed); }
-void add(std::atomic<uint64_t>* counter, uint64_t amount) { counter->fetch_add(amount, std::memory_order_relaxed); }
+uint64_t load(const std::atomic<uint64_t>& counter) {
+  return counter.load(std::memory_order_relaxed);
+}
+void add(std::atomic<uint64_t>* counter, uint64_t amount) {
+  counter->fetch_add(amount, std::memory_order_relaxed);
+}
 
 using Number = unsigned long long;
 
@@ -84,8 +88,12 @@ void count_staged_copy(uint64_t bytes) {
   add(&staged_bytes, bytes);
 }
 
-void count_reattach() { add(&reattaches, 1); }
-void count_session(int change) { sessions.fetch_add(change, std::memory_order_relaxed); }
+void count_reattach() {
+  add(&reattaches, 1);
+}
+void count_session(int change) {
+  sessions.fetch_add(change, std::memory_order_relaxed);
+}
 
 std::string metrics_text() {
   std::string text;
@@ -103,7 +111,8 @@ std::string metrics_text() {
   }
   append_head(&text, "expertd_client_bytes_total", "counter", "Payload bytes that operations moved.");
   for (uint32_t op = 1; op < EXPERTD_OP_COUNT; ++op) {
-    text += format("expertd_client_bytes_total{op=\"%s\"} %llu\n", kOpNames[op], static_cast<Number>(load(ops[op].bytes)));
+    text +=
+        format("expertd_client_bytes_total{op=\"%s\"} %llu\n", kOpNames[op], static_cast<Number>(load(ops[op].bytes)));
   }
   append_plain(&text, "expertd_client_staged_copies_total", "counter",
                "Copies through the library's window for pointers in no known buffer.", load(staged_copies));

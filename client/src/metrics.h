@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// This process's own counters, as Prometheus text. Relaxed atomics, any thread; process-wide because the C function that
-// prints them takes no session.
+// This process's own counters, as Prometheus text. Relaxed atomics, any thread; process-wide because the C function
+// that prints them takes no session.
 #pragma once
 
 #include <cstdint>

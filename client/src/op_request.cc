@@ -19,9 +19,9 @@ struct FlagPair {
   uint32_t slot;
 };
 constexpr FlagPair kFlags[] = {
-    {EXPERTD_WORST_TOKENS, EXPERTD_SLOT_WORST_TOKENS}, {EXPERTD_EXPANDED, EXPERTD_SLOT_EXPANDED},
+    {EXPERTD_WORST_TOKENS, EXPERTD_SLOT_WORST_TOKENS},       {EXPERTD_EXPANDED, EXPERTD_SLOT_EXPANDED},
     {EXPERTD_ORDER_LAST_LANE, EXPERTD_SLOT_ORDER_LAST_LANE}, {EXPERTD_USE_FP8, EXPERTD_SLOT_QUANTISE_FP8},
-    {EXPERTD_ROUND_SCALE, EXPERTD_SLOT_ROUND_SCALE}, {EXPERTD_UE8M0, EXPERTD_SLOT_UE8M0},
+    {EXPERTD_ROUND_SCALE, EXPERTD_SLOT_ROUND_SCALE},         {EXPERTD_UE8M0, EXPERTD_SLOT_UE8M0},
 };
 constexpr uint32_t kAllFlags = EXPERTD_ASYNC | EXPERTD_WORST_TOKENS | EXPERTD_EXPANDED | EXPERTD_KEEP_FOREIGN_WEIGHTS |
                                EXPERTD_ORDER_LAST_LANE | EXPERTD_USE_FP8 | EXPERTD_ROUND_SCALE | EXPERTD_UE8M0;
@@ -62,7 +62,9 @@ void set_added(OpRequest* request, uint32_t index, void* pointer, uint64_t bytes
 }
 
 // 8 stands for "not given" too: the field must be 4 or 8.
-uint32_t idx_bytes(expertd_data_type_t type) { return type == EXPERTD_I32 ? 4 : 8; }
+uint32_t idx_bytes(expertd_data_type_t type) {
+  return type == EXPERTD_I32 ? 4 : 8;
+}
 
 Status check_idx_type(expertd_data_type_t type, bool given) {
   if (given && type != EXPERTD_I32 && type != EXPERTD_I64) {
@@ -103,8 +105,7 @@ void set_payload(const Args& args, OpRequest* request) {
   slot.side_element_bytes = args.side_element_bytes;
   const bool row_major = args.side_row_stride == 0 && args.side_element_stride == 0;
   slot.side_element_stride = row_major ? int64_t{args.side_element_bytes} : args.side_element_stride;
-  slot.side_row_stride =
-      row_major ? int64_t{args.side_elements} * args.side_element_bytes : args.side_row_stride;
+  slot.side_row_stride = row_major ? int64_t{args.side_elements} * args.side_element_bytes : args.side_row_stride;
 }
 
 // The bytes that a strided [tokens, S] tensor touches, which may begin in front of its pointer.

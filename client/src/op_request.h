@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// OpRequest: one operation between the caller's arguments and its ring descriptor: the descriptor's fields and, for each
-// tensor, pointer and size. The functions fill it from the public structs; pure, on the caller's thread.
+// OpRequest: one operation between the caller's arguments and its ring descriptor: the descriptor's fields and, for
+// each tensor, pointer and size. The functions fill it from the public structs; pure, on the caller's thread.
 #pragma once
 
 #include <array>

@@ -39,7 +39,9 @@ void install_fork_handler() {
   }
 }
 
-uint32_t fork_generation() { return generation.load(std::memory_order_relaxed); }
+uint32_t fork_generation() {
+  return generation.load(std::memory_order_relaxed);
+}
 
 void note_fd(int fd) {
   const uint32_t index = static_cast<uint32_t>(fd);

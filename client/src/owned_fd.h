@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// OwnedFd: a descriptor that is closed with its owner and, because the fork handler knows it, in every forked child too.
-// A child that kept the attach socket would keep its dead parent's session alive. Any thread; one owner at a time.
+// OwnedFd: a descriptor that is closed with its owner and, because the fork handler knows it, in every forked child
+// too. A child that kept the attach socket would keep its dead parent's session alive. Any thread; one owner at a time.
 #pragma once
 
 #include <cstdint>

@@ -42,7 +42,9 @@ void futex_sleep(uint32_t* word, uint32_t expected, uint64_t deadline_ns) {
   syscall(SYS_futex, word, FUTEX_WAIT_BITSET, expected, &deadline, nullptr, FUTEX_BITSET_MATCH_ANY);
 }
 
-void futex_wake_all(uint32_t* word) { syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
+void futex_wake_all(uint32_t* word) {
+  syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
 
 Status bad_ring(const char* field, uint64_t value) {
   return error(EXPERTD_REASON_PROTOCOL_VERSION, "the daemon's ring has %s = %llu, which this library does not know",
@@ -123,7 +125,9 @@ Status RingClient::open(const OwnedFd& fd, uint64_t ring_bytes, int wake_fd, std
 RingClient::RingClient(Private, void* mapping, uint64_t mapping_bytes, int wake_fd)
     : mapping_(mapping), mapping_bytes_(mapping_bytes), wake_fd_(wake_fd) {}
 
-RingClient::~RingClient() { munmap(mapping_, mapping_bytes_); }
+RingClient::~RingClient() {
+  munmap(mapping_, mapping_bytes_);
+}
 
 expertd_slot* RingClient::slot_at(uint32_t index) const {
   char* base = static_cast<char*>(mapping_) + slots_offset_;
@@ -172,7 +176,9 @@ bool RingClient::try_read(uint64_t seq, expertd_completion* completion) const {
   return true;
 }
 
-bool RingClient::ended() const { return closed() || (session_flags() & EXPERTD_SESSION_CLOSED) != 0; }
+bool RingClient::ended() const {
+  return closed() || (session_flags() & EXPERTD_SESSION_CLOSED) != 0;
+}
 
 WaitEnd RingClient::wait(uint64_t seq, uint64_t deadline_ns) {
   const uint64_t spin_end = now_ns() + kSpinNs;

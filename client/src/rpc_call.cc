@@ -56,8 +56,7 @@ std::optional<ErrorInfo> error_info_of(const std::string& details) {
 std::string text_of(const rpc::CallResult& result, const ErrorInfo& info) {
   std::string text = result.message;
   const bool named = info.field[0] != '\0' && text.find(info.field) != std::string::npos &&
-                     text.find(info.value) != std::string::npos &&
-                     text.find(info.other_value) != std::string::npos;
+                     text.find(info.value) != std::string::npos && text.find(info.other_value) != std::string::npos;
   if (info.field[0] != '\0' && !named) {
     text += format("%s%s: %s here, %s on the other side", text.empty() ? "" : "; ", info.field, info.value,
                    info.other_value);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Calls of expertd.v1.Session with nanopb messages: encoding, decoding, and errors turned into a Status with the daemon's
-// Reason. Any thread but the client thread; blocks until the answer or the timeout.
+// Calls of expertd.v1.Session with nanopb messages: encoding, decoding, and errors turned into a Status with the
+// daemon's Reason. Any thread but the client thread; blocks until the answer or the timeout.
 #pragma once
 
 #include <pb.h>

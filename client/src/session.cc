@@ -55,7 +55,9 @@ std::array<uint8_t, 16> trace_id_of(const std::string& traceparent) {
 
 }  // namespace
 
-Session::Session() : fork_generation_(fork_generation()) { count_session(1); }
+Session::Session() : fork_generation_(fork_generation()) {
+  count_session(1);
+}
 
 Session::~Session() {
   // Its thread uses the device side; buffers are unmapped with the device side still there.
@@ -234,7 +236,8 @@ Status Session::add_group(std::unique_ptr<Group>* group, Group** out) {
 
 std::unique_ptr<Group> Session::remove_group(const Group* group) {
   const std::lock_guard lock(objects_mutex_);
-  const auto found = std::find_if(groups_.begin(), groups_.end(), [group](const auto& it) { return it.get() == group; });
+  const auto found =
+      std::find_if(groups_.begin(), groups_.end(), [group](const auto& it) { return it.get() == group; });
   if (found == groups_.end()) {
     return nullptr;
   }

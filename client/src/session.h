@@ -125,7 +125,11 @@ class SessionUse {
   Status status_;
 };
 
-inline Session* unwrap(expertd_session_t* session) { return reinterpret_cast<Session*>(session); }
-inline expertd_session_t* wrap(Session* session) { return reinterpret_cast<expertd_session_t*>(session); }
+inline Session* unwrap(expertd_session_t* session) {
+  return reinterpret_cast<Session*>(session);
+}
+inline expertd_session_t* wrap(Session* session) {
+  return reinterpret_cast<expertd_session_t*>(session);
+}
 
 }  // namespace expertd::client

@@ -13,7 +13,9 @@ namespace {
 // Behind the daemon's own deadline, whose completion names what was missing.
 constexpr uint64_t kWaitGraceNs = kNsPerS;
 
-uint64_t span_ns(uint64_t from, uint64_t to) { return from != 0 && to > from ? to - from : 0; }
+uint64_t span_ns(uint64_t from, uint64_t to) {
+  return from != 0 && to > from ? to - from : 0;
+}
 
 Status fill_result(const OpOutcome& outcome, expertd_op_result_t* result) {
   const expertd_completion& completion = outcome.completion;
@@ -55,8 +57,7 @@ Status Session::find(uint64_t event, Lookup* lookup, OpOutcome* outcome, uint64_
   const bool current = incarnation == incarnation_;
   RingClient* ring = connection_->ring();
   if (current && seq >= ring->next_seq()) {
-    return error(EXPERTD_REASON_BAD_STATE, "event.seq = %llu was not issued yet",
-                 static_cast<unsigned long long>(seq));
+    return error(EXPERTD_REASON_BAD_STATE, "event.seq = %llu was not issued yet", static_cast<unsigned long long>(seq));
   }
   *lookup = ops_->find(current ? ring : nullptr, event, seq, outcome, deadline_ns);
   return {};

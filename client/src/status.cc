@@ -77,7 +77,9 @@ Status missing_argument(const char* name) {
   return error(EXPERTD_REASON_MISSING_ARGUMENT, "%s was not given", name);
 }
 
-expertd_status_t to_c(int32_t reason) { return {row_of(reason).code, reason}; }
+expertd_status_t to_c(int32_t reason) {
+  return {row_of(reason).code, reason};
+}
 
 expertd_status_t publish(const Status& status) {
   if (!status.ok()) {
@@ -88,9 +90,17 @@ expertd_status_t publish(const Status& status) {
   return to_c(status.reason);
 }
 
-const char* last_message() { return last_message_text; }
-const char* reason_name(int32_t reason) { return row_of(reason).name; }
-const char* reason_sentence(int32_t reason) { return row_of(reason).sentence; }
-bool reason_is_retryable(int32_t reason) { return row_of(reason).retryable; }
+const char* last_message() {
+  return last_message_text;
+}
+const char* reason_name(int32_t reason) {
+  return row_of(reason).name;
+}
+const char* reason_sentence(int32_t reason) {
+  return row_of(reason).sentence;
+}
+bool reason_is_retryable(int32_t reason) {
+  return row_of(reason).retryable;
+}
 
 }  // namespace expertd::client

@@ -14,11 +14,17 @@ namespace {
 
 constexpr uint64_t kStagedAlignment = 128;
 
-uint64_t aligned(uint64_t bytes) { return (bytes + kStagedAlignment - 1) & ~(kStagedAlignment - 1); }
+uint64_t aligned(uint64_t bytes) {
+  return (bytes + kStagedAlignment - 1) & ~(kStagedAlignment - 1);
+}
 
-const char* lowest_byte(const TensorArg& tensor) { return static_cast<const char*>(tensor.pointer) - tensor.lead; }
+const char* lowest_byte(const TensorArg& tensor) {
+  return static_cast<const char*>(tensor.pointer) - tensor.lead;
+}
 
-const char* name_of(uint32_t tensor) { return argument_name(EXPERTD_ARGUMENT_IN_X + tensor); }
+const char* name_of(uint32_t tensor) {
+  return argument_name(EXPERTD_ARGUMENT_IN_X + tensor);
+}
 
 void set_ref(OpRequest* request, uint32_t index, uint32_t buffer, uint64_t offset) {
   request->slot.tensors[index] = {buffer, 0, offset};
@@ -115,8 +121,7 @@ Status Session::stage_tensors(OpRequest* request, const std::vector<uint32_t>& s
       count_staged_copy(tensor.bytes);
     }
     if (tensor.direction != Direction::kIn) {
-      record->outputs.push_back(
-          {const_cast<void*>(tensor.pointer), copy, tensor.bytes, tensor.row_bytes, tensor.rows});
+      record->outputs.push_back({const_cast<void*>(tensor.pointer), copy, tensor.bytes, tensor.row_bytes, tensor.rows});
     }
     set_ref(request, index, chunk->id, offset + tensor.lead);
     offset += aligned(tensor.bytes);

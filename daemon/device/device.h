@@ -75,6 +75,8 @@ class Device {
   /// own device before the group's first launch. destroy_group after the last part of the group ended.
   virtual base::Status create_group(const engine::GroupShape& shape, uint32_t handle_limit) = 0;
   virtual void destroy_group(base::GroupId group, base::Rank rank) = 0;
+  /// Handles that the rank's tables hold: what create_group was asked for, or fewer for large groups; 0 if unknown.
+  virtual uint32_t handle_capacity(base::GroupId group, base::Rank rank) const = 0;
 };
 
 }  // namespace expertd::device

@@ -144,7 +144,8 @@ void Engine::check_loss(Op& op) {
 
 bool Engine::advance_queued(EngineSession& session, Op& op, bool may_launch, uint64_t now_ns) {
   if (op.rank == nullptr) {
-    if (op.request.rejected_reason != 0 || session.closing_) {
+    if (op.request.rejected_reason != 0 || session.closing_ || now_ns >= op.request.deadline_ns) {
+      op.failure = {.reason = EXPERTD_REASON_TIMEOUT, .missing = EXPERTD_MISSING_DOORBELL};
       finish_unlaunched(session, op, now_ns);
       return true;
     }
@@ -152,8 +153,10 @@ bool Engine::advance_queued(EngineSession& session, Op& op, bool may_launch, uin
   }
   GroupShared& group = *op.rank->group;
   check_loss(op);
-  if (session.closing_ && group.undecided(op.number)) {
-    finish_unlaunched(session, op, now_ns);  // the rank is lost: whoever decides later leaves it out
+  const bool left = session.closing_ || (group.lost() >> op.rank->rank & 1) != 0;
+  if (left && group.undecided(op.number)) {  // whoever decides later leaves the lost rank out
+    op.failure = {.reason = EXPERTD_REASON_PEER_LOST, .rank = static_cast<int32_t>(op.rank->rank)};
+    finish_unlaunched(session, op, now_ns);
     return true;
   }
   bool decided = false;
@@ -244,6 +247,9 @@ bool Engine::advance_running(EngineSession& session, Op& op, uint64_t now_ns) {
     op.outcome.launch_ns = launch_ns;
     if (op.rank != nullptr) {
       op.rank->group->part_finished(op.number);
+      if (op.rank->group->entry(op.number).unfinished.load(std::memory_order_acquire) == 0) {
+        wake_group(*op.rank->group);  // others may wait for the exchange page, or to complete what was aborted
+      }
     }
     // An aborted operation completes only when every rank's part has ended: peers read this request until then.
     op.stage = EngineSession::Stage::kEnding;

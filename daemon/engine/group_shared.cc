@@ -25,6 +25,12 @@ struct Agreement {
 // A rank without rows may leave optional tensors out (an empty tensor often has no pointer), so it agrees with anybody.
 constexpr int64_t kAny = INT64_MIN;
 
+bool has_side(const Request& request) {
+  // Peers write rows of their own side_elements into this output, so a rank that gave one must agree with them.
+  return request.shape.tokens != 0 || request.shape.side_elements != 0 ||
+         request.tensors[EXPERTD_OUT_SIDE].mapping != nullptr;
+}
+
 bool has_rows(const Request& request) {
   return request.shape.kind == kernels::OpKind::kCombine ? request.shape.capacity_rows != 0
                                                          : request.shape.tokens != 0;
@@ -45,9 +51,9 @@ constexpr Agreement kAgreements[] = {
     {EXPERTD_ARGUMENT_TOPK_IDX_BYTES,
      [](const Request& r) { return static_cast<int64_t>(r.shape.topk_idx_bytes); }},
     {EXPERTD_ARGUMENT_SIDE_ELEMENTS,
-     [](const Request& r) { return has_rows(r) ? static_cast<int64_t>(r.shape.side_elements) : kAny; }},
+     [](const Request& r) { return has_side(r) ? static_cast<int64_t>(r.shape.side_elements) : kAny; }},
     {EXPERTD_ARGUMENT_SIDE_ELEMENT_BYTES,
-     [](const Request& r) { return has_rows(r) ? static_cast<int64_t>(r.shape.side_element_bytes) : kAny; }},
+     [](const Request& r) { return has_side(r) ? static_cast<int64_t>(r.shape.side_element_bytes) : kAny; }},
     {EXPERTD_ARGUMENT_EXPERT_ALIGNMENT,
      [](const Request& r) { return static_cast<int64_t>(r.shape.expert_alignment); }},
 };
@@ -163,8 +169,13 @@ Verdict GroupShared::try_decide(uint64_t number, bool* decided) {
   }
   *decided = true;
   OpEntry& op = entry(number);
-  const uint64_t active = all_ranks() & ~(lost() | excluded());
+  const uint64_t lost_ranks = lost();
+  const uint64_t active = all_ranks() & ~(lost_ranks | excluded());
   Failure failure;
+  if (active == 0 || (lost_ranks != 0 && !settings_.mask_on_loss)) {
+    failure = {.reason = lost_ranks != 0 ? EXPERTD_REASON_PEER_LOST : EXPERTD_REASON_BAD_STATE,
+               .rank = lost_ranks != 0 ? std::countr_zero(lost_ranks) : -1};
+  }
   for (uint32_t rank = 0; rank < ranks() && failure.reason == 0; ++rank) {
     if ((active >> rank & 1) != 0 && op.posted[rank].load(std::memory_order_acquire) != number) {
       // A readmitted rank appeared between the check and now; the operation belongs to the older epoch.
@@ -240,12 +251,15 @@ bool GroupShared::abort_requested(uint64_t number, Failure* failure) const {
 }
 
 bool GroupShared::page_free(uint64_t number) const {
-  if (number <= kExchangePages) {
-    return true;
+  // An operation that failed before its launch never waited for the page, so older users of the page count as well.
+  for (uint64_t back = kExchangePages; back < kEntries && back < number; back += kExchangePages) {
+    const OpEntry& before = entry(number - back);
+    if (number_of(before.verdict.load(std::memory_order_acquire)) < number - back ||
+        before.unfinished.load(std::memory_order_acquire) != 0) {
+      return false;
+    }
   }
-  const OpEntry& before = entry(number - kExchangePages);
-  return number_of(before.verdict.load(std::memory_order_acquire)) >= number - kExchangePages &&
-         before.unfinished.load(std::memory_order_acquire) == 0;
+  return true;
 }
 
 void GroupShared::part_finished(uint64_t number) {

@@ -129,12 +129,14 @@ base::Status SessionService::form_member(const group::Formation& formation, cons
   grant->epoch = formation.shared->epoch();
   grant->op_timeout_ns = settings.op_timeout_ns;
   grant->first_op_timeout_ns = settings.first_op_timeout_ns;
+  const uint32_t handle_limit = session->place.device->handle_capacity(shape.id, base::Rank{member.rank});
   auto entered = std::make_shared<bool>(false);
   EXPERTD_RETURN_IF_ERROR(session->place.loop->run([session, shared = formation.shared, id = shape.id,
-                                                    rank = member.rank, entered] {
+                                                    rank = member.rank, handle_limit, entered] {
     for (JoinedGroup& joined : session->tables.groups) {
       if (joined.id.value == 0) {
         joined.rank = {shared.get(), rank, 1};
+        joined.handle_limit = handle_limit;
         joined.id = id;
         *entered = true;
         return;

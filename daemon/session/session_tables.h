@@ -28,6 +28,7 @@ struct HandleState {
 struct JoinedGroup {
   base::GroupId id;  // value 0: free entry
   engine::RankState rank;
+  uint32_t handle_limit = UINT32_MAX;  // handles that the rank's device holds for this group
 };
 
 /// For expertctl: counted by the loop, read by anybody.

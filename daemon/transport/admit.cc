@@ -228,9 +228,10 @@ bool Admission::routing_inputs() {
 }
 
 bool Admission::new_handle(bool low_latency) {
-  if (slot_.handle_index >= tables_->handles.size()) {
+  const size_t limit = std::min<size_t>(tables_->handles.size(), tables_->find_group(slot_.group)->handle_limit);
+  if (slot_.handle_index >= limit) {
     return check_.refuse(EXPERTD_REASON_HANDLE_LIMIT, EXPERTD_ARGUMENT_HANDLE, slot_.handle_index, 0,
-                         tables_->handles.size() - 1);
+                         static_cast<int64_t>(limit) - 1);
   }
   if (slot_.handle_generation == 0) {
     return check_.refuse(EXPERTD_REASON_STALE_HANDLE, EXPERTD_ARGUMENT_HANDLE, 0, 1, UINT32_MAX);

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Label gpu. Random cases of every operation through the ports of one or two GPUs, byte for byte against the host kernels
-// (which the property tests hold to the reference) and the ends of operations against the reference itself. Then parts
-// that are ended early. Skips where there is no GPU.
+// Label gpu. Random cases of every operation through the ports of one or two GPUs, byte for byte against the host
+// kernels (which the property tests hold to the reference) and the ends of operations against the reference itself.
+// Then parts that are ended early. Skips where there is no GPU.
 #include "tests/device/gpu_group.h"
 
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
 #include <thread>
 
 #include "tests/support/random_case_host.h"
@@ -155,7 +156,6 @@ void run_and_compare(GpuGroup* group, const RandomCase& random_case, const std::
     requests.back().doorbell_rung = random_case.seed % 2 == 0;
     group->arena(r).upload(group->device_index(r));
   }
-  ASSERT_EQ(cudaSuccess, cudaDeviceSynchronize());
   auto parts = group->launch(&requests, shape.active_ranks);
   for (uint32_t r = 0; r < shape.ranks && random_case.seed % 2 != 0; ++r) {
     group->ring(r);
@@ -218,7 +218,8 @@ std::vector<support::CombineInput> make_rows(const RandomCase& random_case, std:
     const uint32_t count = ll ? shape.local_experts * shape.slots_per_expert : random_case.capacities[r];
     in_rows->push_back(!ll && random.chance(10) ? count / 2 : count);
     rows[r].x = support::random_rows(&random, size_t{count} * shape.hidden);
-    for (size_t i = 0; random_case.combine_weights && i < size_t{count} * (shape.expanded != 0 ? 1 : shape.top_k); ++i) {
+    const size_t weights = size_t{count} * (shape.expanded != 0 ? 1 : shape.top_k);
+    for (size_t i = 0; random_case.combine_weights && i < weights; ++i) {
       rows[r].weights.push_back(static_cast<float>(random.unit()));
     }
   }
@@ -289,6 +290,59 @@ TEST_F(CudaKernels, HighThroughput) { run_cases(group_.get(), OpKind::kDispatch)
 
 TEST_F(CudaKernels, LowLatency) { run_cases(group_.get(), OpKind::kLlDispatch); }
 
+/// More tokens than one block of the route kernels numbers, uneven over the ranks.
+RandomCase make_large_case(uint64_t seed, OpKind kind, uint32_t ranks) {
+  support::Random random(seed);
+  RandomCase made;
+  made.seed = seed;
+  made.shape.kind = kind;
+  made.shape.ranks = ranks;
+  made.shape.local_experts = random.between(1, 64);
+  made.shape.experts = ranks * made.shape.local_experts;
+  made.shape.top_k = random.between(1, 9);
+  made.shape.topk_idx_bytes = seed % 2 == 0 ? 4 : 8;
+  made.shape.active_ranks = (uint64_t{1} << ranks) - 1;
+  made.later_active = made.shape.active_ranks;
+  made.shape.hidden = 128;
+  made.shape.row_bytes = 256;
+  made.shape.out_row_bytes = 256;
+  made.shape.expanded = kind == OpKind::kDispatch ? random.below(2) : 0;
+  made.shape.worst_tokens = random.below(2);
+  made.shape.max_tokens = kind == OpKind::kDispatch ? 3000 : 700;
+  made.shape.slots_per_expert = ranks * made.shape.max_tokens;
+  made.combine_weights = kind == OpKind::kDispatch;
+  made.optional_outputs = true;
+  made.inputs.resize(ranks);
+  for (RankInput& input : made.inputs) {
+    input.tokens = random.between(made.shape.max_tokens / 2, made.shape.max_tokens);
+    for (uint32_t i = 0; i < input.tokens * made.shape.top_k; ++i) {
+      const uint32_t lane = i % made.shape.top_k;
+      // Lanes of one token choose from different experts where there are enough.
+      const uint32_t expert = random.below(made.shape.experts / made.shape.top_k + 1) * made.shape.top_k + lane;
+      input.topk_idx.push_back(expert < made.shape.experts && !random.chance(10) ? static_cast<int64_t>(expert) : -1);
+      input.topk_weights.push_back(static_cast<float>(random.unit()));
+    }
+    const auto rows = support::random_rows(&random, size_t{input.tokens} * made.shape.hidden);
+    input.x.resize(rows.size() * 2);
+    std::memcpy(input.x.data(), rows.data(), input.x.size());
+  }
+  made.capacities.assign(ranks, made.shape.local_experts * made.shape.slots_per_expert);
+  if (kind == OpKind::kDispatch) {
+    const auto dispatched = support::reference_dispatch(made.shape, made.inputs);
+    for (uint32_t r = 0; r < ranks; ++r) {
+      made.capacities[r] = static_cast<uint32_t>(dispatched[r].rows.size()) + 100;
+    }
+  }
+  return made;
+}
+
+TEST_F(CudaKernels, ManyTokens) {
+  for (uint64_t seed = 2; seed < 12 && !HasFatalFailure(); ++seed) {
+    run_case(group_.get(), make_large_case(seed, OpKind::kDispatch, group_->size()));
+    run_case(group_.get(), make_large_case(seed, OpKind::kLlDispatch, group_->size()));
+  }
+}
+
 TEST_F(CudaKernels, Layout) {
   for (const uint64_t seed : support::seeds_to_run(kCases / 10)) {
     RandomCase random_case = support::make_random_case(seed, OpKind::kLayout);
@@ -332,20 +386,9 @@ constexpr uint64_t kAllRanks = (1u << GpuGroup::kMostRanks) - 1;
 
 uint64_t all_ranks(const GpuGroup& group) { return kAllRanks >> (GpuGroup::kMostRanks - group.size()); }
 
-/// Aborts all parts and expects them to drain in milliseconds with the reason, words included; then a barrier works.
-void abort_and_recover(GpuGroup* group, std::vector<LaunchedPart>* parts, uint32_t reason) {
-  const uint64_t begin = base::now_ns();
-  for (uint32_t r = 0; r < group->size(); ++r) {
-    group->port(r).abort((*parts)[r].id, reason);
-  }
-  ASSERT_TRUE(group->drain(parts));
-  std::printf("abort drained in %.3f ms\n", static_cast<double>(base::now_ns() - begin) * 1e-6);
-  EXPECT_LT(base::now_ns() - begin, 100'000'000u);
-  for (uint32_t r = 0; r < group->size(); ++r) {
-    EXPECT_EQ((*parts)[r].outcome.report.reason, reason);
-    EXPECT_EQ(group->completion(r), std::pair(group->seq(), uint64_t{reason}));
-  }
-  for (uint32_t i = 0; i < 2 * engine::kExchangePages; ++i) {  // every page again, so that a bad word would show
+/// Barriers on every page, each waiting for all doorbells: a word left wrong by an abort would show.
+void expect_working(GpuGroup* group) {
+  for (uint32_t i = 0; i < 2 * engine::kExchangePages; ++i) {
     auto requests = barrier_requests(group, 0);
     auto next = group->launch(&requests, all_ranks(*group));
     for (uint32_t r = 0; r < group->size(); ++r) {
@@ -359,6 +402,22 @@ void abort_and_recover(GpuGroup* group, std::vector<LaunchedPart>* parts, uint32
       EXPECT_EQ(next[r].outcome.report.reason, 0u);
     }
   }
+}
+
+/// Aborts all parts and expects them to drain in milliseconds with the reason, words included; then a barrier works.
+void abort_and_recover(GpuGroup* group, std::vector<LaunchedPart>* parts, uint32_t reason) {
+  const uint64_t begin = base::now_ns();
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    group->port(r).abort((*parts)[r].id, reason);
+  }
+  ASSERT_TRUE(group->drain(parts));
+  std::printf("abort drained in %.3f ms\n", static_cast<double>(base::now_ns() - begin) * 1e-6);
+  EXPECT_LT(base::now_ns() - begin, 100'000'000u);
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    EXPECT_EQ((*parts)[r].outcome.report.reason, reason);
+    EXPECT_EQ(group->completion(r), std::pair(group->seq(), uint64_t{reason}));
+  }
+  expect_working(group);
 }
 
 TEST_F(CudaKernels, AbortBeforeTheDoorbell) {
@@ -401,6 +460,35 @@ TEST_F(CudaKernels, AbortAfterTheEndChangesNothing) {
     EXPECT_EQ(parts[r].outcome.report.reason, 0u);
     EXPECT_EQ(group_->completion(r).second, 0u);
   }
+  group_->destroy_group();
+}
+
+TEST_F(CudaKernels, AbortAtAnyMoment) {
+  ASSERT_TRUE(group_->create_group(barrier_shape(group_->size())).is_ok());
+  support::Random random(5);
+  uint32_t aborted = 0;
+  for (uint32_t i = 0; i < 300 && !HasFailure(); ++i) {
+    auto requests = barrier_requests(group_.get(), random.below(4));
+    auto parts = group_->launch(&requests, all_ranks(*group_));
+    for (uint32_t r = 0; r < group_->size(); ++r) {
+      if (!requests[r].doorbell_rung && random.chance(60)) {
+        group_->ring(r);
+      }
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(random.below(60)));
+    for (uint32_t r = 0; r < group_->size(); ++r) {
+      group_->port(r).abort(parts[r].id, EXPERTD_REASON_CANCELLED);
+    }
+    ASSERT_TRUE(group_->drain(&parts));
+    for (uint32_t r = 0; r < group_->size(); ++r) {
+      const uint32_t reason = parts[r].outcome.report.reason;
+      EXPECT_TRUE(reason == 0 || reason == EXPERTD_REASON_CANCELLED) << reason;
+      EXPECT_EQ(group_->completion(r), std::pair(group_->seq(), uint64_t{reason}));
+      aborted += reason != 0 ? 1 : 0;
+    }
+  }
+  std::printf("%u of %u parts were aborted\n", aborted, 300 * group_->size());
+  expect_working(group_.get());
   group_->destroy_group();
 }
 

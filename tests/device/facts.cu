@@ -89,8 +89,8 @@ struct Bench {
   }
   uint64_t* word(uint64_t i) const { return reinterpret_cast<uint64_t*>(words.address + 128 * i); }
   void park(CUstream stream, uint64_t i) {
-    need(cuStreamWaitValue64(stream, reinterpret_cast<CUdeviceptr>(word(i)), 1, CU_STREAM_WAIT_VALUE_GEQ) == CUDA_SUCCESS,
-         "wait");
+    const auto address = reinterpret_cast<CUdeviceptr>(word(i));
+    need(cuStreamWaitValue64(stream, address, 1, CU_STREAM_WAIT_VALUE_GEQ) == CUDA_SUCCESS, "wait");
     touch<<<1, 1, 0, stream>>>(word(0));
   }
   void release_by_copy(uint64_t i) {
@@ -136,7 +136,7 @@ void beside_parked(const char* name, Bench* bench, Blocking blocking) {
   bench->release_by_copy(2);
   launcher.join();
   other.join();
-  std::printf("%-46s returned %s the release (%.1f ms); meanwhile launch %s (%.2f ms), memory operation and query %.2f ms\n",
+  std::printf("%-46s returned %s the release (%.1f ms); meanwhile launch %s (%.2f ms), with memory operation %.2f ms\n",
               name, early ? "before" : "after ", took, launch_early ? "went through" : "BLOCKED", launch_ms, wait_ms);
 }
 

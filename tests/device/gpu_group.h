@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Drives CudaDevice ports as the engine would, for all ranks of a group in one process and one thread: memory of a random
-// case is mirrored into a window per rank, the parts are launched and polled to their end, outputs are copied back.
-// Owned by a test, one thread; tests only.
+// Drives CudaDevice ports as the engine would, for all ranks of a group in one process and one thread: memory of a
+// random case is mirrored into a window per rank, the parts are launched and polled to their end, outputs are copied
+// back. Owned by a test, one thread; tests only.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -46,12 +46,14 @@ class Arena {
   }
   void upload(uint32_t device) {
     ASSERT_LE(mirror_.size(), kArenaBytes);
+    ASSERT_EQ(cudaSuccess, cudaSetDevice(static_cast<int>(device)));  // the first device has index 0 here
     ASSERT_EQ(cudaSuccess, cudaMemcpy(window_.memory->mapping().base[device], mirror_.data(), mirror_.size(),
                                       cudaMemcpyHostToDevice));
   }
   /// Outputs go back into their buffers; everything else must be as it was uploaded.
   void download(uint32_t device) {
     std::vector<uint8_t> now(mirror_.size());
+    ASSERT_EQ(cudaSuccess, cudaSetDevice(static_cast<int>(device)));
     ASSERT_EQ(cudaSuccess, cudaMemcpy(now.data(), window_.memory->mapping().base[device], now.size(),
                                       cudaMemcpyDeviceToHost));
     for (const auto& [buffer, at] : outputs_) {
@@ -187,6 +189,7 @@ class GpuGroup {
   std::pair<uint64_t, uint64_t> completion(uint32_t rank) {
     const engine::SlotWords at = words(rank);
     uint64_t values[2] = {};
+    EXPECT_EQ(cudaSuccess, cudaSetDevice(static_cast<int>(device_index(rank))));
     EXPECT_EQ(cudaSuccess, cudaMemcpy(values,
                                       static_cast<char*>(at.flag_page) + EXPERTD_COMPLETION_WORD_OFFSET(at.slot),
                                       sizeof(values), cudaMemcpyDeviceToHost));
@@ -194,6 +197,7 @@ class GpuGroup {
   }
   void ring(uint32_t rank) {
     const engine::SlotWords at = words(rank);
+    EXPECT_EQ(cudaSuccess, cudaSetDevice(static_cast<int>(device_index(rank))));
     EXPECT_EQ(cudaSuccess, cudaMemcpy(static_cast<char*>(at.flag_page) + EXPERTD_DOORBELL_OFFSET(at.slot), &at.seq,
                                       sizeof(at.seq), cudaMemcpyHostToDevice));
   }

@@ -33,7 +33,9 @@ expertd_attach_options_t options_for(const FakeDaemon& daemon) {
   return options;
 }
 
-std::string message() { return expertd_last_message(); }
+std::string message() {
+  return expertd_last_message();
+}
 
 class ClientSession : public ::testing::Test {
  protected:

@@ -8,14 +8,15 @@
 //   wait moved[s] >= n for every other active rank s
 //   finish: tails, report, result word, completion word, `done`
 //
-// Order and visibility. (1) Inputs: a rank signals routed behind its doorbell, so a peer that saw the flag may read that
-// rank's inputs and write its outputs. (2) Rows and count rows: the storing kernels end with a system-scope fence in
-// every thread and the signal kernel, later in the stream, stores its flag with release at system scope; NVLink stores
-// are acknowledged by the peer's L2 before the fence passes, so the flag cannot overtake the data. (3) A stream wait is
-// no acquire by itself; it orders by starting later kernels only after the word was seen in the waiting GPU's own
-// memory, and a kernel starts with an invalid L1. Where the device can flush remote writes (stores that arrive over
-// PCIe without acknowledgement) the exchange waits ask for it. (4) All parts of one group on a device run on one
-// session's stream, so scratch and handles need no pages; count rows and flags, which peers write, have kExchangePages.
+// Order and visibility. (1) Inputs: a rank signals routed behind its doorbell, so a peer that saw the flag may read
+// that rank's inputs and write its outputs. (2) Rows and count rows: the storing kernels end with a system-scope
+// fence in every thread and the signal kernel, later in the stream, stores its flag with release at system scope;
+// NVLink stores are acknowledged by the peer's L2 before the fence passes, so the flag cannot overtake the data. (3)
+// A stream wait is no acquire by itself; it orders by starting later kernels only after the word was seen in the
+// waiting GPU's own memory, and a kernel starts with an invalid L1. Where the device can flush remote writes (stores
+// that arrive over PCIe without acknowledgement) the exchange waits ask for it. (4) All parts of one group on a
+// device run on one session's stream, so scratch and handles need no pages; count rows and flags, which peers write,
+// have kExchangePages.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>

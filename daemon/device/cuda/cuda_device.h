@@ -62,13 +62,14 @@ class CudaDevice : public Device, public engine::DevicePort {
   base::Status create_group(const engine::GroupShape& shape, uint32_t handle_limit) override;
   void destroy_group(base::GroupId group, base::Rank rank) override;
   /// Handles that the rank's tables hold: at most what create_group() asked for, fewer for large groups; 0 if unknown.
-  uint32_t handle_capacity(base::GroupId group, base::Rank rank) const;
+  uint32_t handle_capacity(base::GroupId group, base::Rank rank) const override;
 
   bool launch(const engine::LaunchSpec& spec, const engine::SlotWords& words, engine::PartId* part) override;
   bool poll(engine::PartId part, engine::Outcome* outcome) override;
   void abort(engine::PartId part, uint32_t reason) override;
   uint32_t missing(engine::PartId part, uint64_t* ranks) override;
-  bool busy() const override { return parts_in_flight_ != 0; }
+  bool busy() const override { return false; }
+  bool polls() const override { return parts_in_flight_ != 0; }
   void release_words(const engine::SlotWords& words, uint32_t reason) override;
 
  private:

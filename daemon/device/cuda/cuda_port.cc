@@ -4,10 +4,10 @@
 // Ending early. abort() sends, over the rescue stream, the part's number into its abort word and then the abort value
 // into the doorbell and exchange words that the chain waits for; the rest of the chain runs as no-ops and finish
 // settles the verdict. A finish that had decided before the abort word came stays a normal end. After both the
-// chain drained and the rescue was seen (so that no late copy can follow), the same stream puts the words back: doorbell =
-// seq, exchange words = n, and for an aborted part the result and completion word; only then poll() reports the part,
-// so a page or slot is never used again while a write to it is under way. A slot's doorbell is not rung again before its ring
-// completion was written, which the ring protocol gives.
+// chain drained and the rescue was seen (so that no late write can follow), the same stream puts the words back:
+// doorbell = seq, exchange words = n, and for an aborted part the result and completion word; only then poll() reports
+// the part, so a page or slot is never used again while a write to it is under way. A slot's doorbell is not rung
+// again before its ring completion was written, which the ring protocol gives.
 #include <algorithm>
 #include <atomic>
 

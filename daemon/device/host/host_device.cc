@@ -129,6 +129,11 @@ base::Status HostDevice::create_group(const engine::GroupShape& shape, uint32_t 
 
 void HostDevice::destroy_group(base::GroupId group, base::Rank rank) { groups_->remove_rank(group, rank); }
 
+uint32_t HostDevice::handle_capacity(base::GroupId group, base::Rank rank) const {
+  const HostGroupTables* tables = groups_->find(group);
+  return tables == nullptr ? 0 : tables->handle_capacity(rank.value);
+}
+
 HostDevice::Part* HostDevice::find(engine::PartId part) {
   Part& candidate = parts_[part % kMaxParts];
   return candidate.id == part && candidate.step != Step::kFree ? &candidate : nullptr;

@@ -54,6 +54,7 @@ class HostDevice final : public Device, public engine::DevicePort {
   void* session_flag_page(base::SessionId session) override;
   base::Status create_group(const engine::GroupShape& shape, uint32_t handle_limit) override;
   void destroy_group(base::GroupId group, base::Rank rank) override;
+  uint32_t handle_capacity(base::GroupId group, base::Rank rank) const override;
 
   bool launch(const engine::LaunchSpec& spec, const engine::SlotWords& words, engine::PartId* part) override;
   bool poll(engine::PartId part, engine::Outcome* outcome) override;

@@ -26,6 +26,7 @@ class HostGroupTables {
   void clear_inactive_rows(uint32_t page, uint64_t active_ranks);
   /// The tables of a handle, allocated at its first use (the first ones at join); null beyond the limit.
   kernels::Routing routing(uint32_t rank, uint32_t handle_index);
+  uint32_t handle_capacity(uint32_t rank) const { return static_cast<uint32_t>(per_rank_[rank].handles.size()); }
   uint64_t bytes() const;
 
  private:

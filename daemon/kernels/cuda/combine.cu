@@ -67,8 +67,8 @@ __device__ bool expert_source(const PartParams& p, uint32_t token, uint32_t lane
          make_source(p, owner, static_cast<int32_t>(local * shape.slots_per_expert) + row, source);
 }
 
-/// The last top-k lane of the token that a rank owns, -1 for none: the order of ranks under order_last_lane. All lanes of
-/// the warp take part; `expert` is that of the own lane.
+/// The last top-k lane of the token that a rank owns, -1 for none: the order of ranks under order_last_lane. All lanes
+/// of the warp take part; `expert` is that of the own lane.
 __device__ int32_t last_lane_of(const PartParams& p, int32_t expert, uint32_t rank) {
   int32_t last = -1;
   for (int32_t lane = 0; lane < 32; ++lane) {

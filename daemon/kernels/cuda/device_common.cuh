@@ -13,8 +13,8 @@ namespace expertd::kernels::cuda {
 
 inline constexpr uint32_t kFullWarp = 0xffffffffu;
 
-/// True when the block is to do nothing: a null launch, or the part was aborted. One thread reads and all threads of the
-/// block take its answer, so that no two of them disagree before a barrier. Every kernel calls it first.
+/// True when the block is to do nothing: a null launch, or the part was aborted. One thread reads and all threads of
+/// the block take its answer, so that no two of them disagree before a barrier. Every kernel calls it first.
 __device__ __forceinline__ bool block_is_gated(const PartParams& p) {
   if (p.null_operation != 0) {
     return true;

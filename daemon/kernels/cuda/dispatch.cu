@@ -112,7 +112,7 @@ __device__ void push_bytes(const PartParams& p, uint32_t token, const MoveShared
   }
 }
 
-/// Stores the scales of the four groups of one warp step. Eight lanes share a scale; `scale` is that of the lane's group.
+/// Stores the scales of the four groups of one warp step. Eight lanes share a scale; `scale` is the lane's group's.
 __device__ void push_scales(const PartParams& p, const MoveShared& s, uint32_t channel, float scale) {
   const OpShape& shape = p.op.shape;
   const uint32_t lane = threadIdx.x & 31;
@@ -133,7 +133,8 @@ __device__ void push_scales(const PartParams& p, const MoveShared& s, uint32_t c
       continue;
     }
     if (packed) {
-      static_cast<uint32_t*>(out)[(uint64_t{target.expert} * (groups / 4) + group / 4) * slots + target.slot_row] = word;
+      const uint64_t column = uint64_t{target.expert} * (groups / 4) + group / 4;
+      static_cast<uint32_t*>(out)[column * slots + target.slot_row] = word;
     } else {
       static_cast<float*>(out)[(uint64_t{target.expert} * groups + group) * slots + target.slot_row] = scale;
     }
@@ -164,7 +165,8 @@ __device__ void push_fp8(const PartParams& p, uint32_t token, const MoveShared& 
     uint32_t words[4] = {};
 #pragma unroll
     for (uint32_t i = 0; i < kChannelsPerLane; ++i) {
-      words[i / 4] |= static_cast<uint32_t>(float_to_e4m3(divide_exact(element(halves[i / 8], i % 8), scale))) << (8 * (i % 4));
+      const uint32_t code = float_to_e4m3(divide_exact(element(halves[i / 8], i % 8), scale));
+      words[i / 4] |= code << (8 * (i % 4));
     }
     for (uint32_t t = 0; valid && t < s.count; ++t) {
       const Target& target = s.targets[t];
@@ -246,8 +248,8 @@ __device__ void push_meta(const PartParams& p, uint32_t token, const MoveShared&
 // dispatch_move. Grid: blocks of 256 threads, at most 4 per multiprocessor, tokens strided over blocks. Warp 0 collects
 // the token's targets (one lane per rank or top-k lane), turns relative rows into final ones and stores them in the
 // handle; then all warps read the row once (16 bytes per access) and store it to every target, then side, indices,
-// weights and source token. Reads the plan, no flag; does nothing when the plan carries a Reason. Every thread fences at
-// system scope at the end; signal(moved) follows in the stream. Bytes per token: row read + (row + side) per target.
+// weights and source token. Reads the plan, no flag; does nothing when the plan carries a Reason. Every thread fences
+// at system scope at the end; signal(moved) follows in the stream. Bytes per token: row read + (row + side) per target.
 // Bound: the link (one copy per destination rank), HBM for local rows.
 __global__ __launch_bounds__(kMoveThreads) void dispatch_move(const __grid_constant__ PartParams p) {
   __shared__ MoveShared s;

@@ -226,8 +226,8 @@ __device__ void write_words(const PartParams& p, bool go, uint32_t reason) {
 }
 
 // finish. Grid: up to 64 blocks of 256 threads by the size of the tails. Every block asks for the verdict (an aborted
-// part becomes a failure here and nowhere later), all threads write tails, counts, prefix, ranges and statistics, or the
-// outputs of a failure; the last block to end writes the report, then result and completion word, then `done`. Runs
+// part becomes a failure here and nowhere later), all threads write tails, counts, prefix, ranges and statistics, or
+// the outputs of a failure; the last block to end writes the report, then result and completion word, then `done`. Runs
 // after the wait for every moved flag; reads no flag. Bytes: 4 or 8 per index of a tail row.
 __global__ __launch_bounds__(kFinishThreads) void finish(const __grid_constant__ PartParams p) {
   __shared__ bool last;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launchers of the CUDA kernels: each enqueues one kernel of one part on a stream and returns. Called by device/cuda
-// on the loop thread with the device's context current; none waits, allocates or synchronises, and no kernel waits.
+// The launchers of the CUDA kernels: each enqueues one kernel of one part on a stream and returns. Called by
+// device/cuda on the loop thread with the device's context current; none waits, allocates or synchronises, and no
+// kernel waits.
 // The order of a part is in device/cuda/chain.cc. Errors are CUDA runtime error numbers, 0 for success.
 #pragma once
 

@@ -15,8 +15,8 @@ __device__ uint32_t ranks_of_node(const OpShape& shape) {
   return shape.ranks_per_node == 0 ? shape.ranks : shape.ranks_per_node;
 }
 
-// layout_clear. Grid: one block of 256 threads. Stamps the start, zeroes the counts and the word of the first bad id. No
-// flags; launch-bound.
+// layout_clear. Grid: one block of 256 threads. Stamps the start, zeroes the counts and the word of the first bad id.
+// No flags; launch-bound.
 __global__ __launch_bounds__(kLayoutThreads) void layout_clear(const __grid_constant__ PartParams p) {
   if (block_is_gated(p)) {
     return;

@@ -213,9 +213,10 @@ __device__ void number_experts(const PartParams& p, uint32_t first, uint32_t tok
   }
 }
 
-// route_number. Grid: one block of 128 threads per chunk of 64 tokens. Warps 0-1 number the rank rows with ballots, warp
-// 2 the expert rows with match, each from the chunk's prefix; warp 3 only loads. Reads the ids again and one row of
-// chunk_counts; writes the handle's tables (R + 2K integers per token). After the signal, so it hides in the exchange.
+// route_number. Grid: one block of 128 threads per chunk of 64 tokens. Warps 0-1 number the rank rows with ballots,
+// warp 2 the expert rows with match, each from the chunk's prefix; warp 3 only loads. Reads the ids again and one row
+// of chunk_counts; writes the handle's tables (R + 2K integers per token). After the signal, so it hides in the
+// exchange.
 __global__ __launch_bounds__(kRouteThreads) void route_number(const __grid_constant__ PartParams p) {
   __shared__ int32_t bases[base::kMaxGpuRanks + base::kMaxExperts];
   __shared__ int32_t below[base::kMaxGpuRanks];

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a benchmark run is asked to do, and how it fails. Plain values: filled in by the main thread before any rank
+// starts, read by all ranks afterwards.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace expertd::ctl {
+
+/// Ends the run; thrown by a rank and told by the main thread.
+class Failure : public std::runtime_error {
+ public:
+  Failure(int exit_code, const std::string& text) : std::runtime_error(text), exit_code_(exit_code) {}
+  int exit_code() const { return exit_code_; }
+
+ private:
+  int exit_code_;
+};
+
+/// The group of one mode. `tokens` per rank, which is also the group's max_tokens.
+struct BenchShape {
+  uint32_t ranks = 0;
+  uint32_t experts = 0;
+  uint32_t hidden = 0;
+  uint32_t top_k = 0;
+  uint32_t tokens = 0;
+
+  uint32_t local_experts() const { return experts / ranks; }
+  uint64_t worst_rows() const { return uint64_t{ranks} * tokens; }
+};
+
+struct BenchOptions {
+  std::string socket;                // empty: the client's default
+  std::vector<std::string> devices;  // as the client names them; one rank each
+  bool normal = true;
+  bool inference = true;
+  uint32_t tokens = 4096;
+  uint32_t low_latency_tokens = 128;
+  uint32_t hidden = 7168;
+  uint32_t experts = 256;
+  uint32_t top_k = 8;
+  uint32_t iterations = 200;  // at least 2: the first and the last are verified
+  uint32_t warmup = 10;
+  uint64_t seed = 1;
+  uint64_t timeout_ns = 60'000'000'000;
+  bool plan = false;
+  bool json = false;
+  std::string json_file;
+
+  BenchShape shape(bool low_latency) const {
+    return {static_cast<uint32_t>(devices.size()), experts, hidden, top_k, low_latency ? low_latency_tokens : tokens};
+  }
+};
+
+}  // namespace expertd::ctl

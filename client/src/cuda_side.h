@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+// CudaSide: the CUDA device on the caller's side. It retains the primary context of the device, maps the daemon's
+// windows and flag page, exports the caller's memory (cuda_import.cc), and rings and waits on the caller's streams
+// (cuda_words.cc). Callers' threads, and the client thread for release_waiters(). Every entry makes the context current
+// and restores the caller's own afterwards.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "client/src/cuda_driver.h"
+#include "client/src/device_side.h"
+
+namespace expertd::client {
+
+Status cuda_error(const cuda::Driver& driver, const char* call, cuda::Result result);
+
+class CudaSide final : public DeviceSide {
+ public:
+  ~CudaSide() override;
+
+  Status open(const std::string& device);
+
+  bool is_cuda() const override { return true; }
+  const std::string& name() const override { return uuid_; }
+  Status begin(const expertd_attach_welcome& welcome, OwnedFd flag_page, uint32_t slots) override;
+  void release_waiters() override;
+  Status map_window(OwnedFd fd, uint64_t bytes, const MappedWindow& at, MappedWindow* mapped) override;
+  void unmap_window(const MappedWindow& mapped) override;
+  Status export_memory(const void* data, uint64_t bytes, bool same_pid, ExportedMemory* exported) override;
+  Status buffer_id(const void* data, uint64_t* id) override;
+  Status allocation_of(const void* data, void** base, uint64_t* bytes) override;
+  Status check_stream(expertd_stream_t stream) override;
+  Status ring_doorbell(uint32_t slot, uint64_t seq, expertd_stream_t stream) override;
+  Status wait_completion(uint32_t slot, uint64_t seq, expertd_stream_t stream) override;
+  Status copy(void* destination, const void* source, uint64_t bytes, expertd_stream_t stream) override;
+  Status synchronize(expertd_stream_t stream, uint64_t deadline_ns) override;
+
+ private:
+  // Makes the context current for a scope.
+  class Current {
+   public:
+    explicit Current(const CudaSide* side) : side_(side), result_(side->driver_.push(side->context_)) {}
+    ~Current() {
+      cuda::Context before = nullptr;
+      if (result_ == cuda::kSuccess) {
+        side_->driver_.pop(&before);
+      }
+    }
+    Current(const Current&) = delete;
+    Current& operator=(const Current&) = delete;
+
+   private:
+    const CudaSide* const side_;
+    const cuda::Result result_;
+  };
+
+  Status check(const char* call, cuda::Result result) const {
+    return result == cuda::kSuccess ? Status() : cuda_error(driver_, call, result);
+  }
+  Status find_device(const std::string& device, int count);
+  Status check_not_mig(int ordinal) const;
+  Status reserve_for_abort();
+  Status load_kernels();
+  Status map_fd(int fd, uint64_t bytes, cuda::Pointer at, MappedWindow* mapped);
+  Status map_allocation(cuda::Allocation allocation, uint64_t bytes, cuda::Pointer at, MappedWindow* mapped);
+  Status export_descriptor(cuda::Pointer base, uint64_t bytes, ExportedMemory* exported);
+  Status launch(cuda::Function function, cuda::Pointer word, uint64_t value, cuda::Stream stream);
+
+  cuda::Driver driver_;
+  int ordinal_ = -1;
+  cuda::Device device_ = -1;
+  cuda::Context context_ = nullptr;
+  uint64_t granularity_ = 0;
+  std::string uuid_;
+
+  std::mutex flags_mutex_;  // begin() against release_waiters()
+  MappedWindow flags_;
+  /// Flag pages of ended attachments: streams of the caller may still have waits on them.
+  std::vector<MappedWindow> retired_flags_;
+  uint32_t slots_ = 0;
+  std::atomic<bool> mps_{false};
+  cuda::Module module_ = nullptr;
+  cuda::Function signal_ = nullptr;
+  cuda::Function wait_ = nullptr;
+  cuda::Stream abort_stream_ = nullptr;
+  uint64_t* abort_word_ = nullptr;  // pinned
+};
+
+inline cuda::Pointer to_pointer(const void* data) {
+  return reinterpret_cast<cuda::Pointer>(data);
+}
+inline void* to_data(cuda::Pointer pointer) {
+  return reinterpret_cast<void*>(pointer);
+}
+inline cuda::Stream to_stream(expertd_stream_t stream) {
+  return static_cast<cuda::Stream>(stream);
+}
+
+}  // namespace expertd::client

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+// The words between the caller's streams and the daemon: flag page, doorbells, waits, and their release when the daemon
+// is gone. Callers' threads; release_waiters() on the client thread.
+#include <sched.h>
+
+#include "client/src/clock.h"
+#include "client/src/cuda_side.h"
+
+namespace expertd::client {
+namespace {
+
+using cuda::Pointer;
+
+constexpr uint64_t kReleaseNs = 1 * kNsPerS;
+
+}  // namespace
+
+// Everything that release_waiters() needs is made now: with waits pending, allocating could block.
+Status CudaSide::reserve_for_abort() {
+  if (abort_stream_ != nullptr) {
+    return {};
+  }
+  void* word = nullptr;
+  Status status = check("cuMemHostAlloc", driver_.host_alloc(&word, sizeof(uint64_t), 0));
+  if (!status.ok()) {
+    return status;
+  }
+  abort_word_ = static_cast<uint64_t*>(word);
+  *abort_word_ = EXPERTD_ABORT_WORD;
+  return check("cuStreamCreate", driver_.stream_create(&abort_stream_, cuda::kStreamNonBlocking));
+}
+
+// Loaded and launched once here: the first launch of a lazily loaded kernel never returns while a stream is parked.
+Status CudaSide::load_kernels() {
+  Status status;
+  if (module_ == nullptr) {
+    status = check("cuModuleLoadData", driver_.module_load(&module_, cuda::kWordKernels));
+  }
+  if (status.ok()) {
+    status = check("cuModuleGetFunction", driver_.module_function(&signal_, module_, "expertd_signal"));
+  }
+  if (status.ok()) {
+    status = check("cuModuleGetFunction", driver_.module_function(&wait_, module_, "expertd_wait"));
+  }
+  const Pointer page = to_pointer(flags_.data);
+  if (status.ok()) {
+    // Doorbell 0 is 0 before the first operation, and every word is at least 0.
+    status = launch(signal_, page + EXPERTD_DOORBELL_OFFSET(0), 0, abort_stream_);
+  }
+  if (status.ok()) {
+    status = launch(wait_, page + EXPERTD_COMPLETION_WORD_OFFSET(0), 0, abort_stream_);
+  }
+  return status.ok() ? synchronize(abort_stream_, deadline_after(kReleaseNs)) : status;
+}
+
+Status CudaSide::begin(const expertd_attach_welcome& welcome, OwnedFd flag_page, uint32_t slots) {
+  if (welcome.device_kind != EXPERTD_DEVICE_CUDA || welcome.flag_page_bytes < EXPERTD_FLAG_PAGE_BYTES) {
+    return error(EXPERTD_REASON_WRONG_DEVICE_KIND, "the daemon serves %s as kind %u with a flag page of %llu bytes",
+                 uuid_.c_str(), welcome.device_kind, static_cast<unsigned long long>(welcome.flag_page_bytes));
+  }
+  const Current current(this);
+  Status status = reserve_for_abort();
+  MappedWindow page;
+  if (status.ok()) {
+    status = map_fd(flag_page.get(), welcome.flag_page_bytes, 0, &page);
+  }
+  if (!status.ok()) {
+    return status;
+  }
+  {
+    const std::lock_guard lock(flags_mutex_);
+    if (flags_.data != nullptr) {
+      retired_flags_.push_back(flags_);
+    }
+    flags_ = page;
+    slots_ = slots;
+  }
+  mps_.store(welcome.mps_active != 0, std::memory_order_relaxed);
+  return welcome.mps_active != 0 ? load_kernels() : Status();
+}
+
+void CudaSide::release_waiters() {
+  const Current current(this);
+  {
+    const std::lock_guard lock(flags_mutex_);
+    if (flags_.data == nullptr) {
+      return;
+    }
+    for (uint32_t slot = 0; slot < slots_; ++slot) {
+      const Pointer word = to_pointer(flags_.data) + EXPERTD_COMPLETION_WORD_OFFSET(slot);
+      driver_.copy_to_device_async(word, abort_word_, sizeof(uint64_t), abort_stream_);
+    }
+  }
+  // Nothing more can be done when it fails: the context is lost, and with it the waits.
+  static_cast<void>(synchronize(abort_stream_, deadline_after(kReleaseNs)));
+}
+
+Status CudaSide::check_stream(expertd_stream_t stream) {
+  const Current current(this);
+  int capturing = 0;
+  Status status = check("cuStreamIsCapturing", driver_.stream_is_capturing(to_stream(stream), &capturing));
+  if (status.ok() && capturing != 0) {
+    return error(EXPERTD_REASON_UNSUPPORTED, "the stream is being captured; operations are issued eagerly");
+  }
+  return status;
+}
+
+Status CudaSide::launch(cuda::Function function, Pointer word, uint64_t value, cuda::Stream stream) {
+  void* arguments[] = {&word, &value};
+  return check("cuLaunchKernel", driver_.launch(function, 1, 1, 1, 1, 1, 1, 0, stream, arguments, nullptr));
+}
+
+Status CudaSide::ring_doorbell(uint32_t slot, uint64_t seq, expertd_stream_t stream) {
+  const Current current(this);
+  const Pointer word = to_pointer(flags_.data) + EXPERTD_DOORBELL_OFFSET(slot);
+  if (mps_.load(std::memory_order_relaxed)) {
+    return launch(signal_, word, seq, to_stream(stream));
+  }
+  return check("cuStreamWriteValue64", driver_.stream_write(to_stream(stream), word, seq, 0));
+}
+
+Status CudaSide::wait_completion(uint32_t slot, uint64_t seq, expertd_stream_t stream) {
+  const Current current(this);
+  const Pointer word = to_pointer(flags_.data) + EXPERTD_COMPLETION_WORD_OFFSET(slot);
+  if (mps_.load(std::memory_order_relaxed)) {
+    return launch(wait_, word, seq, to_stream(stream));
+  }
+  return check("cuStreamWaitValue64", driver_.stream_wait(to_stream(stream), word, seq, cuda::kWaitGreaterOrEqual));
+}
+
+Status CudaSide::copy(void* destination, const void* source, uint64_t bytes, expertd_stream_t stream) {
+  const Current current(this);
+  return check("cuMemcpyAsync",
+               driver_.copy_async(to_pointer(destination), to_pointer(source), bytes, to_stream(stream)));
+}
+
+// cuStreamSynchronize has no deadline, so this asks until it has passed.
+Status CudaSide::synchronize(expertd_stream_t stream, uint64_t deadline_ns) {
+  const Current current(this);
+  for (;;) {
+    const cuda::Result result = driver_.stream_query(to_stream(stream));
+    if (result != cuda::kNotReady) {
+      return check("cuStreamQuery", result);
+    }
+    if (now_ns() >= deadline_ns) {
+      return {EXPERTD_REASON_TIMEOUT, "work on the stream has not ended"};
+    }
+    sched_yield();
+  }
+}
+
+}  // namespace expertd::client

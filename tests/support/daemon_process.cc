@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/support/daemon_process.h"
+
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <sstream>
+
+#ifndef EXPERTD_BINARY_DIR
+#define EXPERTD_BINARY_DIR "build"
+#endif
+
+namespace expertd::support {
+namespace {
+
+constexpr std::chrono::seconds kStartLimit(20);
+
+// The child dies with the thread that started it, so that a crashed test leaves nothing behind.
+pid_t spawn(const std::vector<std::string>& arguments, const std::string& out_path, const std::string& error_path) {
+  std::vector<char*> argv;
+  for (const std::string& argument : arguments) {
+    argv.push_back(const_cast<char*>(argument.c_str()));
+  }
+  argv.push_back(nullptr);
+  const int out = ::open(out_path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+  const int error = ::open(error_path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+  const pid_t pid = ::fork();
+  if (pid == 0) {
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+    ::dup2(out, STDOUT_FILENO);
+    ::dup2(error, STDERR_FILENO);
+    ::execv(argv[0], argv.data());
+    ::_exit(127);
+  }
+  ::close(out);
+  ::close(error);
+  return pid;
+}
+
+bool answers(const std::string& path, int type) {
+  const int fd = ::socket(AF_UNIX, type | SOCK_CLOEXEC, 0);
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  std::snprintf(address.sun_path, sizeof(address.sun_path), "%s", path.c_str());
+  const bool connected = ::connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0;
+  ::close(fd);
+  return connected;
+}
+
+size_t count_entries(const std::string& directory) {
+  size_t count = 0;
+  std::error_code ignored;
+  for (auto entry = std::filesystem::directory_iterator(directory, ignored);
+       entry != std::filesystem::directory_iterator(); entry.increment(ignored)) {
+    ++count;
+  }
+  return count;
+}
+
+}  // namespace
+
+std::string binary_directory() {
+  const char* given = std::getenv("EXPERTD_BIN_DIR");
+  return given != nullptr && *given != '\0' ? given : std::string(EXPERTD_BINARY_DIR) + "/bin";
+}
+
+RunResult run_daemon(const std::vector<std::string>& arguments, std::chrono::milliseconds limit) {
+  const TempDir directory;
+  std::vector<std::string> all = {binary_directory() + "/expertd"};
+  all.insert(all.end(), arguments.begin(), arguments.end());
+  const pid_t pid = spawn(all, directory.file("stdout"), directory.file("stderr"));
+  int status = 0;
+  RunResult result;
+  if (!wait_until([&] { return ::waitpid(pid, &status, WNOHANG) == pid; }, limit)) {
+    ::kill(pid, SIGKILL);
+    ::waitpid(pid, &status, 0);
+  }
+  result.exit_code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+  result.output = read_text(directory.file("stdout"));
+  result.error = read_text(directory.file("stderr"));
+  return result;
+}
+
+DaemonProcess::DaemonProcess(uint32_t hosts, std::vector<std::string> flags) {
+  arguments_ = {binary_directory() + "/expertd", "--runtime-directory=" + directory_.path(), "--metrics-port=0",
+                "--device-gpus=none", "--device-hosts=" + std::to_string(hosts)};
+  arguments_.insert(arguments_.end(), flags.begin(), flags.end());
+}
+
+DaemonProcess::~DaemonProcess() {
+  kill();
+  if (::testing::Test::HasFailure()) {
+    std::fprintf(stderr, "---- log of the daemon ----\n%s---- end of the log ----\n", log().c_str());
+  }
+}
+
+bool DaemonProcess::start() {
+  std::filesystem::remove(directory_.file("stderr"));
+  metrics_port_ = 0;
+  pid_ = spawn(arguments_, directory_.file("stdout"), directory_.file("stderr"));
+  const bool up = wait_until([this] { return !running() || ready(); }, kStartLimit) && running();
+  if (!up) {
+    std::fprintf(stderr, "the daemon did not start:\n%s\n", log().c_str());
+  }
+  return up;
+}
+
+bool DaemonProcess::ready() {
+  const std::string text = log();
+  const size_t line = text.find("msg=ready");
+  const size_t begin = line == std::string::npos ? line : text.find("metrics=", line);
+  if (begin == std::string::npos || text.find('\n', begin) == std::string::npos) {
+    return false;
+  }
+  std::string address = text.substr(begin + 8, text.find_first_of(" \n", begin) - begin - 8);
+  metrics_port_ = static_cast<uint16_t>(std::strtoul(address.substr(address.rfind(':') + 1).c_str(), nullptr, 10));
+  return answers(attach_socket(), SOCK_SEQPACKET) && answers(control_socket(), SOCK_STREAM);
+}
+
+bool DaemonProcess::reap(int* status) {
+  if (pid_ <= 0 || ::waitpid(pid_, status, WNOHANG) != pid_) {
+    return false;
+  }
+  pid_ = -1;
+  return true;
+}
+
+bool DaemonProcess::running() {
+  int status = 0;
+  return pid_ > 0 && !reap(&status);
+}
+
+int DaemonProcess::wait_exit(std::chrono::milliseconds limit) {
+  int status = 0;
+  const bool ended = wait_until([&] { return reap(&status); }, limit);
+  return ended && WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+void DaemonProcess::terminate() { ::kill(pid_, SIGTERM); }
+
+int DaemonProcess::stop(std::chrono::milliseconds limit) {
+  terminate();
+  return wait_exit(limit);
+}
+
+void DaemonProcess::kill() {
+  if (pid_ > 0) {
+    ::kill(pid_, SIGKILL);
+    ::waitpid(pid_, nullptr, 0);
+    pid_ = -1;
+  }
+}
+
+void DaemonProcess::pause() { ::kill(pid_, SIGSTOP); }
+void DaemonProcess::resume() { ::kill(pid_, SIGCONT); }
+
+std::string DaemonProcess::scrape() const { return http_get(metrics_port_, "/metrics"); }
+
+double DaemonProcess::metric(const std::string& prefix) const {
+  std::istringstream lines(scrape());
+  double sum = 0;
+  for (std::string line; std::getline(lines, line);) {
+    const char next = line.size() > prefix.size() ? line[prefix.size()] : '\0';
+    const bool whole_name = prefix.find('{') != std::string::npos || next == '{' || next == ' ';
+    if (line.compare(0, prefix.size(), prefix) == 0 && whole_name) {
+      sum += std::strtod(line.c_str() + line.rfind(' '), nullptr);
+    }
+  }
+  return sum;
+}
+
+size_t DaemonProcess::open_descriptors() const { return count_entries("/proc/" + std::to_string(pid_) + "/fd"); }
+
+size_t DaemonProcess::mappings() const {
+  const std::string maps = read_text("/proc/" + std::to_string(pid_) + "/maps");
+  return static_cast<size_t>(std::count(maps.begin(), maps.end(), '\n'));
+}
+
+std::string http_get(uint16_t port, const std::string& path) {
+  const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_port = htons(port);
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  std::string reply;
+  if (::connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0) {
+    const timeval limit{5, 0};
+    ::setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+    const std::string request = "GET " + path + " HTTP/1.0\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+    (void)!::write(fd, request.data(), request.size());
+    char buffer[16384];
+    for (ssize_t got = ::read(fd, buffer, sizeof(buffer)); got > 0; got = ::read(fd, buffer, sizeof(buffer))) {
+      reply.append(buffer, static_cast<size_t>(got));
+    }
+  }
+  ::close(fd);
+  const size_t body = reply.find("\r\n\r\n");
+  return body == std::string::npos ? std::string() : reply.substr(body + 4);
+}
+
+}  // namespace expertd::support

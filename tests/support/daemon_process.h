@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// The real daemon as a child process, in a fresh directory with its own sockets. Its log goes to a file there and is
+// printed when the test has failed. One thread; a daemon that is still there is killed with the object. Tests only.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "tests/support/temp_dir.h"
+
+namespace expertd::support {
+
+/// $EXPERTD_BIN_DIR, else bin/ of the build.
+std::string binary_directory();
+
+/// A program that ended.
+struct RunResult {
+  int exit_code = -1;  // -1: it did not end in time and was killed, or was ended by a signal
+  std::string output;  // stdout
+  std::string error;   // stderr
+};
+
+/// Runs the daemon's binary with these arguments alone and waits for its end.
+RunResult run_daemon(const std::vector<std::string>& arguments, std::chrono::milliseconds limit);
+
+class DaemonProcess {
+ public:
+  /// `flags` follow the ones every test needs: its directory, a free metrics port, no GPU, `hosts` host devices.
+  explicit DaemonProcess(uint32_t hosts = 2, std::vector<std::string> flags = {});
+  ~DaemonProcess();
+  DaemonProcess(const DaemonProcess&) = delete;
+  DaemonProcess& operator=(const DaemonProcess&) = delete;
+
+  /// Starts it (again, in the same directory) and returns when it answers; false with the log when it does not.
+  bool start();
+  /// SIGTERM, then its exit code; -1 when it does not end in time.
+  int stop(std::chrono::milliseconds limit = std::chrono::seconds(10));
+  /// SIGTERM alone; wait_exit() for its end.
+  void terminate();
+  /// The exit code once it has ended by itself, -1 when it does not in time or was ended by a signal.
+  int wait_exit(std::chrono::milliseconds limit);
+  void kill();
+  void pause();   // SIGSTOP
+  void resume();  // SIGCONT
+
+  bool running();
+  pid_t pid() const { return pid_; }
+  std::string directory() const { return directory_.path(); }
+  std::string attach_socket() const { return directory_.file("attach.sock"); }
+  std::string control_socket() const { return directory_.file("control.sock"); }
+  std::string log() const { return read_text(directory_.file("stderr")); }
+  uint16_t metrics_port() const { return metrics_port_; }
+
+  /// The metrics page, empty when it cannot be fetched.
+  std::string scrape() const;
+  /// Sum of all series whose "name{labels}" begins with `prefix`; 0 when there is none.
+  double metric(const std::string& prefix) const;
+  /// Open descriptors and mappings of the daemon's process.
+  size_t open_descriptors() const;
+  size_t mappings() const;
+
+ private:
+  bool ready();
+  bool reap(int* status);
+
+  TempDir directory_;
+  std::vector<std::string> arguments_;
+  pid_t pid_ = -1;
+  uint16_t metrics_port_ = 0;
+};
+
+/// The body of an HTTP GET from 127.0.0.1, empty when there is none.
+std::string http_get(uint16_t port, const std::string& path);
+
+}  // namespace expertd::support
