@@ -21,8 +21,8 @@ namespace {
 const char* const kFooter =
     "Times are of the slowest rank, from submission to completion as the host sees it. Logical GB/s counts all rows\n"
     "delivered, link GB/s those of other ranks, per rank. The first and the last iteration of each row are verified.\n"
-    "Exit codes: 0 every output was right, 1 an output was wrong, 64 wrong arguments, 69 the daemon does not answer,\n"
-    "70 any other failure.";
+    "Exit codes: 0 every output was right, 1 an output was wrong, 64 wrong arguments,\n"
+    "69 the daemon does not answer or the device is not available, 70 any other failure.";
 constexpr uint32_t kHostIterations = 30;  // copies of main memory take long and vary little
 constexpr uint32_t kQuickIterations = 20;
 constexpr uint32_t kQuickWarmup = 3;

@@ -11,9 +11,12 @@ namespace {
 
 constexpr uint64_t kSmallestAllocation = 16;
 
+/// The message usually begins with the name of the reason.
 Failure failure_of(expertd_status_t status, const std::string& what) {
   const int code = status.code == EXPERTD_CODE_UNAVAILABLE ? kExitUnavailable : kExitInternal;
-  return Failure(code, what + ": " + expertd_reason_name(status.reason) + ": " + expertd_last_message());
+  const std::string reason = expertd_reason_name(status.reason);
+  const std::string message = expertd_last_message();
+  return Failure(code, what + ": " + (message.rfind(reason, 0) == 0 ? "" : reason + ": ") + message);
 }
 
 }  // namespace

@@ -139,7 +139,8 @@ class Group {
 
   Result<Event> barrier(expertd_stream_t stream = nullptr, uint32_t flags = 0, uint64_t timeout_ns = 0) {
     expertd_event_t event{};
-    return event_or_error(expertd_barrier(group_, stream, flags, timeout_ns, &event), event);
+    const expertd_status_t status = expertd_barrier(group_, stream, flags, timeout_ns, &event);
+    return event_or_error(status, event);
   }
   Result<Dispatched> dispatch(const expertd_dispatch_args_t& args, expertd_stream_t stream = nullptr) {
     expertd_handle_t handle{};
@@ -149,7 +150,8 @@ class Group {
   }
   Result<Event> combine(const expertd_combine_args_t& args, expertd_stream_t stream = nullptr) {
     expertd_event_t event{};
-    return event_or_error(expertd_combine(group_, &args, stream, &event), event);
+    const expertd_status_t status = expertd_combine(group_, &args, stream, &event);
+    return event_or_error(status, event);
   }
   Result<Dispatched> ll_dispatch(const expertd_ll_dispatch_args_t& args, expertd_stream_t stream = nullptr) {
     expertd_handle_t handle{};
@@ -159,7 +161,8 @@ class Group {
   }
   Result<Event> ll_combine(const expertd_ll_combine_args_t& args, expertd_stream_t stream = nullptr) {
     expertd_event_t event{};
-    return event_or_error(expertd_ll_combine(group_, &args, stream, &event), event);
+    const expertd_status_t status = expertd_ll_combine(group_, &args, stream, &event);
+    return event_or_error(status, event);
   }
   Result<expertd_ll_outputs_t> ll_outputs(expertd_handle_t handle) {
     auto outputs = make<expertd_ll_outputs_t>();
@@ -213,11 +216,13 @@ class Session {
 
   Result<Buffer> window(uint64_t bytes) {
     expertd_buffer_t* buffer = nullptr;
-    return buffer_or_error(expertd_window_create(session_, bytes, &buffer), buffer);
+    const expertd_status_t status = expertd_window_create(session_, bytes, &buffer);
+    return buffer_or_error(status, buffer);
   }
   Result<Buffer> register_memory(void* data, uint64_t bytes) {
     expertd_buffer_t* buffer = nullptr;
-    return buffer_or_error(expertd_register(session_, data, bytes, &buffer), buffer);
+    const expertd_status_t status = expertd_register(session_, data, bytes, &buffer);
+    return buffer_or_error(status, buffer);
   }
   /// `count` elements that operations reach without a copy; freed with the session or by free().
   template <typename T>

@@ -80,7 +80,10 @@ Status Connection::start(uint64_t) {
     return system_error("eventfd");
   }
   std::string why;
-  channel_ = rpc::Channel::create(greeting_.rpc.release(), "expertd", &why);
+  const int rpc_fd = greeting_.rpc.release();
+  // The channel closes it, also when it fails: its number may be another file's then.
+  forget_fd(rpc_fd);
+  channel_ = rpc::Channel::create(rpc_fd, "expertd", &why);
   if (channel_ == nullptr) {
     return {EXPERTD_REASON_SYSTEM, why};
   }

@@ -128,17 +128,22 @@ Status Group::take_ll_handles() {
   return {};
 }
 
-// Tells the daemon, if it is still the one that knows the group, and frees what the group holds here.
+// Only if it is still the daemon that knows the group.
+Status Group::tell_daemon(uint64_t timeout_ns) const {
+  if (!check_current().ok() || session_->connection()->lost()) {
+    return {};
+  }
+  expertd_v1_LeaveGroupRequest request{};
+  request.group_id = id_;
+  expertd_v1_LeaveGroupResponse response{};
+  return session_->connection()->call("LeaveGroup", {expertd_v1_LeaveGroupRequest_fields, &request},
+                                      {expertd_v1_LeaveGroupResponse_fields, &response}, timeout_ns);
+}
+
+// Frees what the group holds here, whatever the daemon says.
 Status Group::end(uint64_t timeout_ns) {
-  Status status;
+  Status status = tell_daemon(timeout_ns);
   if (check_current().ok()) {
-    if (!session_->connection()->lost()) {
-      expertd_v1_LeaveGroupRequest request{};
-      request.group_id = id_;
-      expertd_v1_LeaveGroupResponse response{};
-      status = session_->connection()->call("LeaveGroup", {expertd_v1_LeaveGroupRequest_fields, &request},
-                                            {expertd_v1_LeaveGroupResponse_fields, &response}, timeout_ns);
-    }
     session_->handles()->give_back_all(id_);
   }
   if (window_ != nullptr) {

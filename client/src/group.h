@@ -68,9 +68,10 @@ class Group {
   bool is_ll_handle(expertd_handle_t handle) const;
 
  private:
-  friend class Session;  // which ends its groups when it is detached
+  friend class Session;  // which leaves its groups when it is detached
   Status call_join();
   Status adopt_resources();
+  Status tell_daemon(uint64_t timeout_ns) const;
   Status end(uint64_t timeout_ns);
   Status take_ll_handles();
 

@@ -121,25 +121,28 @@ std::unique_ptr<Buffer> Memory::extract(const Buffer* buffer) {
   return owned;
 }
 
-bool Memory::owns(const Buffer* buffer) const {
-  const std::lock_guard lock(mutex_);
-  const auto same = [buffer](const auto& it) { return it.get() == buffer; };
-  return std::any_of(buffers_.begin(), buffers_.end(), [&](const auto& it) { return same(it.second); }) ||
-         std::any_of(views_.begin(), views_.end(), same);
-}
-
-Buffer* Memory::containing(uintptr_t address) const {
-  const auto above = buffers_.upper_bound(address);
-  if (above == buffers_.begin()) {
-    return nullptr;
+// Mappings do not overlap. Registrations of GPU memory may: a part of an allocation first, all of it later.
+Buffer* Memory::containing(uintptr_t address, uint64_t bytes) const {
+  Buffer* touching = nullptr;
+  for (auto it = buffers_.upper_bound(address); it != buffers_.begin();) {
+    Buffer* buffer = (--it)->second.get();
+    const uint64_t offset = address - address_of(buffer->data);
+    if (offset < buffer->bytes) {
+      touching = touching == nullptr ? buffer : touching;
+      if (bytes <= buffer->bytes - offset) {
+        return buffer;
+      }
+    }
+    if (!device_->is_cuda()) {
+      break;
+    }
   }
-  Buffer* buffer = std::prev(above)->second.get();
-  return address - address_of(buffer->data) < buffer->bytes ? buffer : nullptr;
+  return touching;
 }
 
 Resolved Memory::resolve(const void* pointer, uint64_t bytes, Place* place, Buffer** out) const {
   const std::lock_guard lock(mutex_);
-  Buffer* buffer = containing(address_of(pointer));
+  Buffer* buffer = containing(address_of(pointer), bytes);
   if (buffer == nullptr) {
     return Resolved::kUnknown;
   }
@@ -320,7 +323,15 @@ Status Memory::register_pointer(void* data, uint64_t bytes, bool automatic, Buff
   }
   made->kind = BufferKind::kDevice;
   status = register_exported(made.get());
-  return status.ok() ? insert(std::move(made), buffer) : status;
+  const uint32_t id = made->id;
+  if (status.ok()) {
+    status = insert(std::move(made), buffer);
+    if (!status.ok()) {
+      // The first failure is the one to report.
+      static_cast<void>(unregister(id));
+    }
+  }
+  return status;
 }
 
 Status Memory::allocate(uint64_t bytes, void** data) {
@@ -385,6 +396,25 @@ Status Memory::release(Buffer* buffer) {
   return {};
 }
 
+Status Memory::refresh(Buffer* buffer) {
+  const uint32_t stale = buffer->id;
+  if (buffer->automatic) {
+    return release(buffer);
+  }
+  Status status = unregister(stale);
+  if (!status.ok() && status.reason != EXPERTD_REASON_NO_SUCH_BUFFER) {
+    return status;
+  }
+  Buffer renewed;
+  renewed.data = buffer->data;
+  renewed.bytes = buffer->bytes;
+  status = register_exported(&renewed);
+  const std::lock_guard lock(mutex_);
+  buffer->id = status.ok() ? renewed.id : kNoBuffer;
+  buffer->identity = renewed.identity;
+  return status;
+}
+
 void Memory::drop(Buffer* buffer) {
   const std::unique_ptr<Buffer> owned = extract(buffer);
   if (owned != nullptr) {
@@ -416,8 +446,8 @@ Status Memory::recreate() {
   for (auto& [address, buffer] : before) {
     Status status = recreate_one(buffer.get());
     if (!status.ok()) {
-      // It stays known, with an id that the daemon refuses by name.
-      buffer->id = buffer->of_group ? buffer->id : 0;
+      // It stays known, with an id that the daemon refuses by name; 0 would mean "not given".
+      buffer->id = kNoBuffer;
       first = first.ok() ? std::move(status) : std::move(first);
     }
     Buffer* inserted = nullptr;

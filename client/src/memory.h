@@ -20,6 +20,8 @@ class Session;
 
 /// The daemon's limit of buffers of a session.
 inline constexpr size_t kMaxBuffers = 1024;
+/// No buffer of any session.
+inline constexpr uint32_t kNoBuffer = UINT32_MAX;
 inline constexpr uint64_t kControlTimeoutNs = 5'000'000'000;
 
 enum class BufferKind {
@@ -72,12 +74,13 @@ class Memory {
   Status free_allocated(void* data);
   /// BUFFER_BUSY leaves it as it was.
   Status release(Buffer* buffer);
+  /// GPU: the memory behind a registration was freed and its address used again. An automatic registration is dropped,
+  /// one of the caller's is renewed.
+  Status refresh(Buffer* buffer);
   /// Unmaps a group's window; the daemon frees its side with the group.
   void drop(Buffer* buffer);
 
   Resolved resolve(const void* pointer, uint64_t bytes, Place* place, Buffer** buffer) const;
-  /// The extent of the buffer a pointer lies in, for messages.
-  bool owns(const Buffer* buffer) const;
 
  private:
   using Map = std::map<uintptr_t, std::unique_ptr<Buffer>>;
@@ -91,7 +94,7 @@ class Memory {
   Status recreate_one(Buffer* buffer);
   Status insert(std::unique_ptr<Buffer> buffer, Buffer** out);
   std::unique_ptr<Buffer> extract(const Buffer* buffer);
-  Buffer* containing(uintptr_t address) const;
+  Buffer* containing(uintptr_t address, uint64_t bytes) const;
   void unmap(Buffer* buffer);
 
   Session* const session_;

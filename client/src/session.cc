@@ -158,6 +158,10 @@ Status Session::reattach(uint64_t timeout_ns) {
   if (status.ok()) {
     status = memory_->recreate();
     count_reattach();
+    if (!status.ok()) {
+      // Half of a session is none: the caller can try again.
+      connection_->abandon("re-creating the session's memory failed");
+    }
   }
   closed_to_callers_.store(false, std::memory_order_seq_cst);
   return status;
@@ -165,14 +169,11 @@ Status Session::reattach(uint64_t timeout_ns) {
 
 void Session::leave_groups() {
   const uint64_t deadline_ns = deadline_after(kLeaveAtDetachNs);
-  std::vector<std::unique_ptr<Group>> groups;
-  {
-    const std::lock_guard lock(objects_mutex_);
-    groups.swap(groups_);
-  }
-  for (std::unique_ptr<Group>& group : groups) {
+  // The objects stay until the last caller has left.
+  const std::lock_guard lock(objects_mutex_);
+  for (const std::unique_ptr<Group>& group : groups_) {
     // Best effort: the end of the lease leaves every group anyway.
-    static_cast<void>(group->end(left_until(deadline_ns)));
+    static_cast<void>(group->tell_daemon(left_until(deadline_ns)));
   }
 }
 

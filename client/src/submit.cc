@@ -53,7 +53,7 @@ Status Session::place_device_tensor(OpRequest* request, uint32_t index) {
         return status;
       }
       if (identity != buffer->identity) {
-        status = memory_->release(buffer);
+        status = memory_->refresh(buffer);
         if (!status.ok()) {
           return status;
         }

@@ -339,7 +339,7 @@ void Engine::complete(EngineSession& session, Op& op, uint64_t now_ns) {
     const OpEntry& entry = group.entry(op.number);
     completion.group_op = op.number;
     completion.epoch = op.part != 0 ? entry.epoch : group.epoch();
-    completion.rank_mask = op.part != 0 ? entry.active : 0;
+    completion.rank_mask = op.part != 0 ? entry.active.load(std::memory_order_acquire) : 0;
     if (op.part != 0 && entry.active != group.all_ranks()) {
       completion.flags |= EXPERTD_COMPLETION_DEGRADED;
     }

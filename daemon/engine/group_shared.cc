@@ -116,10 +116,10 @@ bool GroupShared::reusable(const OpEntry& op, uint64_t decided_word) const {
   if (tag_of(decided_word) == kDeciding || op.unfinished.load(std::memory_order_acquire) != 0) {
     return false;
   }
-  const uint64_t lost_ranks = lost();
   for (uint32_t rank = 0; rank < ranks(); ++rank) {
+    // A lost rank reads the entry as well until its session has drained.
     const bool reads = op.posted[rank].load(std::memory_order_acquire) == old_number;
-    if (reads && (lost_ranks >> rank & 1) == 0 && op.released[rank].load(std::memory_order_acquire) != old_number) {
+    if (reads && op.released[rank].load(std::memory_order_acquire) != old_number) {
       return false;
     }
   }
@@ -254,8 +254,9 @@ bool GroupShared::page_free(uint64_t number) const {
   // An operation that failed before its launch never waited for the page, so older users of the page count as well.
   for (uint64_t back = kExchangePages; back < kEntries && back < number; back += kExchangePages) {
     const OpEntry& before = entry(number - back);
-    if (number_of(before.verdict.load(std::memory_order_acquire)) < number - back ||
-        before.unfinished.load(std::memory_order_acquire) != 0) {
+    const uint64_t decided = number_of(before.verdict.load(std::memory_order_acquire));
+    if (decided < number - back ||
+        (decided == number - back && before.unfinished.load(std::memory_order_acquire) != 0)) {
       return false;
     }
   }

@@ -49,7 +49,7 @@ struct OpEntry {
   std::atomic<uint64_t> abort_number{0};
   Failure abort_failure;
   Failure failure;          // of a kFailed verdict
-  uint64_t active = 0;      // ranks that take part; written by the decider
+  std::atomic<uint64_t> active{0};  // ranks that take part; written by the decider, also read by quiet()
   uint64_t epoch = 0;
   ExchangeFlags flags;
 };

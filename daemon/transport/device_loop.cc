@@ -20,7 +20,9 @@ constexpr uint64_t kBeatNs = 500'000'000;
 // A control thread waits this long for a loop before it reports the loop as stuck.
 constexpr std::chrono::seconds kTaskTimeout(5);
 
-// How long a loop with parts on a GPU sleeps between looks: an eighth of the time since something moved, within these.
+// A loop with parts on a GPU spins this long after something moved (longer than any operation takes), then sleeps between
+// looks for an eighth of the time since, within these.
+constexpr uint64_t kPollSpinNs = 2'000'000;
 constexpr uint64_t kPollNsMin = 20'000;
 constexpr uint64_t kPollNsMax = 1'000'000;
 
@@ -246,7 +248,7 @@ void DeviceLoop::thread_main() {
     }
     if (moved || port_->busy()) {
       last_work_ns = now_ns;
-    } else if (now_ns - last_work_ns < options_.spin_ns) {
+    } else if (now_ns - last_work_ns < (port_->polls() ? kPollSpinNs : options_.spin_ns)) {
       relax();
     } else {
       sleep_until_work(now_ns, now_ns - last_work_ns);

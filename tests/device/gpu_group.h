@@ -96,7 +96,7 @@ class GpuGroup {
       }
       arenas_[r].attach(std::move(window).value());
     }
-    return base::Status::ok();
+    return make_bells();
   }
 
   uint32_t size() const { return static_cast<uint32_t>(devices_.size()); }
@@ -195,15 +195,42 @@ class GpuGroup {
                                       sizeof(values), cudaMemcpyDeviceToHost));
     return {values[0], values[1]};
   }
+  /// Through a stream that was used before anything parked: a first copy of a context may wait for parked streams.
   void ring(uint32_t rank) {
     const engine::SlotWords at = words(rank);
     EXPECT_EQ(cudaSuccess, cudaSetDevice(static_cast<int>(device_index(rank))));
-    EXPECT_EQ(cudaSuccess, cudaMemcpy(static_cast<char*>(at.flag_page) + EXPERTD_DOORBELL_OFFSET(at.slot), &at.seq,
-                                      sizeof(at.seq), cudaMemcpyHostToDevice));
+    *bells_[rank].value = at.seq;
+    EXPECT_EQ(cudaSuccess, cudaMemcpyAsync(static_cast<char*>(at.flag_page) + EXPERTD_DOORBELL_OFFSET(at.slot),
+                                           bells_[rank].value, sizeof(at.seq), cudaMemcpyHostToDevice,
+                                           bells_[rank].stream));
+    EXPECT_EQ(cudaSuccess, cudaStreamSynchronize(bells_[rank].stream));
   }
   uint64_t seq() const { return seq_; }
 
  private:
+  struct Bell {
+    cudaStream_t stream = nullptr;
+    uint64_t* value = nullptr;  // pinned
+  };
+  base::Status make_bells() {
+    for (uint32_t r = 0; r < devices_.size(); ++r) {
+      Bell bell;
+      void* pinned = nullptr;
+      const bool made = cudaSetDevice(static_cast<int>(device_index(r))) == cudaSuccess &&
+                        cudaStreamCreateWithFlags(&bell.stream, cudaStreamNonBlocking) == cudaSuccess &&
+                        cudaMallocHost(&pinned, sizeof(uint64_t)) == cudaSuccess;
+      if (!made) {
+        return base::Status(EXPERTD_REASON_CUDA, "making the bell of a GPU");
+      }
+      bell.value = static_cast<uint64_t*>(pinned);
+      *bell.value = 0;
+      bells_.push_back(bell);
+      ring(r);  // sequence 0 wakes nobody
+    }
+    return base::Status::ok();
+  }
+
+  std::vector<Bell> bells_;
   std::vector<std::unique_ptr<device::Device>> devices_;
   std::vector<Arena> arenas_;  // windows are given back before their devices
   base::GroupId group_;

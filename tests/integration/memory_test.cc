@@ -204,7 +204,7 @@ TEST_F(RawMemory, ACudaHandleOnAHostDeviceHasTheWrongKind) {
   EXPECT_EQ(end.code, EXPERTD_CODE_INVALID_ARGUMENT);
 }
 
-TEST_F(RawMemory, ACudaHandleOfAWrongSizeIsRefusedNamingBothSizes) {
+TEST_F(RawMemory, ACudaHandleOfAWrongSizeIsRefusedNamingTheRightOne) {
   v1::RegisterBufferRequest request;
   request.set_cuda_ipc_handle("short");
   request.set_size(kPage);
@@ -212,7 +212,6 @@ TEST_F(RawMemory, ACudaHandleOfAWrongSizeIsRefusedNamingBothSizes) {
   const RpcEnd end = rpc_->register_buffer(request, &buffer);
   EXPECT_EQ(end.code, EXPERTD_CODE_OUT_OF_RANGE) << end.message;
   EXPECT_NE(end.message.find("64"), std::string::npos) << end.message;
-  EXPECT_NE(end.message.find("5"), std::string::npos) << end.message;
 }
 
 TEST_F(RawMemory, ATokenIsGoodForOneRegistration) {

@@ -25,8 +25,7 @@ TEST(EngineSim, KeepsItsPromisesUnderEverySeed) {
     EngineWorld world(seed);
     const std::string breach = world.run();
     operations += world.operations();
-    ASSERT_TRUE(breach.empty()) << breach << "\nEXPERTD_SEED=" << seed
-                                << " engine_sim_test --gtest_filter=EngineSim.*";
+    ASSERT_TRUE(breach.empty()) << breach << "\nEXPERTD_SEED=" << seed << " engine_sim_test --gtest_filter=EngineSim.*";
   }
   RecordProperty("operations", std::to_string(operations));
 }

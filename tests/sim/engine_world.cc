@@ -52,7 +52,8 @@ void EngineWorld::build_groups() {
   }
 }
 
-// The ranks of the second group sit in sessions of their own, or in those of the first when they cover the same devices.
+// The ranks of the second group sit in sessions of their own, or in those of the first when they cover the same
+// devices.
 void EngineWorld::build_clients() {
   const bool both = groups_.size() == 2 && groups_[0]->ranks() == groups_[1]->ranks() && chance(70);
   const size_t groups = both ? 1 : groups_.size();
@@ -138,8 +139,8 @@ engine::Request EngineWorld::make_request(const Client& client, const Membership
   return request;
 }
 
-void EngineWorld::submit_some(Client& client) {
-  for (uint64_t count = pick(4); count > 0 && !client.closed && client.submitted < client.plan.size(); --count) {
+void EngineWorld::submit_some(Client& client, uint64_t count) {
+  for (; count > 0 && !client.closed && client.submitted < client.plan.size(); --count) {
     const uint32_t slot = static_cast<uint32_t>(client.submitted % EXPERTD_RING_SLOTS_MAX);
     if (client.session->outstanding() >= client.window || !client.session->slot_free(slot)) {
       return;
@@ -201,6 +202,7 @@ void EngineWorld::change_masks() {
 }
 
 bool EngineWorld::step() {
+  submit_some(*clients_[pick(clients_.size())], pick(4));
   std::vector<Device*> runnable;
   for (const std::unique_ptr<Device>& device : devices_) {
     const bool due = std::min(device->port->next_event_ns(), device->engine->next_deadline_ns()) <= now_ns_;
@@ -208,8 +210,6 @@ bool EngineWorld::step() {
       runnable.push_back(device.get());
     }
   }
-  Client& client = *clients_[pick(clients_.size())];
-  submit_some(client);
   if (runnable.empty()) {
     return false;
   }
@@ -267,8 +267,19 @@ std::string EngineWorld::run() {
     }
     if (step()) {
       idle = 0;
-    } else if (++idle > 8 * clients_.size() && !advance_time() && idle > 1000) {
-      breach("nothing can move and nothing is due at " + std::to_string(now_ns_));
+      continue;
+    }
+    if (++idle % 4 != 0) {
+      continue;
+    }
+    bool submitted = false;  // time stands still while a client could go on
+    for (const std::unique_ptr<Client>& client : clients_) {
+      const size_t before = client->submitted;
+      submit_some(*client, 1);
+      submitted |= client->submitted != before;
+    }
+    if (!submitted && !advance_time() && idle > 1000) {
+      breach("nothing can move and nothing is due");
     }
     if (now_ns_ >= kFarNs) {
       breach("operations ended only at their far deadline: a wake-up was lost");
@@ -282,8 +293,29 @@ std::string EngineWorld::run() {
 
 void EngineWorld::breach(const std::string& text) {
   if (breach_.empty()) {
-    breach_ = text;
+    breach_ = text + describe();
   }
+}
+
+std::string EngineWorld::describe() const {
+  std::string text = " at " + std::to_string(now_ns_) + (faults_ ? ", faults" : "") +
+                     (deadlines_ ? ", deadlines" : "") + (masks_ ? ", masks" : "");
+  for (const std::unique_ptr<engine::GroupShared>& group : groups_) {
+    text += "; group of " + std::to_string(group->ranks()) + (group->settings().mask_on_loss ? " (mask)" : " (fail)") +
+            " lost " + std::to_string(group->lost()) + " excluded " + std::to_string(group->excluded());
+  }
+  for (const std::unique_ptr<Client>& client : clients_) {
+    text += "\n  session " + std::to_string(client->session->id().value) + " on device " +
+            std::to_string(client->device) + (client->closed ? " closed" : "") + " submitted " +
+            std::to_string(client->submitted) + "/" + std::to_string(client->plan.size()) + " outstanding " +
+            std::to_string(client->session->outstanding()) + " parts " +
+            std::to_string(devices_[client->device]->port->parts());
+    for (const Membership& membership : client->memberships) {
+      text += " [group " + std::to_string(membership.group) + " rank " + std::to_string(membership.state.rank) +
+              " next " + std::to_string(membership.state.next_number) + (membership.left ? " left]" : "]");
+    }
+  }
+  return text;
 }
 
 // All ranks agree on an operation, except where one was refused, left out, lost, or late beyond the operation.

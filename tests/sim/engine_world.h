@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The simulated node of engine_sim_test: devices with engines, one or two groups over them, clients that submit, refuse,
-// leave and die. Everything random comes from one seed. A device's loop runs only when something woke it, as the real
-// one does, so that a forgotten wake-up shows as an operation that never ends.
+// The simulated node of engine_sim_test: devices with engines, one or two groups over them, clients that submit,
+// refuse, leave and die. Everything random comes from one seed. A device's loop runs only when something woke it, as
+// the real one does, so that a forgotten wake-up shows as an operation that never ends.
 #pragma once
 
 #include <map>
@@ -74,7 +74,7 @@ class EngineWorld final : public engine::WakePort {
   void build_clients();
   void add_client(uint32_t group, uint32_t rank, bool both);
   engine::Request make_request(const Client& client, const Membership* membership);
-  void submit_some(Client& client);
+  void submit_some(Client& client, uint64_t count);
   void end_sessions(Client& client);
   void change_masks();
   void wake_group(uint32_t group);
@@ -82,6 +82,7 @@ class EngineWorld final : public engine::WakePort {
   bool advance_time();
   bool all_done() const;
   void breach(const std::string& text);
+  std::string describe() const;
   void check_operation(uint32_t group, uint64_t number, const std::vector<RankResult>& results);
   void check_end();
 

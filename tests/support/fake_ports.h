@@ -78,8 +78,8 @@ class FakeDevicePort final : public engine::DevicePort {
     }
   }
 
-  bool full = false;           // launch() refuses
-  bool ends_on_abort = true;   // an aborted part ends at once, as host parts do
+  bool full = false;          // launch() refuses
+  bool ends_on_abort = true;  // an aborted part ends at once, as host parts do
   uint32_t missing_what = EXPERTD_MISSING_ROWS;
   uint64_t missing_ranks = 0;
   uint32_t refused = 0;

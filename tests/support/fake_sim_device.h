@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// A device of a simulation: its parts meet through the ExchangeFlags of their operation as host parts do, and every step
-// takes a random number of ticks. The driver sets the time before it turns the engine. One device, one thread; ranks on
-// other threads are met through the flags alone. It checks what engines promise to devices and keeps the first breach.
+// A device of a simulation: its parts meet through the ExchangeFlags of their operation as host parts do, and every
+// step takes a random number of ticks. The driver sets the time before it turns the engine. One device, one thread;
+// ranks on other threads are met through the flags alone. It checks what engines promise to devices and keeps the first
+// breach.
 #pragma once
 
 #include <algorithm>
@@ -83,8 +84,7 @@ class SimDevice final : public engine::DevicePort {
     for (const auto& [id, part] : parts_) {
       if (part.abort_reason != 0) {
         next = std::min(next, part.abort_ns);
-      }
-      if (!part.routed) {
+      } else if (!part.routed) {
         next = std::min(next, part.routed_ns);
       } else if (!part.moved && everybody(part, part.flags == nullptr ? nullptr : &part.flags->routed)) {
         next = std::min(next, part.moved_ns);

@@ -27,7 +27,7 @@ class TempDir {
 std::string read_text(const std::string& path);
 void write_text(const std::string& path, const std::string& text);
 
-/// Looks until `condition` holds or the time is over, with a pause of a millisecond between looks; the last look counts.
+/// Looks until `condition` holds or the time is over, with a pause of a millisecond between looks.
 bool wait_until(const std::function<bool()>& condition, std::chrono::milliseconds limit);
 
 /// CLOCK_MONOTONIC in nanoseconds, as in completions.

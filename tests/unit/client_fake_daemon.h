@@ -32,16 +32,9 @@
 
 #include "proto/abi/attach_v1.h"
 #include "proto/abi/ll_window_v1.h"
+#include "tests/unit/client_fake_socket.h"
 
 namespace expertd::test {
-
-inline int make_memfd(uint64_t bytes) {
-  const int fd = memfd_create("fake", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-  if (ftruncate(fd, static_cast<off_t>(bytes)) != 0 || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) != 0) {
-    abort();
-  }
-  return fd;
-}
 
 struct Region {
   char* data = nullptr;
@@ -122,52 +115,12 @@ class FakeDaemon : public v1::Session::Service {
   uint64_t wakes() const { return wakes_; }
 
  private:
-  struct Waiting {
-    expertd_slot slot;
-  };
-
   void poke() {
     const uint64_t one = 1;
     const std::lock_guard lock(mutex_);
     if (wake_ >= 0 && write(wake_, &one, sizeof(one)) < 0) {
       abort();
     }
-  }
-
-  static void send_with(int socket, const void* bytes, size_t size, const std::vector<int>& fds) {
-    alignas(cmsghdr) char control[CMSG_SPACE(4 * sizeof(int))] = {};
-    iovec part{const_cast<void*>(bytes), size};
-    msghdr message{};
-    message.msg_iov = &part;
-    message.msg_iovlen = 1;
-    if (!fds.empty()) {
-      message.msg_control = control;
-      message.msg_controllen = CMSG_SPACE(fds.size() * sizeof(int));
-      cmsghdr* header = CMSG_FIRSTHDR(&message);
-      header->cmsg_level = SOL_SOCKET;
-      header->cmsg_type = SCM_RIGHTS;
-      header->cmsg_len = CMSG_LEN(fds.size() * sizeof(int));
-      memcpy(CMSG_DATA(header), fds.data(), fds.size() * sizeof(int));
-    }
-    if (sendmsg(socket, &message, MSG_NOSIGNAL) < 0) {
-      return;
-    }
-  }
-
-  static ssize_t receive_with(int socket, void* bytes, size_t size, int* fd) {
-    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-    iovec part{bytes, size};
-    msghdr message{};
-    message.msg_iov = &part;
-    message.msg_iovlen = 1;
-    message.msg_control = control;
-    message.msg_controllen = sizeof(control);
-    const ssize_t got = recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
-    const cmsghdr* header = CMSG_FIRSTHDR(&message);
-    if (header != nullptr && header->cmsg_type == SCM_RIGHTS) {
-      memcpy(fd, CMSG_DATA(header), sizeof(int));
-    }
-    return got;
   }
 
   void serve() {

@@ -112,8 +112,7 @@ INSTANTIATE_TEST_SUITE_P(
         Disagreement{"side", EXPERTD_ARGUMENT_SIDE_ELEMENTS, [](auto& r) { r.shape.side_elements = 2; }},
         Disagreement{"side_bytes", EXPERTD_ARGUMENT_SIDE_ELEMENT_BYTES,
                      [](auto& r) { r.shape.side_element_bytes = 2; }},
-        Disagreement{"alignment", EXPERTD_ARGUMENT_EXPERT_ALIGNMENT,
-                     [](auto& r) { r.shape.expert_alignment = 8; }}),
+        Disagreement{"alignment", EXPERTD_ARGUMENT_EXPERT_ALIGNMENT, [](auto& r) { r.shape.expert_alignment = 8; }}),
     [](const auto& row) { return std::string(row.param.name); });
 
 TEST(EngineFailure, LetsARankWithoutRowsLeaveOptionalTensorsOut) {

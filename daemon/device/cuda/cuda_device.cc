@@ -148,6 +148,7 @@ base::Status CudaDevice::warm_up(CUstream stream) {
 Reach CudaDevice::reach(bool peers) const {
   Reach reach;
   reach.driver = &driver_;
+  reach.closer = &registry_->closer;
   reach.home = gpu_.view;
   reach.gpus.push_back(gpu_.view);
   for (const GpuFacts& other : all_) {

@@ -183,7 +183,10 @@ base::Result<std::vector<std::unique_ptr<device::Device>>> create_cuda_devices(c
     }
   }
   fill_peer_masks(driver, options.peer_access, &gpus);
-  const auto registry = std::make_shared<Registry>();
+  const auto registry = std::make_shared<Registry>(driver);
+  for (GpuFacts& gpu : gpus) {
+    gpu.view.gate = &registry->gates[gpu.view.index.value];
+  }
   std::vector<std::unique_ptr<device::Device>> devices;
   for (size_t i = 0; i < gpus.size(); ++i) {
     CudaDevice::Setup setup;

@@ -79,8 +79,12 @@ bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords&
   if (session != nullptr && session->queued_entries + kEntriesPerPart > kMaxStreamEntries) {
     return false;
   }
+  if (!gpu_.view.gate->try_enter()) {
+    return false;  // a mapping is being closed
+  }
   Part* slot = parts_in_flight_ < kMaxPartsInFlight ? free_part() : nullptr;
   if (slot == nullptr) {
+    gpu_.view.gate->leave();
     return false;
   }
   ++parts_in_flight_;
@@ -248,6 +252,7 @@ void CudaDevice::end_part(Part* part, engine::Outcome* outcome) {
   }
   part->id = 0;
   --parts_in_flight_;
+  gpu_.view.gate->leave();
 }
 
 void CudaDevice::abort(engine::PartId id, uint32_t reason) {

@@ -148,7 +148,7 @@ base::Result<base::ScopedFd> VmmMemory::export_fd() const {
 base::Result<std::unique_ptr<IpcMemory>> IpcMemory::open(const Reach& reach, const void* handle, const Range& range) {
   const Driver& driver = *reach.driver;
   std::unique_ptr<IpcMemory> memory(new IpcMemory());
-  memory->driver_ = &driver;
+  memory->closer_ = reach.closer;
   memory->mapping_.bytes = range.bytes;
   memory->mapping_.home = reach.home.index;
   CUipcMemHandle ipc{};
@@ -163,7 +163,7 @@ base::Result<std::unique_ptr<IpcMemory>> IpcMemory::open(const Reach& reach, con
                               driver.check(opened, "cuIpcOpenMemHandle").message() +
                               "; VMM memory and equal process ids have no handle: pass a descriptor or use a window");
     }
-    memory->opened_.push_back({gpu.context, address});
+    memory->opened_.push_back({gpu.context, address, gpu.gate});
     CUdeviceptr first = 0;
     size_t size = 0;
     EXPERTD_DRIVER_CALL(driver, cuMemGetAddressRange(&first, &size, address));
@@ -178,8 +178,7 @@ base::Result<std::unique_ptr<IpcMemory>> IpcMemory::open(const Reach& reach, con
 
 IpcMemory::~IpcMemory() {
   for (const Opened& opened : opened_) {
-    const ScopedContext context(*driver_, opened.context);
-    driver_->cuIpcCloseMemHandle(opened.address);
+    closer_->close_later(opened.context, opened.address, opened.gate);
   }
 }
 

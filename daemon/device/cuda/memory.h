@@ -12,6 +12,7 @@
 
 #include "daemon/base/fd.h"
 #include "daemon/base/ids.h"
+#include "daemon/device/cuda/closer.h"
 #include "daemon/device/cuda/driver.h"
 #include "daemon/device/device.h"
 
@@ -22,11 +23,13 @@ struct GpuView {
   base::DeviceIndex index;
   CUdevice device = 0;
   CUcontext context = nullptr;
+  LaunchGate* gate = nullptr;  // in the Registry
 };
 
 /// Who may touch a piece of memory: its home first, then every GPU with peer access to it.
 struct Reach {
   const Driver* driver = nullptr;
+  Closer* closer = nullptr;
   GpuView home;
   std::vector<GpuView> gpus;  // home included
 };
@@ -81,7 +84,8 @@ class VmmMemory : public HeldMemory {
   bool mapped_ = false;
 };
 
-/// A legacy IPC handle, opened once in the context of each GPU of `reach`: another address in each.
+/// A legacy IPC handle, opened once in the context of each GPU of `reach`: another address in each. Its end hands the
+/// mappings to the Closer, because closing beside a parked stream would hang the context.
 class IpcMemory : public HeldMemory {
  public:
   struct Range {
@@ -97,10 +101,11 @@ class IpcMemory : public HeldMemory {
   struct Opened {
     CUcontext context;
     CUdeviceptr address;
+    LaunchGate* gate;
   };
   IpcMemory() = default;
 
-  const Driver* driver_ = nullptr;
+  Closer* closer_ = nullptr;
   std::vector<Opened> opened_;
 };
 

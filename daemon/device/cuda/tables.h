@@ -106,7 +106,10 @@ struct GroupEntry {
 
 /// The tables of all CUDA devices of the process by device index: how a device finds its peers' pages.
 struct Registry {
+  explicit Registry(const Driver& driver) : closer(driver) {}
   using GroupTable = LookupTable<GroupEntry, kMaxGroupsPerDevice>;
+  std::array<LaunchGate, base::kMaxDevices> gates{};
+  Closer closer;
   std::array<std::atomic<const GroupTable*>, base::kMaxDevices> groups{};
 };
 

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// Closer: closes IPC mappings when no stream of their context is parked. Measured on H200 (tests/device/facts.cu): while
+// a stream waits for a word, cuIpcCloseMemHandle and cudaFree block, and with them every launch and copy of the context,
+// the one that would release the stream included. So a close first holds back launches on the device, waits until no
+// part is in flight, closes, and lets launches go on. A thread of its own, because that may take as long as a parked
+// part's deadline; shared by the devices of the process.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+#include "daemon/device/cuda/driver.h"
+
+namespace expertd::device::cuda {
+
+/// Keeps launches and closes of one device apart. enter/leave: loop thread, never blocks.
+class LaunchGate {
+ public:
+  /// False while a close holds launches back. A part entered counts as in flight until leave().
+  bool try_enter() {
+    in_flight_.fetch_add(1, std::memory_order_seq_cst);  // pairs with hold_when_idle(): one of the two sees the other
+    if (held_.load(std::memory_order_seq_cst)) {
+      in_flight_.fetch_sub(1, std::memory_order_seq_cst);
+      return false;
+    }
+    return true;
+  }
+  void leave() { in_flight_.fetch_sub(1, std::memory_order_seq_cst); }
+
+  /// Holds launches back for at most `limit_ns`; true when no part is in flight, and then until release().
+  bool hold_when_idle(uint64_t limit_ns);
+  void release() { held_.store(false, std::memory_order_seq_cst); }
+
+ private:
+  std::atomic<uint32_t> in_flight_{0};
+  std::atomic<bool> held_{false};
+};
+
+class Closer {
+ public:
+  explicit Closer(const Driver& driver);
+  /// Closes what is left without waiting: the process ends.
+  ~Closer();
+  Closer(const Closer&) = delete;
+  Closer& operator=(const Closer&) = delete;
+
+  /// Takes over a mapping of `context`; any control thread. `gate` lives as long as the process.
+  void close_later(CUcontext context, CUdeviceptr address, LaunchGate* gate);
+
+ private:
+  struct Item {
+    CUcontext context = nullptr;
+    CUdeviceptr address = 0;
+    LaunchGate* gate = nullptr;
+  };
+  void thread_main();
+  void close(const Item& item);
+
+  const Driver& driver_;
+  std::mutex mutex_;
+  std::condition_variable signal_;
+  std::deque<Item> items_;  // bounded by the buffers that sessions may hold
+  bool stop_ = false;
+  std::thread thread_;
+};
+
+}  // namespace expertd::device::cuda
