@@ -182,6 +182,10 @@ double DaemonProcess::metric(const std::string& prefix) const {
   return sum;
 }
 
+bool DaemonProcess::metric_becomes(const std::string& prefix, double value) const {
+  return wait_until([&] { return metric(prefix) == value; }, std::chrono::seconds(5));
+}
+
 size_t DaemonProcess::open_descriptors() const { return count_entries("/proc/" + std::to_string(pid_) + "/fd"); }
 
 size_t DaemonProcess::mappings() const {

@@ -58,6 +58,8 @@ class DaemonProcess {
   std::string scrape() const;
   /// Sum of all series whose "name{labels}" begins with `prefix`; 0 when there is none.
   double metric(const std::string& prefix) const;
+  /// Waits for it: counters move just after the client's own view of an operation.
+  bool metric_becomes(const std::string& prefix, double value) const;
   /// Open descriptors and mappings of the daemon's process.
   size_t open_descriptors() const;
   size_t mappings() const;
