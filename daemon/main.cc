@@ -29,8 +29,8 @@ int exit_code_of(const Status& status) {
   }
 }
 
-// Ends the process: after a normal run everything was given back, and neither the HTTP library's threads, which take 2 s
-// to end, nor those of a lost device must hold it.
+// Ends the process: after a normal run everything was given back, and neither the HTTP library's threads, which take 2
+// s to end, nor those of a lost device must hold it.
 [[noreturn]] void run_daemon(const expertd::config::LoadedConfig& loaded, const expertd::config::LoadRequest& request,
                              expertd::supervise::SystemdNotifier* notifier, expertd::supervise::Signals& signals) {
   using expertd::app::RunEnd;

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The C interface of expertd's client library. C11; no other header of the project but the Reasons is needed.
  *
- * Threads: every function may be called from any thread; calls on one session serialise inside, waits do not hold locks.
- * Operations of a group are collective: all ranks issue the same ones in the same order, so one thread per group issues.
- * Fork: a forked child inherits nothing; every call on a parent's object returns EXPERTD_REASON_FORKED. Attach anew.
- * Streams: `stream` is a CUstream/cudaStream_t on GPU sessions (NULL: the legacy default stream). On host sessions
- * operations of a session run in the order of issue and `stream` is ignored.
- * Errors: every function returns expertd_status_t; reason 0 is success. expertd_last_message() explains the last failure
- * of the calling thread. Sizes are bytes, times are nanoseconds, a timeout of 0 means the default of the callee.
- * Structs begin with struct_size: set it to sizeof (EXPERTD_INIT does), so that later versions can grow them. */
+ * Threads: every function may be called from any thread; calls on one session serialise inside, waits do not hold
+ * locks. Operations of a group are collective: all ranks issue the same ones in the same order, so one thread per group
+ * issues. Fork: a forked child inherits nothing; every call on a parent's object returns EXPERTD_REASON_FORKED. Attach
+ * anew. Streams: `stream` is a CUstream/cudaStream_t on GPU sessions (NULL: the legacy default stream). On host
+ * sessions operations of a session run in the order of issue and `stream` is ignored. Errors: every function returns
+ * expertd_status_t; reason 0 is success. expertd_last_message() explains the last failure of the calling thread. Sizes
+ * are bytes, times are nanoseconds, a timeout of 0 means the default of the callee. Structs begin with struct_size: set
+ * it to sizeof (EXPERTD_INIT does), so that later versions can grow them. */
 #ifndef EXPERTD_H_
 #define EXPERTD_H_
 
@@ -32,11 +32,11 @@ extern "C" {
 
 /* A zeroed struct with its struct_size: expertd_op_result_t result = EXPERTD_INIT(expertd_op_result_t); */
 #ifdef __cplusplus
-#define EXPERTD_INIT(type)               \
-  ([] {                                  \
-    type expertd_zeroed{};               \
+#define EXPERTD_INIT(type)                     \
+  ([] {                                        \
+    type expertd_zeroed{};                     \
     expertd_zeroed.struct_size = sizeof(type); \
-    return expertd_zeroed;               \
+    return expertd_zeroed;                     \
   }())
 #else
 #define EXPERTD_INIT(type) ((type){.struct_size = sizeof(type)})
@@ -103,7 +103,8 @@ EXPERTD_API expertd_status_t expertd_attach(const expertd_attach_options_t* opti
 /* Ends the session: in-flight operations are aborted, groups are left, memory returns. Frees every object of it. */
 EXPERTD_API expertd_status_t expertd_detach(expertd_session_t* session);
 /* After UNAVAILABLE: attaches the same session object to the restarted daemon and re-creates its windows and
- * registrations (buffer pointers may change: read them again; contents of windows are lost). Groups must be joined anew. */
+ * registrations (buffer pointers may change: read them again; contents of windows are lost). Groups must be joined
+ * anew. */
 EXPERTD_API expertd_status_t expertd_reattach(expertd_session_t* session, uint64_t timeout_ns);
 EXPERTD_API expertd_status_t expertd_session_info(expertd_session_t* session, expertd_session_info_t* info);
 /* OK, UNAVAILABLE (daemon gone), DRAINING. */
@@ -112,9 +113,11 @@ EXPERTD_API expertd_status_t expertd_session_state(expertd_session_t* session);
 /* ---- Memory ---- */
 
 /* A window: memory of the daemon, mapped here. Both sides keep it until destroyed. */
-EXPERTD_API expertd_status_t expertd_window_create(expertd_session_t* session, uint64_t bytes, expertd_buffer_t** buffer);
-/* Registers memory of the caller. GPU: cudaMalloc memory travels as a CUDA IPC handle (with offset and size), VMM memory
- * as a descriptor where it was allocated exportable (else IPC_HANDLE_VMM). Host: memory from expertd_alloc only. */
+EXPERTD_API expertd_status_t expertd_window_create(expertd_session_t* session, uint64_t bytes,
+                                                   expertd_buffer_t** buffer);
+/* Registers memory of the caller. GPU: cudaMalloc memory travels as a CUDA IPC handle (with offset and size), VMM
+ * memory as a descriptor where it was allocated exportable (else IPC_HANDLE_VMM). Host: memory from expertd_alloc only.
+ */
 EXPERTD_API expertd_status_t expertd_register(expertd_session_t* session, void* data, uint64_t bytes,
                                               expertd_buffer_t** buffer);
 /* Host: registers [offset, offset + bytes) of a memfd sealed with F_SEAL_SHRINK. */
@@ -150,18 +153,18 @@ typedef enum expertd_on_rank_loss { EXPERTD_RANK_LOSS_FAIL = 1, EXPERTD_RANK_LOS
 
 typedef struct expertd_group_options {
   size_t struct_size;
-  const char* name;              /* the same on every rank; 1..64 characters */
-  uint32_t rank;                 /* 0..expert_parallel_size-1 */
-  uint32_t expert_parallel_size; /* R, 1..64 on one node */
-  uint32_t num_experts;          /* E, a multiple of R, <= 2048, E/R <= 256 */
-  uint32_t hidden;               /* H, a multiple of 128, <= 16384 */
-  uint32_t top_k;                /* K, 1..32 */
-  uint32_t max_tokens;           /* per rank: <= 4096 with INFERENCE or AUTO, <= 65536 with NORMAL */
-  expertd_group_mode_t mode;     /* 0: AUTO */
+  const char* name;                    /* the same on every rank; 1..64 characters */
+  uint32_t rank;                       /* 0..expert_parallel_size-1 */
+  uint32_t expert_parallel_size;       /* R, 1..64 on one node */
+  uint32_t num_experts;                /* E, a multiple of R, <= 2048, E/R <= 256 */
+  uint32_t hidden;                     /* H, a multiple of 128, <= 16384 */
+  uint32_t top_k;                      /* K, 1..32 */
+  uint32_t max_tokens;                 /* per rank: <= 4096 with INFERENCE or AUTO, <= 65536 with NORMAL */
+  expertd_group_mode_t mode;           /* 0: AUTO */
   expertd_on_rank_loss_t on_rank_loss; /* 0: FAIL */
-  uint64_t op_timeout_ns;        /* 0: 100 s */
-  uint64_t first_op_timeout_ns;  /* 0: 30 min */
-  uint64_t join_timeout_ns;      /* 0: 60 s */
+  uint64_t op_timeout_ns;              /* 0: 100 s */
+  uint64_t first_op_timeout_ns;        /* 0: 30 min */
+  uint64_t join_timeout_ns;            /* 0: 60 s */
 } expertd_group_options_t;
 
 typedef struct expertd_group_plan_s {
@@ -186,8 +189,8 @@ EXPERTD_API expertd_status_t expertd_group_mask(expertd_group_t* group, uint64_t
 /* ---- Operations ----
  * Each is issued on `stream` and returns an event at once; the stream waits for the completion unless EXPERTD_ASYNC is
  * given: then computation may follow, and expertd_event_stream_wait (the receive half, or "hook") makes a stream wait.
- * Notation and results: R ranks, E experts, L = E/R, T tokens, K top-k, H hidden, M max_tokens, N = R*M, C capacity_rows.
- * Data pointers are multiples of 16 bytes. Failures of an operation come with its event. */
+ * Notation and results: R ranks, E experts, L = E/R, T tokens, K top-k, H hidden, M max_tokens, N = R*M, C
+ * capacity_rows. Data pointers are multiples of 16 bytes. Failures of an operation come with its event. */
 
 enum expertd_op_flag {
   EXPERTD_ASYNC = 1,                /* the stream does not wait; use the event */
@@ -215,70 +218,70 @@ typedef struct expertd_event {
 typedef struct expertd_op_result {
   size_t struct_size;
   expertd_status_t status;
-  uint32_t recv_rows;          /* dispatch: Nr (expanded: rows including alignment gaps) */
+  uint32_t recv_rows; /* dispatch: Nr (expanded: rows including alignment gaps) */
   uint32_t expert_count_entries;
   const uint32_t* expert_counts; /* dispatch, ll_dispatch: rows per local expert; valid until 64 more operations */
-  int32_t degraded;            /* computed under a rank mask */
-  uint64_t rank_mask;          /* ranks that took part */
+  int32_t degraded;              /* computed under a rank mask */
+  uint64_t rank_mask;            /* ranks that took part */
   uint64_t epoch;
-  int32_t rank;                /* the rank that the status names, or -1 */
+  int32_t rank; /* the rank that the status names, or -1 */
   uint64_t queue_ns, execute_ns, total_ns;
   uint64_t local_bytes, remote_bytes;
 } expertd_op_result_t;
 
 typedef struct expertd_layout_args {
   size_t struct_size;
-  const void* topk_idx;          /* [T,K] */
-  expertd_data_type_t idx_type;  /* EXPERTD_I64 or EXPERTD_I32 */
+  const void* topk_idx;         /* [T,K] */
+  expertd_data_type_t idx_type; /* EXPERTD_I64 or EXPERTD_I32 */
   uint32_t tokens, top_k, num_experts, num_ranks;
-  int32_t* tokens_per_rank;      /* [R], each token once */
-  int32_t* tokens_per_node;      /* [1] on one node, or NULL */
-  int32_t* tokens_per_expert;    /* [E] */
-  uint8_t* token_rank_mask;      /* [T,R] */
+  int32_t* tokens_per_rank;   /* [R], each token once */
+  int32_t* tokens_per_node;   /* [1] on one node, or NULL */
+  int32_t* tokens_per_expert; /* [E] */
+  uint8_t* token_rank_mask;   /* [T,R] */
   uint32_t flags;
   uint64_t timeout_ns;
 } expertd_layout_args_t;
 
 typedef struct expertd_dispatch_args {
   size_t struct_size;
-  const void* x;                 /* [T] rows: bf16 [H], or row_bytes bytes */
-  expertd_data_type_t dtype;     /* EXPERTD_BF16 or EXPERTD_BYTES */
-  uint32_t row_bytes;            /* EXPERTD_BYTES: a multiple of 16 */
-  const void* side;              /* EXPERTD_BYTES: [T,S], may be NULL */
-  uint32_t side_elements;        /* S */
-  uint32_t side_element_bytes;   /* 1, 2, 4 */
+  const void* x;                                /* [T] rows: bf16 [H], or row_bytes bytes */
+  expertd_data_type_t dtype;                    /* EXPERTD_BF16 or EXPERTD_BYTES */
+  uint32_t row_bytes;                           /* EXPERTD_BYTES: a multiple of 16 */
+  const void* side;                             /* EXPERTD_BYTES: [T,S], may be NULL */
+  uint32_t side_elements;                       /* S */
+  uint32_t side_element_bytes;                  /* 1, 2, 4 */
   int64_t side_row_stride, side_element_stride; /* bytes; 0,0 = row-major */
-  const void* topk_idx;          /* [T,K]; -1 = none */
+  const void* topk_idx;                         /* [T,K]; -1 = none */
   expertd_data_type_t idx_type;
-  const float* topk_weights;     /* [T,K] or NULL */
-  const uint8_t* token_rank_mask;/* [T,R] or NULL: routing by mask, topk_idx only carried */
+  const float* topk_weights;      /* [T,K] or NULL */
+  const uint8_t* token_rank_mask; /* [T,R] or NULL: routing by mask, topk_idx only carried */
   uint32_t tokens;
-  expertd_handle_t cached;       /* generation != 0: routing of that handle, topk_* NULL */
-  uint32_t capacity_rows;        /* rows of the outputs below */
-  uint32_t expert_alignment;     /* 0 or 1: none */
-  void* recv_x;                  /* [C] rows */
-  void* recv_side;               /* [C,S] row-major */
-  void* recv_topk_idx;           /* [C,K] of idx_type (expanded [C]) */
-  float* recv_topk_weights;      /* [C,K] (expanded [C]) */
-  int32_t* recv_src_info;        /* [C] source token, or NULL */
-  int32_t* expert_counts;        /* [L] on the device, or NULL */
-  int32_t* rank_prefix;          /* [R,R], or NULL */
-  int64_t* wait_stats;           /* [R] nanoseconds added, or NULL */
+  expertd_handle_t cached;   /* generation != 0: routing of that handle, topk_* NULL */
+  uint32_t capacity_rows;    /* rows of the outputs below */
+  uint32_t expert_alignment; /* 0 or 1: none */
+  void* recv_x;              /* [C] rows */
+  void* recv_side;           /* [C,S] row-major */
+  void* recv_topk_idx;       /* [C,K] of idx_type (expanded [C]) */
+  float* recv_topk_weights;  /* [C,K] (expanded [C]) */
+  int32_t* recv_src_info;    /* [C] source token, or NULL */
+  int32_t* expert_counts;    /* [L] on the device, or NULL */
+  int32_t* rank_prefix;      /* [R,R], or NULL */
+  int64_t* wait_stats;       /* [R] nanoseconds added, or NULL */
   uint32_t flags;
   uint64_t timeout_ns;
 } expertd_dispatch_args_t;
 
 typedef struct expertd_combine_args {
   size_t struct_size;
-  const void* x;                 /* [C,H] bf16, rows as dispatched */
-  uint32_t rows;                 /* C */
-  const float* topk_weights;     /* [C,K] (expanded [C]) or NULL */
-  const void* bias0;             /* [T,H] bf16 or NULL */
+  const void* x;             /* [C,H] bf16, rows as dispatched */
+  uint32_t rows;             /* C */
+  const float* topk_weights; /* [C,K] (expanded [C]) or NULL */
+  const void* bias0;         /* [T,H] bf16 or NULL */
   const void* bias1;
   expertd_handle_t handle;
-  uint32_t tokens;               /* T of the dispatch */
-  void* combined_x;              /* [T,H] bf16 */
-  float* combined_topk_weights;  /* [T,K] or NULL */
+  uint32_t tokens;              /* T of the dispatch */
+  void* combined_x;             /* [T,H] bf16 */
+  float* combined_topk_weights; /* [T,K] or NULL */
   int64_t* wait_stats;
   uint32_t flags;
   uint64_t timeout_ns;
@@ -286,7 +289,7 @@ typedef struct expertd_combine_args {
 
 typedef struct expertd_ll_dispatch_args {
   size_t struct_size;
-  const void* x;                 /* [T,H] bf16, or rows of row_bytes */
+  const void* x; /* [T,H] bf16, or rows of row_bytes */
   expertd_data_type_t dtype;
   uint32_t row_bytes;
   const void* side;
@@ -295,26 +298,26 @@ typedef struct expertd_ll_dispatch_args {
   const void* topk_idx;
   expertd_data_type_t idx_type;
   uint32_t tokens;
-  void* recv_x;                  /* [L,N] rows; NULL: the group's window, see expertd_ll_outputs */
-  void* recv_scales;             /* f32 [L,H/128,N] or UE8M0 i32 [L,H/512,N]; BYTES: side [L,N,S] */
-  int32_t* expert_counts;        /* [L] */
-  int32_t* recv_src_info;        /* [L,N] */
-  int64_t* layout_range;         /* [L,R] (begin << 32) | count */
-  int32_t* stats;                /* [L] rows added, or NULL */
-  int64_t* wait_stats;           /* [R] nanoseconds added, or NULL */
+  void* recv_x;           /* [L,N] rows; NULL: the group's window, see expertd_ll_outputs */
+  void* recv_scales;      /* f32 [L,H/128,N] or UE8M0 i32 [L,H/512,N]; BYTES: side [L,N,S] */
+  int32_t* expert_counts; /* [L] */
+  int32_t* recv_src_info; /* [L,N] */
+  int64_t* layout_range;  /* [L,R] (begin << 32) | count */
+  int32_t* stats;         /* [L] rows added, or NULL */
+  int64_t* wait_stats;    /* [R] nanoseconds added, or NULL */
   uint32_t flags;
   uint64_t timeout_ns;
 } expertd_ll_dispatch_args_t;
 
 typedef struct expertd_ll_combine_args {
   size_t struct_size;
-  const void* x;                 /* [L,N,H] bf16; NULL: the group's window (zero copy), see expertd_ll_combine_input */
-  const void* topk_idx;          /* as dispatched; -1 lanes are skipped */
+  const void* x;        /* [L,N,H] bf16; NULL: the group's window (zero copy), see expertd_ll_combine_input */
+  const void* topk_idx; /* as dispatched; -1 lanes are skipped */
   expertd_data_type_t idx_type;
-  const float* topk_weights;     /* [T,K] */
+  const float* topk_weights; /* [T,K] */
   expertd_handle_t handle;
   uint32_t tokens;
-  void* combined_x;              /* [T,H] bf16 */
+  void* combined_x; /* [T,H] bf16 */
   int64_t* wait_stats;
   uint32_t flags;
   uint64_t timeout_ns;
@@ -338,7 +341,8 @@ EXPERTD_API expertd_status_t expertd_barrier(expertd_group_t* group, expertd_str
 EXPERTD_API expertd_status_t expertd_layout(expertd_session_t* session, const expertd_layout_args_t* args,
                                             expertd_stream_t stream, expertd_event_t* event);
 EXPERTD_API expertd_status_t expertd_dispatch(expertd_group_t* group, const expertd_dispatch_args_t* args,
-                                              expertd_stream_t stream, expertd_handle_t* handle, expertd_event_t* event);
+                                              expertd_stream_t stream, expertd_handle_t* handle,
+                                              expertd_event_t* event);
 EXPERTD_API expertd_status_t expertd_combine(expertd_group_t* group, const expertd_combine_args_t* args,
                                              expertd_stream_t stream, expertd_event_t* event);
 EXPERTD_API expertd_status_t expertd_ll_dispatch(expertd_group_t* group, const expertd_ll_dispatch_args_t* args,
@@ -358,7 +362,8 @@ EXPERTD_API expertd_status_t expertd_handle_free(expertd_group_t* group, expertd
 EXPERTD_API expertd_status_t expertd_event_query(expertd_event_t event, int* done);
 /* Blocks the calling thread until the operation ended; returns its status and fills result (may be NULL). TIMEOUT when
  * timeout_ns (0: the operation's own deadline plus 1 s) passes first. UNAVAILABLE within 200 ms of the daemon's end. */
-EXPERTD_API expertd_status_t expertd_event_wait(expertd_event_t event, uint64_t timeout_ns, expertd_op_result_t* result);
+EXPERTD_API expertd_status_t expertd_event_wait(expertd_event_t event, uint64_t timeout_ns,
+                                                expertd_op_result_t* result);
 /* Makes `stream` wait for the operation (the receive half). On host sessions this is a no-op: order is given. */
 EXPERTD_API expertd_status_t expertd_event_stream_wait(expertd_event_t event, expertd_stream_t stream);
 

@@ -169,20 +169,18 @@ Status Session::wait_for_slot(uint64_t deadline_ns) {
 
 Status Session::submit(OpRequest* request, expertd_stream_t stream, expertd_event_t* event) {
   Status status = device_->check_stream(stream);
+  if (!status.ok()) {
+    return status;
+  }
+  // The slot first: its wait collects finished operations, whose staging chunks this one may need.
+  const std::lock_guard lock(submit_mutex_);
+  RingClient* ring = connection_->ring();
+  status = wait_for_slot(deadline_after(request->timeout_ns));
   OpRecord record;
   if (status.ok()) {
     status = resolve_tensors(request, &record, stream);
   }
   if (!status.ok()) {
-    return status;
-  }
-  const std::lock_guard lock(submit_mutex_);
-  RingClient* ring = connection_->ring();
-  status = wait_for_slot(deadline_after(request->timeout_ns));
-  if (!status.ok()) {
-    if (record.staging_chunk >= 0) {
-      staging_->give_back(record.staging_chunk);
-    }
     return status;
   }
   expertd_slot& slot = request->slot;

@@ -39,7 +39,9 @@ Daemon::Daemon(const config::LoadedConfig& loaded, config::LoadRequest request, 
 
 Daemon::~Daemon() = default;
 
-void Daemon::wake(base::DeviceIndex device) { loops_[device.value]->wake(); }
+void Daemon::wake(base::DeviceIndex device) {
+  loops_[device.value]->wake();
+}
 
 base::Status Daemon::create_devices() {
   const config::DeviceConfig& config = loaded_.config.device;
@@ -47,7 +49,8 @@ base::Status Daemon::create_devices() {
   cuda_build_ = versions.toolkit;
   cuda_driver_ = versions.driver;
   if (config.gpus.kind != config::GpuSelection::Kind::kNone) {
-    base::Result<std::vector<std::unique_ptr<device::Device>>> gpus = device::cuda::create_cuda_devices(cuda_options(config));
+    base::Result<std::vector<std::unique_ptr<device::Device>>> gpus =
+        device::cuda::create_cuda_devices(cuda_options(config));
     if (gpus.is_ok()) {
       devices_ = std::move(gpus).value();
     } else if (config.gpus.kind == config::GpuSelection::Kind::kList ||
@@ -79,8 +82,7 @@ base::Status Daemon::start_loops() {
   options.spin_ns = uint64_t{config.spin_us} * 1000;
   options.default_timeout_ns = config.op_deadline_ns;
   for (const std::unique_ptr<device::Device>& device : devices_) {
-    base::Result<std::unique_ptr<transport::DeviceLoop>> loop =
-        transport::DeviceLoop::create(device->index(), options);
+    base::Result<std::unique_ptr<transport::DeviceLoop>> loop = transport::DeviceLoop::create(device->index(), options);
     if (!loop.is_ok()) {
       return loop.status();
     }
@@ -203,6 +205,7 @@ base::Status Daemon::start() {
   control_->set_serving(control::Serving::kReady);
   std::string names;
   for (const std::unique_ptr<device::Device>& device : devices_) {
+    control_->set_device_healthy(device->index(), device->info().healthy);
     names += (names.empty() ? "" : " ") + device->info().uuid;
   }
   base::log_info("ready", {{"devices", names},

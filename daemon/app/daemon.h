@@ -38,7 +38,6 @@ class Daemon final : public engine::WakePort {
   void wake(base::DeviceIndex device) override;
 
  private:
-
   base::Status create_devices();
   base::Status start_loops();
   base::Status start_services();

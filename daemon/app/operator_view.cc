@@ -11,7 +11,7 @@ namespace expertd::app {
 namespace {
 
 constexpr std::array<const char*, EXPERTD_OP_COUNT> kOpNames = {"none",    "barrier",     "layout",    "dispatch",
-                                                               "combine", "ll_dispatch", "ll_combine"};
+                                                                "combine", "ll_dispatch", "ll_combine"};
 
 }  // namespace
 
@@ -33,7 +33,9 @@ session::StatusSnapshot OperatorView::status() {
   return status;
 }
 
-std::vector<session::SessionSnapshot> OperatorView::sessions() { return sessions_->sessions(); }
+std::vector<session::SessionSnapshot> OperatorView::sessions() {
+  return sessions_->sessions();
+}
 
 std::vector<session::OpCounterSnapshot> OperatorView::counters() {
   std::vector<session::OpCounterSnapshot> rows;

@@ -30,7 +30,10 @@ class OperatorView final : public session::OperatorApi, public metrics::GaugeSou
  public:
   OperatorView(ViewFacts facts, session::SessionService* sessions, std::shared_ptr<metrics::Blocks> blocks,
                std::function<void(uint64_t timeout_ns)> start_drain)
-      : facts_(std::move(facts)), sessions_(sessions), blocks_(std::move(blocks)), start_drain_(std::move(start_drain)) {}
+      : facts_(std::move(facts)),
+        sessions_(sessions),
+        blocks_(std::move(blocks)),
+        start_drain_(std::move(start_drain)) {}
 
   void set_state(State state) { state_.store(state, std::memory_order_release); }
   State state() const { return state_.load(std::memory_order_acquire); }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The node-wide monotonic clock in nanoseconds (CLOCK_MONOTONIC is the same for clients and daemon, also in containers).
+// The node-wide monotonic clock in nanoseconds (CLOCK_MONOTONIC is the same for clients and daemon, also in
+// containers).
 #pragma once
 
 #include <time.h>

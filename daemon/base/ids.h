@@ -24,7 +24,5 @@ using Rank = StrongId<struct RankTag, uint32_t>;
 
 template <typename Tag, typename Integer>
 struct std::hash<expertd::base::StrongId<Tag, Integer>> {
-  size_t operator()(const expertd::base::StrongId<Tag, Integer>& id) const {
-    return std::hash<Integer>()(id.value);
-  }
+  size_t operator()(const expertd::base::StrongId<Tag, Integer>& id) const { return std::hash<Integer>()(id.value); }
 };

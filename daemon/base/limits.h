@@ -6,19 +6,19 @@
 
 namespace expertd::base {
 
-inline constexpr uint32_t kMaxLocalRanks = 64;      // ranks of a group on one node; one bit each in a 64-bit mask
-inline constexpr uint32_t kMaxDevices = 64;         // devices of one daemon; ranks of a group sit on distinct ones
-inline constexpr uint32_t kMaxGpuRanks = 16;        // GPUs of one node; their peer table travels as a kernel parameter
-inline constexpr uint32_t kMaxTopK = 32;            // semantics: K <= 32
-inline constexpr uint32_t kMaxExperts = 2048;       // semantics: E <= 2048
-inline constexpr uint32_t kMaxLocalExperts = 256;   // semantics: L <= 256, the size of a completion's count table
-inline constexpr uint32_t kMaxHidden = 16384;       // semantics: H <= 16384, a multiple of 128
-inline constexpr uint32_t kMaxTokens = 65536;       // tokens per rank in HT
-inline constexpr uint32_t kMaxLlTokens = 4096;      // tokens per rank in LL
+inline constexpr uint32_t kMaxLocalRanks = 64;     // ranks of a group on one node; one bit each in a 64-bit mask
+inline constexpr uint32_t kMaxDevices = 64;        // devices of one daemon; ranks of a group sit on distinct ones
+inline constexpr uint32_t kMaxGpuRanks = 16;       // GPUs of one node; their peer table travels as a kernel parameter
+inline constexpr uint32_t kMaxTopK = 32;           // semantics: K <= 32
+inline constexpr uint32_t kMaxExperts = 2048;      // semantics: E <= 2048
+inline constexpr uint32_t kMaxLocalExperts = 256;  // semantics: L <= 256, the size of a completion's count table
+inline constexpr uint32_t kMaxHidden = 16384;      // semantics: H <= 16384, a multiple of 128
+inline constexpr uint32_t kMaxTokens = 65536;      // tokens per rank in HT
+inline constexpr uint32_t kMaxLlTokens = 4096;     // tokens per rank in LL
 inline constexpr uint32_t kMaxBuffersPerSession = 1024;
 inline constexpr uint32_t kMaxGroupsPerSession = 16;
-inline constexpr uint32_t kMaxPendingFds = 64;      // descriptors passed over the attach socket and not yet used
-inline constexpr uint32_t kMaxLoopTasks = 1024;     // control requests waiting for one device loop
+inline constexpr uint32_t kMaxPendingFds = 64;   // descriptors passed over the attach socket and not yet used
+inline constexpr uint32_t kMaxLoopTasks = 1024;  // control requests waiting for one device loop
 inline constexpr uint32_t kMaxControlMessageBytes = 64 * 1024;
 
 }  // namespace expertd::base

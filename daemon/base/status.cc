@@ -54,7 +54,9 @@ bool reason_retryable(Reason reason) {
   return row != nullptr && row->retryable;
 }
 
-bool reason_known(int number) { return find_row(number) != nullptr; }
+bool reason_known(int number) {
+  return find_row(number) != nullptr;
+}
 
 Status errno_status(std::string_view what) {
   const int error = errno;

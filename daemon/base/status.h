@@ -45,17 +45,14 @@ class [[nodiscard]] Status {
  public:
   Status() = default;
   /// An empty message stands for the Reason's own sentence.
-  explicit Status(Reason reason, std::string message = {})
-      : reason_(reason), message_(std::move(message)) {}
+  explicit Status(Reason reason, std::string message = {}) : reason_(reason), message_(std::move(message)) {}
 
   static Status ok() { return Status(); }
   bool is_ok() const { return reason_ == EXPERTD_REASON_NONE; }
   Reason reason() const { return reason_; }
   Code code() const { return reason_code(reason_); }
   /// The message with its context, or the Reason's sentence when nothing more is known.
-  std::string message() const {
-    return message_.empty() ? std::string(reason_sentence(reason_)) : message_;
-  }
+  std::string message() const { return message_.empty() ? std::string(reason_sentence(reason_)) : message_; }
   /// Adds context in front ("while importing window 7: "); the Reason stays.
   Status with_context(std::string_view context) const {
     return is_ok() ? *this : Status(reason_, std::string(context) + ": " + message());
@@ -72,8 +69,8 @@ Status errno_status(std::string_view what);
 template <typename T>
 class [[nodiscard]] Result {
  public:
-  Result(T value) : value_(std::move(value)) {}              // NOLINT(google-explicit-constructor)
-  Result(Status status) : status_(std::move(status)) {}      // NOLINT(google-explicit-constructor)
+  Result(T value) : value_(std::move(value)) {}          // NOLINT(google-explicit-constructor)
+  Result(Status status) : status_(std::move(status)) {}  // NOLINT(google-explicit-constructor)
 
   bool is_ok() const { return value_.has_value(); }
   const Status& status() const { return status_; }
@@ -88,10 +85,10 @@ class [[nodiscard]] Result {
 
 }  // namespace expertd::base
 
-#define EXPERTD_RETURN_IF_ERROR(expression)                         \
-  do {                                                              \
-    ::expertd::base::Status expertd_status_ = (expression);         \
-    if (!expertd_status_.is_ok()) {                                 \
-      return expertd_status_;                                       \
-    }                                                               \
+#define EXPERTD_RETURN_IF_ERROR(expression)                 \
+  do {                                                      \
+    ::expertd::base::Status expertd_status_ = (expression); \
+    if (!expertd_status_.is_ok()) {                         \
+      return expertd_status_;                               \
+    }                                                       \
   } while (false)

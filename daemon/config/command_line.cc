@@ -19,6 +19,9 @@
 #ifndef EXPERTD_ABI_VERSION
 #define EXPERTD_ABI_VERSION "1.0"
 #endif
+#ifndef EXPERTD_BUILD_DETAIL
+#define EXPERTD_BUILD_DETAIL ""
+#endif
 
 namespace expertd::config {
 
@@ -239,7 +242,7 @@ Startup carry_out(const CommandLine& command_line) {
 }
 
 std::string version_line() {
-  return "expertd " EXPERTD_VERSION " (abi " EXPERTD_ABI_VERSION ")";
+  return "expertd " EXPERTD_VERSION " (abi " EXPERTD_ABI_VERSION EXPERTD_BUILD_DETAIL ")";
 }
 
 }  // namespace expertd::config

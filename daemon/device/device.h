@@ -15,7 +15,8 @@
 namespace expertd::device {
 
 /// Memory that the daemon holds for a session: a window it allocated or a buffer it opened. The destructor unmaps in
-/// every device's context; it may block and runs only after the engines reported the last operation that could touch it.
+/// every device's context; it may block and runs only after the engines reported the last operation that could touch
+/// it.
 class HeldMemory {
  public:
   virtual ~HeldMemory() = default;

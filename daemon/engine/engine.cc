@@ -8,7 +8,9 @@ namespace expertd::engine {
 
 namespace {
 
-int32_t lowest_rank(uint64_t ranks) { return ranks == 0 ? -1 : std::countr_zero(ranks); }
+int32_t lowest_rank(uint64_t ranks) {
+  return ranks == 0 ? -1 : std::countr_zero(ranks);
+}
 
 void fill_from_report(const kernels::OpReport& report, expertd_completion* completion) {
   completion->reason = report.reason;
@@ -22,6 +24,12 @@ void fill_from_report(const kernels::OpReport& report, expertd_completion* compl
   completion->remote_bytes = report.remote_bytes;
   completion->expert_count_entries = std::min(report.expert_count_entries, EXPERTD_COMPLETION_EXPERTS);
   std::copy_n(report.expert_counts, completion->expert_count_entries, completion->expert_counts);
+}
+
+/// Reasons with which a device ends one rank's part on its own; all others are decided alike by every rank.
+bool ends_alone(uint32_t reason) {
+  return reason == EXPERTD_REASON_INTERNAL || reason == EXPERTD_REASON_CUDA || reason == EXPERTD_REASON_GPU_LOST ||
+         reason == EXPERTD_REASON_UNSUPPORTED;
 }
 
 void fill_from_failure(const Failure& failure, expertd_completion* completion) {
@@ -246,6 +254,13 @@ bool Engine::advance_running(EngineSession& session, Op& op, uint64_t now_ns) {
   if (port_->poll(op.part, &op.outcome)) {
     op.outcome.launch_ns = launch_ns;
     if (op.rank != nullptr) {
+      if (ends_alone(op.outcome.report.reason) && !op.abort_sent) {
+        // The others would wait for this rank's rows until their deadline.
+        op.rank->group->request_abort(
+            op.number, {.reason = op.outcome.report.reason, .rank = static_cast<int32_t>(op.rank->rank)});
+        op.abort_sent = true;
+        wake_group(*op.rank->group);
+      }
       op.rank->group->part_finished(op.number);
       if (op.rank->group->entry(op.number).unfinished.load(std::memory_order_acquire) == 0) {
         wake_group(*op.rank->group);  // others may wait for the exchange page, or to complete what was aborted
@@ -277,8 +292,7 @@ bool Engine::advance_running(EngineSession& session, Op& op, uint64_t now_ns) {
   } else if (now_ns >= op.request.deadline_ns) {
     uint64_t ranks = 0;
     const uint32_t missing = port_->missing(op.part, &ranks);
-    group.request_abort(op.number,
-                        {.reason = EXPERTD_REASON_TIMEOUT, .missing = missing, .rank = lowest_rank(ranks)});
+    group.request_abort(op.number, {.reason = EXPERTD_REASON_TIMEOUT, .missing = missing, .rank = lowest_rank(ranks)});
     wake_group(group);
   }
   if (group.abort_requested(op.number, &op.failure)) {
@@ -321,6 +335,7 @@ void Engine::complete(EngineSession& session, Op& op, uint64_t now_ns) {
   completion.rank = -1;
   if (op.part != 0) {
     fill_from_report(op.outcome.report, &completion);
+    completion.missing = op.outcome.missing;
     if (op.outcome.report.reason != 0 && op.failure.reason != 0) {
       fill_from_failure(op.failure, &completion);
       completion.recv_rows = 0;

@@ -32,9 +32,7 @@ class EngineSession {
   uint32_t outstanding() const { return static_cast<uint32_t>(tail_ - head_); }
   /// Storage for the request of `slot`; free because a slot is reused only after its completion.
   Request& request(uint32_t slot) { return ops_[slot].request; }
-  bool slot_free(uint32_t slot) const {
-    return ops_[slot].stage == Stage::kIdle || ops_[slot].stage == Stage::kDone;
-  }
+  bool slot_free(uint32_t slot) const { return ops_[slot].stage == Stage::kIdle || ops_[slot].stage == Stage::kDone; }
   /// Whether an operation in flight names the mapping.
   bool uses(const Mapping* mapping) const;
   /// Whether an operation in flight belongs to the rank.
@@ -60,7 +58,7 @@ class EngineSession {
   bool closing_ = false;
   std::array<Op, EXPERTD_RING_SLOTS_MAX> ops_{};
   std::array<uint32_t, EXPERTD_RING_SLOTS_MAX> order_{};  // slots in order of submission
-  uint64_t head_ = 0;   // oldest operation not yet completed
+  uint64_t head_ = 0;                                     // oldest operation not yet completed
   uint64_t tail_ = 0;
 };
 

@@ -12,9 +12,15 @@ constexpr uint64_t kDeciding = 1;
 constexpr uint64_t kLaunchTag = 2;
 constexpr uint64_t kFailedTag = 3;
 
-constexpr uint64_t word(uint64_t number, uint64_t tag) { return (number << 2) | tag; }
-constexpr uint64_t number_of(uint64_t verdict) { return verdict >> 2; }
-constexpr uint64_t tag_of(uint64_t verdict) { return verdict & 3; }
+constexpr uint64_t word(uint64_t number, uint64_t tag) {
+  return (number << 2) | tag;
+}
+constexpr uint64_t number_of(uint64_t verdict) {
+  return verdict >> 2;
+}
+constexpr uint64_t tag_of(uint64_t verdict) {
+  return verdict & 3;
+}
 
 /// What all ranks of a collective must have given alike, and the argument that names it.
 struct Agreement {
@@ -32,8 +38,7 @@ bool has_side(const Request& request) {
 }
 
 bool has_rows(const Request& request) {
-  return request.shape.kind == kernels::OpKind::kCombine ? request.shape.capacity_rows != 0
-                                                         : request.shape.tokens != 0;
+  return request.shape.kind == kernels::OpKind::kCombine ? request.shape.capacity_rows != 0 : request.shape.tokens != 0;
 }
 
 constexpr Agreement kAgreements[] = {
@@ -48,8 +53,7 @@ constexpr Agreement kAgreements[] = {
      [](const Request& r) { return has_rows(r) ? static_cast<int64_t>(r.with_weights ? 1 : 0) : kAny; }},
     {EXPERTD_ARGUMENT_ROW_BYTES, [](const Request& r) { return static_cast<int64_t>(r.shape.row_bytes); }},
     {EXPERTD_ARGUMENT_TOP_K, [](const Request& r) { return static_cast<int64_t>(r.shape.top_k); }},
-    {EXPERTD_ARGUMENT_TOPK_IDX_BYTES,
-     [](const Request& r) { return static_cast<int64_t>(r.shape.topk_idx_bytes); }},
+    {EXPERTD_ARGUMENT_TOPK_IDX_BYTES, [](const Request& r) { return static_cast<int64_t>(r.shape.topk_idx_bytes); }},
     {EXPERTD_ARGUMENT_SIDE_ELEMENTS,
      [](const Request& r) { return has_side(r) ? static_cast<int64_t>(r.shape.side_elements) : kAny; }},
     {EXPERTD_ARGUMENT_SIDE_ELEMENT_BYTES,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// GroupShared: the state of one group that the engines of its ranks share on a node: who has submitted operation n, what
-// was decided about it, and how many parts still run. Created by the group directory, used by every loop thread of its
-// ranks without locks: each word has one kind of writer, and the verdict of an operation is decided once by
-// compare-and-swap. Entries are reused every kEntries operations; a rank has at most EXPERTD_RING_SLOTS_MAX outstanding,
-// so entry n is decided and released long before n + kEntries is posted in all but failed groups.
+// GroupShared: the state of one group that the engines of its ranks share on a node: who has submitted operation n,
+// what was decided about it, and how many parts still run. Created by the group directory, used by every loop thread of
+// its ranks without locks: each word has one kind of writer, and the verdict of an operation is decided once by
+// compare-and-swap. Entries are reused every kEntries operations; a rank has at most EXPERTD_RING_SLOTS_MAX
+// outstanding, so entry n is decided and released long before n + kEntries is posted in all but failed groups.
 #pragma once
 
 #include <array>
@@ -28,10 +28,10 @@ struct Failure {
 };
 
 enum class Verdict : uint32_t {
-  kOpen = 0,     // still gathering (or the entry serves an older operation)
-  kLaunch = 1,   // every active rank submitted and they agree
-  kFailed = 2,   // ended before launch
-  kGone = 3,     // the entry already serves a newer operation: this rank is far too late
+  kOpen = 0,    // still gathering (or the entry serves an older operation)
+  kLaunch = 1,  // every active rank submitted and they agree
+  kFailed = 2,  // ended before launch
+  kGone = 3,    // the entry already serves a newer operation: this rank is far too late
 };
 
 struct OpEntry {
@@ -48,7 +48,7 @@ struct OpEntry {
   std::atomic<uint64_t> abort_claim{0};
   std::atomic<uint64_t> abort_number{0};
   Failure abort_failure;
-  Failure failure;          // of a kFailed verdict
+  Failure failure;                  // of a kFailed verdict
   std::atomic<uint64_t> active{0};  // ranks that take part; written by the decider, also read by quiet()
   uint64_t epoch = 0;
   ExchangeFlags flags;

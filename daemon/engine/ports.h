@@ -29,8 +29,7 @@ struct TensorView {
   const Mapping* mapping = nullptr;
   uint64_t offset = 0;
   void* on(base::DeviceIndex device) const {
-    return mapping == nullptr ? nullptr
-                              : static_cast<char*>(mapping->base[device.value]) + offset;
+    return mapping == nullptr ? nullptr : static_cast<char*>(mapping->base[device.value]) + offset;
   }
 };
 
@@ -38,14 +37,14 @@ struct TensorView {
 /// request pool from admission to completion.
 struct Request {
   base::SessionId session;
-  uint32_t slot = 0;       // ring slot, where its completion goes
+  uint32_t slot = 0;  // ring slot, where its completion goes
   uint64_t seq = 0;
   kernels::OpShape shape;  // rank, ranks, experts, max_tokens come from the group, active_ranks at launch
   std::array<TensorView, EXPERTD_TENSOR_COUNT> tensors{};
   uint32_t handle_index = 0;
   uint32_t handle_generation = 0;
   bool doorbell_rung = false;
-  bool with_weights = false;  // top-k weights travel; all ranks alike, also those with no tokens
+  bool with_weights = false;     // top-k weights travel; all ranks alike, also those with no tokens
   uint32_t rejected_reason = 0;  // refused at admission but counted as this rank's operation of the group
   uint32_t rejected_argument = 0;
   int64_t rejected_value = 0;
@@ -82,12 +81,12 @@ struct ExchangeFlags {
 /// Everything a device needs for its rank's part. `requests[r]` is rank r's Request (null for inactive ranks); the
 /// pointers stay valid until every participating device has reported the part finished.
 struct LaunchSpec {
-  base::GroupId group;     // 0 for local operations (layout)
-  uint64_t group_op = 0;   // operation number of the group, from 1
+  base::GroupId group;    // 0 for local operations (layout)
+  uint64_t group_op = 0;  // operation number of the group, from 1
   uint32_t ranks = 0;
   uint32_t rank = 0;
   uint64_t active_ranks = 0;
-  uint32_t page = 0;       // exchange page of the group (kExchangePages), free again when all parts finished
+  uint32_t page = 0;  // exchange page of the group (kExchangePages), free again when all parts finished
   ExchangeFlags* flags = nullptr;
   const Request* own = nullptr;
   std::array<const Request*, base::kMaxLocalRanks> requests{};

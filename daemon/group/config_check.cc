@@ -15,7 +15,8 @@ struct Range {
 
 session::ErrorDetail out_of_range(const char* field, const std::string& value, const std::string& allowed) {
   session::ErrorDetail error;
-  error.status = base::Status(EXPERTD_REASON_ARGUMENT_RANGE, std::string(field) + " = " + value + ", allowed " + allowed);
+  error.status =
+      base::Status(EXPERTD_REASON_ARGUMENT_RANGE, std::string(field) + " = " + value + ", allowed " + allowed);
   error.field = field;
   error.value = value;
   error.other_value = allowed;
@@ -79,9 +80,9 @@ session::ErrorDetail compare_configs(const session::GroupConfig& first, const se
       error.field = row.field;
       error.value = std::to_string(row.other);
       error.other_value = std::to_string(row.first);
-      error.status = base::Status(EXPERTD_REASON_CONFIG_MISMATCH, error.field + " = " + error.value +
-                                                                      ", but the group's first rank gave " +
-                                                                      error.other_value);
+      error.status =
+          base::Status(EXPERTD_REASON_CONFIG_MISMATCH,
+                       error.field + " = " + error.value + ", but the group's first rank gave " + error.other_value);
       return error;
     }
   }

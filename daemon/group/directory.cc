@@ -31,10 +31,10 @@ session::ErrorDetail Directory::check_place(const session::JoinRequest& request,
     const std::shared_ptr<engine::GroupShared> shared = formed.shared.lock();
     const bool whole = shared != nullptr && shared->lost() == 0 && formed.present == shared->all_ranks();
     if (formed.name == request.name && whole) {
-      return refused(EXPERTD_REASON_DUPLICATE_RANK,
-                     "rank " + std::to_string(request.rank) + " of group \"" + request.name +
-                         "\" is taken; the group is complete",
-                     rank);
+      return refused(
+          EXPERTD_REASON_DUPLICATE_RANK,
+          "rank " + std::to_string(request.rank) + " of group \"" + request.name + "\" is taken; the group is complete",
+          rank);
     }
   }
   if (pending == nullptr) {
@@ -43,8 +43,8 @@ session::ErrorDetail Directory::check_place(const session::JoinRequest& request,
   for (const auto& [other_rank, other] : pending->members) {
     if (other_rank == request.rank && other.session != member.session) {
       return refused(EXPERTD_REASON_DUPLICATE_RANK,
-                     "rank " + std::to_string(request.rank) + " of group \"" + request.name + "\" is taken by session " +
-                         std::to_string(other.session.value),
+                     "rank " + std::to_string(request.rank) + " of group \"" + request.name +
+                         "\" is taken by session " + std::to_string(other.session.value),
                      rank);
     }
     if (other_rank != request.rank && other.device == member.device) {
@@ -64,10 +64,10 @@ session::ErrorDetail Directory::join(const session::JoinRequest& request, Member
     return error;
   }
   if (request.name.empty() || request.name.size() > 64) {
-    return refused(EXPERTD_REASON_ARGUMENT_RANGE, "group name of " + std::to_string(request.name.size()) +
-                                                      " characters, allowed 1..64", -1);
+    return refused(EXPERTD_REASON_ARGUMENT_RANGE,
+                   "group name of " + std::to_string(request.name.size()) + " characters, allowed 1..64", -1);
   }
-  const std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(mutex_);
   const auto found = pending_.find(request.name);
   Pending* pending = found == pending_.end() ? nullptr : &found->second;
   if (pending != nullptr) {
@@ -86,11 +86,21 @@ session::ErrorDetail Directory::join(const session::JoinRequest& request, Member
     pending->config = request.config;
   }
   member.rank = request.rank;
+  session::JoinCallback superseded;
+  if (const auto earlier = pending->members.find(request.rank); earlier != pending->members.end()) {
+    superseded = std::move(earlier->second.done);
+  }
   pending->members[request.rank] = std::move(member);
   if (pending->members.size() == request.config.expert_parallel_size) {
     Pending complete = std::move(*pending);
     pending_.erase(request.name);
     *formation = form(request.name, std::move(complete));
+  }
+  lock.unlock();
+  if (superseded) {
+    superseded(refused(EXPERTD_REASON_CANCELLED, "a later join of the same rank took the place of this one",
+                       static_cast<int32_t>(request.rank)),
+               {});
   }
   return {};
 }
@@ -109,10 +119,9 @@ std::unique_ptr<Formation> Directory::form(const std::string& name, Pending&& pe
   settings.shape.max_tokens = config.max_tokens;
   settings.mask_on_loss = config.on_rank_loss == session::OnRankLoss::kMask;
   settings.op_timeout_ns = config.op_timeout_ns != 0 ? config.op_timeout_ns : defaults_.op_timeout_ns;
-  settings.first_op_timeout_ns =
-      config.first_op_timeout_ns != 0 ? config.first_op_timeout_ns
-      : config.op_timeout_ns != 0     ? config.op_timeout_ns
-                                      : defaults_.first_op_timeout_ns;
+  settings.first_op_timeout_ns = config.first_op_timeout_ns != 0 ? config.first_op_timeout_ns
+                                 : config.op_timeout_ns != 0     ? config.op_timeout_ns
+                                                                 : defaults_.first_op_timeout_ns;
   settings.normal = config.mode != session::GroupMode::kInference;
   settings.inference = config.mode != session::GroupMode::kNormal;
   for (auto& [rank, member] : pending.members) {
@@ -138,6 +147,10 @@ void Directory::left(base::GroupId group, uint32_t rank) {
   }
   if (found->second.present == 0) {
     formed_.erase(found);
+  }
+  for (auto entry = by_session_.begin(); entry != by_session_.end();) {
+    std::erase(entry->second, std::pair<uint64_t, uint32_t>(group.value, rank));
+    entry = entry->second.empty() ? by_session_.erase(entry) : std::next(entry);
   }
 }
 

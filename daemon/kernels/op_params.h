@@ -54,12 +54,12 @@ struct OpShape {
   uint32_t side_element_bytes = 0;    // 1, 2 or 4
   uint32_t capacity_rows = 0;         // C of this rank's outputs
   uint32_t expert_alignment = 1;
-  uint32_t slots_per_expert = 0;      // LL: N = R * max_tokens
-  uint32_t max_tokens = 0;            // M
-  uint32_t ranks_per_node = 0;        // layout: ranks r with equal r / ranks_per_node share a node; 0 = all of them
-  int64_t side_row_stride = 0;        // bytes
-  int64_t side_element_stride = 0;    // bytes
-  uint64_t active_ranks = 0;          // bit per rank; the others are skipped (rank loss under `mask`)
+  uint32_t slots_per_expert = 0;    // LL: N = R * max_tokens
+  uint32_t max_tokens = 0;          // M
+  uint32_t ranks_per_node = 0;      // layout: ranks r with equal r / ranks_per_node share a node; 0 = all of them
+  int64_t side_row_stride = 0;      // bytes
+  int64_t side_element_stride = 0;  // bytes
+  uint64_t active_ranks = 0;        // bit per rank; the others are skipped (rank loss under `mask`)
 };
 
 /// This rank's inputs; null when not given. Element types and shapes: expertd_tensor in proto/abi/ring_v1.h.
@@ -90,8 +90,8 @@ struct OpOutputs {
 
 /// The routing that a dispatch leaves for its combine: one handle's tables in daemon memory of this rank's device.
 /// `token_rank` holds the row of token t in rank j's output (HT, not expanded), -1 where j does not get it;
-/// `token_expert` the row of (t, k) in the owner's output (expanded HT: absolute; LL: inside the expert's slots), -1 for
-/// none; `topk` the global expert ids, -1 for none. After route and before move the rows are still relative to the
+/// `token_expert` the row of (t, k) in the owner's output (expanded HT: absolute; LL: inside the expert's slots), -1
+/// for none; `topk` the global expert ids, -1 for none. After route and before move the rows are still relative to the
 /// source rank (index among this rank's rows for that destination); move adds the bases and stores the final rows.
 struct Routing {
   int32_t* token_rank = nullptr;    // [max_tokens, R]
@@ -102,8 +102,8 @@ struct Routing {
 
 /// What a rank may touch of another rank. Pointers are valid on the device that executes.
 struct PeerView {
-  const void* in_x = nullptr;             // combine: rows to pull
-  const float* in_topk_weights = nullptr; // combine: weights to pull
+  const void* in_x = nullptr;              // combine: rows to pull
+  const float* in_topk_weights = nullptr;  // combine: weights to pull
   void* out_x = nullptr;
   void* out_side = nullptr;
   void* out_topk_idx = nullptr;
@@ -111,7 +111,7 @@ struct PeerView {
   int32_t* out_src_info = nullptr;
   int32_t* counts = nullptr;  // the peer's copy of the count matrix (on the host all ranks share one)
   uint32_t capacity_rows = 0;
-  uint32_t in_rows = 0;       // combine: rows behind in_x; pulls are clamped to it
+  uint32_t in_rows = 0;  // combine: rows behind in_x; pulls are clamped to it
 };
 
 struct OpParams {
@@ -124,12 +124,12 @@ struct OpParams {
 
 /// What a rank reports after finish; the device copies it into the completion.
 struct OpReport {
-  uint32_t reason = 0;     // expertd_reason
-  uint32_t argument = 0;   // expertd_argument
+  uint32_t reason = 0;    // expertd_reason
+  uint32_t argument = 0;  // expertd_argument
   int64_t value = 0;
   int64_t minimum = 0;
   int64_t maximum = 0;
-  int32_t rank = -1;       // the rank the Reason names
+  int32_t rank = -1;  // the rank the Reason names
   uint32_t recv_rows = 0;
   uint64_t local_bytes = 0;
   uint64_t remote_bytes = 0;

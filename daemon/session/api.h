@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the control service may ask of sessions and groups, in domain terms: the seam between gRPC and the house. Control
-// threads call it; everything is implemented behind it (session, group) without a gRPC type. Replies that wait for other
-// ranks come through a callback, exactly once, from another thread.
+// What the control service may ask of sessions and groups, in domain terms: the seam between gRPC and the house.
+// Control threads call it; everything is implemented behind it (session, group) without a gRPC type. Replies that wait
+// for other ranks come through a callback, exactly once, from another thread.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// LoopPort: what the session service asks of a device loop. Any control thread; requests are bounded tasks that the loop
-// runs between operations.
+// LoopPort: what the session service asks of a device loop. Any control thread; requests are bounded tasks that the
+// loop runs between operations.
 #pragma once
 
 #include <cstdint>

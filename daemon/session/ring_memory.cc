@@ -9,8 +9,8 @@ namespace expertd::session {
 
 base::Result<std::unique_ptr<RingMemory>> RingMemory::create(base::SessionId session, uint64_t generation,
                                                              uint32_t slot_count) {
-  const uint64_t bytes = EXPERTD_RING_HEADER_BYTES +
-                         uint64_t{slot_count} * (EXPERTD_SLOT_BYTES + EXPERTD_COMPLETION_BYTES);
+  const uint64_t bytes =
+      EXPERTD_RING_HEADER_BYTES + uint64_t{slot_count} * (EXPERTD_SLOT_BYTES + EXPERTD_COMPLETION_BYTES);
   base::ScopedFd fd(::memfd_create("expertd-ring", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!fd.valid()) {
     return base::errno_status("memfd_create of a ring");
@@ -39,6 +39,8 @@ base::Result<std::unique_ptr<RingMemory>> RingMemory::create(base::SessionId ses
   return std::unique_ptr<RingMemory>(new RingMemory(std::move(fd), base, bytes, slot_count));
 }
 
-RingMemory::~RingMemory() { ::munmap(base_, bytes_); }
+RingMemory::~RingMemory() {
+  ::munmap(base_, bytes_);
+}
 
 }  // namespace expertd::session

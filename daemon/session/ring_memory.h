@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// RingMemory: the memfd of one session's ring, created, formatted and mapped by the daemon (layout: proto/abi/ring_v1.h).
-// Sealed, so that the client can neither shrink it under the daemon nor grow it.
+// RingMemory: the memfd of one session's ring, created, formatted and mapped by the daemon (layout:
+// proto/abi/ring_v1.h). Sealed, so that the client can neither shrink it under the daemon nor grow it.
 #pragma once
 
 #include <cstdint>

@@ -28,7 +28,9 @@ SessionService::SessionService(const ServiceOptions& options, std::vector<Device
       observer_(observer),
       directory_({options.op_timeout_ns, options.first_op_timeout_ns}) {}
 
-SessionService::~SessionService() { stop(base::now_ns()); }
+SessionService::~SessionService() {
+  stop(base::now_ns());
+}
 
 base::Status SessionService::start() {
   try {
@@ -101,13 +103,12 @@ base::Status SessionService::check_quota(const AttachRequest& request) {
     return base::Status(EXPERTD_REASON_SESSION_LIMIT,
                         "control.max_sessions = " + std::to_string(options_.max_sessions) + " sessions are open");
   }
-  const auto of_uid = std::count_if(sessions_.begin(), sessions_.end(), [&](const auto& entry) {
-    return entry.second->identity.uid == request.uid;
-  });
+  const auto of_uid = std::count_if(sessions_.begin(), sessions_.end(),
+                                    [&](const auto& entry) { return entry.second->identity.uid == request.uid; });
   if (static_cast<uint32_t>(of_uid) >= options_.max_sessions_per_uid) {
-    return base::Status(EXPERTD_REASON_SESSION_LIMIT, "control.max_sessions_per_uid = " +
-                                                          std::to_string(options_.max_sessions_per_uid) +
-                                                          " sessions of this user are open");
+    return base::Status(EXPERTD_REASON_SESSION_LIMIT,
+                        "control.max_sessions_per_uid = " + std::to_string(options_.max_sessions_per_uid) +
+                            " sessions of this user are open");
   }
   return base::Status::ok();
 }
@@ -117,8 +118,7 @@ base::Result<SessionService::SessionRef> SessionService::create_session(const At
   EXPERTD_RETURN_IF_ERROR(check_quota(request));
   const base::SessionId id{next_session_++};
   auto session = std::make_shared<Session>(id, options_.handles_per_session);
-  base::Result<std::unique_ptr<RingMemory>> ring =
-      RingMemory::create(id, options_.generation, options_.ring_slots);
+  base::Result<std::unique_ptr<RingMemory>> ring = RingMemory::create(id, options_.generation, options_.ring_slots);
   if (!ring.is_ok()) {
     return ring.status();
   }
@@ -143,7 +143,8 @@ base::Result<AttachGrant> SessionService::attach(const AttachRequest& request) {
     for (const DeviceEntry& entry : devices_) {
       served += (served.empty() ? "" : ", ") + entry.device->info().uuid;
     }
-    return base::Status(EXPERTD_REASON_NO_SUCH_DEVICE, "device \"" + request.device + "\"; this daemon serves " + served);
+    return base::Status(EXPERTD_REASON_NO_SUCH_DEVICE,
+                        "device \"" + request.device + "\"; this daemon serves " + served);
   }
   base::Result<SessionRef> created = create_session(request, device);
   if (!created.is_ok()) {
@@ -253,7 +254,12 @@ void SessionService::housekeeper_main() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (!stop_ || !ended_.empty()) {
     const std::deque<SessionRef> waiting = ended_;
+    std::deque<std::unique_ptr<group::Formation>> formations;
+    formations.swap(formations_);
     lock.unlock();
+    for (std::unique_ptr<group::Formation>& formation : formations) {
+      form_group(std::move(formation));
+    }
     std::vector<SessionRef> reclaimed;
     for (const SessionRef& session : waiting) {
       if (try_reclaim(session)) {
@@ -276,7 +282,9 @@ void SessionService::housekeeper_main() {
     if (stop_) {
       break;
     }
-    housekeeper_signal_.wait_for(lock, ended_.empty() ? kJoinPoll : kReclaimPoll);
+    if (formations_.empty()) {
+      housekeeper_signal_.wait_for(lock, ended_.empty() ? kJoinPoll : kReclaimPoll);
+    }
   }
 }
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // SessionService: every session of the daemon, from attach to reclaim: memory, groups, quotas, state. Control threads
 // and the attach listener call it; it never runs on a device loop. A session that ended is reclaimed by the housekeeper
-// thread only when the engines reported that nothing in flight can touch its memory (daemon/README.md, "Who owns memory").
+// thread only when the engines reported that nothing in flight can touch its memory (daemon/README.md, "Who owns
+// memory").
 #pragma once
 
 #include <condition_variable>
@@ -112,6 +113,7 @@ class SessionService final : public SessionApi, public AttachApi {
   std::mutex mutex_;
   std::condition_variable housekeeper_signal_;
   std::map<uint64_t, SessionRef> sessions_;
+  std::deque<std::unique_ptr<group::Formation>> formations_;  // complete groups to set up; bounded by the joins
   std::deque<SessionRef> ended_;  // waiting for their last operations; bounded by max_sessions
   uint64_t next_session_ = 1;
   bool draining_ = false;

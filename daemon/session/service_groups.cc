@@ -37,8 +37,8 @@ base::Result<GroupPlan> SessionService::plan_group(const GroupConfig& config) {
   GroupPlan plan;
   plan.window_bytes = window_bytes_of(config);
   plan.table_bytes = matrix_bytes * engine::kExchangePages;
-  plan.handle_bytes = (uint64_t{config.max_tokens} * (ranks + 2ULL * config.top_k) * 4 + matrix_bytes) *
-                      options_.handles_per_session;
+  plan.handle_bytes =
+      (uint64_t{config.max_tokens} * (ranks + 2ULL * config.top_k) * 4 + matrix_bytes) * options_.handles_per_session;
   plan.worst_rows = ranks * config.max_tokens;
   return plan;
 }
@@ -55,8 +55,8 @@ void SessionService::join_group(base::SessionId id, const JoinRequest& request, 
   {
     const std::lock_guard<std::mutex> lock(session->mutex);
     if (session->memberships.size() >= std::min(options_.max_groups, base::kMaxGroupsPerSession)) {
-      error.status = base::Status(EXPERTD_REASON_GROUP_LIMIT, "session.max_groups = " +
-                                                                  std::to_string(options_.max_groups));
+      error.status =
+          base::Status(EXPERTD_REASON_GROUP_LIMIT, "session.max_groups = " + std::to_string(options_.max_groups));
     }
   }
   if (!error.status.is_ok()) {
@@ -75,7 +75,10 @@ void SessionService::join_group(base::SessionId id, const JoinRequest& request, 
     return;
   }
   if (formation != nullptr) {
-    form_group(std::move(formation));
+    // Tables and windows take a while on a GPU; the caller's thread must not wait for them.
+    const std::lock_guard<std::mutex> lock(mutex_);
+    formations_.push_back(std::move(formation));
+    housekeeper_signal_.notify_all();
   }
 }
 
@@ -131,18 +134,18 @@ base::Status SessionService::form_member(const group::Formation& formation, cons
   grant->first_op_timeout_ns = settings.first_op_timeout_ns;
   const uint32_t handle_limit = session->place.device->handle_capacity(shape.id, base::Rank{member.rank});
   auto entered = std::make_shared<bool>(false);
-  EXPERTD_RETURN_IF_ERROR(session->place.loop->run([session, shared = formation.shared, id = shape.id,
-                                                    rank = member.rank, handle_limit, entered] {
-    for (JoinedGroup& joined : session->tables.groups) {
-      if (joined.id.value == 0) {
-        joined.rank = {shared.get(), rank, 1};
-        joined.handle_limit = handle_limit;
-        joined.id = id;
-        *entered = true;
-        return;
-      }
-    }
-  }));
+  EXPERTD_RETURN_IF_ERROR(session->place.loop->run(
+      [session, shared = formation.shared, id = shape.id, rank = member.rank, handle_limit, entered] {
+        for (JoinedGroup& joined : session->tables.groups) {
+          if (joined.id.value == 0) {
+            joined.rank = {shared.get(), rank, 1};
+            joined.handle_limit = handle_limit;
+            joined.id = id;
+            *entered = true;
+            return;
+          }
+        }
+      }));
   if (!*entered) {
     return base::Status(EXPERTD_REASON_GROUP_LIMIT);
   }

@@ -28,8 +28,8 @@ base::Result<uint64_t> SessionService::put_fd(base::SessionId id, base::ScopedFd
   Session& session = *found.value();
   const std::lock_guard<std::mutex> lock(session.mutex);
   if (session.fds.size() >= base::kMaxPendingFds) {
-    return base::Status(EXPERTD_REASON_BUFFER_LIMIT, "more than " + std::to_string(base::kMaxPendingFds) +
-                                                         " descriptors wait to be used");
+    return base::Status(EXPERTD_REASON_BUFFER_LIMIT,
+                        "more than " + std::to_string(base::kMaxPendingFds) + " descriptors wait to be used");
   }
   const uint64_t token = session.next_token++;
   session.fds[token].fd = std::move(fd);
@@ -53,8 +53,8 @@ base::Result<TakenFd> SessionService::take_fd(base::SessionId id, uint64_t token
 }
 
 // Gives memory a buffer id in the session's tables; with a descriptor it waits there for the client to fetch it.
-base::Result<BufferGrant> SessionService::install(const SessionRef& session,
-                                                  std::unique_ptr<device::HeldMemory> memory, base::ScopedFd fd) {
+base::Result<BufferGrant> SessionService::install(const SessionRef& session, std::unique_ptr<device::HeldMemory> memory,
+                                                  base::ScopedFd fd) {
   const engine::Mapping* mapping = &memory->mapping();
   BufferGrant grant;
   grant.size = mapping->bytes;
@@ -82,8 +82,8 @@ base::Result<BufferGrant> SessionService::install(const SessionRef& session,
     }
   }
   // The session itself is kept alive by the task; its tables belong to the loop.
-  EXPERTD_RETURN_IF_ERROR(session->place.loop->run(
-      [session, id = grant.buffer_id, mapping] { session->tables.buffers[id] = mapping; }));
+  EXPERTD_RETURN_IF_ERROR(
+      session->place.loop->run([session, id = grant.buffer_id, mapping] { session->tables.buffers[id] = mapping; }));
   return grant;
 }
 

@@ -15,8 +15,8 @@ base::Status SessionService::open_session(base::SessionId id, const std::string&
     return found.status();
   }
   if (client_id.empty() || client_id.size() > 64 || traceparent.size() > 128) {
-    return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "client_id of " + std::to_string(client_id.size()) +
-                                                           " characters, allowed 1..64");
+    return base::Status(EXPERTD_REASON_ARGUMENT_RANGE,
+                        "client_id of " + std::to_string(client_id.size()) + " characters, allowed 1..64");
   }
   const std::lock_guard<std::mutex> lock(found.value()->mutex);
   found.value()->client_id = client_id;

@@ -108,8 +108,7 @@ bool Admission::operation(const engine::GroupShared* group) {
     case EXPERTD_OP_LL_COMBINE:
       return common(*group) && ll_combine(*group);
     default:
-      return check_.refuse(EXPERTD_REASON_DESCRIPTOR_MALFORMED, EXPERTD_ARGUMENT_OP, slot_.op, 1,
-                           EXPERTD_OP_COUNT - 1);
+      return check_.refuse(EXPERTD_REASON_DESCRIPTOR_MALFORMED, EXPERTD_ARGUMENT_OP, slot_.op, 1, EXPERTD_OP_COUNT - 1);
   }
 }
 
@@ -167,8 +166,8 @@ bool Admission::payload(uint32_t hidden, bool fp8_allowed) {
     return check_.refuse(EXPERTD_REASON_WRONG_DTYPE, EXPERTD_ARGUMENT_DTYPE, slot_.dtype, EXPERTD_DTYPE_BF16,
                          EXPERTD_DTYPE_BYTES);
   }
-  const bool flags_fit = (!fp8 || (fp8_allowed && slot_.dtype == EXPERTD_DTYPE_BF16)) && (!rounded || fp8) &&
-                         (!ue8m0 || rounded);
+  const bool flags_fit =
+      (!fp8 || (fp8_allowed && slot_.dtype == EXPERTD_DTYPE_BF16)) && (!rounded || fp8) && (!ue8m0 || rounded);
   if (!flags_fit) {
     return check_.refuse(EXPERTD_REASON_WRONG_DTYPE, EXPERTD_ARGUMENT_FLAGS, slot_.flags, 0, EXPERTD_SLOT_FLAGS_ALL);
   }
@@ -262,8 +261,7 @@ bool Admission::known_handle(bool low_latency, session::HandleState** handle) {
                          known.tokens);
   }
   if (known.expanded != ((slot_.flags & EXPERTD_SLOT_EXPANDED) != 0)) {
-    return check_.refuse(EXPERTD_REASON_STALE_HANDLE, EXPERTD_ARGUMENT_FLAGS, slot_.flags, 0,
-                         EXPERTD_SLOT_FLAGS_ALL);
+    return check_.refuse(EXPERTD_REASON_STALE_HANDLE, EXPERTD_ARGUMENT_FLAGS, slot_.flags, 0, EXPERTD_SLOT_FLAGS_ALL);
   }
   request_->shape.top_k = known.top_k;
   *handle = &known;
@@ -319,8 +317,7 @@ bool Admission::dispatch(const engine::GroupShared& group) {
     return check_.refuse(EXPERTD_REASON_ARGUMENT_RANGE, EXPERTD_ARGUMENT_TOP_K, slot_.top_k, 1,
                          group.settings().shape.top_k);
   }
-  return routing_inputs() &&
-         check_.input(EXPERTD_IN_TOKEN_RANK_MASK, uint64_t{slot_.tokens} * shape.ranks, false) &&
+  return routing_inputs() && check_.input(EXPERTD_IN_TOKEN_RANK_MASK, uint64_t{slot_.tokens} * shape.ranks, false) &&
          dispatch_outputs() && new_handle(false);
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Admission: the only gate between bytes a client wrote and the house. Takes a private copy of a slot and the session's
-// tables, yields a Request with resolved tensors, or a refusal that names the argument, its value and the allowed range.
-// Pure; the loop thread. No value of the slot is used before it is checked.
+// tables, yields a Request with resolved tensors, or a refusal that names the argument, its value and the allowed
+// range. Pure; the loop thread. No value of the slot is used before it is checked.
 #pragma once
 
 #include <cstdint>

@@ -28,7 +28,9 @@ union Message {
   char bytes[1024];
 };
 
-std::string text_of(const char* field, size_t capacity) { return std::string(field, ::strnlen(field, capacity)); }
+std::string text_of(const char* field, size_t capacity) {
+  return std::string(field, ::strnlen(field, capacity));
+}
 
 }  // namespace
 
@@ -47,7 +49,9 @@ base::Result<std::unique_ptr<AttachListener>> AttachListener::create(const Liste
                                                             std::move(listening).value(), std::move(wake)));
 }
 
-AttachListener::~AttachListener() { stop(); }
+AttachListener::~AttachListener() {
+  stop();
+}
 
 base::Status AttachListener::start() {
   try {
@@ -213,11 +217,11 @@ bool AttachListener::refuse(const Connection& connection, const base::Status& st
 bool AttachListener::hello(Connection& connection, const void* bytes) {
   const auto& message = *static_cast<const expertd_attach_hello*>(bytes);
   if (message.abi_major != EXPERTD_ABI_MAJOR) {
-    return refuse(connection, base::Status(EXPERTD_REASON_PROTOCOL_VERSION,
-                                           "client speaks protocol " + std::to_string(message.abi_major) + "." +
-                                               std::to_string(message.abi_minor) + ", daemon " +
-                                               std::to_string(EXPERTD_ABI_MAJOR) + "." +
-                                               std::to_string(EXPERTD_ABI_MINOR)));
+    return refuse(connection,
+                  base::Status(EXPERTD_REASON_PROTOCOL_VERSION,
+                               "client speaks protocol " + std::to_string(message.abi_major) + "." +
+                                   std::to_string(message.abi_minor) + ", daemon " + std::to_string(EXPERTD_ABI_MAJOR) +
+                                   "." + std::to_string(EXPERTD_ABI_MINOR)));
   }
   const std::vector<uint32_t>& allowed = options_.allowed_uids;
   if (!allowed.empty() && std::find(allowed.begin(), allowed.end(), connection.uid) == allowed.end()) {

@@ -7,8 +7,8 @@
 #include <atomic>
 #include <functional>
 #include <map>
-#include <mutex>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -22,7 +22,7 @@ namespace expertd::transport {
 struct ListenerOptions {
   std::string path;
   uint32_t mode = 0660;
-  std::string group;                // empty: unchanged
+  std::string group;                   // empty: unchanged
   std::vector<uint32_t> allowed_uids;  // empty: all that the file mode lets in
 };
 
@@ -54,8 +54,12 @@ class AttachListener {
 
   AttachListener(const ListenerOptions& options, session::AttachApi* sessions, AdoptConnection adopt, SessionOver over,
                  base::ScopedFd listening, base::ScopedFd wake)
-      : options_(options), sessions_(sessions), adopt_(std::move(adopt)), over_(std::move(over)),
-        listening_(std::move(listening)), wake_(std::move(wake)) {}
+      : options_(options),
+        sessions_(sessions),
+        adopt_(std::move(adopt)),
+        over_(std::move(over)),
+        listening_(std::move(listening)),
+        wake_(std::move(wake)) {}
   void thread_main();
   void accept_clients();
   /// False when the connection is over.

@@ -39,8 +39,8 @@ base::Result<base::ScopedFd> listen_seqpacket(const std::string& path, uint32_t 
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
   if (path.size() >= sizeof(address.sun_path)) {
-    return base::Status(EXPERTD_REASON_CONFIG_BAD_VALUE, path + ": longer than " +
-                                                             std::to_string(sizeof(address.sun_path) - 1) + " bytes");
+    return base::Status(EXPERTD_REASON_CONFIG_BAD_VALUE,
+                        path + ": longer than " + std::to_string(sizeof(address.sun_path) - 1) + " bytes");
   }
   std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
   EXPERTD_RETURN_IF_ERROR(check_stale(path, address));

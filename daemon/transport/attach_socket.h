@@ -18,7 +18,7 @@ base::Result<base::ScopedFd> listen_seqpacket(const std::string& path, uint32_t 
 struct Packet {
   size_t bytes = 0;
   bool end_of_file = false;
-  bool nothing = false;           // would block
+  bool nothing = false;             // would block
   std::vector<base::ScopedFd> fds;  // at most one is expected; more are closed by whoever drops the packet
 };
 Packet receive_packet(int fd, void* buffer, size_t capacity);

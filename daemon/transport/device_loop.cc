@@ -20,13 +20,15 @@ constexpr uint64_t kBeatNs = 500'000'000;
 // A control thread waits this long for a loop before it reports the loop as stuck.
 constexpr std::chrono::seconds kTaskTimeout(5);
 
-// A loop with parts on a GPU spins this long after something moved (longer than any operation takes), then sleeps between
-// looks for an eighth of the time since, within these.
+// A loop with parts on a GPU spins this long after something moved (longer than any operation takes), then sleeps
+// between looks for an eighth of the time since, within these.
 constexpr uint64_t kPollSpinNs = 2'000'000;
 constexpr uint64_t kPollNsMin = 20'000;
 constexpr uint64_t kPollNsMax = 1'000'000;
 
-void relax() { __builtin_ia32_pause(); }
+void relax() {
+  __builtin_ia32_pause();
+}
 
 }  // namespace
 
@@ -38,7 +40,9 @@ base::Result<std::unique_ptr<DeviceLoop>> DeviceLoop::create(base::DeviceIndex d
   return std::unique_ptr<DeviceLoop>(new DeviceLoop(device, options, std::move(event)));
 }
 
-DeviceLoop::~DeviceLoop() { stop(); }
+DeviceLoop::~DeviceLoop() {
+  stop();
+}
 
 base::Status DeviceLoop::start(engine::DevicePort* port, engine::WakePort* wake, engine::OpObserver* op_observer,
                                LoopObserver* loop_observer, FaultCallback fault) {
@@ -168,8 +172,8 @@ bool DeviceLoop::poll_rings(uint64_t now_ns) {
   for (const std::unique_ptr<RingServer>& server : servers_) {
     moved |= server->poll(*engine_, now_ns);
     used += server->slots_used();
-    if (server->faulted() && std::find(fault_reported_.begin(), fault_reported_.end(), server->tables().id) ==
-                                 fault_reported_.end()) {
+    if (server->faulted() &&
+        std::find(fault_reported_.begin(), fault_reported_.end(), server->tables().id) == fault_reported_.end()) {
       fault_reported_.push_back(server->tables().id);
       fault_(server->tables().id);
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// DeviceLoop: the one thread of a device. It polls the rings of the device's sessions, drives the engine, and runs tasks
-// of the control threads between operations. Spins for spin_ns after the last work, then sleeps on its eventfd.
+// DeviceLoop: the one thread of a device. It polls the rings of the device's sessions, drives the engine, and runs
+// tasks of the control threads between operations. Spins for spin_ns after the last work, then sleeps on its eventfd.
 #pragma once
 
 #include <atomic>

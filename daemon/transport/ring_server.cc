@@ -16,8 +16,12 @@ namespace expertd::transport {
 namespace {
 
 // Words shared with the client. The builtins are used because the ABI header is C and has plain integers.
-uint64_t load_acquire(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
-void store_release(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
+uint64_t load_acquire(const uint64_t* word) {
+  return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+}
+void store_release(uint64_t* word, uint64_t value) {
+  __atomic_store_n(word, value, __ATOMIC_RELEASE);
+}
 
 }  // namespace
 
@@ -58,11 +62,12 @@ bool RingServer::poll(engine::Engine& engine, uint64_t now_ns) {
     if (engine_session_.request(index).rejected_reason != 0) {
       tables_->stats.rejected.fetch_add(1, std::memory_order_relaxed);
     }
+    ++in_flight_;
     engine.submit(&engine_session_, index, rank);
     ++head_;
   }
   store_release(&ring_->header()->submit_head, head_);
-  tables_->stats.outstanding.store(engine_session_.outstanding(), std::memory_order_relaxed);
+  tables_->stats.outstanding.store(in_flight_, std::memory_order_relaxed);
   return true;
 }
 
@@ -85,12 +90,13 @@ void RingServer::complete(const engine::Request& request, const expertd_completi
               bytes - kSeqBytes);
   store_release(&slot->seq, completion.seq);  // pairs with the client's acquire of seq
   session::SessionStats& stats = tables_->stats;
+  --in_flight_;
   const uint64_t number = stats.completed.fetch_add(1, std::memory_order_relaxed);
   stats.bytes.fetch_add(completion.local_bytes + completion.remote_bytes, std::memory_order_relaxed);
   const uint64_t latency_ns = completion.complete_ns - std::min(request.submit_ns, completion.complete_ns);
   stats.latency_ns[number % session::SessionStats::kLatencies].store(
       static_cast<uint32_t>(std::min<uint64_t>(latency_ns, UINT32_MAX)), std::memory_order_relaxed);
-  stats.outstanding.store(engine_session_.outstanding(), std::memory_order_relaxed);
+  stats.outstanding.store(in_flight_, std::memory_order_relaxed);
   wake_client();
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// RingServer: the daemon's end of one session's ring. Copies each submitted slot once, has the copy admitted, and writes
-// completions in place. The loop thread alone; the other end is hostile by assumption: nothing it writes is trusted.
+// RingServer: the daemon's end of one session's ring. Copies each submitted slot once, has the copy admitted, and
+// writes completions in place. The loop thread alone; the other end is hostile by assumption: nothing it writes is
+// trusted.
 #pragma once
 
 #include <cstdint>
@@ -38,6 +39,7 @@ class RingServer final : public engine::CompletionPort {
   uint32_t slot_count_;
   uint64_t default_timeout_ns_;
   uint64_t head_ = 0;
+  uint32_t in_flight_ = 0;  // submitted and not completed
   bool faulted_ = false;
   engine::EngineSession engine_session_;
 };

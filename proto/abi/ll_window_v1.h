@@ -47,7 +47,7 @@ static inline int expertd_ll_window_shape_ok(const struct expertd_ll_window_shap
 
 /* Offsets of set `set` (0 or 1). With the limits above nothing exceeds 2^43 bytes. */
 static inline struct expertd_ll_window_layout expertd_ll_window_place_all(const struct expertd_ll_window_shape* shape,
-                                                                        uint32_t set) {
+                                                                          uint32_t set) {
   struct expertd_ll_window_layout layout = {0, 0, 0, 0, 0, 0, 0, 0};
   uint64_t local_experts, rows, cursor = 0;
   if (!expertd_ll_window_shape_ok(shape) || set >= EXPERTD_LL_WINDOW_SETS) {

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Shared-memory layout of one session's ring: the memfd that the daemon creates, hands over the attach socket and maps
- * beside the client. Byte-level spec: ring_v1.md; golden vectors: tests/abi. Fixed-width little-endian integers, natural
- * alignment, offsets instead of pointers, 64-bit indices that only grow. Reserved bytes are zero and are checked.
- * Compiles as C11 and C++20. A change of any offset is a new major version. */
+ * beside the client. Byte-level spec: ring_v1.md; golden vectors: tests/abi. Fixed-width little-endian integers,
+ * natural alignment, offsets instead of pointers, 64-bit indices that only grow. Reserved bytes are zero and are
+ * checked. Compiles as C11 and C++20. A change of any offset is a new major version. */
 #ifndef EXPERTD_RING_V1_H_
 #define EXPERTD_RING_V1_H_
 
@@ -23,7 +23,7 @@
 #define EXPERTD_ABORT_WORD 0x7fffffffffffffffULL
 /* Doorbell and completion words of slot i on the GPU flag page, for devices that have one. */
 #define EXPERTD_FLAG_STRIDE 128u
-#define EXPERTD_DOORBELL_OFFSET(slot) (UINT64_C(2) * (slot) * EXPERTD_FLAG_STRIDE)
+#define EXPERTD_DOORBELL_OFFSET(slot) (UINT64_C(2) * (slot)*EXPERTD_FLAG_STRIDE)
 #define EXPERTD_COMPLETION_WORD_OFFSET(slot) ((UINT64_C(2) * (slot) + 1u) * EXPERTD_FLAG_STRIDE)
 /* A device-readable result word behind each completion word: the Reason of the operation (0 = ok). */
 #define EXPERTD_RESULT_WORD_OFFSET(slot) (EXPERTD_COMPLETION_WORD_OFFSET(slot) + 8u)
@@ -95,7 +95,7 @@ enum expertd_slot_flag {
 
 enum expertd_dtype {
   EXPERTD_DTYPE_NONE = 0,
-  EXPERTD_DTYPE_BF16 = 1, /* 2 bytes */
+  EXPERTD_DTYPE_BF16 = 1,  /* 2 bytes */
   EXPERTD_DTYPE_BYTES = 2, /* already quantised rows: row_bytes bytes each, side tensor beside them */
   EXPERTD_DTYPE_FP8_E4M3 = 3,
   EXPERTD_DTYPE_F32 = 4,
@@ -108,23 +108,23 @@ enum expertd_dtype {
 /* Index into expertd_slot.tensors. R ranks, E experts, L = E/R, T tokens, K top-k, H hidden, N = R * max_tokens,
  * C = capacity_rows, S = side_elements. Element types in brackets; idx = int32 or int64 by topk_idx_bytes. */
 enum expertd_tensor {
-  EXPERTD_IN_X = 0,              /* dispatch [T] rows of row_bytes; combine [C,H] bf16; ll_combine [L,N,H] bf16 */
-  EXPERTD_IN_TOPK_IDX = 1,       /* [T,K] idx */
-  EXPERTD_IN_TOPK_WEIGHTS = 2,   /* dispatch, ll_combine [T,K] f32; combine [C,K] f32 (expanded: [C]) */
-  EXPERTD_IN_SIDE = 3,           /* [T,S] elements of side_element_bytes, any strides */
-  EXPERTD_IN_BIAS0 = 4,          /* [T,H] bf16 */
-  EXPERTD_IN_BIAS1 = 5,          /* [T,H] bf16 */
-  EXPERTD_IN_TOKEN_RANK_MASK = 6,/* [T,R] u8 */
-  EXPERTD_OUT_X = 7,             /* dispatch [C] rows; combine [T,H] bf16; ll_dispatch [L,N] rows */
-  EXPERTD_OUT_SIDE = 8,          /* dispatch [C,S]; ll_dispatch scales [L,S,N] (f32) or [L,N,S] (bytes in) */
-  EXPERTD_OUT_TOPK_IDX = 9,      /* [C,K] i32 or i64 as the input; expanded [C]: local expert or -1 */
-  EXPERTD_OUT_TOPK_WEIGHTS = 10, /* dispatch [C,K] f32 (expanded [C]); combine [T,K] f32 */
-  EXPERTD_OUT_EXPERT_COUNTS = 11,/* [L] i32; layout: [E] i32 */
-  EXPERTD_OUT_RANK_PREFIX = 12,  /* dispatch [R,R] i32 inclusive over sources; layout: tokens per rank [R] i32 */
-  EXPERTD_OUT_SRC_INFO = 13,     /* dispatch [C] i32, ll_dispatch [L,N] i32: token index on the source rank */
-  EXPERTD_OUT_LAYOUT_RANGE = 14, /* ll_dispatch [L,R] i64 (begin << 32) | count; layout: tokens per node [nodes] i32 */
-  EXPERTD_OUT_STATS = 15,        /* ll_dispatch [L] i32, rows are added */
-  EXPERTD_OUT_WAIT_STATS = 16,   /* [R] i64, nanoseconds waited for each rank are added */
+  EXPERTD_IN_X = 0,               /* dispatch [T] rows of row_bytes; combine [C,H] bf16; ll_combine [L,N,H] bf16 */
+  EXPERTD_IN_TOPK_IDX = 1,        /* [T,K] idx */
+  EXPERTD_IN_TOPK_WEIGHTS = 2,    /* dispatch, ll_combine [T,K] f32; combine [C,K] f32 (expanded: [C]) */
+  EXPERTD_IN_SIDE = 3,            /* [T,S] elements of side_element_bytes, any strides */
+  EXPERTD_IN_BIAS0 = 4,           /* [T,H] bf16 */
+  EXPERTD_IN_BIAS1 = 5,           /* [T,H] bf16 */
+  EXPERTD_IN_TOKEN_RANK_MASK = 6, /* [T,R] u8 */
+  EXPERTD_OUT_X = 7,              /* dispatch [C] rows; combine [T,H] bf16; ll_dispatch [L,N] rows */
+  EXPERTD_OUT_SIDE = 8,           /* dispatch [C,S]; ll_dispatch scales [L,S,N] (f32) or [L,N,S] (bytes in) */
+  EXPERTD_OUT_TOPK_IDX = 9,       /* [C,K] i32 or i64 as the input; expanded [C]: local expert or -1 */
+  EXPERTD_OUT_TOPK_WEIGHTS = 10,  /* dispatch [C,K] f32 (expanded [C]); combine [T,K] f32 */
+  EXPERTD_OUT_EXPERT_COUNTS = 11, /* [L] i32; layout: [E] i32 */
+  EXPERTD_OUT_RANK_PREFIX = 12,   /* dispatch [R,R] i32 inclusive over sources; layout: tokens per rank [R] i32 */
+  EXPERTD_OUT_SRC_INFO = 13,      /* dispatch [C] i32, ll_dispatch [L,N] i32: token index on the source rank */
+  EXPERTD_OUT_LAYOUT_RANGE = 14,  /* ll_dispatch [L,R] i64 (begin << 32) | count; layout: tokens per node [nodes] i32 */
+  EXPERTD_OUT_STATS = 15,         /* ll_dispatch [L] i32, rows are added */
+  EXPERTD_OUT_WAIT_STATS = 16,    /* [R] i64, nanoseconds waited for each rank are added */
   EXPERTD_OUT_TOKEN_RANK_MASK = 17 /* layout [T,R] u8 */
 };
 
@@ -209,20 +209,23 @@ struct expertd_completion {
 /* Names of the arguments a Reason can be about; numbers are stable. */
 #define EXPERTD_ARGUMENTS(X)                                                                                           \
   X(NONE, 0, "argument")                                                                                               \
-  X(OP, 1, "op") X(FLAGS, 2, "flags") X(GROUP, 3, "group") X(TIMEOUT, 4, "timeout_ns") X(TOKENS, 5, "tokens")          \
-  X(TOP_K, 6, "top_k") X(HIDDEN, 7, "hidden") X(DTYPE, 8, "dtype") X(ROW_BYTES, 9, "row_bytes")                        \
-  X(TOPK_IDX_BYTES, 10, "topk_idx_bytes") X(SIDE_ELEMENTS, 11, "side_elements")                                        \
-  X(SIDE_ELEMENT_BYTES, 12, "side_element_bytes") X(SIDE_STRIDE, 13, "side_stride")                                    \
-  X(CAPACITY_ROWS, 14, "capacity_rows") X(EXPERT_ALIGNMENT, 15, "expert_alignment") X(HANDLE, 16, "handle")            \
-  X(NUM_EXPERTS, 17, "num_experts") X(NUM_RANKS, 18, "num_ranks") X(RESERVED, 19, "reserved bytes") X(SEQ, 20, "seq")  \
-  X(EXPERT_ID, 21, "topk_idx value") X(RECV_ROWS, 22, "received rows")                                                 \
-  X(IN_X, 32, "x") X(IN_TOPK_IDX, 33, "topk_idx") X(IN_TOPK_WEIGHTS, 34, "topk_weights") X(IN_SIDE, 35, "side")        \
-  X(IN_BIAS0, 36, "bias0") X(IN_BIAS1, 37, "bias1") X(IN_TOKEN_RANK_MASK, 38, "token_rank_mask")                       \
-  X(OUT_X, 39, "out") X(OUT_SIDE, 40, "out_side") X(OUT_TOPK_IDX, 41, "out_topk_idx")                                  \
-  X(OUT_TOPK_WEIGHTS, 42, "out_topk_weights") X(OUT_EXPERT_COUNTS, 43, "out_expert_counts")                            \
-  X(OUT_RANK_PREFIX, 44, "out_rank_prefix") X(OUT_SRC_INFO, 45, "out_src_info")                                        \
-  X(OUT_LAYOUT_RANGE, 46, "out_layout_range") X(OUT_STATS, 47, "out_stats") X(OUT_WAIT_STATS, 48, "out_wait_stats")    \
-  X(OUT_TOKEN_RANK_MASK, 49, "out_token_rank_mask")
+  X(OP, 1, "op")                                                                                                       \
+  X(FLAGS, 2, "flags") X(GROUP, 3, "group") X(TIMEOUT, 4, "timeout_ns") X(TOKENS, 5, "tokens") X(TOP_K, 6, "top_k")    \
+      X(HIDDEN, 7, "hidden") X(DTYPE, 8, "dtype") X(ROW_BYTES, 9, "row_bytes") X(TOPK_IDX_BYTES, 10, "topk_idx_bytes") \
+          X(SIDE_ELEMENTS, 11, "side_elements") X(SIDE_ELEMENT_BYTES, 12, "side_element_bytes") X(                     \
+              SIDE_STRIDE, 13, "side_stride") X(CAPACITY_ROWS, 14, "capacity_rows")                                    \
+              X(EXPERT_ALIGNMENT, 15, "expert_alignment") X(HANDLE, 16, "handle") X(NUM_EXPERTS, 17, "num_experts") X( \
+                  NUM_RANKS, 18, "num_ranks") X(RESERVED, 19, "reserved bytes") X(SEQ, 20, "seq")                      \
+                  X(EXPERT_ID, 21, "topk_idx value") X(RECV_ROWS, 22, "received rows") X(IN_X, 32, "x") X(             \
+                      IN_TOPK_IDX, 33, "topk_idx") X(IN_TOPK_WEIGHTS, 34, "topk_weights") X(IN_SIDE, 35, "side")       \
+                      X(IN_BIAS0, 36, "bias0") X(IN_BIAS1, 37, "bias1")                                                \
+                          X(IN_TOKEN_RANK_MASK, 38, "token_rank_mask") X(OUT_X, 39, "out") X(OUT_SIDE, 40, "out_side") \
+                              X(OUT_TOPK_IDX, 41, "out_topk_idx") X(OUT_TOPK_WEIGHTS, 42, "out_topk_weights")          \
+                                  X(OUT_EXPERT_COUNTS, 43, "out_expert_counts")                                        \
+                                      X(OUT_RANK_PREFIX, 44, "out_rank_prefix") X(OUT_SRC_INFO, 45, "out_src_info")    \
+                                          X(OUT_LAYOUT_RANGE, 46, "out_layout_range") X(OUT_STATS, 47, "out_stats")    \
+                                              X(OUT_WAIT_STATS, 48, "out_wait_stats")                                  \
+                                                  X(OUT_TOKEN_RANK_MASK, 49, "out_token_rank_mask")
 
 enum expertd_argument {
 #define EXPERTD_ARGUMENT_ENUM(name, number, text) EXPERTD_ARGUMENT_##name = number,

@@ -93,9 +93,7 @@ struct Bench {
     need(cuStreamWaitValue64(stream, address, 1, CU_STREAM_WAIT_VALUE_GEQ) == CUDA_SUCCESS, "wait");
     touch<<<1, 1, 0, stream>>>(word(0));
   }
-  void release_by_copy(uint64_t i) {
-    cuMemcpyHtoDAsync(reinterpret_cast<CUdeviceptr>(word(i)), source, 8, rescue);
-  }
+  void release_by_copy(uint64_t i) { cuMemcpyHtoDAsync(reinterpret_cast<CUdeviceptr>(word(i)), source, 8, rescue); }
 };
 
 /// Runs `blocking` in another thread while a stream is parked; says whether it returned before the release, and whether

@@ -54,8 +54,8 @@ class Arena {
   void download(uint32_t device) {
     std::vector<uint8_t> now(mirror_.size());
     ASSERT_EQ(cudaSuccess, cudaSetDevice(static_cast<int>(device)));
-    ASSERT_EQ(cudaSuccess, cudaMemcpy(now.data(), window_.memory->mapping().base[device], now.size(),
-                                      cudaMemcpyDeviceToHost));
+    ASSERT_EQ(cudaSuccess,
+              cudaMemcpy(now.data(), window_.memory->mapping().base[device], now.size(), cudaMemcpyDeviceToHost));
     for (const auto& [buffer, at] : outputs_) {
       std::memcpy(buffer->as<uint8_t>(), now.data() + at, buffer->bytes());
       std::memcpy(now.data() + at, mirror_.data() + at, buffer->bytes());
@@ -190,9 +190,9 @@ class GpuGroup {
     const engine::SlotWords at = words(rank);
     uint64_t values[2] = {};
     EXPECT_EQ(cudaSuccess, cudaSetDevice(static_cast<int>(device_index(rank))));
-    EXPECT_EQ(cudaSuccess, cudaMemcpy(values,
-                                      static_cast<char*>(at.flag_page) + EXPERTD_COMPLETION_WORD_OFFSET(at.slot),
-                                      sizeof(values), cudaMemcpyDeviceToHost));
+    EXPECT_EQ(cudaSuccess,
+              cudaMemcpy(values, static_cast<char*>(at.flag_page) + EXPERTD_COMPLETION_WORD_OFFSET(at.slot),
+                         sizeof(values), cudaMemcpyDeviceToHost));
     return {values[0], values[1]};
   }
   /// Through a stream that was used before anything parked: a first copy of a context may wait for parked streams.
@@ -200,9 +200,9 @@ class GpuGroup {
     const engine::SlotWords at = words(rank);
     EXPECT_EQ(cudaSuccess, cudaSetDevice(static_cast<int>(device_index(rank))));
     *bells_[rank].value = at.seq;
-    EXPECT_EQ(cudaSuccess, cudaMemcpyAsync(static_cast<char*>(at.flag_page) + EXPERTD_DOORBELL_OFFSET(at.slot),
-                                           bells_[rank].value, sizeof(at.seq), cudaMemcpyHostToDevice,
-                                           bells_[rank].stream));
+    EXPECT_EQ(cudaSuccess,
+              cudaMemcpyAsync(static_cast<char*>(at.flag_page) + EXPERTD_DOORBELL_OFFSET(at.slot), bells_[rank].value,
+                              sizeof(at.seq), cudaMemcpyHostToDevice, bells_[rank].stream));
     EXPECT_EQ(cudaSuccess, cudaStreamSynchronize(bells_[rank].stream));
   }
   uint64_t seq() const { return seq_; }

@@ -105,8 +105,8 @@ TEST_F(ClientStop, ATenantThatNeverCompletesHoldsNobodyUp) {
       ASSERT_TRUE(is_ok(neighbour->ask("leave")) && is_ok(neighbour->ask("detach")));
     }
     neighbour.reset();
-    ASSERT_TRUE(wait_until(
-        [&] { return daemon.metric("expertd_pool_bytes{gpu=\"host\",state=\"used\"}") <= used; }, seconds(5)));
+    ASSERT_TRUE(wait_until([&] { return daemon.metric("expertd_pool_bytes{gpu=\"host\",state=\"used\"}") <= used; },
+                           seconds(5)));
     worst = std::max(worst, elapsed_ms(begin));
   }
   std::printf("a neighbour's whole life beside 60 operations that never end: at most %.1f ms\n", worst);
@@ -131,8 +131,8 @@ TEST_F(ClientStop, AStoppedClientCanBeKilledAndIsReclaimed) {
   ASSERT_TRUE(client->attach(daemon_.attach_socket(), 0) && is_ok(client->ask("alloc 65536")));
   client->pause();
   client.reset();
-  EXPECT_TRUE(wait_until([&] { return daemon_.metric("expertd_pool_bytes{gpu=\"host\",state=\"used\"}") == 0; },
-                         seconds(5)));
+  EXPECT_TRUE(
+      wait_until([&] { return daemon_.metric("expertd_pool_bytes{gpu=\"host\",state=\"used\"}") == 0; }, seconds(5)));
 }
 
 }  // namespace

@@ -187,9 +187,9 @@ TEST_F(Served, ADrainFinishesWhatWasAdmittedAndTakesNothingNew) {
   v1::DrainResponse response;
   ASSERT_TRUE(stub_->Drain(&call.context, v1::DrainRequest(), &response).ok());
   EXPECT_EQ(response.sessions(), 2u);
-  ASSERT_TRUE(wait_until(
-      [&] { return expertd_session_state(group.rank(0).session.get()).reason == EXPERTD_REASON_DRAINING; },
-      seconds(5)));
+  ASSERT_TRUE(
+      wait_until([&] { return expertd_session_state(group.rank(0).session.get()).reason == EXPERTD_REASON_DRAINING; },
+                 seconds(5)));
   const ClientSession late(daemon_.attach_socket(), "host:2");
   EXPECT_EQ(late.attached().status.reason, EXPERTD_REASON_DRAINING) << describe(late.attached());
   EXPECT_TRUE(barrier(group.rank(1).group).outcome.ok()) << "it completes an operation that was admitted";

@@ -319,8 +319,7 @@ TEST_F(Group, TheMaskOfAFailGroupCanOnlyBeAsked) {
   EXPECT_TRUE(outcome_of(expertd_group_mask(group.rank(0).group, 0, 0, &lost, &excluded, &epoch)).ok());
   EXPECT_EQ(lost, 0u);
   EXPECT_EQ(excluded, 0u);
-  EXPECT_EQ(expertd_group_mask(group.rank(0).group, 2, 0, nullptr, nullptr, nullptr).reason,
-            EXPERTD_REASON_BAD_STATE);
+  EXPECT_EQ(expertd_group_mask(group.rank(0).group, 2, 0, nullptr, nullptr, nullptr).reason, EXPERTD_REASON_BAD_STATE);
 }
 
 }  // namespace

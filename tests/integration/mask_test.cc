@@ -24,8 +24,8 @@ class Masked : public ::testing::Test {
       return group.failure();
     }
     const bool high = random_case.shape.kind == OpKind::kDispatch;
-    const std::string whole = high ? run_high_throughput(&group, random_case, place)
-                                   : run_low_latency(&group, random_case, place);
+    const std::string whole =
+        high ? run_high_throughput(&group, random_case, place) : run_low_latency(&group, random_case, place);
     if (!whole.empty()) {
       return "before the loss: " + whole;
     }
@@ -36,8 +36,7 @@ class Masked : public ::testing::Test {
     }
     random_case.shape.active_ranks &= ~lost_ranks;
     random_case.later_active = random_case.shape.active_ranks;
-    return high ? run_high_throughput(&group, random_case, place)
-                : run_low_latency(&group, random_case, place, 3);
+    return high ? run_high_throughput(&group, random_case, place) : run_low_latency(&group, random_case, place, 3);
   }
 
   DaemonProcess daemon_{8, {"--engine-op-deadline=5s"}};
@@ -62,9 +61,8 @@ TEST_F(Masked, LowLatencyLeavesALostRankOut) {
 }
 
 TEST_F(Masked, ARankIsExcludedByRequestAndReadmitted) {
-  RankGroup group(daemon_.attach_socket(), "excluded", 3, [](expertd_group_options_t* options) {
-    options->on_rank_loss = EXPERTD_RANK_LOSS_MASK;
-  });
+  RankGroup group(daemon_.attach_socket(), "excluded", 3,
+                  [](expertd_group_options_t* options) { options->on_rank_loss = EXPERTD_RANK_LOSS_MASK; });
   ASSERT_TRUE(group.ok()) << group.failure();
   group.run([](Rank& rank) { EXPECT_TRUE(barrier(rank.group).outcome.ok()); });
   uint64_t excluded = 0;
@@ -96,18 +94,16 @@ TEST_F(Masked, ARankIsExcludedByRequestAndReadmitted) {
 }
 
 TEST_F(Masked, AMaskBeyondTheGroupIsRefused) {
-  RankGroup group(daemon_.attach_socket(), "beyond", 2, [](expertd_group_options_t* options) {
-    options->on_rank_loss = EXPERTD_RANK_LOSS_MASK;
-  });
+  RankGroup group(daemon_.attach_socket(), "beyond", 2,
+                  [](expertd_group_options_t* options) { options->on_rank_loss = EXPERTD_RANK_LOSS_MASK; });
   ASSERT_TRUE(group.ok()) << group.failure();
   EXPECT_EQ(expertd_group_mask(group.rank(0).group, 0b100, 0, nullptr, nullptr, nullptr).reason,
             EXPERTD_REASON_ARGUMENT_RANGE);
 }
 
 TEST_F(Masked, TheLostRankIsNamedInTheMask) {
-  RankGroup group(daemon_.attach_socket(), "named", 3, [](expertd_group_options_t* options) {
-    options->on_rank_loss = EXPERTD_RANK_LOSS_MASK;
-  });
+  RankGroup group(daemon_.attach_socket(), "named", 3,
+                  [](expertd_group_options_t* options) { options->on_rank_loss = EXPERTD_RANK_LOSS_MASK; });
   ASSERT_TRUE(group.ok()) << group.failure();
   group.drop(2);
   uint64_t lost = 0;

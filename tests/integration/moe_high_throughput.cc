@@ -21,7 +21,9 @@ std::string failed(const char* what, uint32_t rank, const OpEnd& end) {
   return std::string(what) + " of rank " + std::to_string(rank) + ": " + describe(end.outcome);
 }
 
-uint32_t flag(bool wanted, uint32_t value) { return wanted ? value : 0; }
+uint32_t flag(bool wanted, uint32_t value) {
+  return wanted ? value : 0;
+}
 
 /// One rank's tensors of one dispatch.
 struct DispatchOutputs {
@@ -166,8 +168,8 @@ class HighThroughputRun {
     give_outputs(rank.rank, cached, &args);
     expertd_event_t event{};
     OpEnd& end = outputs_[rank.rank].end;
-    end.outcome = outcome_of(
-        expertd_dispatch(rank.group, &args, nullptr, cached ? nullptr : &handles_[rank.rank], &event));
+    end.outcome =
+        outcome_of(expertd_dispatch(rank.group, &args, nullptr, cached ? nullptr : &handles_[rank.rank], &event));
     if (end.outcome.ok()) {
       end = finish(event);
     }
@@ -272,8 +274,8 @@ class HighThroughputRun {
           return fault("combined channel", rank, at / shape.hidden);
         }
       }
-      if (weights[rank] != nullptr && std::memcmp(weights[rank], wanted[rank].weights.data(),
-                                                  wanted[rank].weights.size() * sizeof(float)) != 0) {
+      if (weights[rank] != nullptr &&
+          std::memcmp(weights[rank], wanted[rank].weights.data(), wanted[rank].weights.size() * sizeof(float)) != 0) {
         return fault("combined weights", rank, 0);
       }
     }
@@ -293,8 +295,8 @@ class HighThroughputRun {
     args.tokens = input.tokens;
     args.combined_x = combined;
     args.combined_topk_weights = weights;
-    args.flags = flag(case_.shape.expanded != 0, EXPERTD_EXPANDED) |
-                 flag(case_.order_last_lane, EXPERTD_ORDER_LAST_LANE);
+    args.flags =
+        flag(case_.shape.expanded != 0, EXPERTD_EXPANDED) | flag(case_.order_last_lane, EXPERTD_ORDER_LAST_LANE);
     expertd_event_t event{};
     OpEnd end;
     end.outcome = outcome_of(expertd_combine(rank.group, &args, nullptr, &event));

@@ -33,13 +33,21 @@ class Operations : public ::testing::Test {
 };
 std::unique_ptr<DaemonProcess> Operations::daemon_;
 
-TEST_F(Operations, DispatchAndCombineBf16) { EXPECT_EQ(high_throughput({.ranks = 3}), ""); }
-TEST_F(Operations, DispatchAndCombineOfOneRank) { EXPECT_EQ(high_throughput({.ranks = 1}), ""); }
-TEST_F(Operations, DispatchAndCombineOfEightRanks) { EXPECT_EQ(high_throughput({.ranks = 8, .top_k = 4}), ""); }
+TEST_F(Operations, DispatchAndCombineBf16) {
+  EXPECT_EQ(high_throughput({.ranks = 3}), "");
+}
+TEST_F(Operations, DispatchAndCombineOfOneRank) {
+  EXPECT_EQ(high_throughput({.ranks = 1}), "");
+}
+TEST_F(Operations, DispatchAndCombineOfEightRanks) {
+  EXPECT_EQ(high_throughput({.ranks = 8, .top_k = 4}), "");
+}
 TEST_F(Operations, DispatchAndCombineThroughTheLibrarysCopies) {
   EXPECT_EQ(high_throughput({.ranks = 3}, Place::kStaged), "");
 }
-TEST_F(Operations, DispatchOfBytesWithASideTensor) { EXPECT_EQ(high_throughput({.payload = Payload::kBytes}), ""); }
+TEST_F(Operations, DispatchOfBytesWithASideTensor) {
+  EXPECT_EQ(high_throughput({.payload = Payload::kBytes}), "");
+}
 TEST_F(Operations, DispatchOfASideTensorInColumns) {
   EXPECT_EQ(high_throughput({.payload = Payload::kBytes, .side_layout = 1}), "");
 }
@@ -53,28 +61,50 @@ TEST_F(Operations, WorstTokensMarksTheRowsBehindTheLast) {
   EXPECT_EQ(high_throughput({.ranks = 3, .worst_tokens = true}), "");
   EXPECT_EQ(high_throughput({.ranks = 2, .worst_tokens = true}, Place::kStaged), "");
 }
-TEST_F(Operations, RoutingByMask) { EXPECT_EQ(high_throughput({.ranks = 4, .mask = true}), ""); }
-TEST_F(Operations, CombineWithBiases) { EXPECT_EQ(high_throughput({.ranks = 3, .biases = true}), ""); }
+TEST_F(Operations, RoutingByMask) {
+  EXPECT_EQ(high_throughput({.ranks = 4, .mask = true}), "");
+}
+TEST_F(Operations, CombineWithBiases) {
+  EXPECT_EQ(high_throughput({.ranks = 3, .biases = true}), "");
+}
 TEST_F(Operations, CombineInTheOrderOfTheLastLane) {
   EXPECT_EQ(high_throughput({.ranks = 4, .top_k = 4, .last_lane = true}), "");
 }
-TEST_F(Operations, WithoutWeights) { EXPECT_EQ(high_throughput({.ranks = 2, .weights = false}), ""); }
+TEST_F(Operations, WithoutWeights) {
+  EXPECT_EQ(high_throughput({.ranks = 2, .weights = false}), "");
+}
 TEST_F(Operations, ForeignWeightsAreKeptWhenAskedFor) {
   EXPECT_EQ(high_throughput({.ranks = 3, .keep_foreign_weights = true}), "");
 }
-TEST_F(Operations, NarrowIds) { EXPECT_EQ(high_throughput({.ranks = 3, .narrow_ids = true}), ""); }
-TEST_F(Operations, ARankWithoutTokensTakesPart) { EXPECT_EQ(high_throughput({.ranks = 3, .empty_rank = 1}), ""); }
-TEST_F(Operations, NoRankHasTokens) { EXPECT_EQ(high_throughput({.ranks = 3, .empty_rank = -2}), ""); }
-TEST_F(Operations, ALargeHiddenSize) { EXPECT_EQ(high_throughput({.ranks = 2, .hidden = 7168, .tokens = 64}), ""); }
+TEST_F(Operations, NarrowIds) {
+  EXPECT_EQ(high_throughput({.ranks = 3, .narrow_ids = true}), "");
+}
+TEST_F(Operations, ARankWithoutTokensTakesPart) {
+  EXPECT_EQ(high_throughput({.ranks = 3, .empty_rank = 1}), "");
+}
+TEST_F(Operations, NoRankHasTokens) {
+  EXPECT_EQ(high_throughput({.ranks = 3, .empty_rank = -2}), "");
+}
+TEST_F(Operations, ALargeHiddenSize) {
+  EXPECT_EQ(high_throughput({.ranks = 2, .hidden = 7168, .tokens = 64}), "");
+}
 
 TEST_F(Operations, SixtyFourRanks) {
   EXPECT_EQ(high_throughput({.ranks = 64, .local_experts = 2, .top_k = 4, .hidden = 128, .tokens = 4}), "");
 }
 
-TEST_F(Operations, LowLatencyBf16) { EXPECT_EQ(low_latency({.ranks = 3}), ""); }
-TEST_F(Operations, LowLatencyOfOneRank) { EXPECT_EQ(low_latency({.ranks = 1}), ""); }
-TEST_F(Operations, LowLatencyOfEightRanks) { EXPECT_EQ(low_latency({.ranks = 8, .top_k = 4}), ""); }
-TEST_F(Operations, LowLatencyFp8) { EXPECT_EQ(low_latency({.ranks = 2, .hidden = 512, .payload = Payload::kFp8}), ""); }
+TEST_F(Operations, LowLatencyBf16) {
+  EXPECT_EQ(low_latency({.ranks = 3}), "");
+}
+TEST_F(Operations, LowLatencyOfOneRank) {
+  EXPECT_EQ(low_latency({.ranks = 1}), "");
+}
+TEST_F(Operations, LowLatencyOfEightRanks) {
+  EXPECT_EQ(low_latency({.ranks = 8, .top_k = 4}), "");
+}
+TEST_F(Operations, LowLatencyFp8) {
+  EXPECT_EQ(low_latency({.ranks = 2, .hidden = 512, .payload = Payload::kFp8}), "");
+}
 TEST_F(Operations, LowLatencyFp8WithRoundedScales) {
   EXPECT_EQ(low_latency({.hidden = 512, .payload = Payload::kFp8, .scale = ScaleForm::kRounded}), "");
 }
@@ -84,11 +114,15 @@ TEST_F(Operations, LowLatencyFp8WithPackedExponents) {
 TEST_F(Operations, LowLatencyFp8ThroughTheLibrarysCopies) {
   EXPECT_EQ(low_latency({.hidden = 512, .payload = Payload::kFp8}, Place::kStaged), "");
 }
-TEST_F(Operations, LowLatencyBytesWithASideTensor) { EXPECT_EQ(low_latency({.payload = Payload::kBytes}), ""); }
+TEST_F(Operations, LowLatencyBytesWithASideTensor) {
+  EXPECT_EQ(low_latency({.payload = Payload::kBytes}), "");
+}
 TEST_F(Operations, LowLatencyBytesThroughTheLibrarysCopies) {
   EXPECT_EQ(low_latency({.payload = Payload::kBytes}, Place::kStaged), "");
 }
-TEST_F(Operations, LowLatencyWithARankWithoutTokens) { EXPECT_EQ(low_latency({.ranks = 3, .empty_rank = 0}), ""); }
+TEST_F(Operations, LowLatencyWithARankWithoutTokens) {
+  EXPECT_EQ(low_latency({.ranks = 3, .empty_rank = 0}), "");
+}
 
 TEST_F(Operations, LowLatencyInTheWindowWithoutACopy) {
   const RandomCase random_case = make_case(OpKind::kLlDispatch, {.ranks = 3, .hidden = 256});
@@ -118,9 +152,8 @@ void Operations::run_random(OpKind kind, uint32_t cases) {
     random_case.shape.active_ranks =
         random_case.shape.ranks == 64 ? ~uint64_t{0} : (uint64_t{1} << random_case.shape.ranks) - 1;
     random_case.later_active = random_case.shape.active_ranks;
-    const bool only_masks = std::any_of(random_case.inputs.begin(), random_case.inputs.end(), [](const RankInput& in) {
-      return in.tokens > 0 && in.topk_idx.empty();
-    });
+    const bool only_masks = std::any_of(random_case.inputs.begin(), random_case.inputs.end(),
+                                        [](const RankInput& in) { return in.tokens > 0 && in.topk_idx.empty(); });
     if (only_masks || random_case.shape.ranks > 16) {
       continue;  // the interface carries ids always; 64 ranks have a test of their own
     }
@@ -137,8 +170,12 @@ void Operations::run_random(OpKind kind, uint32_t cases) {
   }
 }
 
-TEST_F(Operations, RandomHighThroughputCases) { run_random(OpKind::kDispatch, 60); }
-TEST_F(Operations, RandomLowLatencyCases) { run_random(OpKind::kLlDispatch, 60); }
+TEST_F(Operations, RandomHighThroughputCases) {
+  run_random(OpKind::kDispatch, 60);
+}
+TEST_F(Operations, RandomLowLatencyCases) {
+  run_random(OpKind::kLlDispatch, 60);
+}
 
 }  // namespace
 }  // namespace expertd::support

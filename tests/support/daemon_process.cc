@@ -149,7 +149,9 @@ int DaemonProcess::wait_exit(std::chrono::milliseconds limit) {
   return ended && WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
-void DaemonProcess::terminate() { ::kill(pid_, SIGTERM); }
+void DaemonProcess::terminate() {
+  ::kill(pid_, SIGTERM);
+}
 
 int DaemonProcess::stop(std::chrono::milliseconds limit) {
   terminate();
@@ -164,10 +166,16 @@ void DaemonProcess::kill() {
   }
 }
 
-void DaemonProcess::pause() { ::kill(pid_, SIGSTOP); }
-void DaemonProcess::resume() { ::kill(pid_, SIGCONT); }
+void DaemonProcess::pause() {
+  ::kill(pid_, SIGSTOP);
+}
+void DaemonProcess::resume() {
+  ::kill(pid_, SIGCONT);
+}
 
-std::string DaemonProcess::scrape() const { return http_get(metrics_port_, "/metrics"); }
+std::string DaemonProcess::scrape() const {
+  return http_get(metrics_port_, "/metrics");
+}
 
 double DaemonProcess::metric(const std::string& prefix) const {
   std::istringstream lines(scrape());
@@ -186,7 +194,9 @@ bool DaemonProcess::metric_becomes(const std::string& prefix, double value) cons
   return wait_until([&] { return metric(prefix) == value; }, std::chrono::seconds(5));
 }
 
-size_t DaemonProcess::open_descriptors() const { return count_entries("/proc/" + std::to_string(pid_) + "/fd"); }
+size_t DaemonProcess::open_descriptors() const {
+  return count_entries("/proc/" + std::to_string(pid_) + "/fd");
+}
 
 size_t DaemonProcess::mappings() const {
   const std::string maps = read_text("/proc/" + std::to_string(pid_) + "/maps");

@@ -22,8 +22,12 @@ constexpr uint32_t kTokens = 16;
 constexpr uint32_t kHidden = 128;
 constexpr uint32_t kTopK = 2;
 
-uint16_t bf16_of(float value) { return static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16); }
-float float_of(uint16_t value) { return std::bit_cast<float>(static_cast<uint32_t>(value) << 16); }
+uint16_t bf16_of(float value) {
+  return static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16);
+}
+float float_of(uint16_t value) {
+  return std::bit_cast<float>(static_cast<uint32_t>(value) << 16);
+}
 
 std::string failed(const Outcome& outcome, int32_t rank, double ms) {
   std::ostringstream text;

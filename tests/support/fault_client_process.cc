@@ -93,7 +93,9 @@ bool FaultClient::attach(const std::string& socket, uint32_t device) {
   return is_ok(ask("attach " + socket + " host:" + std::to_string(device)));
 }
 
-void FaultClient::signal_kill() { ::kill(pid_, SIGKILL); }
+void FaultClient::signal_kill() {
+  ::kill(pid_, SIGKILL);
+}
 
 void FaultClient::kill() {
   if (pid_ > 0) {
@@ -107,10 +109,16 @@ void FaultClient::reap() {
   pid_ = -1;
 }
 
-void FaultClient::pause() { ::kill(pid_, SIGSTOP); }
-void FaultClient::resume() { ::kill(pid_, SIGCONT); }
+void FaultClient::pause() {
+  ::kill(pid_, SIGSTOP);
+}
+void FaultClient::resume() {
+  ::kill(pid_, SIGCONT);
+}
 
-bool is_ok(const std::string& answer) { return answer.compare(0, 2, "ok") == 0; }
+bool is_ok(const std::string& answer) {
+  return answer.compare(0, 2, "ok") == 0;
+}
 
 double number_in(const std::string& answer, const std::string& name) {
   const size_t at = answer.find(" " + name + "=");

@@ -26,7 +26,9 @@ ClientSession::ClientSession(const std::string& socket, const std::string& devic
   attached_ = outcome_of(expertd_attach(&options, &session_));
 }
 
-ClientSession::~ClientSession() { detach(); }
+ClientSession::~ClientSession() {
+  detach();
+}
 
 ClientSession::ClientSession(ClientSession&& other) noexcept
     : session_(std::exchange(other.session_, nullptr)), attached_(std::move(other.attached_)) {}

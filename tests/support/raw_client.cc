@@ -55,7 +55,9 @@ expertd_attach_hello make_hello(const std::string& device) {
   return hello;
 }
 
-RawClient::~RawClient() { close(); }
+RawClient::~RawClient() {
+  close();
+}
 
 void RawClient::close() {
   if (ring_ != nullptr) {
@@ -211,6 +213,8 @@ std::optional<expertd_completion> RawClient::wait(uint64_t seq, std::chrono::mil
   return copy;
 }
 
-int RawClient::take_rpc_fd() { return std::exchange(rpc_, -1); }
+int RawClient::take_rpc_fd() {
+  return std::exchange(rpc_, -1);
+}
 
 }  // namespace expertd::support

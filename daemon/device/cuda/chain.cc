@@ -124,7 +124,9 @@ uint64_t* word_at(void* flag_page, uint64_t offset) {
   return flag_page == nullptr ? nullptr : reinterpret_cast<uint64_t*>(static_cast<char*>(flag_page) + offset);
 }
 
-bool is_active(uint64_t mask, uint32_t rank) { return ((mask >> rank) & 1) != 0; }
+bool is_active(uint64_t mask, uint32_t rank) {
+  return ((mask >> rank) & 1) != 0;
+}
 
 }  // namespace
 
@@ -234,8 +236,8 @@ bool CudaDevice::enqueue_chain(const Part& part, const PartParams& params) {
   using namespace kernels::cuda;
   CUstream stream = part.session->stream;
   if (part.waits_doorbell) {
-    const auto doorbell = reinterpret_cast<CUdeviceptr>(
-        word_at(part.words.flag_page, EXPERTD_DOORBELL_OFFSET(part.words.slot)));
+    const auto doorbell =
+        reinterpret_cast<CUdeviceptr>(word_at(part.words.flag_page, EXPERTD_DOORBELL_OFFSET(part.words.slot)));
     if (driver_.cuStreamWaitValue64(stream, doorbell, part.words.seq, CU_STREAM_WAIT_VALUE_GEQ) != CUDA_SUCCESS) {
       return false;
     }

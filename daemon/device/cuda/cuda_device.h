@@ -75,13 +75,13 @@ class CudaDevice : public Device, public engine::DevicePort {
  private:
   /// A part between launch() and the poll() that reports it. Loop thread only.
   struct Part {
-    engine::PartId id = 0;        // 0: free
-    uint32_t end_reason = 0;      // of abort(), or why launch failed; 0: the report's
-    bool chain_broken = false;    // not everything was enqueued: `done` may never come
+    engine::PartId id = 0;      // 0: free
+    uint32_t end_reason = 0;    // of abort(), or why launch failed; 0: the report's
+    bool chain_broken = false;  // not everything was enqueued: `done` may never come
     bool rescue_sent = false;
     bool restore_sent = false;
     bool waits_doorbell = false;
-    uint32_t entries = 0;         // counted against its stream
+    uint32_t entries = 0;  // counted against its stream
     uint64_t launch_ns = 0;
     uint64_t group_op = 0;
     uint32_t rank = 0;

@@ -20,9 +20,8 @@ std::string format_uuid(const CUuuid& uuid) {
   for (size_t i = 0; i < b.size(); ++i) {
     b[i] = static_cast<unsigned char>(uuid.bytes[i]);
   }
-  std::snprintf(text.data(), text.size(),
-                "GPU-%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0], b[1], b[2], b[3],
-                b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]);
+  std::snprintf(text.data(), text.size(), "GPU-%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x",
+                b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]);
   return text.data();
 }
 
@@ -90,8 +89,8 @@ base::Result<std::vector<GpuFacts>> select_gpus(const Driver& driver, const Cuda
   std::vector<GpuFacts> selected = options.gpus.empty() ? found : std::vector<GpuFacts>{};
   for (const std::string& wanted : options.gpus) {
     int ordinal = 0;
-    const auto match = std::find_if(found.begin(), found.end(),
-                                    [&](const GpuFacts& gpu) { return names(wanted, gpu, ordinal++); });
+    const auto match =
+        std::find_if(found.begin(), found.end(), [&](const GpuFacts& gpu) { return names(wanted, gpu, ordinal++); });
     if (match == found.end()) {
       return base::Status(EXPERTD_REASON_NO_GPU,
                           "there is no GPU " + wanted + " here (" + std::to_string(count) + " found)");

@@ -8,6 +8,8 @@ base::Result<std::vector<std::unique_ptr<device::Device>>> create_cuda_devices(c
   return base::Status(EXPERTD_REASON_NO_GPU, "this expertd was built without CUDA");
 }
 
-CudaVersions cuda_versions() { return {}; }
+CudaVersions cuda_versions() {
+  return {};
+}
 
 }  // namespace expertd::device::cuda

@@ -20,11 +20,11 @@ base::Result<Driver> load_table() {
   }
   Driver driver;
   std::string missing;
-#define EXPERTD_DRIVER_LOAD(name)                                                           \
+#define EXPERTD_DRIVER_LOAD(name)                                                            \
   driver.name = reinterpret_cast<decltype(driver.name)>(dlsym(library, EXPERTD_TEXT(name))); \
-  if (driver.name == nullptr) {                                                             \
-    missing += missing.empty() ? "" : ", ";                                                 \
-    missing += EXPERTD_TEXT(name);                                                          \
+  if (driver.name == nullptr) {                                                              \
+    missing += missing.empty() ? "" : ", ";                                                  \
+    missing += EXPERTD_TEXT(name);                                                           \
   }
   EXPERTD_DRIVER_FUNCTIONS(EXPERTD_DRIVER_LOAD)
 #undef EXPERTD_DRIVER_LOAD

@@ -63,10 +63,10 @@ class ScopedContext {
 }  // namespace expertd::device::cuda
 
 /// Evaluates a driver call and returns its Status from the calling function when it failed.
-#define EXPERTD_DRIVER_CALL(driver, call)                                                \
-  do {                                                                                   \
-    const CUresult expertd_result_ = (driver).call;                                      \
-    if (expertd_result_ != CUDA_SUCCESS) {                                               \
-      return (driver).check(expertd_result_, #call);                                     \
-    }                                                                                    \
+#define EXPERTD_DRIVER_CALL(driver, call)            \
+  do {                                               \
+    const CUresult expertd_result_ = (driver).call;  \
+    if (expertd_result_ != CUDA_SUCCESS) {           \
+      return (driver).check(expertd_result_, #call); \
+    }                                                \
   } while (false)

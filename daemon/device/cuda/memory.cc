@@ -33,15 +33,15 @@ base::Result<std::unique_ptr<VmmMemory>> VmmMemory::create(const Reach& reach, u
   const Driver& driver = *reach.driver;
   const CUmemAllocationProp properties = allocation_properties(reach.home);
   size_t granularity = 0;
-  EXPERTD_DRIVER_CALL(
-      driver, cuMemGetAllocationGranularity(&granularity, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED));
+  EXPERTD_DRIVER_CALL(driver,
+                      cuMemGetAllocationGranularity(&granularity, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED));
   const uint64_t limit = uint64_t{1} << 46;  // beyond any GPU; keeps the rounding from wrapping
   const uint64_t rounded = (std::clamp<uint64_t>(bytes, 1, limit) + granularity - 1) / granularity * granularity;
   if (bytes > limit || !pool->try_take(rounded)) {
-    return base::Status(EXPERTD_REASON_POOL_EXHAUSTED,
-                        "the device's pool holds " + std::to_string(pool->used()) + " of " +
-                            std::to_string(pool->max_bytes()) + " bytes (device.pool_max_bytes); " +
-                            std::to_string(rounded) + " more were asked for");
+    return base::Status(EXPERTD_REASON_POOL_EXHAUSTED, "the device's pool holds " + std::to_string(pool->used()) +
+                                                           " of " + std::to_string(pool->max_bytes()) +
+                                                           " bytes (device.pool_max_bytes); " +
+                                                           std::to_string(rounded) + " more were asked for");
   }
   std::unique_ptr<VmmMemory> memory(new VmmMemory());
   memory->driver_ = &driver;
@@ -72,8 +72,8 @@ base::Result<std::unique_ptr<VmmMemory>> VmmMemory::import(const Reach& reach, c
   memory->allocated_bytes_ = import.allocation_bytes;
   // The API takes the descriptor as a pointer-sized integer.
   auto* descriptor = reinterpret_cast<void*>(static_cast<intptr_t>(import.fd.get()));
-  const CUresult imported = driver.cuMemImportFromShareableHandle(&memory->handle_, descriptor,
-                                                                  CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+  const CUresult imported =
+      driver.cuMemImportFromShareableHandle(&memory->handle_, descriptor, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
   if (imported != CUDA_SUCCESS) {
     return base::Status(EXPERTD_REASON_IPC_OPEN_FAILED,
                         "the descriptor is not an importable VMM allocation: " +
@@ -186,8 +186,8 @@ base::Result<std::unique_ptr<PinnedMemory>> PinnedMemory::create(const Driver& d
                                                                  uint64_t bytes) {
   std::unique_ptr<PinnedMemory> memory(new PinnedMemory(driver, context));
   const ScopedContext current(driver, context);
-  EXPERTD_DRIVER_CALL(driver, cuMemHostAlloc(&memory->host_, bytes,
-                                             CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP));
+  EXPERTD_DRIVER_CALL(driver,
+                      cuMemHostAlloc(&memory->host_, bytes, CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP));
   std::memset(memory->host_, 0, bytes);
   EXPERTD_DRIVER_CALL(driver, cuMemHostGetDevicePointer(&memory->device_, memory->host_, 0));
   return memory;

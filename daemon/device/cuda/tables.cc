@@ -8,7 +8,9 @@ namespace {
 
 constexpr uint64_t kAlign = 256;
 
-uint64_t align_up(uint64_t value) { return (value + kAlign - 1) / kAlign * kAlign; }
+uint64_t align_up(uint64_t value) {
+  return (value + kAlign - 1) / kAlign * kAlign;
+}
 
 uint64_t matrix_bytes(const engine::GroupShape& shape) {
   return uint64_t{shape.ranks} * kernels::count_row_ints(shape.ranks, shape.experts) * sizeof(int32_t);

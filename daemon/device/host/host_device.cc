@@ -71,11 +71,11 @@ struct HostDevice::Part {
   engine::ExchangeFlags* flags = nullptr;
   uint64_t active = 0;
   uint32_t rank = 0;
-  uint32_t token = 0;        // progress of the move
+  uint32_t token = 0;  // progress of the move
   uint32_t slice_tokens = 1;
   uint64_t start_ns = 0;
   uint64_t awaited_since_ns = 0;
-  uint64_t arrived = 0;      // ranks whose waiting time is known (wait_stats)
+  uint64_t arrived = 0;  // ranks whose waiting time is known (wait_stats)
   std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};
   kernels::OpParams params;
   kernels::OpReport report;
@@ -84,7 +84,11 @@ struct HostDevice::Part {
 
 HostDevice::HostDevice(base::DeviceIndex index, uint32_t ordinal, HostGroupDirectory* groups, engine::WakePort* wake,
                        uint64_t pool_max_bytes)
-    : index_(index), ordinal_(ordinal), groups_(groups), wake_(wake), pool_max_bytes_(pool_max_bytes),
+    : index_(index),
+      ordinal_(ordinal),
+      groups_(groups),
+      wake_(wake),
+      pool_max_bytes_(pool_max_bytes),
       parts_(kMaxParts) {}
 
 HostDevice::~HostDevice() = default;
@@ -102,9 +106,9 @@ DeviceInfo HostDevice::info() const {
 
 base::Result<Window> HostDevice::create_window(uint64_t bytes) {
   if (pool_max_bytes_ != 0 && (bytes > pool_max_bytes_ || host_bytes_mapped() > pool_max_bytes_ - bytes)) {
-    return base::Status(EXPERTD_REASON_POOL_EXHAUSTED, "window of " + std::to_string(bytes) +
-                                                           " bytes: device.pool_max_bytes = " +
-                                                           std::to_string(pool_max_bytes_));
+    return base::Status(
+        EXPERTD_REASON_POOL_EXHAUSTED,
+        "window of " + std::to_string(bytes) + " bytes: device.pool_max_bytes = " + std::to_string(pool_max_bytes_));
   }
   return create_host_window(bytes, index_);
 }
@@ -119,15 +123,21 @@ base::Result<std::unique_ptr<HeldMemory>> HostDevice::import_ipc(const void* /*h
   return base::Status(EXPERTD_REASON_WRONG_DEVICE_KIND, "a CUDA IPC handle on a host device; pass a sealed memfd");
 }
 
-base::Result<SessionGrant> HostDevice::open_session(base::SessionId /*session*/) { return SessionGrant{}; }
+base::Result<SessionGrant> HostDevice::open_session(base::SessionId /*session*/) {
+  return SessionGrant{};
+}
 void HostDevice::close_session(base::SessionId /*session*/) {}
-void* HostDevice::session_flag_page(base::SessionId /*session*/) { return nullptr; }
+void* HostDevice::session_flag_page(base::SessionId /*session*/) {
+  return nullptr;
+}
 
 base::Status HostDevice::create_group(const engine::GroupShape& shape, uint32_t handle_limit) {
   return groups_->add_rank(shape, handle_limit);
 }
 
-void HostDevice::destroy_group(base::GroupId group, base::Rank rank) { groups_->remove_rank(group, rank); }
+void HostDevice::destroy_group(base::GroupId group, base::Rank rank) {
+  groups_->remove_rank(group, rank);
+}
 
 uint32_t HostDevice::handle_capacity(base::GroupId group, base::Rank rank) const {
   const HostGroupTables* tables = groups_->find(group);

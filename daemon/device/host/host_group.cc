@@ -67,6 +67,8 @@ kernels::Routing HostGroupTables::routing(uint32_t rank, uint32_t handle_index) 
   return routing;
 }
 
-uint64_t HostGroupTables::bytes() const { return counts_.size() * sizeof(int32_t); }
+uint64_t HostGroupTables::bytes() const {
+  return counts_.size() * sizeof(int32_t);
+}
 
 }  // namespace expertd::device

@@ -36,7 +36,9 @@ class HostMemory final : public HeldMemory {
 
 }  // namespace
 
-uint64_t host_bytes_mapped() { return bytes_mapped.load(std::memory_order_relaxed); }
+uint64_t host_bytes_mapped() {
+  return bytes_mapped.load(std::memory_order_relaxed);
+}
 
 base::Result<Window> create_host_window(uint64_t bytes, base::DeviceIndex home) {
   if (bytes == 0 || bytes > (1ULL << 46)) {
@@ -84,8 +86,8 @@ base::Result<std::unique_ptr<HeldMemory>> import_host_fd(base::ScopedFd fd, uint
     return base::Status(EXPERTD_REASON_UNALIGNED, "offset " + std::to_string(offset) + " is not a multiple of 16");
   }
   const uint64_t skip = offset % kPageBytes;
-  void* base = ::mmap(nullptr, bytes + skip, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(),
-                      static_cast<off_t>(offset - skip));
+  void* base =
+      ::mmap(nullptr, bytes + skip, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), static_cast<off_t>(offset - skip));
   if (base == MAP_FAILED) {
     return base::errno_status("mapping shared memory");
   }

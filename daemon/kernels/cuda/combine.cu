@@ -14,7 +14,7 @@ constexpr uint32_t kBlocksPerMultiprocessor = 4;
 struct Source {
   const uint4* x;
   uint64_t row;
-  float weight;        // LL
+  float weight;  // LL
   uint32_t rank;
   uint32_t lane;       // of the top-k, for rows per expert
   uint32_t ends_rank;  // the last row of its rank: the rank's partial sum is rounded and added behind it
@@ -23,7 +23,7 @@ struct Source {
 struct PullShared {
   Source sources[base::kMaxTopK];
   uint32_t count;
-  uint32_t local_rows;   // of all tokens of the block, for the report
+  uint32_t local_rows;  // of all tokens of the block, for the report
   uint32_t remote_rows;
 };
 
@@ -245,7 +245,7 @@ __global__ __launch_bounds__(kPullThreads) void combine_pull(const __grid_consta
 cudaError_t launch_combine_pull(const PartParams& params, cudaStream_t stream) {
   const uint32_t most = params.multiprocessors * kBlocksPerMultiprocessor;
   const uint32_t tokens = params.op.shape.tokens == 0 ? 1 : params.op.shape.tokens;
-  combine_pull<<<tokens < most ? tokens : most, kPullThreads, 0, stream>>>(params);
+  combine_pull < <<tokens<most ? tokens : most, kPullThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

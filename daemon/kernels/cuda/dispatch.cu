@@ -13,10 +13,10 @@ constexpr uint32_t kChannelsPerLane = 16;  // fp8: one 16-byte store per lane, e
 
 /// Where one copy of the token goes.
 struct Target {
-  uint64_t row;     // row of the owner's output tensors; LL: expert * N + slot_row
+  uint64_t row;  // row of the owner's output tensors; LL: expert * N + slot_row
   uint32_t rank;
-  uint32_t lane;    // of the top-k, for rows per expert
-  uint32_t expert;  // local to the owner, for rows per expert
+  uint32_t lane;      // of the top-k, for rows per expert
+  uint32_t expert;    // local to the owner, for rows per expert
   uint32_t slot_row;  // LL: row inside the expert's slots
 };
 
@@ -73,8 +73,8 @@ __device__ bool expert_target(const PartParams& p, uint32_t token, uint32_t lane
 __device__ void collect_targets(const PartParams& p, uint32_t token, MoveShared* s) {
   const uint32_t lane = threadIdx.x;
   Target target{};
-  bool wanted = per_expert_rows(p.op.shape) ? expert_target(p, token, lane, &target)
-                                            : rank_target(p, token, lane, &target);
+  bool wanted =
+      per_expert_rows(p.op.shape) ? expert_target(p, token, lane, &target) : rank_target(p, token, lane, &target);
   wanted = wanted && p.peers.views[target.rank].out_x != nullptr;
   s->experts[lane] = lane < p.table_top_k ? p.op.routing.topk[uint64_t{token} * p.table_top_k + lane] : -1;
   const uint32_t ballot = __ballot_sync(kFullWarp, wanted);
@@ -90,8 +90,8 @@ __device__ void collect_targets(const PartParams& p, uint32_t token, MoveShared*
 __device__ void push_bytes(const PartParams& p, uint32_t token, const MoveShared& s) {
   const OpShape& shape = p.op.shape;
   const uint32_t pieces = shape.row_bytes / 16;
-  const auto* in = reinterpret_cast<const uint4*>(static_cast<const char*>(p.op.in.x) +
-                                                  uint64_t{token} * shape.row_bytes);
+  const auto* in =
+      reinterpret_cast<const uint4*>(static_cast<const char*>(p.op.in.x) + uint64_t{token} * shape.row_bytes);
   for (uint32_t first = threadIdx.x; first < pieces; first += 4 * kMoveThreads) {
     uint4 v[4];
 #pragma unroll
@@ -182,8 +182,7 @@ __device__ void push_side_elements(const PartParams& p, uint32_t token, const Mo
   const OpShape& shape = p.op.shape;
   const char* in = static_cast<const char*>(p.op.in.side) + static_cast<int64_t>(token) * shape.side_row_stride;
   for (uint32_t i = threadIdx.x; i < shape.side_elements; i += kMoveThreads) {
-    const Element value =
-        *reinterpret_cast<const Element*>(in + static_cast<int64_t>(i) * shape.side_element_stride);
+    const Element value = *reinterpret_cast<const Element*>(in + static_cast<int64_t>(i) * shape.side_element_stride);
     for (uint32_t t = 0; t < s.count; ++t) {
       const Target& target = s.targets[t];
       auto* out = static_cast<Element*>(p.peers.views[target.rank].out_side);
@@ -280,7 +279,7 @@ __global__ __launch_bounds__(kMoveThreads) void dispatch_move(const __grid_const
 cudaError_t launch_dispatch_move(const PartParams& params, cudaStream_t stream) {
   const uint32_t most = params.multiprocessors * kBlocksPerMultiprocessor;
   const uint32_t tokens = params.op.shape.tokens == 0 ? 1 : params.op.shape.tokens;
-  dispatch_move<<<tokens < most ? tokens : most, kMoveThreads, 0, stream>>>(params);
+  dispatch_move < <<tokens<most ? tokens : most, kMoveThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -51,7 +51,7 @@ struct PlanShared {
   int64_t expanded_rows[base::kMaxGpuRanks];  // Ne
   int32_t first_over_slots[base::kMaxGpuRanks];
   int32_t expert_count[base::kMaxExperts];
-  int32_t expert_before[base::kMaxExperts];   // rows of lower sources
+  int32_t expert_before[base::kMaxExperts];  // rows of lower sources
   int64_t expert_start[base::kMaxExperts];
 };
 
@@ -113,8 +113,7 @@ __device__ void decide(const PartParams& p, const int32_t* matrix, const PlanSha
   plan->rank = -1;
   const int32_t rejected = shape.cached != 0 ? -1 : rejected_rank(shape, matrix);
   if (rejected >= 0) {
-    const int32_t* own = matrix + uint64_t{shape.rank} * matrix_row_ints(shape) +
-                         count_columns(shape);
+    const int32_t* own = matrix + uint64_t{shape.rank} * matrix_row_ints(shape) + count_columns(shape);
     plan->reason = EXPERTD_REASON_PEER_REJECTED;
     plan->rank = rejected;
     if (own[0] != 0) {
@@ -123,8 +122,8 @@ __device__ void decide(const PartParams& p, const int32_t* matrix, const PlanSha
       plan->reason = static_cast<uint32_t>(own[0]);
       plan->rank = -1;
       plan->value = static_cast<int64_t>(high << 32 | low);
-      plan->argument = own[0] == EXPERTD_REASON_EXPERT_OUT_OF_RANGE ? EXPERTD_ARGUMENT_EXPERT_ID
-                                                                   : EXPERTD_ARGUMENT_NONE;
+      plan->argument =
+          own[0] == EXPERTD_REASON_EXPERT_OUT_OF_RANGE ? EXPERTD_ARGUMENT_EXPERT_ID : EXPERTD_ARGUMENT_NONE;
       plan->maximum = own[0] == EXPERTD_REASON_EXPERT_OUT_OF_RANGE ? static_cast<int64_t>(shape.experts) - 1 : 0;
     }
     return;
@@ -213,8 +212,8 @@ __global__ __launch_bounds__(kPlanThreads) void plan_part(const __grid_constant_
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    plan->recv_rows = static_cast<uint32_t>(per_expert_rows(shape) ? s.expanded_rows[shape.rank]
-                                                                   : s.rank_rows[shape.rank]);
+    plan->recv_rows =
+        static_cast<uint32_t>(per_expert_rows(shape) ? s.expanded_rows[shape.rank] : s.rank_rows[shape.rank]);
     decide(p, matrix, s, plan);
     count_sent(p, matrix, plan);
   }
@@ -225,10 +224,9 @@ __global__ __launch_bounds__(kPlanThreads) void plan_part(const __grid_constant_
       const uint32_t local = e % shape.local_experts;
       plan->local_start[local] = static_cast<int32_t>(start);
       plan->local_count[local] = s.expert_count[e];
-      plan->local_rounded[local] =
-          shape.kind == OpKind::kLlDispatch
-              ? s.expert_count[e]
-              : static_cast<int32_t>(round_up(s.expert_count[e], shape.expert_alignment));
+      plan->local_rounded[local] = shape.kind == OpKind::kLlDispatch
+                                       ? s.expert_count[e]
+                                       : static_cast<int32_t>(round_up(s.expert_count[e], shape.expert_alignment));
     }
   }
   const uint32_t matrix_ints = shape.ranks * matrix_row_ints(shape);

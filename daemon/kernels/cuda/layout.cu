@@ -168,9 +168,9 @@ cudaError_t launch_all_null(cudaStream_t stream) {
   PartParams null{};
   null.null_operation = 1;
   using Launcher = cudaError_t (*)(const PartParams&, cudaStream_t);
-  constexpr Launcher kLaunchers[] = {launch_route_count,    launch_route_scan,   launch_route_number,
-                                     launch_plan,           launch_dispatch_move, launch_combine_pull,
-                                     launch_layout_clear,   launch_layout_count, launch_finish};
+  constexpr Launcher kLaunchers[] = {launch_route_count,  launch_route_scan,    launch_route_number,
+                                     launch_plan,         launch_dispatch_move, launch_combine_pull,
+                                     launch_layout_clear, launch_layout_count,  launch_finish};
   for (const Launcher launcher : kLaunchers) {
     if (const cudaError_t error = launcher(null, stream); error != cudaSuccess) {
       return error;

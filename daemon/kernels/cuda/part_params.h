@@ -28,10 +28,10 @@ static_assert(sizeof(SyncPage) == 512);
 
 /// Words of one part in device memory. They carry part numbers, so that nothing of an earlier part has to be reset.
 struct PartState {
-  uint64_t aborted_part;    // written by the rescue stream: this part is to become a no-op
-  uint64_t verdict;         // part * 4 + 1 (go) or + 2 (aborted): decided once, by the first block of finish
-  uint32_t finish_blocks;   // atomicInc wraps to 0 with the last block
-  uint32_t layout_error;    // layout: position of the first bad id, reset by its first kernel
+  uint64_t aborted_part;   // written by the rescue stream: this part is to become a no-op
+  uint64_t verdict;        // part * 4 + 1 (go) or + 2 (aborted): decided once, by the first block of finish
+  uint32_t finish_blocks;  // atomicInc wraps to 0 with the last block
+  uint32_t layout_error;   // layout: position of the first bad id, reset by its first kernel
   uint64_t reserved[13];
 };
 static_assert(sizeof(PartState) == 128);
@@ -41,12 +41,12 @@ inline constexpr uint64_t kVerdictAborted = 2;
 
 /// Facts of one part in pinned host memory. The host zeroes them before launch and reads the rest after `done`.
 struct PartFacts {
-  uint64_t done;          // the part's number when finish ended
-  uint64_t verdict;       // kVerdict...
-  uint64_t start_ns;      // %globaltimer of the first kernel, 0 before
+  uint64_t done;      // the part's number when finish ended
+  uint64_t verdict;   // kVerdict...
+  uint64_t start_ns;  // %globaltimer of the first kernel, 0 before
   uint64_t end_ns;
-  uint64_t rescued;       // written by the rescue stream: the part's number when its waits were released
-  uint64_t restored;      // written by the rescue stream: the part's number when its words are as after a normal end
+  uint64_t rescued;   // written by the rescue stream: the part's number when its waits were released
+  uint64_t restored;  // written by the rescue stream: the part's number when its words are as after a normal end
   uint64_t reserved[2];
   OpReport report;
 };
@@ -59,13 +59,13 @@ struct Progress {
 
 /// What the plan kernel decides from the count matrix, once per part, for move and finish. Device memory.
 struct Plan {
-  uint32_t reason;    // expertd_reason: with one, no rank moves anything
+  uint32_t reason;  // expertd_reason: with one, no rank moves anything
   uint32_t argument;
   int64_t value;
   int64_t maximum;
-  int32_t rank;       // that the Reason names, -1 for none
-  uint32_t recv_rows; // of this rank: plain or expanded
-  uint64_t sent_local_rows;   // dispatch
+  int32_t rank;              // that the Reason names, -1 for none
+  uint32_t recv_rows;        // of this rank: plain or expanded
+  uint64_t sent_local_rows;  // dispatch
   uint64_t sent_remote_rows;
   unsigned long long pulled_local_rows;  // combine: counted while pulling (the type that atomicAdd takes)
   unsigned long long pulled_remote_rows;
@@ -86,9 +86,9 @@ struct PartWords {
   uint64_t group_op = 0;  // n of the exchange flags
   uint64_t seq = 0;       // of the completion word
   PartState* state = nullptr;
-  PartFacts* facts = nullptr;     // as the device sees it
-  Progress* progress = nullptr;   // as the device sees it; null for local operations
-  uint64_t* completion = nullptr; // null: no words (the caller has none)
+  PartFacts* facts = nullptr;      // as the device sees it
+  Progress* progress = nullptr;    // as the device sees it; null for local operations
+  uint64_t* completion = nullptr;  // null: no words (the caller has none)
   uint64_t* result = nullptr;
 };
 
@@ -103,7 +103,7 @@ struct PartParams {
   PeerTable peers{};
   PartWords words;
   PartScratch scratch;
-  uint32_t table_top_k = 0;   // K of the group: the stride of the handle's tables
+  uint32_t table_top_k = 0;     // K of the group: the stride of the handle's tables
   uint32_t refused_reason = 0;  // this rank's routing counts as an error with this Reason
   uint32_t null_operation = 0;  // the launch at start that loads the kernel: returns at once
   uint32_t multiprocessors = 1;

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every GPU test stands on: one GpuGroup for the suite, opened once; a visible skip where there is no GPU.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <memory>
+
+#include "tests/device/gpu_group.h"
+
+namespace expertd::device_test {
+
+class GpuTest : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    group_ = std::make_unique<GpuGroup>();
+    status_ = group_->open();
+  }
+  static void TearDownTestSuite() { group_.reset(); }
+  void SetUp() override {
+    if (status_.reason() == EXPERTD_REASON_NO_GPU) {
+      GTEST_SKIP() << status_.message();
+    }
+    ASSERT_TRUE(status_.is_ok()) << status_.message();
+  }
+
+  inline static std::unique_ptr<GpuGroup> group_;
+  inline static base::Status status_;
+};
+
+}  // namespace expertd::device_test
