@@ -245,7 +245,8 @@ __global__ __launch_bounds__(kPullThreads) void combine_pull(const __grid_consta
 cudaError_t launch_combine_pull(const PartParams& params, cudaStream_t stream) {
   const uint32_t most = params.multiprocessors * kBlocksPerMultiprocessor;
   const uint32_t tokens = params.op.shape.tokens == 0 ? 1 : params.op.shape.tokens;
-  combine_pull < <<tokens<most ? tokens : most, kPullThreads, 0, stream>>>(params);
+  const uint32_t blocks = tokens > most ? most : tokens;
+  combine_pull<<<blocks, kPullThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -279,7 +279,8 @@ __global__ __launch_bounds__(kMoveThreads) void dispatch_move(const __grid_const
 cudaError_t launch_dispatch_move(const PartParams& params, cudaStream_t stream) {
   const uint32_t most = params.multiprocessors * kBlocksPerMultiprocessor;
   const uint32_t tokens = params.op.shape.tokens == 0 ? 1 : params.op.shape.tokens;
-  dispatch_move < <<tokens<most ? tokens : most, kMoveThreads, 0, stream>>>(params);
+  const uint32_t blocks = tokens > most ? most : tokens;
+  dispatch_move<<<blocks, kMoveThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
