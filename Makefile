@@ -19,7 +19,7 @@ packages:
 	@deploy/dev/install-packages build
 
 build: packages ## build the daemon, the client library and expertctl into build/
-	@deploy/dev/build build -DCMAKE_BUILD_TYPE=$(BUILD_TYPE)
+	@deploy/dev/build build -DCMAKE_BUILD_TYPE=$(BUILD_TYPE) -- expertd_programs
 
 demo: build ## run dispatch and combine through a real daemon and compare every output
 	@EXPERTD_BIN_DIR="$${EXPERTD_BIN_DIR:-$(CURDIR)/build/bin}" deploy/demo

@@ -149,6 +149,9 @@ typedef enum expertd_group_mode {
   EXPERTD_MODE_AUTO = 3       /* both */
 } expertd_group_mode_t;
 
+/* FAIL: operations that need a lost rank end with PEER_LOST; the ranks leave and join again. MASK: the lost rank is
+ * skipped and results are DEGRADED; the operation that ran when the rank was lost may end with PEER_LOST on one rank
+ * and well on another, after which every rank goes on with the operation that follows it. */
 typedef enum expertd_on_rank_loss { EXPERTD_RANK_LOSS_FAIL = 1, EXPERTD_RANK_LOSS_MASK = 2 } expertd_on_rank_loss_t;
 
 typedef struct expertd_group_options {

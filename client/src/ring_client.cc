@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -18,6 +19,7 @@ namespace {
 
 // Longer than most low-latency operations and shorter than a scheduler's slice; a wake of a sleeper costs about 24 us.
 constexpr uint64_t kSpinNs = 20'000;
+constexpr uint64_t kAloneNs = 3'000;  // of these without giving way: an operation on another CPU takes less
 constexpr int kPausesPerClockRead = 16;
 constexpr uint64_t kMaxRingBytes = uint64_t{1} << 20;
 
@@ -192,6 +194,9 @@ WaitEnd RingClient::wait(uint64_t seq, uint64_t deadline_ns) {
     const uint64_t now = now_ns();
     if (now >= deadline_ns || now >= spin_end || ended()) {
       break;
+    }
+    if (spin_end - now < kSpinNs - kAloneNs) {
+      (void)sched_yield();  // the engine may want this very CPU; polling on would keep it away
     }
   }
   return sleep_until_complete(seq, deadline_ns);

@@ -45,6 +45,11 @@ void Daemon::wake(base::DeviceIndex device) {
 
 base::Status Daemon::create_devices() {
   const config::DeviceConfig& config = loaded_.config.device;
+  if (config.pool_bytes.has_value()) {
+    return base::Status(EXPERTD_REASON_CONFIG_BAD_VALUE,
+                        "device.pool_bytes: only \"auto\" is served (windows are allocated when asked for); use "
+                        "device.pool_max_bytes for a cap");
+  }
   const device::cuda::CudaVersions versions = device::cuda::cuda_versions();
   cuda_build_ = versions.toolkit;
   cuda_driver_ = versions.driver;

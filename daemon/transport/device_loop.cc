@@ -2,6 +2,7 @@
 #include "daemon/transport/device_loop.h"
 
 #include <poll.h>
+#include <pthread.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -235,6 +236,8 @@ void DeviceLoop::sleep_until_work(uint64_t now_ns, uint64_t idle_ns) {
 }
 
 void DeviceLoop::thread_main() {
+  const std::string name = "expertd-loop" + std::to_string(device_.value);  // at most 15 characters
+  (void)::pthread_setname_np(::pthread_self(), name.c_str());
   uint64_t last_work_ns = base::now_ns();
   uint64_t last_beat_ns = 0;
   while (!stop_.load(std::memory_order_acquire)) {
