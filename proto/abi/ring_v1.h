@@ -207,25 +207,48 @@ struct expertd_completion {
 };
 
 /* Names of the arguments a Reason can be about; numbers are stable. */
-#define EXPERTD_ARGUMENTS(X)                                                                                           \
-  X(NONE, 0, "argument")                                                                                               \
-  X(OP, 1, "op")                                                                                                       \
-  X(FLAGS, 2, "flags") X(GROUP, 3, "group") X(TIMEOUT, 4, "timeout_ns") X(TOKENS, 5, "tokens") X(TOP_K, 6, "top_k")    \
-      X(HIDDEN, 7, "hidden") X(DTYPE, 8, "dtype") X(ROW_BYTES, 9, "row_bytes") X(TOPK_IDX_BYTES, 10, "topk_idx_bytes") \
-          X(SIDE_ELEMENTS, 11, "side_elements") X(SIDE_ELEMENT_BYTES, 12, "side_element_bytes") X(                     \
-              SIDE_STRIDE, 13, "side_stride") X(CAPACITY_ROWS, 14, "capacity_rows")                                    \
-              X(EXPERT_ALIGNMENT, 15, "expert_alignment") X(HANDLE, 16, "handle") X(NUM_EXPERTS, 17, "num_experts") X( \
-                  NUM_RANKS, 18, "num_ranks") X(RESERVED, 19, "reserved bytes") X(SEQ, 20, "seq")                      \
-                  X(EXPERT_ID, 21, "topk_idx value") X(RECV_ROWS, 22, "received rows") X(IN_X, 32, "x") X(             \
-                      IN_TOPK_IDX, 33, "topk_idx") X(IN_TOPK_WEIGHTS, 34, "topk_weights") X(IN_SIDE, 35, "side")       \
-                      X(IN_BIAS0, 36, "bias0") X(IN_BIAS1, 37, "bias1")                                                \
-                          X(IN_TOKEN_RANK_MASK, 38, "token_rank_mask") X(OUT_X, 39, "out") X(OUT_SIDE, 40, "out_side") \
-                              X(OUT_TOPK_IDX, 41, "out_topk_idx") X(OUT_TOPK_WEIGHTS, 42, "out_topk_weights")          \
-                                  X(OUT_EXPERT_COUNTS, 43, "out_expert_counts")                                        \
-                                      X(OUT_RANK_PREFIX, 44, "out_rank_prefix") X(OUT_SRC_INFO, 45, "out_src_info")    \
-                                          X(OUT_LAYOUT_RANGE, 46, "out_layout_range") X(OUT_STATS, 47, "out_stats")    \
-                                              X(OUT_WAIT_STATS, 48, "out_wait_stats")                                  \
-                                                  X(OUT_TOKEN_RANK_MASK, 49, "out_token_rank_mask")
+#define EXPERTD_ARGUMENTS(X)                      \
+  X(NONE, 0, "argument")                          \
+  X(OP, 1, "op")                                  \
+  X(FLAGS, 2, "flags")                            \
+  X(GROUP, 3, "group")                            \
+  X(TIMEOUT, 4, "timeout_ns")                     \
+  X(TOKENS, 5, "tokens")                          \
+  X(TOP_K, 6, "top_k")                            \
+  X(HIDDEN, 7, "hidden")                          \
+  X(DTYPE, 8, "dtype")                            \
+  X(ROW_BYTES, 9, "row_bytes")                    \
+  X(TOPK_IDX_BYTES, 10, "topk_idx_bytes")         \
+  X(SIDE_ELEMENTS, 11, "side_elements")           \
+  X(SIDE_ELEMENT_BYTES, 12, "side_element_bytes") \
+  X(SIDE_STRIDE, 13, "side_stride")               \
+  X(CAPACITY_ROWS, 14, "capacity_rows")           \
+  X(EXPERT_ALIGNMENT, 15, "expert_alignment")     \
+  X(HANDLE, 16, "handle")                         \
+  X(NUM_EXPERTS, 17, "num_experts")               \
+  X(NUM_RANKS, 18, "num_ranks")                   \
+  X(RESERVED, 19, "reserved bytes")               \
+  X(SEQ, 20, "seq")                               \
+  X(EXPERT_ID, 21, "topk_idx value")              \
+  X(RECV_ROWS, 22, "received rows")               \
+  X(IN_X, 32, "x")                                \
+  X(IN_TOPK_IDX, 33, "topk_idx")                  \
+  X(IN_TOPK_WEIGHTS, 34, "topk_weights")          \
+  X(IN_SIDE, 35, "side")                          \
+  X(IN_BIAS0, 36, "bias0")                        \
+  X(IN_BIAS1, 37, "bias1")                        \
+  X(IN_TOKEN_RANK_MASK, 38, "token_rank_mask")    \
+  X(OUT_X, 39, "out")                             \
+  X(OUT_SIDE, 40, "out_side")                     \
+  X(OUT_TOPK_IDX, 41, "out_topk_idx")             \
+  X(OUT_TOPK_WEIGHTS, 42, "out_topk_weights")     \
+  X(OUT_EXPERT_COUNTS, 43, "out_expert_counts")   \
+  X(OUT_RANK_PREFIX, 44, "out_rank_prefix")       \
+  X(OUT_SRC_INFO, 45, "out_src_info")             \
+  X(OUT_LAYOUT_RANGE, 46, "out_layout_range")     \
+  X(OUT_STATS, 47, "out_stats")                   \
+  X(OUT_WAIT_STATS, 48, "out_wait_stats")         \
+  X(OUT_TOKEN_RANK_MASK, 49, "out_token_rank_mask")
 
 enum expertd_argument {
 #define EXPERTD_ARGUMENT_ENUM(name, number, text) EXPERTD_ARGUMENT_##name = number,

@@ -137,10 +137,16 @@
   X(expertd_ll_window_layout, set_bytes)         \
   X(expertd_ll_window_layout, total_bytes)
 
-#define EXPERTD_TEST_STRUCTS(X)                                                                                 \
-  X(expertd_ring_header)                                                                                        \
-  X(expertd_tensor_ref) X(expertd_slot) X(expertd_completion) X(expertd_attach_hello) X(expertd_attach_welcome) \
-      X(expertd_attach_fd) X(expertd_ll_window_shape) X(expertd_ll_window_layout)
+#define EXPERTD_TEST_STRUCTS(X) \
+  X(expertd_ring_header)        \
+  X(expertd_tensor_ref)         \
+  X(expertd_slot)               \
+  X(expertd_completion)         \
+  X(expertd_attach_hello)       \
+  X(expertd_attach_welcome)     \
+  X(expertd_attach_fd)          \
+  X(expertd_ll_window_shape)    \
+  X(expertd_ll_window_layout)
 
 #ifdef __cplusplus
 extern "C" {
