@@ -14,7 +14,8 @@ RUN apt-get update \
 FROM deps AS build
 WORKDIR /src
 COPY . .
-RUN deploy/dev/build build -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_INSTALL_PREFIX=/usr \
+RUN deploy/dev/build build -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_INSTALL_PREFIX=/usr -DEXPERTD_BUNDLE=OFF \
+      -- expertd_programs \
  && DESTDIR=/out cmake --install build --prefix /usr --strip
 
 FROM ${RUNTIME_BASE} AS runtime
