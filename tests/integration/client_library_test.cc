@@ -62,6 +62,9 @@ TEST(ClientLibrary, ExportsItsOwnNamesOnly) {
 }
 
 TEST(ClientLibrary, NeedsNeitherGrpcNorProtobuf) {
+#ifdef __SANITIZE_ADDRESS__
+  GTEST_SKIP() << "a sanitizer build links and holds more than what is installed";
+#endif
   const std::string library = loaded_library();
   if (library.empty()) {
     GTEST_SKIP() << "the test is linked with the static library";
@@ -210,7 +213,9 @@ TEST_F(Served, ADrainCutsOffWhatDoesNotEndAndSaysSo) {
   v1::DrainResponse response;
   const uint64_t begin = monotonic_ns();
   ASSERT_TRUE(stub_->Drain(&call.context, request, &response).ok());
-  EXPECT_EQ(finish(event).outcome.status.reason, EXPERTD_REASON_UNAVAILABLE);
+  // Which session the drain ends first is open: the other one's rank is then lost to this one before its own end.
+  const int32_t reason = finish(event).outcome.status.reason;
+  EXPECT_TRUE(reason == EXPERTD_REASON_UNAVAILABLE || reason == EXPERTD_REASON_PEER_LOST) << reason;
   EXPECT_EQ(daemon_.wait_exit(seconds(10)), 0);
   EXPECT_LT(elapsed_ms(begin), bound_ms(1500));
   EXPECT_NE(daemon_.log().find("operations_cut_short=1"), std::string::npos);
