@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Closer: closes IPC mappings when no stream of their context is parked. Measured on H200 (tests/device/facts.cu):
-// while a stream waits for a word, cuIpcCloseMemHandle and cudaFree block, and with them every launch and copy of the
-// context, the one that would release the stream included. So a close first holds back launches on the device, waits
+// Closer: closes IPC mappings when no stream of their context is parked. Measured on H200 (tests/device/facts.cu): while
+// a stream waits for a word, cudaFree and cuMemFreeHost hang, and the copy that would release the stream does not get
+// through; closing an IPC mapping is taken to be of that kind. So a close first holds back launches on the device, waits
 // until no part is in flight, closes, and lets launches go on. A thread of its own, because that may take as long as a
 // parked part's deadline; shared by the devices of the process.
 #pragma once
