@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Closer: closes IPC mappings when no stream of their context is parked. Measured on H200 (tests/device/facts.cu): while
-// a stream waits for a word, cudaFree and cuMemFreeHost hang, and the copy that would release the stream does not get
-// through; closing an IPC mapping is taken to be of that kind. So a close first holds back launches on the device, waits
-// until no part is in flight, closes, and lets launches go on. A thread of its own, because that may take as long as a
-// parked part's deadline; shared by the devices of the process.
+// Closer: closes IPC mappings when no stream of their context is parked. Measured on H200 (tests/device/facts.cu):
+// while a stream waits for a word, cudaFree and cuMemFreeHost hang, and the copy that would release the stream does not
+// get through; closing an IPC mapping is taken to be of that kind. So a close first holds back launches on the device,
+// waits until no part is in flight, closes, and lets launches go on. A thread of its own, because that may take as long
+// as a parked part's deadline; shared by the devices of the process.
 #pragma once
 
 #include <atomic>
