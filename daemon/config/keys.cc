@@ -163,7 +163,9 @@ constexpr Key kKeys[] = {
      .name = "peer_access",
      .type = Type::kBool,
      .default_text = "true",
-     .sentence = "Let the GPUs of this node reach each other's memory directly where they can.",
+     .sentence =
+         "Let the GPUs of this node reach each other's memory directly where they can; pairs that cannot exchange "
+         "through pinned host memory.",
      .set = [](Config& c, const Value& v) { c.device.peer_access = v.integer != 0; }},
     {.section = "device",
      .name = "kernels",

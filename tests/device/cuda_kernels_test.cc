@@ -26,6 +26,17 @@ constexpr uint32_t kCases = 1500;  // about one in five has few enough ranks
 
 class CudaKernels : public GpuTest {};
 
+/// The same without peer access between the GPUs.
+class CudaRelay : public GpuTestWith<false> {
+ protected:
+  void SetUp() override {
+    GpuTestWith<false>::SetUp();
+    if (!IsSkipped() && group_->size() < 2) {
+      GTEST_SKIP() << "needs two GPUs";
+    }
+  }
+};
+
 template <typename T>
 size_t bytes_of(const std::vector<T>& values) {
   return values.size() * sizeof(T);
@@ -323,6 +334,21 @@ RandomCase make_large_case(uint64_t seed, OpKind kind, uint32_t ranks) {
 
 TEST_F(CudaKernels, ManyTokens) {
   for (uint64_t seed = 2; seed < 12 && !HasFatalFailure(); ++seed) {
+    run_case(group_.get(), make_large_case(seed, OpKind::kDispatch, group_->size()));
+    run_case(group_.get(), make_large_case(seed, OpKind::kLlDispatch, group_->size()));
+  }
+}
+
+TEST_F(CudaRelay, HighThroughput) {
+  run_cases(group_.get(), OpKind::kDispatch);
+}
+
+TEST_F(CudaRelay, LowLatency) {
+  run_cases(group_.get(), OpKind::kLlDispatch);
+}
+
+TEST_F(CudaRelay, ManyTokens) {
+  for (uint64_t seed = 2; seed < 8 && !HasFatalFailure(); ++seed) {
     run_case(group_.get(), make_large_case(seed, OpKind::kDispatch, group_->size()));
     run_case(group_.get(), make_large_case(seed, OpKind::kLlDispatch, group_->size()));
   }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every GPU test stands on: one GpuGroup for the suite, opened once; a visible skip where there is no GPU.
+// What every GPU test stands on: one GpuGroup for the suite, opened once; a visible skip where there is no GPU. Without
+// peer access the ranks exchange through pinned memory, which every machine with two GPUs can test.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -10,11 +11,14 @@
 
 namespace expertd::device_test {
 
-class GpuTest : public testing::Test {
+template <bool kPeerAccess>
+class GpuTestWith : public testing::Test {
  protected:
   static void SetUpTestSuite() {
     group_ = std::make_unique<GpuGroup>();
-    status_ = group_->open();
+    device::cuda::CudaOptions options;
+    options.peer_access = kPeerAccess;
+    status_ = group_->open(options);
   }
   static void TearDownTestSuite() { group_.reset(); }
   void SetUp() override {
@@ -27,5 +31,6 @@ class GpuTest : public testing::Test {
   inline static std::unique_ptr<GpuGroup> group_;
   inline static base::Status status_;
 };
+using GpuTest = GpuTestWith<true>;
 
 }  // namespace expertd::device_test

@@ -80,8 +80,8 @@ class GpuGroup {
  public:
   static constexpr uint32_t kMostRanks = 2;
 
-  base::Status open() {
-    auto created = device::cuda::create_cuda_devices({});
+  base::Status open(const device::cuda::CudaOptions& options) {
+    auto created = device::cuda::create_cuda_devices(options);
     if (!created.is_ok()) {
       return created.status();
     }

@@ -3,8 +3,9 @@
 //
 //   wait doorbell[slot] >= seq                          (unless the doorbell has rung)
 //   dispatch: route_count, route_scan, signal(routed), route_number      others: signal(routed)
+//     with a relay the signal comes last, behind route_number (combine: relay_plan) and relay_publish
 //   wait routed[s] >= n for every other active rank s   (own device's page)
-//   plan, dispatch_move or combine_pull, signal(moved)  (not for a barrier)
+//   plan, dispatch_move (and relay_move) or combine_pull, signal(moved)  (not for a barrier)
 //   wait moved[s] >= n for every other active rank s
 //   finish: tails, report, result word, completion word, `done`
 //
@@ -100,6 +101,15 @@ void fill_outputs(TensorReader* tensors, kernels::OpOutputs* out) {
   out->token_rank_mask = tensors->at<uint8_t>(EXPERTD_OUT_TOKEN_RANK_MASK);
 }
 
+/// What a peer published in its relay, by the kind of the operation.
+void fill_relay(const OpShape& shape, const Request& request, kernels::cuda::RelayPeer* relay) {
+  const bool dispatch = is_dispatch(shape);
+  relay->tokens = dispatch ? request.shape.tokens : 0;
+  relay->side_elements =
+      dispatch && request.tensors[EXPERTD_IN_SIDE].mapping != nullptr ? request.shape.side_elements : 0;
+  relay->has_weights = shape.kind != OpKind::kLlCombine && request.tensors[EXPERTD_IN_TOPK_WEIGHTS].mapping != nullptr;
+}
+
 /// What a peer lets this device touch, by the kind of the operation.
 void fill_view(const OpShape& shape, TensorReader* tensors, kernels::PeerView* view) {
   if (shape.kind == OpKind::kCombine || shape.kind == OpKind::kLlCombine) {
@@ -143,10 +153,17 @@ bool CudaDevice::fill_peers(const LaunchSpec& spec, const Part& part, PartParams
     if (group == nullptr || spec.requests[j] == nullptr || group->shape.rank != j) {
       return false;
     }
-    TensorReader tensors{*spec.requests[j], gpu_.view.index};
-    fill_view(params->op.shape, &tensors, &params->peers.views[j]);
-    if (!tensors.ok) {
-      return false;
+    if (is_active(part.group->relay_ranks, j)) {
+      params->relay.ranks |= uint64_t{1} << j;
+      params->relay.peers[j].base = group->relay();
+      fill_relay(params->op.shape, *spec.requests[j], &params->relay.peers[j]);
+      params->peers.views[j].capacity_rows = usable_rows(spec.requests[j]->shape.capacity_rows);
+    } else {
+      TensorReader tensors{*spec.requests[j], gpu_.view.index};
+      fill_view(params->op.shape, &tensors, &params->peers.views[j]);
+      if (!tensors.ok) {
+        return false;
+      }
     }
     params->peers.views[j].counts = group->counts(spec.page);
     params->peers.pages[j] = group->sync_page(spec.page);
@@ -191,6 +208,13 @@ bool CudaDevice::fill_params(const LaunchSpec& spec, const Part& part, PartParam
     }
     params->op.routing = part.group->routing(spec.own->handle_index);
   }
+  if (part.group->relay_ranks != 0 && shape.kind != OpKind::kBarrier) {
+    params->relay.own = part.group->relay();
+    params->relay.layout = kernels::cuda::relay_layout(shape, group.top_k);
+    if (params->relay.layout.bytes > part.group->layout.relay_bytes) {
+      return false;  // rows of bytes far longer than the group's hidden
+    }
+  }
   return tensors.ok && fill_peers(spec, part, params) && kernels::cuda::validate(*params) == nullptr;
 }
 
@@ -217,19 +241,42 @@ bool CudaDevice::enqueue_move(const Part& part, const PartParams& params) {
   using namespace kernels::cuda;
   CUstream stream = part.session->stream;
   const OpShape& shape = params.op.shape;
-  if (is_dispatch(shape) && shape.cached == 0 && launch_route_number(params, stream) != cudaSuccess) {
-    return false;
-  }
   if (!enqueue_exchange_wait(part, false)) {
     return false;
   }
   if (shape.kind == OpKind::kBarrier) {
     return true;
   }
-  return launch_plan(params, stream) == cudaSuccess &&
-         (is_dispatch(shape) ? launch_dispatch_move(params, stream) : launch_combine_pull(params, stream)) ==
-             cudaSuccess &&
-         launch_signal(params, SignalStep::kMoved, stream) == cudaSuccess && enqueue_exchange_wait(part, true);
+  if (launch_plan(params, stream) != cudaSuccess ||
+      (is_dispatch(shape) ? launch_dispatch_move(params, stream) : launch_combine_pull(params, stream)) !=
+          cudaSuccess) {
+    return false;
+  }
+  if (is_dispatch(shape) && params.relay.ranks != 0 && launch_relay_move(params, stream) != cudaSuccess) {
+    return false;
+  }
+  return launch_signal(params, SignalStep::kMoved, stream) == cudaSuccess && enqueue_exchange_wait(part, true);
+}
+
+/// Up to the routed flag. Numbering the rows hides behind the flag, unless other ranks read the numbers in the relay.
+bool CudaDevice::enqueue_route(const Part& part, const PartParams& params) {
+  using namespace kernels::cuda;
+  CUstream stream = part.session->stream;
+  const OpShape& shape = params.op.shape;
+  const bool routes = is_dispatch(shape) && shape.cached == 0;
+  const bool publishes = params.relay.ranks != 0 && shape.kind != OpKind::kBarrier;
+  if (routes &&
+      (launch_route_count(params, stream) != cudaSuccess || launch_route_scan(params, stream) != cudaSuccess)) {
+    return false;
+  }
+  if (!publishes) {
+    return launch_signal(params, SignalStep::kRouted, stream) == cudaSuccess &&
+           (!routes || launch_route_number(params, stream) == cudaSuccess);
+  }
+  const cudaError_t prepared = is_dispatch(shape) ? (routes ? launch_route_number(params, stream) : cudaSuccess)
+                                                  : launch_relay_plan(params, stream);
+  return prepared == cudaSuccess && launch_relay_publish(params, stream) == cudaSuccess &&
+         launch_signal(params, SignalStep::kRouted, stream) == cudaSuccess;
 }
 
 bool CudaDevice::enqueue_chain(const Part& part, const PartParams& params) {
@@ -247,12 +294,7 @@ bool CudaDevice::enqueue_chain(const Part& part, const PartParams& params) {
     return launch_layout_clear(params, stream) == cudaSuccess && launch_layout_count(params, stream) == cudaSuccess &&
            launch_finish(params, stream) == cudaSuccess;
   }
-  if (is_dispatch(shape) && shape.cached == 0 &&
-      (launch_route_count(params, stream) != cudaSuccess || launch_route_scan(params, stream) != cudaSuccess)) {
-    return false;
-  }
-  return launch_signal(params, SignalStep::kRouted, stream) == cudaSuccess && enqueue_move(part, params) &&
-         launch_finish(params, stream) == cudaSuccess;
+  return enqueue_route(part, params) && enqueue_move(part, params) && launch_finish(params, stream) == cudaSuccess;
 }
 
 }  // namespace expertd::device::cuda

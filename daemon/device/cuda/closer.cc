@@ -13,6 +13,19 @@ namespace {
 constexpr uint64_t kHoldNs = 2'000'000;
 constexpr std::chrono::milliseconds kRetry(5);
 
+/// Holds all gates back at once, or none.
+bool hold_all(std::span<LaunchGate> gates) {
+  for (size_t i = 0; i < gates.size(); ++i) {
+    if (!gates[i].hold_when_idle(kHoldNs)) {
+      for (size_t held = 0; held < i; ++held) {
+        gates[held].release();
+      }
+      return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 bool LaunchGate::hold_when_idle(uint64_t limit_ns) {
@@ -28,7 +41,8 @@ bool LaunchGate::hold_when_idle(uint64_t limit_ns) {
   return true;
 }
 
-Closer::Closer(const Driver& driver) : driver_(driver), thread_([this] { thread_main(); }) {}
+Closer::Closer(const Driver& driver, std::span<LaunchGate> gates)
+    : driver_(driver), gates_(gates), thread_([this] { thread_main(); }) {}
 
 Closer::~Closer() {
   {
@@ -39,17 +53,29 @@ Closer::~Closer() {
   thread_.join();
 }
 
-void Closer::close_later(CUcontext context, CUdeviceptr address, LaunchGate* gate) {
+void Closer::add(const Item& item) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    items_.push_back({context, address, gate});
+    items_.push_back(item);
   }
   signal_.notify_all();
 }
 
+void Closer::close_later(CUcontext context, CUdeviceptr address, LaunchGate* gate) {
+  add({.context = context, .address = address, .gates = {gate, 1}});
+}
+
+void Closer::free_host_later(CUcontext context, void* host) {
+  add({.context = context, .host = host, .gates = gates_});
+}
+
 void Closer::close(const Item& item) {
   const ScopedContext context(driver_, item.context);
-  driver_.cuIpcCloseMemHandle(item.address);
+  if (item.host != nullptr) {
+    driver_.cuMemFreeHost(item.host);
+  } else {
+    driver_.cuIpcCloseMemHandle(item.address);
+  }
 }
 
 void Closer::thread_main() {
@@ -62,10 +88,12 @@ void Closer::thread_main() {
     const Item item = items_.front();
     items_.pop_front();
     lock.unlock();
-    const bool idle = item.gate->hold_when_idle(kHoldNs);
+    const bool idle = hold_all(item.gates);
     if (idle) {
       close(item);
-      item.gate->release();
+      for (LaunchGate& gate : item.gates) {
+        gate.release();
+      }
     }
     lock.lock();
     if (!idle) {

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Closer: closes IPC mappings when no stream of their context is parked. Measured on H200 (tests/device/facts.cu):
-// while a stream waits for a word, cudaFree and cuMemFreeHost hang, and the copy that would release the stream does not
-// get through; closing an IPC mapping is taken to be of that kind. So a close first holds back launches on the device,
-// waits until no part is in flight, closes, and lets launches go on. A thread of its own, because that may take as long
-// as a parked part's deadline; shared by the devices of the process.
+// Closer: closes IPC mappings and frees pinned memory when no stream that it could hang behind is parked. Measured on
+// H200 (tests/device/facts.cu): while a stream waits for a word, cudaFree and cuMemFreeHost hang, and the copy that
+// would release the stream does not get through; closing an IPC mapping is taken to be of that kind. So a close first
+// holds back launches on the device (pinned memory: on all devices), waits until no part is in flight, closes, and lets
+// launches go on. A thread of its own, because that may take as long as a parked part's deadline; shared by the devices
+// of the process.
 #pragma once
 
 #include <atomic>
@@ -12,6 +13,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <thread>
 
 #include "daemon/device/cuda/driver.h"
@@ -43,7 +45,8 @@ class LaunchGate {
 
 class Closer {
  public:
-  explicit Closer(const Driver& driver);
+  /// `gates` are those of every device and live as long as the closer.
+  Closer(const Driver& driver, std::span<LaunchGate> gates);
   /// Closes what is left without waiting: the process ends.
   ~Closer();
   Closer(const Closer&) = delete;
@@ -51,20 +54,25 @@ class Closer {
 
   /// Takes over a mapping of `context`; any control thread. `gate` lives as long as the process.
   void close_later(CUcontext context, CUdeviceptr address, LaunchGate* gate);
+  /// Takes over pinned memory that any device may map; any control thread.
+  void free_host_later(CUcontext context, void* host);
 
  private:
   struct Item {
     CUcontext context = nullptr;
     CUdeviceptr address = 0;
-    LaunchGate* gate = nullptr;
+    void* host = nullptr;  // else an IPC mapping
+    std::span<LaunchGate> gates;
   };
+  void add(const Item& item);
   void thread_main();
   void close(const Item& item);
 
   const Driver& driver_;
+  std::span<LaunchGate> gates_;
   std::mutex mutex_;
   std::condition_variable signal_;
-  std::deque<Item> items_;  // bounded by the buffers that sessions may hold
+  std::deque<Item> items_;  // bounded by the buffers and groups that sessions may hold
   bool stop_ = false;
   std::thread thread_;
 };

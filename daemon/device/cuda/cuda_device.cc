@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <string>
 
+#include "daemon/base/log.h"
 #include "daemon/kernels/cuda/launch.h"
 #include "proto/abi/ring_v1.h"
 
@@ -306,15 +307,51 @@ bool CudaDevice::take_progress(GroupEntry* entry) {
   return true;
 }
 
+base::Result<uint64_t> CudaDevice::relay_ranks(const engine::GroupShape& shape) const {
+  uint64_t ranks = 0;
+  for (uint32_t r = 0; r < shape.ranks; ++r) {
+    const base::DeviceIndex device = shape.devices[r];
+    const auto other =
+        std::find_if(all_.begin(), all_.end(), [&](const GpuFacts& gpu) { return gpu.view.index == device; });
+    if (other == all_.end()) {
+      return base::Status(EXPERTD_REASON_UNSUPPORTED, "rank " + std::to_string(r) + " is on device " +
+                                                          std::to_string(device.value) +
+                                                          ", which is no GPU: a group has one kind of device");
+    }
+    const bool reach =
+        ((gpu_.peer_mask >> device.value) & 1) != 0 && ((other->peer_mask >> gpu_.view.index.value) & 1) != 0;
+    ranks |= reach ? 0 : uint64_t{1} << r;
+  }
+  return ranks;
+}
+
+base::Status CudaDevice::allocate_tables(GroupEntry* entry) {
+  auto memory = VmmMemory::create(reach(true), entry->layout.total_bytes, &pool_);
+  if (!memory.is_ok()) {
+    return memory.status().with_context("tables of the group");
+  }
+  entry->memory = std::move(memory).value();
+  EXPERTD_RETURN_IF_ERROR(zero(*entry->memory));
+  if (entry->relay_ranks == 0) {
+    return base::Status::ok();
+  }
+  const uint64_t bytes = entry->layout.shared_bytes + entry->layout.relay_bytes;
+  auto shared = PinnedMemory::create(driver_, gpu_.view.context, bytes, &registry_->closer);
+  if (!shared.is_ok()) {
+    return shared.status().with_context("relay of the group");
+  }
+  entry->shared = std::move(shared).value();
+  base::log_warn(
+      "GPUs without peer access exchange through pinned host memory",
+      {{"group", entry->shape.id}, {"rank", entry->shape.rank}, {"peers", entry->relay_ranks}, {"bytes", bytes}});
+  return base::Status::ok();
+}
+
 base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t handle_limit) {
   EXPERTD_RETURN_IF_ERROR(check_shape(shape));
-  for (uint32_t r = 0; r < shape.ranks; ++r) {
-    const uint32_t other = shape.devices[r].value;
-    if (other >= base::kMaxDevices || ((gpu_.peer_mask >> other) & 1) == 0) {
-      return base::Status(EXPERTD_REASON_UNSUPPORTED, "devices " + std::to_string(gpu_.view.index.value) + " and " +
-                                                          std::to_string(other) +
-                                                          " have no peer access (or device.peer_access is off)");
-    }
+  const auto relayed = relay_ranks(shape);
+  if (!relayed.is_ok()) {
+    return relayed.status();
   }
   const std::lock_guard<std::mutex> lock(control_mutex_);
   if (groups_.find(shape.id.value) != nullptr) {
@@ -324,12 +361,8 @@ base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t 
   auto entry = std::make_unique<GroupEntry>();
   entry->shape = shape;
   entry->layout = group_layout(shape, handle_limit);
-  auto memory = VmmMemory::create(reach(true), entry->layout.total_bytes, &pool_);
-  if (!memory.is_ok()) {
-    return memory.status().with_context("tables of the group");
-  }
-  entry->memory = std::move(memory).value();
-  EXPERTD_RETURN_IF_ERROR(zero(*entry->memory));
+  entry->relay_ranks = relayed.value();
+  EXPERTD_RETURN_IF_ERROR(allocate_tables(entry.get()));
   if (!take_progress(entry.get())) {
     return base::Status(EXPERTD_REASON_GROUP_LIMIT,
                         "GPU " + gpu_.uuid + " has " + std::to_string(kMaxGroupsPerDevice) + " groups already");

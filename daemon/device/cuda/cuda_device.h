@@ -101,11 +101,16 @@ class CudaDevice : public Device, public engine::DevicePort {
   Reach reach(bool peers) const;
   base::Status zero(const VmmMemory& memory);
   bool take_progress(GroupEntry* entry);
+  /// The ranks of a group whose GPUs and this one do not reach each other. UNSUPPORTED when one is no GPU of the
+  /// daemon.
+  base::Result<uint64_t> relay_ranks(const engine::GroupShape& shape) const;
+  base::Status allocate_tables(GroupEntry* entry);
   base::Status warm_up(CUstream stream);
 
   Part* free_part();
   bool fill_params(const engine::LaunchSpec& spec, const Part& part, kernels::cuda::PartParams* params) const;
   bool fill_peers(const engine::LaunchSpec& spec, const Part& part, kernels::cuda::PartParams* params) const;
+  bool enqueue_route(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_chain(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_exchange_wait(const Part& part, bool moved);
   bool enqueue_move(const Part& part, const kernels::cuda::PartParams& params);

@@ -19,7 +19,7 @@ struct CudaOptions {
   std::vector<std::string> gpus;  // indices ("0") or UUIDs ("GPU-..."); empty: every GPU
   base::DeviceIndex first_index;  // of the first device made; the others follow
   uint64_t pool_max_bytes = 0;    // per device; 0: no cap
-  bool peer_access = true;        // false: groups over several GPUs are refused
+  bool peer_access = true;        // false: groups over several GPUs exchange through pinned memory
   std::string kernels = "auto";   // "auto" or "generic"; both run the generic kernels today
 };
 

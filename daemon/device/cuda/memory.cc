@@ -183,21 +183,32 @@ IpcMemory::~IpcMemory() {
 }
 
 base::Result<std::unique_ptr<PinnedMemory>> PinnedMemory::create(const Driver& driver, CUcontext context,
-                                                                 uint64_t bytes) {
-  std::unique_ptr<PinnedMemory> memory(new PinnedMemory(driver, context));
+                                                                 uint64_t bytes, Closer* closer) {
+  std::unique_ptr<PinnedMemory> memory(new PinnedMemory(driver, context, closer));
   const ScopedContext current(driver, context);
-  EXPERTD_DRIVER_CALL(driver,
-                      cuMemHostAlloc(&memory->host_, bytes, CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP));
+  const CUresult allocated =
+      driver.cuMemHostAlloc(&memory->host_, bytes, CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP);
+  if (allocated == CUDA_ERROR_OUT_OF_MEMORY) {
+    memory->host_ = nullptr;
+    return base::Status(EXPERTD_REASON_POOL_EXHAUSTED,
+                        "the host has no " + std::to_string(bytes) + " bytes of memory to pin");
+  }
+  EXPERTD_RETURN_IF_ERROR(driver.check(allocated, "cuMemHostAlloc"));
   std::memset(memory->host_, 0, bytes);
   EXPERTD_DRIVER_CALL(driver, cuMemHostGetDevicePointer(&memory->device_, memory->host_, 0));
   return memory;
 }
 
 PinnedMemory::~PinnedMemory() {
-  if (host_ != nullptr) {
-    const ScopedContext current(driver_, context_);
-    driver_.cuMemFreeHost(host_);
+  if (host_ == nullptr) {
+    return;
   }
+  if (closer_ != nullptr) {
+    closer_->free_host_later(context_, host_);
+    return;
+  }
+  const ScopedContext current(driver_, context_);
+  driver_.cuMemFreeHost(host_);
 }
 
 }  // namespace expertd::device::cuda

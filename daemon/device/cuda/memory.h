@@ -109,10 +109,13 @@ class IpcMemory : public HeldMemory {
   std::vector<Opened> opened_;
 };
 
-/// Pinned host memory that the host and every GPU read and write at the same words. Zeroed.
+/// Pinned host memory that the host and every GPU read and write at the same address. Zeroed. Given a closer, its end
+/// hands the memory over, because freeing it beside a parked stream would hang; without one, nothing may be parked.
 class PinnedMemory {
  public:
-  static base::Result<std::unique_ptr<PinnedMemory>> create(const Driver& driver, CUcontext context, uint64_t bytes);
+  /// POOL_EXHAUSTED when the host has no such memory, CUDA.
+  static base::Result<std::unique_ptr<PinnedMemory>> create(const Driver& driver, CUcontext context, uint64_t bytes,
+                                                            Closer* closer = nullptr);
   ~PinnedMemory();
   PinnedMemory(const PinnedMemory&) = delete;
   PinnedMemory& operator=(const PinnedMemory&) = delete;
@@ -121,10 +124,12 @@ class PinnedMemory {
   CUdeviceptr device() const { return device_; }
 
  private:
-  PinnedMemory(const Driver& driver, CUcontext context) : driver_(driver), context_(context) {}
+  PinnedMemory(const Driver& driver, CUcontext context, Closer* closer)
+      : driver_(driver), context_(context), closer_(closer) {}
 
   const Driver& driver_;
   CUcontext context_;
+  Closer* closer_;
   void* host_ = nullptr;
   CUdeviceptr device_ = 0;
 };

@@ -30,6 +30,12 @@ GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit)
   layout.sync_pages = place(engine::kExchangePages * sizeof(kernels::cuda::SyncPage));
   layout.counts_page_bytes = align_up(matrix_bytes(shape));
   layout.counts = place(engine::kExchangePages * layout.counts_page_bytes);
+  layout.shared_bytes = at;
+  kernels::OpShape widest;
+  widest.ranks = shape.ranks;
+  widest.hidden = shape.hidden;
+  widest.max_tokens = shape.max_tokens;
+  layout.relay_bytes = kernels::cuda::relay_bytes(widest, shape.top_k);
   layout.plan = place(sizeof(kernels::cuda::Plan));
   layout.chunk_counts = place(chunks * (uint64_t{shape.ranks} + shape.experts) * sizeof(int32_t));
   layout.chunk_errors = place(chunks * sizeof(uint32_t));

@@ -18,7 +18,7 @@ namespace expertd::device::cuda {
 
 inline constexpr uint32_t kMaxArmedStreams = 24;    // of 32 connections; measured: 32 streams progress independently
 inline constexpr uint32_t kMaxStreamEntries = 256;  // measured: 256 behind a wait are fine, 1024 hang the thread
-inline constexpr uint32_t kEntriesPerPart = 12;     // the longest chain: doorbell, 7 kernels, 2 waits, slack
+inline constexpr uint32_t kEntriesPerPart = 16;     // the longest chain: doorbell, 10 kernels, 2 waits, slack
 inline constexpr uint32_t kMaxPartsInFlight = 64;
 inline constexpr uint32_t kMaxGroupsPerDevice = 256;
 inline constexpr uint64_t kMaxHandleTableBytes = 256ull << 20;  // per rank of a group
@@ -70,11 +70,14 @@ struct SessionEntry {
   uint32_t queued_entries = 0;  // loop thread only
 };
 
-/// Offsets inside one rank's table memory; one function yields all of them.
+/// Offsets inside one rank's table memory; one function yields all of them. What peers write (sync pages and counts)
+/// comes first: behind the relay that part lies in pinned memory of the host, with the relay after it.
 struct GroupLayout {
   uint64_t sync_pages = 0;
   uint64_t counts = 0;
   uint64_t counts_page_bytes = 0;
+  uint64_t shared_bytes = 0;  // sync pages and counts
+  uint64_t relay_bytes = 0;
   uint64_t plan = 0;
   uint64_t chunk_counts = 0;
   uint64_t chunk_errors = 0;
@@ -89,24 +92,33 @@ struct GroupEntry {
   engine::GroupShape shape;
   GroupLayout layout;
   std::unique_ptr<VmmMemory> memory;
-  uint32_t progress_index = 0;  // of the device's pinned progress words
+  uint64_t relay_ranks = 0;              // ranks whose GPUs and this one do not reach each other
+  std::unique_ptr<PinnedMemory> shared;  // with relay_ranks: sync pages, counts, relay
+  uint32_t progress_index = 0;           // of the device's pinned progress words
   kernels::cuda::Progress* host_progress = nullptr;
   kernels::cuda::Progress* device_progress = nullptr;
 
   kernels::cuda::SyncPage* sync_page(uint32_t page) const {
-    return reinterpret_cast<kernels::cuda::SyncPage*>(memory->address() + layout.sync_pages) + page;
+    return reinterpret_cast<kernels::cuda::SyncPage*>(shared_address() + layout.sync_pages) + page;
   }
   int32_t* counts(uint32_t page) const {
-    return reinterpret_cast<int32_t*>(memory->address() + layout.counts + page * layout.counts_page_bytes);
+    return reinterpret_cast<int32_t*>(shared_address() + layout.counts + page * layout.counts_page_bytes);
+  }
+  /// What this rank publishes; null when no rank needs it.
+  char* relay() const {
+    return shared == nullptr ? nullptr : reinterpret_cast<char*>(shared->device() + layout.shared_bytes);
   }
   /// The handle's tables; `handle` < layout.handle_count.
   kernels::Routing routing(uint32_t handle) const;
   kernels::cuda::PartScratch scratch() const;
+
+ private:
+  CUdeviceptr shared_address() const { return shared == nullptr ? memory->address() : shared->device(); }
 };
 
 /// The tables of all CUDA devices of the process by device index: how a device finds its peers' pages.
 struct Registry {
-  explicit Registry(const Driver& driver) : closer(driver) {}
+  explicit Registry(const Driver& driver) : closer(driver, gates) {}
   using GroupTable = LookupTable<GroupEntry, kMaxGroupsPerDevice>;
   std::array<LaunchGate, base::kMaxDevices> gates{};
   Closer closer;

@@ -32,6 +32,11 @@ __device__ bool make_source(const PartParams& p, uint32_t rank, int32_t row, Sou
   const OpShape& shape = p.op.shape;
   const PeerView& peer = p.peers.views[rank];
   source->rank = rank;
+  if (relayed(p, rank)) {
+    source->row = static_cast<uint64_t>(row);
+    source->x = reinterpret_cast<const uint4*>(p.relay.peers[rank].base + source->row * shape.hidden * 2);
+    return source->row < p.relay.layout.rows;
+  }
   source->row = static_cast<uint64_t>(row);
   source->x = reinterpret_cast<const uint4*>(static_cast<const char*>(peer.in_x) +
                                              static_cast<uint64_t>(row) * shape.hidden * 2);
@@ -55,16 +60,20 @@ __device__ bool expert_source(const PartParams& p, uint32_t token, uint32_t lane
   if (!rank_active(shape, owner)) {
     return false;
   }
+  // Behind the relay the rows of an owner lie packed, without the gaps behind its experts.
+  const bool packed = relayed(p, owner);
   if (shape.kind != OpKind::kLlCombine) {
-    return make_source(p, owner, row, source);
+    const int32_t shift = packed ? p.scratch.plan->packed_start[expert] - p.scratch.plan->aligned_start[expert] : 0;
+    return row + shift >= 0 && make_source(p, owner, row + shift, source);
   }
   if (p.op.in.topk_idx != nullptr && lane_expert(p, token, lane) < 0) {
     return false;
   }
   const uint32_t local = static_cast<uint32_t>(expert) % shape.local_experts;
   source->weight = p.op.in.topk_weights != nullptr ? p.op.in.topk_weights[uint64_t{token} * shape.top_k + lane] : 1.0f;
-  return static_cast<uint32_t>(row) < shape.slots_per_expert &&
-         make_source(p, owner, static_cast<int32_t>(local * shape.slots_per_expert) + row, source);
+  const int32_t first =
+      packed ? p.scratch.plan->packed_start[expert] : static_cast<int32_t>(local * shape.slots_per_expert);
+  return static_cast<uint32_t>(row) < shape.slots_per_expert && make_source(p, owner, first + row, source);
 }
 
 /// The last top-k lane of the token that a rank owns, -1 for none: the order of ranks under order_last_lane. All lanes
@@ -166,6 +175,15 @@ __device__ void add_bias(const void* bias, uint64_t piece, bool first, float* su
   }
 }
 
+/// The weights that a rank gave beside its rows, null for none.
+__device__ const float* peer_weights(const PartParams& p, uint32_t rank) {
+  if (!relayed(p, rank)) {
+    return p.peers.views[rank].in_topk_weights;
+  }
+  const RelayPeer& peer = p.relay.peers[rank];
+  return peer.has_weights == 0 ? nullptr : reinterpret_cast<const float*>(peer.base + p.relay.layout.weights);
+}
+
 /// Weights come back summed like the rows; one thread per lane.
 __device__ void pull_weights(const PartParams& p, uint32_t token, const PullShared& s) {
   const OpShape& shape = p.op.shape;
@@ -176,7 +194,7 @@ __device__ void pull_weights(const PartParams& p, uint32_t token, const PullShar
   float sum = 0.0f;
   for (uint32_t i = 0; i < s.count; ++i) {
     const Source& source = s.sources[i];
-    const float* weights = p.peers.views[source.rank].in_topk_weights;
+    const float* weights = peer_weights(p, source.rank);
     if (weights == nullptr) {
       continue;
     }

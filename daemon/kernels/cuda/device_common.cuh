@@ -68,6 +68,22 @@ __device__ __forceinline__ uint32_t matrix_row_ints(const OpShape& shape) {
   return shape.ranks + shape.experts + kCountRowErrorInts;
 }
 
+/// The last integer of the first row of a handle's matrix is always zero in the matrix that travels; in the handle it
+/// keeps the dispatch's expert_alignment, which a combine is not told.
+__device__ __forceinline__ uint32_t handle_alignment_at(const OpShape& shape) {
+  return matrix_row_ints(shape) - 1;
+}
+
+__device__ __forceinline__ int64_t round_up(int64_t value, uint32_t alignment) {
+  const int64_t unit = alignment == 0 ? 1 : alignment;
+  return (value + unit - 1) / unit * unit;
+}
+
+/// Whether this rank and `rank` exchange through the relay.
+__device__ __forceinline__ bool relayed(const PartParams& p, uint32_t rank) {
+  return ((p.relay.ranks >> rank) & 1) != 0;
+}
+
 __device__ __forceinline__ bool per_expert_rows(const OpShape& shape) {
   return shape.kind == OpKind::kLlDispatch || shape.kind == OpKind::kLlCombine || shape.expanded != 0;
 }

@@ -55,11 +55,6 @@ struct PlanShared {
   int64_t expert_start[base::kMaxExperts];
 };
 
-__device__ int64_t round_up(int64_t value, uint32_t alignment) {
-  const int64_t unit = alignment == 0 ? 1 : alignment;
-  return (value + unit - 1) / unit * unit;
-}
-
 /// Starts of a rank's experts and its rows in expanded form: one warp per rank, prefix over the local experts.
 __device__ void scan_rank_experts(const OpShape& shape, PlanShared* s, uint32_t rank) {
   const uint32_t lane = threadIdx.x & 31;
@@ -231,7 +226,7 @@ __global__ __launch_bounds__(kPlanThreads) void plan_part(const __grid_constant_
   }
   const uint32_t matrix_ints = shape.ranks * matrix_row_ints(shape);
   for (uint32_t i = threadIdx.x; fresh && p.refused_reason == 0 && i < matrix_ints; i += kPlanThreads) {
-    p.op.routing.counts[i] = matrix[i];
+    p.op.routing.counts[i] = i == handle_alignment_at(shape) ? static_cast<int32_t>(shape.expert_alignment) : matrix[i];
   }
 }
 

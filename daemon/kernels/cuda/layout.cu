@@ -170,6 +170,7 @@ cudaError_t launch_all_null(cudaStream_t stream) {
   using Launcher = cudaError_t (*)(const PartParams&, cudaStream_t);
   constexpr Launcher kLaunchers[] = {launch_route_count,  launch_route_scan,    launch_route_number,
                                      launch_plan,         launch_dispatch_move, launch_combine_pull,
+                                     launch_relay_plan,   launch_relay_publish, launch_relay_move,
                                      launch_layout_clear, launch_layout_count,  launch_finish};
   for (const Launcher launcher : kLaunchers) {
     if (const cudaError_t error = launcher(null, stream); error != cudaSuccess) {

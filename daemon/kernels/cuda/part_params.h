@@ -74,6 +74,37 @@ struct Plan {
   int32_t local_start[base::kMaxLocalExperts];    // expanded: first row of each local expert
   int32_t local_count[base::kMaxLocalExperts];    // rows that arrive
   int32_t local_rounded[base::kMaxLocalExperts];  // expanded or HT: rounded up to the alignment; LL: the count
+  // Of a combine through the relay, for every expert of its owner's rows: first row with and without the alignment
+  // gaps.
+  int32_t aligned_start[base::kMaxExperts];
+  int32_t packed_start[base::kMaxExperts];
+};
+
+/// The relay is memory of the host that every GPU of a group reaches: what a rank publishes in it is read by the ranks
+/// whose GPU cannot reach its memory. Dispatch publishes inputs and row numbers, and the destination moves the rows;
+/// combine publishes the experts' rows, packed. All offsets are from the start of a rank's relay, where x lies.
+struct RelayLayout {
+  uint64_t weights = 0;       // dispatch [M,K] f32; combine: of each packed row [K], expanded [1]
+  uint64_t topk = 0;          // dispatch [M,K of the group] i32: global experts
+  uint64_t token_rank = 0;    // dispatch [M,R] i32
+  uint64_t token_expert = 0;  // dispatch [M,K of the group] i32
+  uint64_t side = 0;          // dispatch [M,S], row-major; last, because S is that of the publishing rank
+  uint64_t bytes = 0;         // of everything before it and the own side
+  uint64_t rows = 0;          // combine: packed rows that fit
+};
+
+struct RelayPeer {
+  const char* base = nullptr;
+  uint32_t tokens = 0;  // dispatch
+  uint32_t side_elements = 0;
+  uint32_t has_weights = 0;
+};
+
+struct RelayTable {
+  char* own = nullptr;  // null: no rank of the group needs one of this rank
+  uint64_t ranks = 0;   // active ranks that this rank exchanges with through the relay
+  RelayLayout layout;
+  RelayPeer peers[base::kMaxGpuRanks];
 };
 
 struct PeerTable {
@@ -101,6 +132,7 @@ struct PartScratch {
 struct PartParams {
   OpParams op;
   PeerTable peers{};
+  RelayTable relay{};
   PartWords words;
   PartScratch scratch;
   uint32_t table_top_k = 0;     // K of the group: the stride of the handle's tables
@@ -114,6 +146,12 @@ static_assert(sizeof(PartParams) <= 4096 - 64, "kernel parameters are limited to
 inline constexpr uint32_t route_chunks(uint32_t tokens) {
   return tokens == 0 ? 1 : (tokens + kRouteChunkTokens - 1) / kRouteChunkTokens;
 }
+
+/// Layout of the relay for one operation of a group; `table_top_k` is the group's. Pure.
+RelayLayout relay_layout(const OpShape& shape, uint32_t table_top_k);
+/// Bytes of a rank's relay that hold every combine and every dispatch with rows of at most max(2 * hidden, 4096) bytes
+/// and a side of at most 4096 bytes per token.
+uint64_t relay_bytes(const OpShape& shape, uint32_t table_top_k);
 
 /// Empty when the parameters can be launched, else what is wrong with them. Host side; kernels trust it.
 const char* validate(const PartParams& params);
