@@ -69,4 +69,8 @@ double bound_ms(double specified_ms) {
   return machine_is_loaded() ? 5 * specified_ms : specified_ms;
 }
 
+double worst_bound_ms(double specified_ms) {
+  return 5 * specified_ms;
+}
+
 }  // namespace expertd::support

@@ -37,7 +37,11 @@ double elapsed_ms(uint64_t begin_ns);
 
 /// True when timing bounds must be loose: more threads want to run than the machine has cores.
 bool machine_is_loaded();
-/// The bound to assert for a specified time: as given, or five times that on a loaded machine.
+/// The bound to assert for an average or median with a specified time: as given, or five times that on a loaded
+/// machine.
 double bound_ms(double specified_ms);
+/// The bound to assert for a single time or the worst of many: five times the specified one, because a virtual machine
+/// can lose its processors for that long to neighbours that no load average shows. The figure itself is printed.
+double worst_bound_ms(double specified_ms);
 
 }  // namespace expertd::support
