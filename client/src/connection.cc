@@ -149,6 +149,14 @@ void Connection::abandon(const char* why) {
   device_->release_waiters();
 }
 
+bool Connection::look_for_end() {
+  pollfd entry{greeting_.socket.get(), POLLRDHUP, 0};
+  if (!lost() && poll(&entry, 1, 0) > 0) {
+    abandon("the daemon is gone: the session's lease is over");
+  }
+  return lost();
+}
+
 void* Connection::thread_main(void* self) {
   pthread_setname_np(pthread_self(), "expertd-client");
   static_cast<Connection*>(self)->run();

@@ -52,6 +52,8 @@ class Connection {
     return call_session(channel_.get(), method, request, response, timeout_ns);
   }
 
+  /// Whether the lease is over, asked of the socket itself: the client thread may not have seen it yet. Any thread.
+  bool look_for_end();
   /// Ends everything that waits; the lease itself ends with the destructor. Any thread.
   void abandon(const char* why);
 

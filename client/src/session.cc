@@ -145,7 +145,7 @@ Status Session::reattach(uint64_t timeout_ns) {
     return {EXPERTD_REASON_FORKED, reason_sentence(EXPERTD_REASON_FORKED)};
   }
   const std::lock_guard lock(reattach_mutex_);
-  if (!connection_->lost()) {
+  if (!connection_->look_for_end()) {
     return error(EXPERTD_REASON_BAD_STATE, "the session is attached; re-attaching is for after UNAVAILABLE");
   }
   closed_to_callers_.store(true, std::memory_order_seq_cst);

@@ -28,6 +28,7 @@ device::cuda::CudaOptions cuda_options(const config::DeviceConfig& config) {
   options.pool_max_bytes = config.pool_max_bytes;
   options.peer_access = config.peer_access;
   options.kernels = config.kernels == config::Kernels::kGeneric ? "generic" : "auto";
+  options.link_sms = config.link_sms;
   options.gpus = config.gpus.names;
   return options;
 }

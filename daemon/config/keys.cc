@@ -175,6 +175,14 @@ constexpr Key kKeys[] = {
      .sentence = "Kernels to launch: \"auto\" takes the specialised one where the shape has one, "
                  "\"generic\" never does.",
      .set = [](Config& c, const Value& v) { c.device.kernels = static_cast<Kernels>(v.integer); }},
+    {.section = "device",
+     .name = "link_sms",
+     .type = Type::kInteger,
+     .max = 256,
+     .default_text = "0",
+     .sentence =
+         "Multiprocessors that one operation's kernels take where the link is the bound; 0 takes as many as help.",
+     .set = [](Config& c, const Value& v) { c.device.link_sms = static_cast<uint32_t>(v.integer); }},
 
     {.section = "engine",
      .name = "spin_us",

@@ -43,7 +43,7 @@ struct DeviceInfo {
   std::string name;
   bool mps_active = false;
   std::string doorbell_form;  // "host" or "words"
-  std::string kernels;        // "auto" or "generic"
+  std::string kernels;        // "bulk" (with the copy unit of sm_90), "generic", or "host"
   uint64_t context_bytes = 0;
   uint64_t window_bytes = 0;
   uint32_t armed_streams = 0;

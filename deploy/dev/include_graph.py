@@ -43,7 +43,8 @@ FOLDERS = (
 )
 
 GRPC_USERS = ("daemon/control/", "daemon/group/etcd", "daemon/fabric/bootstrap", "client/ctl/", "tests/")
-CUDA_USERS = ("daemon/device/cuda/", "daemon/kernels/cuda/", "client/src/cuda_import", "tests/device/", "tests/support/cuda")
+CUDA_USERS = ("daemon/device/cuda/", "daemon/kernels/cuda/", "client/src/cuda_import", "tests/device/", "tests/support/cuda",
+              "tests/bench/")
 # Name of the library, pattern of its headers, prefixes that may include them.
 LIBRARIES = (
     ("gRPC", r"grpc(pp)?/|.*\.grpc\.pb\.h$", GRPC_USERS),

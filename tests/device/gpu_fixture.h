@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <memory>
 
 #include "tests/device/gpu_group.h"
@@ -18,6 +19,9 @@ class GpuTestWith : public testing::Test {
     group_ = std::make_unique<GpuGroup>();
     device::cuda::CudaOptions options;
     options.peer_access = kPeerAccess;
+    if (const char* kernels = std::getenv("EXPERTD_KERNELS"); kernels != nullptr) {
+      options.kernels = kernels;  // "generic": the kernels of sm_80 on any GPU
+    }
     status_ = group_->open(options);
   }
   static void TearDownTestSuite() { group_.reset(); }

@@ -180,6 +180,8 @@ bool CudaDevice::fill_params(const LaunchSpec& spec, const Part& part, PartParam
   fill_inputs(&tensors, &params->op.in);
   fill_outputs(&tensors, &params->op.out);
   params->multiprocessors = gpu_.multiprocessors;
+  params->bulk_copies = bulk_copies_ ? 1 : 0;
+  params->link_sms = link_sms_;
   params->words.part = part.id;
   params->words.seq = part.words.seq;
   params->words.state = part_state(part.id);

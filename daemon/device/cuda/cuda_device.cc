@@ -61,6 +61,8 @@ CudaDevice::CudaDevice(Setup setup)
       gpu_(std::move(setup.gpu)),
       all_(std::move(setup.all)),
       registry_(std::move(setup.registry)),
+      bulk_copies_(setup.bulk_copies),
+      link_sms_(setup.link_sms),
       pool_(setup.pool_max_bytes) {}
 
 base::Result<std::unique_ptr<CudaDevice>> CudaDevice::create(Setup setup) {
@@ -125,7 +127,7 @@ CudaDevice::~CudaDevice() {
 
 /// Uses a new stream for everything that a chain is made of, so that nothing is set up lazily when it matters.
 base::Status CudaDevice::warm_up(CUstream stream) {
-  const cudaError_t launched = kernels::cuda::launch_all_null(stream);
+  const cudaError_t launched = kernels::cuda::launch_all_null(bulk_copies_, stream);
   if (launched != cudaSuccess) {
     return base::Status(EXPERTD_REASON_CUDA,
                         std::string("the first launch of the kernels: ") + cudaGetErrorString(launched));
@@ -174,7 +176,7 @@ DeviceInfo CudaDevice::info() const {
   info.name = gpu_.name;
   info.mps_active = gpu_.mps;
   info.doorbell_form = "words";
-  info.kernels = "generic";
+  info.kernels = bulk_copies_ ? "bulk" : "generic";
   info.window_bytes = window_bytes_.load(std::memory_order_relaxed);
   info.context_bytes = pool_.used() - std::min(pool_.used(), info.window_bytes);
   info.armed_streams_max = kMaxArmedStreams;

@@ -29,6 +29,7 @@ struct GpuFacts {
   std::string name;
   uint32_t multiprocessors = 0;
   bool mps = false;
+  bool has_bulk_copies = false;
   bool can_flush_remote_writes = false;
   uint64_t peer_mask = 0;  // device indices that this GPU may access, itself included
 };
@@ -41,6 +42,8 @@ class CudaDevice : public Device, public engine::DevicePort {
     std::vector<GpuFacts> all;  // every device of the process, this one included
     std::shared_ptr<Registry> registry;
     uint64_t pool_max_bytes = 0;
+    bool bulk_copies = false;  // the kernels with them are used
+    uint32_t link_sms = 0;
   };
   /// Streams, part words and one null launch of every kernel. The primary context is retained by the caller and is
   /// released by the device's destructor from then on.
@@ -128,6 +131,8 @@ class CudaDevice : public Device, public engine::DevicePort {
   GpuFacts gpu_;
   std::vector<GpuFacts> all_;
   std::shared_ptr<Registry> registry_;
+  bool bulk_copies_;
+  uint32_t link_sms_;
   Pool pool_;
   std::atomic<bool> healthy_{true};
   std::atomic<uint64_t> window_bytes_{0};

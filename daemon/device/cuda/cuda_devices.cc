@@ -122,6 +122,8 @@ base::Status open_gpu(const Driver& driver, GpuFacts* gpu) {
     return multiprocessors.status();
   }
   gpu->multiprocessors = static_cast<uint32_t>(multiprocessors.value());
+  const auto major = attribute(driver, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, gpu->view.device);
+  gpu->has_bulk_copies = major.is_ok() && major.value() >= 9;
   const auto flush = attribute(driver, CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES, gpu->view.device);
   gpu->can_flush_remote_writes = flush.is_ok() && flush.value() != 0;
   // Says whether contexts made on this device are shared through MPS, so it is true only for a client of a server. A
@@ -194,6 +196,8 @@ base::Result<std::vector<std::unique_ptr<device::Device>>> create_cuda_devices(c
     setup.all = gpus;
     setup.registry = registry;
     setup.pool_max_bytes = options.pool_max_bytes;
+    setup.bulk_copies = gpus[i].has_bulk_copies && options.kernels != "generic";
+    setup.link_sms = options.link_sms;
     auto device = CudaDevice::create(std::move(setup));
     if (!device.is_ok()) {
       release_contexts(driver, &gpus, i + 1);  // those before belong to their devices, this one's died with it

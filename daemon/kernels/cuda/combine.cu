@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The move step of combine and ll_combine: pulls the rows that belong to this rank's tokens out of every rank's input
 // and sums them in float32 in the order that the definitions name. Definitions: daemon/kernels/README.md.
+#include <algorithm>
+
 #include "daemon/kernels/cuda/device_common.cuh"
 #include "daemon/kernels/cuda/launch.h"
 
@@ -9,6 +11,9 @@ namespace {
 
 constexpr uint32_t kPullThreads = 256;
 constexpr uint32_t kBlocksPerMultiprocessor = 4;
+constexpr uint32_t kLinkBlocks = 32;    // of the bulk kernel where the link is the bound
+constexpr uint32_t kSumThreads = 512;   // of the bulk kernel, beside one warp that loads
+constexpr uint32_t kMostSumPieces = 4;  // 16-byte pieces per thread: kMaxHidden * 2 / 16 / kSumThreads
 
 /// One row to add.
 struct Source {
@@ -132,6 +137,27 @@ __device__ void collect_sources(const PartParams& p, uint32_t token, PullShared*
   }
 }
 
+/// Adds one piece of a row: weighted rows to the sum, others to their rank's partial sum, which is rounded behind the
+/// last row of the rank.
+__device__ void add_piece(const Source& source, const uint4& v, bool weighted, float* partial, float* sum) {
+  const Bf16x8 values = to_bf16x8(v);
+#pragma unroll
+  for (uint32_t c = 0; c < 8; ++c) {
+    if (weighted) {
+      sum[c] = __fadd_rn(sum[c], __fmul_rn(source.weight, element(values, c)));
+    } else {
+      partial[c] = __fadd_rn(partial[c], element(values, c));
+    }
+  }
+  if (!weighted && source.ends_rank != 0) {
+#pragma unroll
+    for (uint32_t c = 0; c < 8; ++c) {
+      sum[c] = __fadd_rn(sum[c], bf16_to_float(float_to_bf16(partial[c])));
+      partial[c] = 0.0f;
+    }
+  }
+}
+
 /// Adds four rows at a time so that four loads are in flight; the order of additions is that of the sources.
 __device__ void sum_piece(const PullShared& s, uint32_t piece, bool weighted, float* sum) {
   float partial[8] = {};
@@ -146,23 +172,7 @@ __device__ void sum_piece(const PullShared& s, uint32_t piece, bool weighted, fl
       if (first + i >= s.count) {
         break;
       }
-      const Source& source = s.sources[first + i];
-      const Bf16x8 values = to_bf16x8(v[i]);
-#pragma unroll
-      for (uint32_t c = 0; c < 8; ++c) {
-        if (weighted) {
-          sum[c] = __fadd_rn(sum[c], __fmul_rn(source.weight, element(values, c)));
-        } else {
-          partial[c] = __fadd_rn(partial[c], element(values, c));
-        }
-      }
-      if (!weighted && source.ends_rank != 0) {
-#pragma unroll
-        for (uint32_t c = 0; c < 8; ++c) {
-          sum[c] = __fadd_rn(sum[c], bf16_to_float(float_to_bf16(partial[c])));
-          partial[c] = 0.0f;
-        }
-      }
+      add_piece(s.sources[first + i], v[i], weighted, partial, sum);
     }
   }
 }
@@ -175,6 +185,25 @@ __device__ void add_bias(const void* bias, uint64_t piece, bool first, float* su
   }
 }
 
+__device__ void start_sum(const PartParams& p, uint64_t piece, float* sum) {
+  if (p.op.in.bias0 != nullptr) {
+    add_bias(p.op.in.bias0, piece, true, sum);
+  }
+  if (p.op.in.bias1 != nullptr) {
+    add_bias(p.op.in.bias1, piece, false, sum);
+  }
+}
+
+__device__ uint4 rounded(const float* sum) {
+  uint32_t words[4];
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) {
+    words[i] = static_cast<uint32_t>(float_to_bf16(sum[2 * i])) | static_cast<uint32_t>(float_to_bf16(sum[2 * i + 1]))
+                                                                      << 16;
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
 /// The weights that a rank gave beside its rows, null for none.
 __device__ const float* peer_weights(const PartParams& p, uint32_t rank) {
   if (!relayed(p, rank)) {
@@ -185,9 +214,8 @@ __device__ const float* peer_weights(const PartParams& p, uint32_t rank) {
 }
 
 /// Weights come back summed like the rows; one thread per lane.
-__device__ void pull_weights(const PartParams& p, uint32_t token, const PullShared& s) {
+__device__ void pull_weights(const PartParams& p, uint32_t token, uint32_t lane, const PullShared& s) {
   const OpShape& shape = p.op.shape;
-  const uint32_t lane = threadIdx.x;
   if (p.op.out.topk_weights == nullptr || shape.kind == OpKind::kLlCombine || lane >= shape.top_k) {
     return;
   }
@@ -233,22 +261,11 @@ __global__ __launch_bounds__(kPullThreads) void combine_pull(const __grid_consta
     for (uint32_t piece = threadIdx.x; piece < pieces && p.op.out.x != nullptr; piece += kPullThreads) {
       const uint64_t at = uint64_t{token} * pieces + piece;
       float sum[8] = {};
-      if (p.op.in.bias0 != nullptr) {
-        add_bias(p.op.in.bias0, at, true, sum);
-      }
-      if (p.op.in.bias1 != nullptr) {
-        add_bias(p.op.in.bias1, at, false, sum);
-      }
+      start_sum(p, at, sum);
       sum_piece(s, piece, weighted, sum);
-      uint32_t words[4];
-#pragma unroll
-      for (uint32_t i = 0; i < 4; ++i) {
-        words[i] = static_cast<uint32_t>(float_to_bf16(sum[2 * i])) |
-                   static_cast<uint32_t>(float_to_bf16(sum[2 * i + 1])) << 16;
-      }
-      static_cast<uint4*>(p.op.out.x)[at] = uint4{words[0], words[1], words[2], words[3]};
+      static_cast<uint4*>(p.op.out.x)[at] = rounded(sum);
     }
-    pull_weights(p, token, s);
+    pull_weights(p, token, threadIdx.x, s);
     __syncthreads();
   }
   if (threadIdx.x == 0) {
@@ -258,9 +275,204 @@ __global__ __launch_bounds__(kPullThreads) void combine_pull(const __grid_consta
   fence_sys();
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+constexpr uint32_t kSumWarps = kSumThreads / 32;
+constexpr uint32_t kTokensAhead = 4;  // tokens whose rows are being loaded or summed
+
+/// What the loading warp and the summing warps of one block share. A barrier of the first kind is completed by the
+/// loading warp (and the bytes it announced), one of the second by every summing warp.
+struct PullPipeline {
+  PullShared tokens[kTokensAhead];
+  uint64_t token_there[kTokensAhead];
+  uint64_t token_free[kTokensAhead];
+  uint64_t row_there[kBulkRows];
+  uint64_t row_free[kBulkRows];
+};
+
+/// A place in a ring of barriers and the parity of its next phase.
+struct RingPlace {
+  uint32_t size;
+  uint32_t index = 0;
+  uint32_t parity = 0;
+  __device__ void next() {
+    index += 1;
+    if (index == size) {
+      index = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+/// The loading warp: collects each token's rows and starts their loads as places become free. A fresh barrier counts as
+/// one whose phase of parity 1 is over, so the first round does not wait.
+__device__ void load_rows(const PartParams& p, PullPipeline* pipeline, char* rows, uint32_t places) {
+  const OpShape& shape = p.op.shape;
+  const uint32_t bytes = shape.hidden * 2;
+  const uint32_t lane = threadIdx.x & 31;
+  RingPlace token_place{kTokensAhead};
+  RingPlace row_place{places};
+  uint32_t local = 0;
+  uint32_t remote = 0;
+  for (uint32_t token = blockIdx.x; token < shape.tokens; token += gridDim.x) {
+    PullShared& s = pipeline->tokens[token_place.index];
+    barrier_wait(&pipeline->token_free[token_place.index], token_place.parity ^ 1);
+    if (lane == 0) {
+      s.local_rows = 0;
+      s.remote_rows = 0;
+    }
+    __syncwarp();
+    collect_sources(p, token, &s);
+    __syncwarp();
+    if (lane == 0) {
+      local += s.local_rows;
+      remote += s.remote_rows;
+      barrier_arrive(&pipeline->token_there[token_place.index]);
+    }
+    const uint32_t count = s.count;
+    for (uint32_t i = 0; i < count; ++i) {
+      if (lane == 0) {
+        barrier_wait(&pipeline->row_free[row_place.index], row_place.parity ^ 1);
+        barrier_expect(&pipeline->row_there[row_place.index], bytes);
+        bulk_load(rows + row_place.index * bulk_row_stride(bytes), s.sources[i].x, bytes,
+                  &pipeline->row_there[row_place.index]);
+      }
+      row_place.next();
+    }
+    __syncwarp();
+    token_place.next();
+  }
+  if (lane == 0) {
+    atomicAdd(&p.scratch.plan->pulled_local_rows, local);
+    atomicAdd(&p.scratch.plan->pulled_remote_rows, remote);
+  }
+}
+
+/// The summing warps: every thread owns kPieces pieces of the token's row.
+template <uint32_t kPieces>
+__device__ void sum_rows(const PartParams& p, PullPipeline* pipeline, const char* rows, uint32_t places) {
+  const OpShape& shape = p.op.shape;
+  const uint32_t thread = threadIdx.x - 32;
+  const uint32_t pieces = shape.hidden / 8;
+  RingPlace token_place{kTokensAhead};
+  RingPlace row_place{places};
+  for (uint32_t token = blockIdx.x; token < shape.tokens; token += gridDim.x) {
+    const PullShared& s = pipeline->tokens[token_place.index];
+    float sum[kPieces][8] = {};
+    float partial[kPieces][8] = {};
+#pragma unroll
+    for (uint32_t i = 0; i < kPieces; ++i) {
+      if (thread + i * kSumThreads < pieces) {
+        start_sum(p, uint64_t{token} * pieces + thread + i * kSumThreads, sum[i]);
+      }
+    }
+    barrier_wait(&pipeline->token_there[token_place.index], token_place.parity);
+    for (uint32_t row = 0; row < s.count; ++row) {
+      barrier_wait(&pipeline->row_there[row_place.index], row_place.parity);
+      const auto* in = reinterpret_cast<const uint4*>(rows + row_place.index * bulk_row_stride(shape.hidden * 2));
+#pragma unroll
+      for (uint32_t i = 0; i < kPieces; ++i) {
+        if (thread + i * kSumThreads < pieces) {
+          add_piece(s.sources[row], in[thread + i * kSumThreads], false, partial[i], sum[i]);
+        }
+      }
+      __syncwarp();
+      if ((thread & 31) == 0) {
+        barrier_arrive(&pipeline->row_free[row_place.index]);
+      }
+      row_place.next();
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kPieces; ++i) {
+      if (thread + i * kSumThreads < pieces && p.op.out.x != nullptr) {
+        static_cast<uint4*>(p.op.out.x)[uint64_t{token} * pieces + thread + i * kSumThreads] = rounded(sum[i]);
+      }
+    }
+    pull_weights(p, token, thread, s);
+    __syncwarp();
+    if ((thread & 31) == 0) {
+      barrier_arrive(&pipeline->token_free[token_place.index]);
+    }
+    token_place.next();
+  }
+}
+
+#endif
+
+// combine_pull_bulk. The same as combine_pull for HT rows, on sm_90. Grid: one block per multiprocessor, as many as
+// fill the link (all of them for expanded rows). Warp 0 collects the tokens' rows ahead and lets the copy unit load
+// them into as many places as shared memory has; 16 warps add them in the same order and store the sum. Waits only for
+// the own block's copies and warps. Bytes and bound as combine_pull.
+template <uint32_t kPieces>
+__global__ __launch_bounds__(kSumThreads + 32, 1) void combine_pull_bulk(const __grid_constant__ PartParams p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) char rows[];
+  __shared__ PullPipeline pipeline;
+  if (block_is_gated(p)) {
+    return;
+  }
+  const uint32_t places = bulk_rows(p.op.shape.hidden * 2);
+  if (threadIdx.x < kTokensAhead) {
+    barrier_init(&pipeline.token_there[threadIdx.x], 1);
+    barrier_init(&pipeline.token_free[threadIdx.x], kSumWarps);
+  }
+  if (threadIdx.x < places) {
+    barrier_init(&pipeline.row_there[threadIdx.x], 1);
+    barrier_init(&pipeline.row_free[threadIdx.x], kSumWarps);
+  }
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    load_rows(p, &pipeline, rows, places);
+  } else {
+    sum_rows<kPieces>(p, &pipeline, rows, places);
+  }
+  fence_sys();
+#endif
+}
+
+template <uint32_t kPieces>
+cudaError_t launch_bulk(const PartParams& params, cudaStream_t stream) {
+  const OpShape& shape = params.op.shape;
+  const uint32_t bytes = params.null_operation != 0 ? 16 : shape.hidden * 2;
+  if (params.null_operation != 0) {
+    const cudaError_t allowed =
+        cudaFuncSetAttribute(combine_pull_bulk<kPieces>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBulkSharedBytes);
+    if (allowed != cudaSuccess) {
+      return allowed;
+    }
+  }
+  const uint32_t most =
+      params.link_sms != 0 ? params.link_sms : (shape.expanded != 0 ? params.multiprocessors : kLinkBlocks);
+  const uint32_t blocks = std::clamp(shape.tokens, 1u, std::min(most, params.multiprocessors));
+  combine_pull_bulk<kPieces><<<blocks, kSumThreads + 32, bulk_rows(bytes) * bulk_row_stride(bytes), stream>>>(params);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_bulk_for_width(const PartParams& params, cudaStream_t stream) {
+  static_assert(base::kMaxHidden / 8 <= kMostSumPieces * kSumThreads);
+  return params.op.shape.hidden / 8 <= 2 * kSumThreads ? launch_bulk<2>(params, stream)
+                                                       : launch_bulk<kMostSumPieces>(params, stream);
+}
+
+/// Rows behind the relay lie in memory of the host, and LL has few rows per block.
+bool pulls_in_bulk(const PartParams& params) {
+  const OpShape& shape = params.op.shape;
+  return params.bulk_copies != 0 && shape.kind == OpKind::kCombine && params.relay.ranks == 0 && shape.hidden != 0;
+}
+
 }  // namespace
 
 cudaError_t launch_combine_pull(const PartParams& params, cudaStream_t stream) {
+  if (params.null_operation != 0 && params.bulk_copies != 0) {
+    if (const cudaError_t error = launch_bulk<2>(params, stream); error != cudaSuccess) {
+      return error;
+    }
+    if (const cudaError_t error = launch_bulk<kMostSumPieces>(params, stream); error != cudaSuccess) {
+      return error;
+    }
+  } else if (pulls_in_bulk(params)) {
+    return launch_bulk_for_width(params, stream);
+  }
   const uint32_t most = params.multiprocessors * kBlocksPerMultiprocessor;
   const uint32_t tokens = params.op.shape.tokens == 0 ? 1 : params.op.shape.tokens;
   const uint32_t blocks = tokens > most ? most : tokens;

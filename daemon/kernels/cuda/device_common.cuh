@@ -92,6 +92,17 @@ __device__ __forceinline__ uint32_t lanes_below() {
   return (1u << (threadIdx.x & 31)) - 1u;
 }
 
+/// Where row `i` of a block that moves rows of `row_bytes` in bulk lies in shared memory: at i times this.
+__host__ __device__ constexpr uint32_t bulk_row_stride(uint32_t row_bytes) {
+  return (row_bytes + 127) / 128 * 128;
+}
+
+/// How many rows of that many bytes a block keeps in flight.
+__host__ __device__ constexpr uint32_t bulk_rows(uint32_t row_bytes) {
+  const uint32_t fit = kBulkSharedBytes / bulk_row_stride(row_bytes);
+  return fit < kBulkRows ? fit : kBulkRows;
+}
+
 /// Eight bf16 of one 16-byte access.
 struct Bf16x8 {
   uint32_t words[4];

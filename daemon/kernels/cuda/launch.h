@@ -36,7 +36,8 @@ cudaError_t launch_layout_count(const PartParams& params, cudaStream_t stream);
 /// Last kernel of every part: tails, counts, the report, result and completion word, `done`.
 cudaError_t launch_finish(const PartParams& params, cudaStream_t stream);
 
-/// Launches every kernel once as a null operation, so that nothing is loaded later.
-cudaError_t launch_all_null(cudaStream_t stream);
+/// Launches every kernel once as a null operation, so that nothing is loaded later, and lets the kernels with bulk
+/// copies have the shared memory they want in the current context.
+cudaError_t launch_all_null(bool bulk_copies, cudaStream_t stream);
 
 }  // namespace expertd::kernels::cuda

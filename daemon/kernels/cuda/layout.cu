@@ -164,9 +164,10 @@ cudaError_t launch_layout_count(const PartParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-cudaError_t launch_all_null(cudaStream_t stream) {
+cudaError_t launch_all_null(bool bulk_copies, cudaStream_t stream) {
   PartParams null{};
   null.null_operation = 1;
+  null.bulk_copies = bulk_copies ? 1 : 0;
   using Launcher = cudaError_t (*)(const PartParams&, cudaStream_t);
   constexpr Launcher kLaunchers[] = {launch_route_count,  launch_route_scan,    launch_route_number,
                                      launch_plan,         launch_dispatch_move, launch_combine_pull,

@@ -139,6 +139,8 @@ struct PartParams {
   uint32_t refused_reason = 0;  // this rank's routing counts as an error with this Reason
   uint32_t null_operation = 0;  // the launch at start that loads the kernel: returns at once
   uint32_t multiprocessors = 1;
+  uint32_t bulk_copies = 0;  // the device has them and the configuration allows them
+  uint32_t link_sms = 0;     // multiprocessors for kernels bound by the link; 0: as many as help
 };
 static_assert(std::is_trivially_copyable_v<PartParams>);
 static_assert(sizeof(PartParams) <= 4096 - 64, "kernel parameters are limited to 4 KiB on sm_80");
@@ -146,6 +148,11 @@ static_assert(sizeof(PartParams) <= 4096 - 64, "kernel parameters are limited to
 inline constexpr uint32_t route_chunks(uint32_t tokens) {
   return tokens == 0 ? 1 : (tokens + kRouteChunkTokens - 1) / kRouteChunkTokens;
 }
+
+/// Bytes of dynamic shared memory that the kernels with bulk copies ask for at most: 227 KiB less their static part.
+inline constexpr uint32_t kBulkSharedBytes = 208 * 1024;
+/// Rows in flight per block of those kernels.
+inline constexpr uint32_t kBulkRows = 16;
 
 /// Layout of the relay for one operation of a group; `table_top_k` is the group's. Pure.
 RelayLayout relay_layout(const OpShape& shape, uint32_t table_top_k);

@@ -1,0 +1,303 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the move kernels of dispatch share: the targets of a token, and storing its row, side, indices, weights and
+// source token to all of them. Device code only, included by the dispatch kernels' .cu files; no state.
+#pragma once
+
+#include "daemon/kernels/cuda/device_common.cuh"
+
+namespace expertd::kernels::cuda {
+
+inline constexpr uint32_t kMoveThreads = 256;
+inline constexpr uint32_t kChannelsPerLane = 16;  // fp8: one 16-byte store per lane, eight lanes per scale
+
+/// Where one copy of the token goes.
+struct Target {
+  uint64_t row;  // row of the owner's output tensors; LL: expert * N + slot_row
+  uint32_t rank;
+  uint32_t lane;      // of the top-k, for rows per expert
+  uint32_t expert;    // local to the owner, for rows per expert
+  uint32_t slot_row;  // LL: row inside the expert's slots
+};
+
+/// The threads that share one token: the whole block, or one warp.
+struct Crew {
+  uint32_t first;  // this thread
+  uint32_t step;   // all of them
+};
+
+struct MoveShared {
+  Target targets[base::kMaxTopK];
+  int32_t experts[base::kMaxTopK];  // global expert of each lane, -1 for none
+  uint32_t count;
+};
+static_assert(base::kMaxGpuRanks <= 32 && base::kMaxTopK <= 32, "one lane of a warp per target");
+
+/// One token as it is read: the own inputs, or what another rank published.
+struct TokenSource {
+  const char* x = nullptr;
+  const char* side = nullptr;  // null: none
+  int64_t side_element_stride = 0;
+  uint32_t side_elements = 0;
+  const float* weights = nullptr;  // of its top-k lanes; null: none travel
+};
+
+__device__ inline TokenSource own_token(const PartParams& p, uint32_t token) {
+  const OpShape& shape = p.op.shape;
+  TokenSource source;
+  source.x = static_cast<const char*>(p.op.in.x) + uint64_t{token} * shape.row_bytes;
+  if (p.op.in.side != nullptr) {
+    source.side = static_cast<const char*>(p.op.in.side) + static_cast<int64_t>(token) * shape.side_row_stride;
+    source.side_element_stride = shape.side_element_stride;
+    source.side_elements = shape.side_elements;
+  }
+  if (p.op.in.topk_weights != nullptr) {
+    source.weights = p.op.in.topk_weights + uint64_t{token} * shape.top_k;
+  }
+  return source;
+}
+
+__device__ inline TokenSource relayed_token(const PartParams& p, uint32_t rank, uint32_t token) {
+  const OpShape& shape = p.op.shape;
+  const RelayPeer& peer = p.relay.peers[rank];
+  TokenSource source;
+  source.x = peer.base + uint64_t{token} * shape.row_bytes;
+  if (peer.side_elements != 0) {
+    source.side = peer.base + p.relay.layout.side + uint64_t{token} * peer.side_elements * shape.side_element_bytes;
+    source.side_element_stride = shape.side_element_bytes;
+    source.side_elements = peer.side_elements;
+  }
+  if (peer.has_weights != 0) {
+    source.weights = reinterpret_cast<const float*>(peer.base + p.relay.layout.weights) + uint64_t{token} * shape.top_k;
+  }
+  return source;
+}
+
+/// The target of lane `lane` when every rank gets the token once; false for none.
+__device__ inline bool rank_target(const PartParams& p, uint32_t token, uint32_t lane, Target* target) {
+  const OpShape& shape = p.op.shape;
+  if (lane >= shape.ranks || !rank_active(shape, lane)) {
+    return false;
+  }
+  int32_t* entry = &p.op.routing.token_rank[uint64_t{token} * shape.ranks + lane];
+  int32_t row = *entry;
+  if (row >= 0 && shape.cached == 0) {
+    row += p.scratch.plan->rank_base[lane];
+    *entry = row;
+  }
+  *target = {static_cast<uint64_t>(row), lane, 0, 0, 0};
+  return row >= 0 && static_cast<uint32_t>(row) < p.peers.views[lane].capacity_rows;
+}
+
+/// The target of top-k lane `lane` when every (token, expert) has a row; false for none.
+__device__ inline bool expert_target(const PartParams& p, uint32_t token, uint32_t lane, Target* target) {
+  const OpShape& shape = p.op.shape;
+  if (lane >= p.table_top_k) {
+    return false;
+  }
+  const uint64_t at = uint64_t{token} * p.table_top_k + lane;
+  const int32_t expert = p.op.routing.topk[at];
+  int32_t row = p.op.routing.token_expert[at];
+  if (expert < 0 || expert >= static_cast<int32_t>(shape.experts) || row < 0) {
+    return false;
+  }
+  if (shape.cached == 0) {
+    row += p.scratch.plan->expert_base[expert];
+    p.op.routing.token_expert[at] = row;
+  }
+  const uint32_t owner = static_cast<uint32_t>(expert) / shape.local_experts;
+  const uint32_t local = static_cast<uint32_t>(expert) % shape.local_experts;
+  const auto slot_row = static_cast<uint32_t>(row);
+  const bool low_latency = shape.kind == OpKind::kLlDispatch;
+  *target = {low_latency ? uint64_t{local} * shape.slots_per_expert + slot_row : uint64_t{slot_row}, owner, lane, local,
+             slot_row};
+  const uint32_t limit = low_latency ? shape.slots_per_expert : p.peers.views[owner].capacity_rows;
+  return rank_active(shape, owner) && slot_row < limit;
+}
+
+/// Fills `s` for one token by one whole warp, targets packed in lane order.
+__device__ inline void collect_targets(const PartParams& p, uint32_t token, MoveShared* s) {
+  const uint32_t lane = threadIdx.x & 31;
+  Target target{};
+  bool wanted =
+      per_expert_rows(p.op.shape) ? expert_target(p, token, lane, &target) : rank_target(p, token, lane, &target);
+  wanted = wanted && p.peers.views[target.rank].out_x != nullptr;
+  s->experts[lane] = lane < p.table_top_k ? p.op.routing.topk[uint64_t{token} * p.table_top_k + lane] : -1;
+  const uint32_t ballot = __ballot_sync(kFullWarp, wanted);
+  if (wanted) {
+    s->targets[__popc(ballot & lanes_below())] = target;
+  }
+  if (lane == 0) {
+    s->count = __popc(ballot);
+  }
+}
+
+/// Copies one row to all targets: each 16-byte piece is read once, four independent reads per thread in flight.
+__device__ inline void push_bytes(const PartParams& p, const TokenSource& source, const MoveShared& s) {
+  const OpShape& shape = p.op.shape;
+  const uint32_t pieces = shape.row_bytes / 16;
+  const auto* in = reinterpret_cast<const uint4*>(source.x);
+  for (uint32_t first = threadIdx.x; first < pieces; first += 4 * kMoveThreads) {
+    uint4 v[4];
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      v[i] = first + i * kMoveThreads < pieces ? in[first + i * kMoveThreads] : uint4{};
+    }
+    for (uint32_t t = 0; t < s.count; ++t) {
+      const Target& target = s.targets[t];
+      auto* out = reinterpret_cast<uint4*>(static_cast<char*>(p.peers.views[target.rank].out_x) +
+                                           target.row * shape.out_row_bytes);
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i) {
+        if (first + i * kMoveThreads < pieces) {
+          out[first + i * kMoveThreads] = v[i];
+        }
+      }
+    }
+  }
+}
+
+/// Stores the scales of the four groups of one warp step. Eight lanes share a scale; `scale` is the lane's group's.
+__device__ inline void push_scales(const PartParams& p, const MoveShared& s, uint32_t channel, float scale) {
+  const OpShape& shape = p.op.shape;
+  const uint32_t lane = threadIdx.x & 31;
+  const uint32_t group = channel / kScaleGroup;
+  const uint32_t groups = shape.hidden / kScaleGroup;
+  const uint64_t slots = shape.slots_per_expert;
+  const uint32_t exponent = scale_to_ue8m0(scale);
+  uint32_t word = 0;
+  for (uint32_t i = 0; i < 4; ++i) {
+    word |= __shfl_sync(kFullWarp, exponent, static_cast<int>(i * 8)) << (8 * i);
+  }
+  const bool packed = shape.scale == ScaleForm::kUe8m0;
+  const bool writes = channel < shape.hidden && (packed ? lane == 0 : lane % 8 == 0);
+  for (uint32_t t = 0; writes && t < s.count; ++t) {
+    const Target& target = s.targets[t];
+    void* out = p.peers.views[target.rank].out_side;
+    if (out == nullptr) {
+      continue;
+    }
+    if (packed) {
+      const uint64_t column = uint64_t{target.expert} * (groups / 4) + group / 4;
+      static_cast<uint32_t*>(out)[column * slots + target.slot_row] = word;
+    } else {
+      static_cast<float*>(out)[(uint64_t{target.expert} * groups + group) * slots + target.slot_row] = scale;
+    }
+  }
+}
+
+/// Quantises one bf16 row once and stores payload and scales to all targets: a warp takes 512 channels per step.
+__device__ inline void push_fp8(const PartParams& p, const TokenSource& token, const MoveShared& s) {
+  const OpShape& shape = p.op.shape;
+  const uint32_t lane = threadIdx.x & 31;
+  for (uint32_t base_channel = threadIdx.x / 32 * 512; base_channel < shape.hidden;
+       base_channel += kMoveThreads / 32 * 512) {
+    const uint32_t channel = base_channel + lane * kChannelsPerLane;
+    const bool valid = channel < shape.hidden;
+    const auto* source = reinterpret_cast<const uint4*>(token.x + uint64_t{channel} * 2);
+    const Bf16x8 halves[2] = {to_bf16x8(valid ? source[0] : uint4{}), to_bf16x8(valid ? source[1] : uint4{})};
+    float amax = 0.0f;
+#pragma unroll
+    for (uint32_t i = 0; i < kChannelsPerLane; ++i) {
+      amax = fmaxf(amax, fabsf(element(halves[i / 8], i % 8)));
+    }
+#pragma unroll
+    for (int step = 1; step < 8; step *= 2) {
+      amax = fmaxf(amax, __shfl_xor_sync(kFullWarp, amax, step));
+    }
+    const float scale = fp8_scale(amax, shape.scale);
+    uint32_t words[4] = {};
+#pragma unroll
+    for (uint32_t i = 0; i < kChannelsPerLane; ++i) {
+      const uint32_t code = float_to_e4m3(divide_exact(element(halves[i / 8], i % 8), scale));
+      words[i / 4] |= code << (8 * (i % 4));
+    }
+    for (uint32_t t = 0; valid && t < s.count; ++t) {
+      const Target& target = s.targets[t];
+      char* row = static_cast<char*>(p.peers.views[target.rank].out_x) + target.row * shape.out_row_bytes;
+      *reinterpret_cast<uint4*>(row + channel) = uint4{words[0], words[1], words[2], words[3]};
+    }
+    push_scales(p, s, channel, scale);
+  }
+}
+
+template <typename Element>
+__device__ void push_side_elements(const PartParams& p, const TokenSource& source, const MoveShared& s, Crew crew) {
+  for (uint32_t i = crew.first; i < source.side_elements; i += crew.step) {
+    const Element value =
+        *reinterpret_cast<const Element*>(source.side + static_cast<int64_t>(i) * source.side_element_stride);
+    for (uint32_t t = 0; t < s.count; ++t) {
+      const Target& target = s.targets[t];
+      auto* out = static_cast<Element*>(p.peers.views[target.rank].out_side);
+      if (out != nullptr) {
+        out[target.row * source.side_elements + i] = value;
+      }
+    }
+  }
+}
+
+__device__ inline void push_side(const PartParams& p, const TokenSource& source, const MoveShared& s, Crew crew) {
+  if (source.side == nullptr || p.op.shape.payload == Payload::kFp8) {
+    return;
+  }
+  switch (p.op.shape.side_element_bytes) {
+    case 1:
+      push_side_elements<uint8_t>(p, source, s, crew);
+      break;
+    case 2:
+      push_side_elements<uint16_t>(p, source, s, crew);
+      break;
+    case 4:
+      push_side_elements<uint32_t>(p, source, s, crew);
+      break;
+    default:
+      break;
+  }
+}
+
+/// Indices, weights and the source token of each row; one thread per (target, lane), rows per expert one per target.
+__device__ inline void push_meta(const PartParams& p, uint32_t token, const float* weights, const MoveShared& s,
+                                 Crew crew) {
+  const OpShape& shape = p.op.shape;
+  const bool experts = per_expert_rows(shape);
+  const uint32_t lanes = experts ? 1 : shape.top_k;
+  for (uint32_t i = crew.first; i < s.count; i += crew.step) {
+    const Target& target = s.targets[i];
+    if (p.peers.views[target.rank].out_src_info != nullptr) {
+      p.peers.views[target.rank].out_src_info[target.row] = static_cast<int32_t>(token);
+    }
+  }
+  if (shape.kind == OpKind::kLlDispatch) {
+    return;
+  }
+  for (uint32_t i = crew.first; i < s.count * lanes; i += crew.step) {
+    const Target& target = s.targets[i / lanes];
+    const PeerView& peer = p.peers.views[target.rank];
+    const uint32_t lane = experts ? target.lane : i % lanes;
+    const uint64_t at = experts ? target.row : target.row * shape.top_k + lane;
+    const int32_t expert = s.experts[lane];
+    const bool local = expert >= 0 && static_cast<uint32_t>(expert) / shape.local_experts == target.rank;
+    if (peer.out_topk_idx != nullptr) {
+      store_id(peer.out_topk_idx, shape.topk_idx_bytes, at,
+               local ? expert - static_cast<int32_t>(target.rank * shape.local_experts) : -1);
+    }
+    if (peer.out_topk_weights != nullptr && weights != nullptr) {
+      peer.out_topk_weights[at] = !local && shape.zero_foreign_weights != 0 ? 0.0f : weights[lane];
+    }
+  }
+}
+
+/// One token to all its targets; whole block, after the targets were collected.
+__device__ inline void push_token(const PartParams& p, const TokenSource& source, uint32_t token, const MoveShared& s) {
+  if (p.op.shape.payload == Payload::kFp8) {
+    push_fp8(p, source, s);
+  } else {
+    push_bytes(p, source, s);
+  }
+  const Crew block{threadIdx.x, kMoveThreads};
+  push_side(p, source, s, block);
+  if (p.op.shape.cached == 0) {
+    push_meta(p, token, source.weights, s, block);
+  }
+}
+
+}  // namespace expertd::kernels::cuda
