@@ -314,6 +314,9 @@ bool Engine::advance_ending(EngineSession& session, Op& op, uint64_t now_ns) {
       wake_group(group);
     }
   }
+  if (op.part != 0 && !port_->settle(op.part)) {
+    return false;
+  }
   if (op.part == 0) {
     finish_unlaunched(session, op, now_ns);
   } else {

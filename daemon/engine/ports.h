@@ -122,6 +122,9 @@ class DevicePort {
   /// Ends a part early: nothing of it writes client memory after poll() reports it, and poll() reports it soon. The
   /// outcome's report keeps `reason` unless the part had already finished.
   virtual void abort(PartId part, uint32_t reason) = 0;
+  /// Called for a part that poll() reported ended by abort(), when the parts of all its peers have ended too: lets the
+  /// caller's stream go. True when nothing of the part is under way any more; until then it is called again.
+  virtual bool settle(PartId part) = 0;
   /// What a part that is not finished waits for, for TIMEOUT: expertd_missing and the ranks (bit mask) not yet there.
   virtual uint32_t missing(PartId part, uint64_t* ranks) = 0;
   /// True while a part may advance without an event from outside, so that the loop should not sleep.

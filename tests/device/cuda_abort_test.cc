@@ -183,6 +183,8 @@ TEST_F(CudaAborts, QueuesAreBounded) {
       ended = group_->port(0).poll(id, &outcome);
     }
     ASSERT_TRUE(ended);
+    while (!group_->port(0).settle(id) && base::now_ns() < until) {
+    }
     EXPECT_EQ(outcome.report.reason, uint32_t{EXPERTD_REASON_CANCELLED});
   }
   EXPECT_FALSE(group_->port(0).busy());

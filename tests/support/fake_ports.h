@@ -44,6 +44,7 @@ class FakeDevicePort final : public engine::DevicePort {
     return true;
   }
 
+  bool settle(engine::PartId /*part*/) override { return true; }
   void abort(engine::PartId part, uint32_t reason) override {
     Part& aborted = at(part);
     aborted.abort_reason = reason;

@@ -58,6 +58,7 @@ class SimDevice final : public engine::DevicePort {
     return true;
   }
 
+  bool settle(engine::PartId /*id*/) override { return true; }
   void abort(engine::PartId id, uint32_t reason) override {
     const auto found = parts_.find(id);
     if (found == parts_.end() || found->second.abort_reason != 0 || reason == 0) {

@@ -110,16 +110,25 @@ void fill_relay(const OpShape& shape, const Request& request, kernels::cuda::Rel
   relay->has_weights = shape.kind != OpKind::kLlCombine && request.tensors[EXPERTD_IN_TOPK_WEIGHTS].mapping != nullptr;
 }
 
+/// Rows of a combine that a rank gave: what it states, and no more than its mapping holds.
+uint32_t rows_given(const OpShape& shape, const TensorReader& tensors) {
+  const uint64_t stated = is_low_latency(shape) ? uint64_t{shape.local_experts} * shape.slots_per_expert
+                                                : tensors.request.shape.capacity_rows;
+  const uint64_t mapped = shape.hidden == 0 ? 0 : tensors.bytes_behind(EXPERTD_IN_X) / (2ull * shape.hidden);
+  return usable_rows(std::min(stated, mapped));
+}
+
+bool is_combine(const OpShape& shape) {
+  return shape.kind == OpKind::kCombine || shape.kind == OpKind::kLlCombine;
+}
+
 /// What a peer lets this device touch, by the kind of the operation.
 void fill_view(const OpShape& shape, TensorReader* tensors, kernels::PeerView* view) {
-  if (shape.kind == OpKind::kCombine || shape.kind == OpKind::kLlCombine) {
+  if (is_combine(shape)) {
     view->in_x = tensors->at<const void>(EXPERTD_IN_X);
     view->in_topk_weights =
         shape.kind == OpKind::kCombine ? tensors->at<const float>(EXPERTD_IN_TOPK_WEIGHTS) : nullptr;
-    const uint64_t stated = is_low_latency(shape) ? uint64_t{shape.local_experts} * shape.slots_per_expert
-                                                  : tensors->request.shape.capacity_rows;
-    const uint64_t mapped = shape.hidden == 0 ? 0 : tensors->bytes_behind(EXPERTD_IN_X) / (2ull * shape.hidden);
-    view->in_rows = usable_rows(std::min(stated, mapped));
+    view->in_rows = rows_given(shape, *tensors);
   } else if (is_dispatch(shape)) {
     view->out_x = tensors->at<void>(EXPERTD_OUT_X);
     view->out_side = tensors->at<void>(EXPERTD_OUT_SIDE);
@@ -158,6 +167,9 @@ bool CudaDevice::fill_peers(const LaunchSpec& spec, const Part& part, PartParams
       params->relay.peers[j].base = group->relay();
       fill_relay(params->op.shape, *spec.requests[j], &params->relay.peers[j]);
       params->peers.views[j].capacity_rows = usable_rows(spec.requests[j]->shape.capacity_rows);
+      if (is_combine(params->op.shape)) {
+        params->peers.views[j].in_rows = rows_given(params->op.shape, {*spec.requests[j], gpu_.view.index});
+      }
     } else {
       TensorReader tensors{*spec.requests[j], gpu_.view.index};
       fill_view(params->op.shape, &tensors, &params->peers.views[j]);

@@ -13,33 +13,32 @@ namespace {
 constexpr uint64_t kHoldNs = 2'000'000;
 constexpr std::chrono::milliseconds kRetry(5);
 
-/// Holds all gates back at once, or none.
+void release_all(std::span<LaunchGate> gates) {
+  for (LaunchGate& gate : gates) {
+    gate.release();
+  }
+}
+
+/// Holds launches back on all gates at once, because parts of one GPU wait for those of another, and waits until
+/// nothing is in flight; false when that takes too long, and then nothing is held.
 bool hold_all(std::span<LaunchGate> gates) {
-  for (size_t i = 0; i < gates.size(); ++i) {
-    if (!gates[i].hold_when_idle(kHoldNs)) {
-      for (size_t held = 0; held < i; ++held) {
-        gates[held].release();
+  const uint64_t until_ns = base::now_ns() + kHoldNs;
+  for (LaunchGate& gate : gates) {
+    gate.hold();
+  }
+  for (const LaunchGate& gate : gates) {
+    while (!gate.idle()) {
+      if (base::now_ns() >= until_ns) {
+        release_all(gates);
+        return false;
       }
-      return false;
+      std::this_thread::yield();
     }
   }
   return true;
 }
 
 }  // namespace
-
-bool LaunchGate::hold_when_idle(uint64_t limit_ns) {
-  const uint64_t until_ns = base::now_ns() + limit_ns;
-  held_.store(true, std::memory_order_seq_cst);
-  while (in_flight_.load(std::memory_order_seq_cst) != 0) {
-    if (base::now_ns() >= until_ns) {
-      release();
-      return false;
-    }
-    std::this_thread::yield();
-  }
-  return true;
-}
 
 Closer::Closer(const Driver& driver, std::span<LaunchGate> gates)
     : driver_(driver), gates_(gates), thread_([this] { thread_main(); }) {}
@@ -91,9 +90,7 @@ void Closer::thread_main() {
     const bool idle = hold_all(item.gates);
     if (idle) {
       close(item);
-      for (LaunchGate& gate : item.gates) {
-        gate.release();
-      }
+      release_all(item.gates);
     }
     lock.lock();
     if (!idle) {

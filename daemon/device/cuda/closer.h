@@ -25,7 +25,7 @@ class LaunchGate {
  public:
   /// False while a close holds launches back. A part entered counts as in flight until leave().
   bool try_enter() {
-    in_flight_.fetch_add(1, std::memory_order_seq_cst);  // pairs with hold_when_idle(): one of the two sees the other
+    in_flight_.fetch_add(1, std::memory_order_seq_cst);  // pairs with hold() and idle(): one of the two sees the other
     if (held_.load(std::memory_order_seq_cst)) {
       in_flight_.fetch_sub(1, std::memory_order_seq_cst);
       return false;
@@ -34,8 +34,8 @@ class LaunchGate {
   }
   void leave() { in_flight_.fetch_sub(1, std::memory_order_seq_cst); }
 
-  /// Holds launches back for at most `limit_ns`; true when no part is in flight, and then until release().
-  bool hold_when_idle(uint64_t limit_ns);
+  void hold() { held_.store(true, std::memory_order_seq_cst); }
+  bool idle() const { return in_flight_.load(std::memory_order_seq_cst) == 0; }
   void release() { held_.store(false, std::memory_order_seq_cst); }
 
  private:

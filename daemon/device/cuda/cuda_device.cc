@@ -286,6 +286,7 @@ void CudaDevice::close_session(base::SessionId session) {
   }
   // Unmapping may block behind a parked stream of another session, so not under the mutex.
   const ScopedContext context(driver_, gpu_.view.context);
+  driver_.cuStreamSynchronize(rescue_stream_);  // a word written for the session's last operation may be under way
   driver_.cuStreamDestroy(closed->stream);
   closed.reset();
   open_sessions_.fetch_sub(1, std::memory_order_relaxed);

@@ -72,7 +72,8 @@ class CudaDevice : public Device, public engine::DevicePort {
   void abort(engine::PartId part, uint32_t reason) override;
   uint32_t missing(engine::PartId part, uint64_t* ranks) override;
   bool busy() const override { return false; }
-  bool polls() const override { return parts_in_flight_ != 0; }
+  bool polls() const override { return parts_in_flight_ != 0 || launch_refused_; }
+  bool settle(engine::PartId part) override;
   void release_words(const engine::SlotWords& words, uint32_t reason) override;
 
  private:
@@ -83,6 +84,8 @@ class CudaDevice : public Device, public engine::DevicePort {
     bool chain_broken = false;  // not everything was enqueued: `done` may never come
     bool rescue_sent = false;
     bool restore_sent = false;
+    bool words_owed = false;  // ended but for the caller's words, which settle() writes
+    bool words_sent = false;
     bool waits_doorbell = false;
     uint32_t entries = 0;  // counted against its stream
     uint64_t launch_ns = 0;
@@ -110,7 +113,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   base::Status allocate_tables(GroupEntry* entry);
   base::Status warm_up(CUstream stream);
 
-  Part* free_part();
+  Part* take_part();
   bool fill_params(const engine::LaunchSpec& spec, const Part& part, kernels::cuda::PartParams* params) const;
   bool fill_peers(const engine::LaunchSpec& spec, const Part& part, kernels::cuda::PartParams* params) const;
   bool enqueue_route(const Part& part, const kernels::cuda::PartParams& params);
@@ -121,7 +124,9 @@ class CudaDevice : public Device, public engine::DevicePort {
   void send_rescue(Part* part);
   void send_restore(Part* part);
   bool chain_drained(const Part& part);
-  void end_part(Part* part, engine::Outcome* outcome);
+  void send_words(Part* part);
+  void report_part(const Part& part, engine::Outcome* outcome) const;
+  void free_part(Part* part);
   void check_health();
   kernels::cuda::PartFacts* host_facts(engine::PartId part) const;
   kernels::cuda::PartFacts* device_facts(engine::PartId part) const;
@@ -154,6 +159,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   std::unique_ptr<PinnedMemory> facts_;
   std::array<Part, kMaxPartsInFlight> parts_{};
   uint32_t parts_in_flight_ = 0;
+  bool launch_refused_ = false;  // nobody wakes the loop when a close that held launches back is over
   uint64_t next_part_ = 1;
   uint64_t health_checked_ns_ = 0;
 };

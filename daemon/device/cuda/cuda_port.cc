@@ -5,9 +5,10 @@
 // into the doorbell and exchange words that the chain waits for; the rest of the chain runs as no-ops and finish
 // settles the verdict. A finish that had decided before the abort word came stays a normal end. After both the
 // chain drained and the rescue was seen (so that no late write can follow), the same stream puts the words back:
-// doorbell = seq, exchange words = n, and for an aborted part the result and completion word; only then poll() reports
-// the part, so a page or slot is never used again while a write to it is under way. A slot's doorbell is not rung
-// again before its ring completion was written, which the ring protocol gives.
+// doorbell = seq, exchange words = n; only then poll() reports the part, so a page or slot is never used again while a
+// write to it is under way. The result and completion word of an aborted part follow with settle(), when the peers'
+// parts have ended too: until then they may write its outputs, and the caller's stream must not go on. A slot's
+// doorbell is not rung again before its ring completion was written, which the ring protocol gives.
 #include <algorithm>
 #include <atomic>
 
@@ -63,7 +64,7 @@ kernels::cuda::PartState* CudaDevice::part_state(engine::PartId part) const {
   return reinterpret_cast<kernels::cuda::PartState*>(states_->address()) + part % kMaxPartsInFlight;
 }
 
-CudaDevice::Part* CudaDevice::free_part() {
+CudaDevice::Part* CudaDevice::take_part() {
   for (uint32_t i = 0; i < kMaxPartsInFlight; ++i) {
     if (parts_[i].id == 0) {
       parts_[i] = Part{};
@@ -79,10 +80,11 @@ bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords&
   if (session != nullptr && session->queued_entries + kEntriesPerPart > kMaxStreamEntries) {
     return false;
   }
-  if (!gpu_.view.gate->try_enter()) {
+  launch_refused_ = !gpu_.view.gate->try_enter();
+  if (launch_refused_) {
     return false;  // a mapping is being closed
   }
-  Part* slot = parts_in_flight_ < kMaxPartsInFlight ? free_part() : nullptr;
+  Part* slot = parts_in_flight_ < kMaxPartsInFlight ? take_part() : nullptr;
   if (slot == nullptr) {
     gpu_.view.gate->leave();
     return false;
@@ -156,7 +158,7 @@ void CudaDevice::send_rescue(Part* part) {
   part->rescue_sent = batch.send(driver_, rescue_stream_);
 }
 
-/// Puts the words as a normal end leaves them and, for an aborted part, lets the caller's stream go.
+/// Puts the words as a normal end leaves them, but for those of an aborted part's caller.
 void CudaDevice::send_restore(Part* part) {
   WordBatch batch;
   if (part->waits_doorbell) {
@@ -168,14 +170,39 @@ void CudaDevice::send_restore(Part* part) {
       batch.write(&part->page->moved[s], part->group_op);
     }
   }
-  const bool finished = host_facts(part->id)->verdict == kernels::cuda::kVerdictGo;
-  if (!finished && part->words.flag_page != nullptr && part->words.slot < EXPERTD_RING_SLOTS_MAX) {
-    batch.write(word_at(part->words.flag_page, EXPERTD_RESULT_WORD_OFFSET(part->words.slot)), part->end_reason);
-    batch.write(word_at(part->words.flag_page, EXPERTD_COMPLETION_WORD_OFFSET(part->words.slot)), part->words.seq);
-  }
   batch.write(&device_facts(part->id)->restored, part->id);
   const ScopedContext context(driver_, gpu_.view.context);
   part->restore_sent = batch.send(driver_, rescue_stream_);
+}
+
+/// Lets the caller's stream go of an aborted part.
+void CudaDevice::send_words(Part* part) {
+  WordBatch batch;
+  if (part->words.flag_page != nullptr && part->words.slot < EXPERTD_RING_SLOTS_MAX) {
+    batch.write(word_at(part->words.flag_page, EXPERTD_RESULT_WORD_OFFSET(part->words.slot)), part->end_reason);
+    batch.write(word_at(part->words.flag_page, EXPERTD_COMPLETION_WORD_OFFSET(part->words.slot)), part->words.seq);
+  }
+  batch.write(&device_facts(part->id)->settled, part->id);
+  const ScopedContext context(driver_, gpu_.view.context);
+  part->words_sent = batch.send(driver_, rescue_stream_);
+}
+
+bool CudaDevice::settle(engine::PartId id) {
+  Part& part = parts_[id % kMaxPartsInFlight];
+  if (part.id != id || id == 0 || !part.words_owed) {
+    return true;
+  }
+  check_health();
+  if (healthy_.load(std::memory_order_relaxed)) {
+    if (!part.words_sent) {
+      send_words(&part);
+    }
+    if (load_word(host_facts(id)->settled) != id) {
+      return false;
+    }
+  }
+  free_part(&part);
+  return true;
 }
 
 bool CudaDevice::chain_drained(const Part& part) {
@@ -191,7 +218,7 @@ bool CudaDevice::chain_drained(const Part& part) {
 
 bool CudaDevice::poll(engine::PartId id, engine::Outcome* outcome) {
   Part& part = parts_[id % kMaxPartsInFlight];
-  if (part.id != id || id == 0) {
+  if (part.id != id || id == 0 || part.words_owed) {
     *outcome = {};
     outcome->report.reason = EXPERTD_REASON_INTERNAL;
     return true;
@@ -200,7 +227,8 @@ bool CudaDevice::poll(engine::PartId id, engine::Outcome* outcome) {
   const bool lost = !healthy_.load(std::memory_order_relaxed);
   if (lost) {
     part.end_reason = EXPERTD_REASON_GPU_LOST;
-    end_part(&part, outcome);
+    report_part(part, outcome);
+    free_part(&part);
     return true;
   }
   if (!chain_drained(part)) {
@@ -210,7 +238,8 @@ bool CudaDevice::poll(engine::PartId id, engine::Outcome* outcome) {
     return false;
   }
   if (part.end_reason == 0) {
-    end_part(&part, outcome);
+    report_part(part, outcome);
+    free_part(&part);
     return true;
   }
   const kernels::cuda::PartFacts* facts = host_facts(id);
@@ -228,25 +257,33 @@ bool CudaDevice::poll(engine::PartId id, engine::Outcome* outcome) {
   if (load_word(facts->restored) != id) {
     return false;
   }
-  end_part(&part, outcome);
+  report_part(part, outcome);
+  if (facts->verdict == kernels::cuda::kVerdictGo) {
+    free_part(&part);  // its finish wrote the words
+  } else {
+    part.words_owed = true;
+  }
   return true;
 }
 
-void CudaDevice::end_part(Part* part, engine::Outcome* outcome) {
-  const kernels::cuda::PartFacts& facts = *host_facts(part->id);
+void CudaDevice::report_part(const Part& part, engine::Outcome* outcome) const {
+  const kernels::cuda::PartFacts& facts = *host_facts(part.id);
   *outcome = {};
-  outcome->launch_ns = part->launch_ns;
+  outcome->launch_ns = part.launch_ns;
   outcome->end_ns = base::now_ns();
   // The GPU's timer is another clock: the part's length is taken from it, its end is when the host saw it.
   if (facts.start_ns != 0 && facts.end_ns >= facts.start_ns) {
-    outcome->start_ns = std::max(part->launch_ns, outcome->end_ns - (facts.end_ns - facts.start_ns));
+    outcome->start_ns = std::max(part.launch_ns, outcome->end_ns - (facts.end_ns - facts.start_ns));
   }
-  const bool finished = load_word(facts.done) == part->id && facts.verdict == kernels::cuda::kVerdictGo;
+  const bool finished = load_word(facts.done) == part.id && facts.verdict == kernels::cuda::kVerdictGo;
   if (finished) {
     outcome->report = facts.report;
   } else {
-    outcome->report.reason = part->end_reason;
+    outcome->report.reason = part.end_reason;
   }
+}
+
+void CudaDevice::free_part(Part* part) {
   if (part->session != nullptr) {
     part->session->queued_entries -= part->entries;
   }

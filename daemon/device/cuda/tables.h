@@ -19,7 +19,8 @@ namespace expertd::device::cuda {
 inline constexpr uint32_t kMaxArmedStreams = 24;    // of 32 connections; measured: 32 streams progress independently
 inline constexpr uint32_t kMaxStreamEntries = 256;  // measured: 256 behind a wait are fine, 1024 hang the thread
 inline constexpr uint32_t kEntriesPerPart = 16;     // the longest chain: doorbell, 10 kernels, 2 waits, slack
-inline constexpr uint32_t kMaxPartsInFlight = 64;
+// As many as the streams hold: with fewer, parts on two devices could each hold the place that the other's peer needs.
+inline constexpr uint32_t kMaxPartsInFlight = kMaxArmedStreams * (kMaxStreamEntries / kEntriesPerPart);
 inline constexpr uint32_t kMaxGroupsPerDevice = 256;
 inline constexpr uint64_t kMaxHandleTableBytes = 256ull << 20;  // per rank of a group
 

@@ -58,6 +58,7 @@ class HostDevice final : public Device, public engine::DevicePort {
 
   bool launch(const engine::LaunchSpec& spec, const engine::SlotWords& words, engine::PartId* part) override;
   bool poll(engine::PartId part, engine::Outcome* outcome) override;
+  bool settle(engine::PartId /*part*/) override { return true; }
   void abort(engine::PartId part, uint32_t reason) override;
   uint32_t missing(engine::PartId part, uint64_t* ranks) override;
   bool busy() const override { return runnable_ != 0; }

@@ -33,14 +33,15 @@ struct PullShared {
 };
 
 /// A row that the token has at `rank`, from the handle; false for none. Rows behind the peer's input are skipped.
-__device__ bool make_source(const PartParams& p, uint32_t rank, int32_t row, Source* source) {
+/// Behind the relay the row lies at `packed`.
+__device__ bool make_source(const PartParams& p, uint32_t rank, int32_t row, int32_t packed, Source* source) {
   const OpShape& shape = p.op.shape;
   const PeerView& peer = p.peers.views[rank];
   source->rank = rank;
   if (relayed(p, rank)) {
-    source->row = static_cast<uint64_t>(row);
+    source->row = static_cast<uint64_t>(packed);
     source->x = reinterpret_cast<const uint4*>(p.relay.peers[rank].base + source->row * shape.hidden * 2);
-    return source->row < p.relay.layout.rows;
+    return static_cast<uint64_t>(row) < peer.in_rows && packed >= 0 && source->row < p.relay.layout.rows;
   }
   source->row = static_cast<uint64_t>(row);
   source->x = reinterpret_cast<const uint4*>(static_cast<const char*>(peer.in_x) +
@@ -66,19 +67,19 @@ __device__ bool expert_source(const PartParams& p, uint32_t token, uint32_t lane
     return false;
   }
   // Behind the relay the rows of an owner lie packed, without the gaps behind its experts.
-  const bool packed = relayed(p, owner);
+  const bool behind = relayed(p, owner);
   if (shape.kind != OpKind::kLlCombine) {
-    const int32_t shift = packed ? p.scratch.plan->packed_start[expert] - p.scratch.plan->aligned_start[expert] : 0;
-    return row + shift >= 0 && make_source(p, owner, row + shift, source);
+    const int32_t shift = behind ? p.scratch.plan->packed_start[expert] - p.scratch.plan->aligned_start[expert] : 0;
+    return make_source(p, owner, row, row + shift, source);
   }
   if (p.op.in.topk_idx != nullptr && lane_expert(p, token, lane) < 0) {
     return false;
   }
   const uint32_t local = static_cast<uint32_t>(expert) % shape.local_experts;
   source->weight = p.op.in.topk_weights != nullptr ? p.op.in.topk_weights[uint64_t{token} * shape.top_k + lane] : 1.0f;
-  const int32_t first =
-      packed ? p.scratch.plan->packed_start[expert] : static_cast<int32_t>(local * shape.slots_per_expert);
-  return static_cast<uint32_t>(row) < shape.slots_per_expert && make_source(p, owner, first + row, source);
+  const int32_t packed = behind ? p.scratch.plan->packed_start[expert] + row : 0;
+  return static_cast<uint32_t>(row) < shape.slots_per_expert &&
+         make_source(p, owner, static_cast<int32_t>(local * shape.slots_per_expert) + row, packed, source);
 }
 
 /// The last top-k lane of the token that a rank owns, -1 for none: the order of ranks under order_last_lane. All lanes
@@ -106,7 +107,7 @@ __device__ void collect_sources(const PartParams& p, uint32_t token, PullShared*
     wanted = expert_source(p, token, lane, &source);
   } else if (lane < shape.ranks && rank_active(shape, lane)) {
     const int32_t row = p.op.routing.token_rank[uint64_t{token} * shape.ranks + lane];
-    wanted = row >= 0 && make_source(p, lane, row, &source);
+    wanted = row >= 0 && make_source(p, lane, row, row, &source);
   }
   int32_t order = 0;
   if (shape.order_last_lane != 0) {

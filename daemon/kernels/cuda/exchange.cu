@@ -15,7 +15,11 @@ namespace {
 constexpr uint32_t kSignalThreads = 32;
 constexpr uint32_t kPlanThreads = 1024;
 
-__device__ bool first_kernel_is_signal(const OpShape& shape) {
+__device__ bool first_kernel_is_signal(const PartParams& p) {
+  const OpShape& shape = p.op.shape;
+  if (p.relay.own != nullptr) {
+    return false;  // what is published comes before
+  }
   return shape.kind == OpKind::kBarrier || shape.kind == OpKind::kCombine || shape.kind == OpKind::kLlCombine ||
          (shape.kind == OpKind::kDispatch && shape.cached != 0);
 }
@@ -27,7 +31,7 @@ __global__ __launch_bounds__(kSignalThreads) void signal(const __grid_constant__
     return;
   }
   const OpShape& shape = p.op.shape;
-  if (step == SignalStep::kRouted && first_kernel_is_signal(shape)) {
+  if (step == SignalStep::kRouted && first_kernel_is_signal(p)) {
     mark_start(p);
   }
   const uint32_t j = threadIdx.x;

@@ -58,6 +58,12 @@ __device__ void clear_rows(const PartParams& p, uint64_t begin, uint64_t end) {
   }
 }
 
+/// Whether the caller's stream had reached the operation, as a kernel saw before the part was aborted. Else the memory
+/// of the outputs still belongs to what that stream runs before it, and nothing may be written.
+__device__ bool caller_is_there(const PartParams& p) {
+  return ld_acquire_sys(&p.words.facts->start_ns) != 0;
+}
+
 /// Outputs of a failed part: HT indices -1, LL counts 0, where given.
 __device__ void fail_outputs(const PartParams& p) {
   const OpShape& shape = p.op.shape;
@@ -227,8 +233,9 @@ __device__ void write_words(const PartParams& p, bool go, uint32_t reason) {
 
 // finish. Grid: up to 64 blocks of 256 threads by the size of the tails. Every block asks for the verdict (an aborted
 // part becomes a failure here and nowhere later), all threads write tails, counts, prefix, ranges and statistics, or
-// the outputs of a failure; the last block to end writes the report, then result and completion word, then `done`. Runs
-// after the wait for every moved flag; reads no flag. Bytes: 4 or 8 per index of a tail row.
+// the outputs of a failure (of an aborted part only if its caller was there); the last block to end writes the report,
+// then result and completion word, then `done`. Runs after the wait for every moved flag; reads no flag. Bytes: 4 or 8
+// per index of a tail row.
 __global__ __launch_bounds__(kFinishThreads) void finish(const __grid_constant__ PartParams p) {
   __shared__ bool last;
   if (p.null_operation != 0) {
@@ -236,7 +243,7 @@ __global__ __launch_bounds__(kFinishThreads) void finish(const __grid_constant__
   }
   const bool go = decide_go(p);
   const uint32_t reason = go ? found_reason(p) : 0;
-  if (!go || reason != 0) {
+  if (reason != 0 || (!go && caller_is_there(p))) {
     fail_outputs(p);
   } else if (is_dispatch(p.op.shape)) {
     finish_outputs(p);

@@ -47,7 +47,8 @@ struct PartFacts {
   uint64_t end_ns;
   uint64_t rescued;   // written by the rescue stream: the part's number when its waits were released
   uint64_t restored;  // written by the rescue stream: the part's number when its words are as after a normal end
-  uint64_t reserved[2];
+  uint64_t settled;   // written by the rescue stream: the part's number when its caller's words are written
+  uint64_t reserved[1];
   OpReport report;
 };
 

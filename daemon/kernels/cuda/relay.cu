@@ -67,7 +67,13 @@ __device__ void publish_side(const PartParams& p, uint32_t token) {
 // every token's row, side, weights and row numbers into the relay, also of tokens that no rank behind it wants, so that
 // a token's place is its index. Behind route_number. Bound: PCIe writes.
 __global__ __launch_bounds__(kPublishThreads) void relay_publish_tokens(const __grid_constant__ PartParams p) {
-  if (block_is_gated(p) || p.op.in.x == nullptr) {
+  if (block_is_gated(p)) {
+    return;
+  }
+  if (p.op.shape.cached != 0) {
+    mark_start(p);  // nothing ran before it
+  }
+  if (p.op.in.x == nullptr) {
     return;
   }
   const OpShape& shape = p.op.shape;
@@ -94,7 +100,11 @@ __global__ __launch_bounds__(kPublishThreads) void relay_publish_tokens(const __
 // slow path, and its time is that of PCIe.
 __global__ __launch_bounds__(kRelayPlanThreads) void relay_plan(const __grid_constant__ PartParams p) {
   __shared__ int32_t counts[base::kMaxExperts];
-  if (block_is_gated(p) || !is_combine(p.op.shape) || !per_expert_rows(p.op.shape)) {
+  if (block_is_gated(p) || !is_combine(p.op.shape)) {
+    return;
+  }
+  mark_start(p);
+  if (!per_expert_rows(p.op.shape)) {
     return;
   }
   const OpShape& shape = p.op.shape;
