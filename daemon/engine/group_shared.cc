@@ -256,7 +256,8 @@ bool GroupShared::abort_requested(uint64_t number, Failure* failure) const {
 
 bool GroupShared::page_free(uint64_t number) const {
   // An operation that failed before its launch never waited for the page, so older users of the page count as well.
-  for (uint64_t back = kExchangePages; back < kEntries && back < number; back += kExchangePages) {
+  const uint64_t pages = settings_.exchange_pages;
+  for (uint64_t back = pages; back < kEntries && back < number; back += pages) {
     const OpEntry& before = entry(number - back);
     const uint64_t decided = number_of(before.verdict.load(std::memory_order_acquire));
     if (decided < number - back ||

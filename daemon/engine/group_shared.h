@@ -61,6 +61,9 @@ struct GroupSettings {
   uint64_t first_op_timeout_ns = 0;
   bool normal = true;     // HT operations allowed
   bool inference = true;  // LL operations allowed
+  /// How many operations may be launched at once. 1 where ranks exchange through memory that the next operation writes
+  /// again (the relay of GPUs without peer access): a rank whose part was aborted would write under a late reader.
+  uint32_t exchange_pages = kExchangePages;
 };
 
 class GroupShared {

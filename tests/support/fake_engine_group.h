@@ -14,8 +14,10 @@ namespace expertd::test {
 
 inline constexpr uint64_t kDeadlineNs = 1'000;
 
-inline engine::GroupSettings group_settings(uint32_t ranks, bool mask_on_loss) {
+inline engine::GroupSettings group_settings(uint32_t ranks, bool mask_on_loss,
+                                            uint32_t exchange_pages = engine::kExchangePages) {
   engine::GroupSettings settings;
+  settings.exchange_pages = exchange_pages;
   settings.shape.id = base::GroupId{7};
   settings.shape.ranks = ranks;
   settings.shape.experts = ranks * 4;
@@ -91,7 +93,8 @@ class FakeRank {
 
 class FakeGroup {
  public:
-  explicit FakeGroup(uint32_t ranks, bool mask_on_loss = false) : shared(group_settings(ranks, mask_on_loss)) {
+  explicit FakeGroup(uint32_t ranks, bool mask_on_loss = false, uint32_t exchange_pages = engine::kExchangePages)
+      : shared(group_settings(ranks, mask_on_loss, exchange_pages)) {
     for (uint32_t rank = 0; rank < ranks; ++rank) {
       ranks_.push_back(std::make_unique<FakeRank>(&shared, rank, &wake));
     }

@@ -44,7 +44,10 @@ class FakeDevicePort final : public engine::DevicePort {
     return true;
   }
 
-  bool settle(engine::PartId /*part*/) override { return true; }
+  bool settle(engine::PartId part) override {
+    settled.push_back(part);
+    return settles;
+  }
   void abort(engine::PartId part, uint32_t reason) override {
     Part& aborted = at(part);
     aborted.abort_reason = reason;
@@ -79,7 +82,9 @@ class FakeDevicePort final : public engine::DevicePort {
     }
   }
 
-  bool full = false;          // launch() refuses
+  bool full = false;    // launch() refuses
+  bool settles = true;  // settle() answers
+  std::vector<engine::PartId> settled;
   bool ends_on_abort = true;  // an aborted part ends at once, as host parts do
   uint32_t missing_what = EXPERTD_MISSING_ROWS;
   uint64_t missing_ranks = 0;

@@ -337,5 +337,48 @@ TEST(EngineFailure, ReportsWhatThePartItselfFound) {
   EXPECT_EQ(group[0].completion(1).maximum, 10);
 }
 
+// Peers may still write the outputs of an aborted part, so its caller's stream goes on only when theirs have ended.
+TEST(EngineFailure, LetsTheCallersStreamGoOnlyWhenEveryPartHasEnded) {
+  FakeGroup group(2);
+  group[1].port.ends_on_abort = false;
+  group.submit_all();
+  ASSERT_TRUE(group.settle(1));
+  ASSERT_TRUE(group.settle(kDeadlineNs));
+  EXPECT_TRUE(group[0].port.parts()[0].polled);
+  EXPECT_TRUE(group[0].port.settled.empty());
+  group[1].port.finish_all();
+  ASSERT_TRUE(group.settle(kDeadlineNs + 1));
+  EXPECT_FALSE(group[0].port.settled.empty());
+  EXPECT_EQ(group[0].reason(1), EXPERTD_REASON_TIMEOUT);
+}
+
+TEST(EngineFailure, CompletesOnlyWhenThePartIsSettled) {
+  FakeGroup group(1);
+  group[0].port.settles = false;
+  group.submit_all();
+  ASSERT_TRUE(group.settle(1));
+  ASSERT_TRUE(group.settle(kDeadlineNs));
+  EXPECT_FALSE(group[0].completed(1));
+  group[0].port.settles = true;
+  ASSERT_TRUE(group.settle(kDeadlineNs + 1));
+  EXPECT_EQ(group[0].reason(1), EXPERTD_REASON_TIMEOUT);
+}
+
+// Ranks behind a relay: see GroupSettings::exchange_pages.
+TEST(EngineFailure, LaunchesOneOperationAtATimeWithOnePage) {
+  FakeGroup group(2, false, 1);
+  group.submit_all();
+  group.submit_all();
+  ASSERT_TRUE(group.settle(1));
+  EXPECT_EQ(group[0].port.parts().size(), 1U);
+  group[0].port.finish_all();
+  ASSERT_TRUE(group.settle(2));
+  EXPECT_EQ(group[0].port.parts().size(), 1U) << "the peer's part still runs";
+  group[1].port.finish_all();
+  ASSERT_TRUE(group.settle(3));
+  EXPECT_EQ(group[0].port.parts().size(), 2U);
+  EXPECT_EQ(group[1].port.parts().size(), 2U);
+}
+
 }  // namespace
 }  // namespace expertd::test
