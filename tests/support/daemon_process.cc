@@ -6,7 +6,6 @@
 #include <gtest/gtest.h>
 #include <netinet/in.h>
 #include <signal.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -19,6 +18,8 @@
 #include <filesystem>
 #include <sstream>
 
+#include "tests/support/child_process.h"
+
 #ifndef EXPERTD_BINARY_DIR
 #define EXPERTD_BINARY_DIR "build"
 #endif
@@ -26,27 +27,15 @@
 namespace expertd::support {
 namespace {
 
-constexpr std::chrono::seconds kStartLimit(20);
+// Of a killed process: a GPU's context is taken apart meanwhile.
+constexpr std::chrono::seconds kReapLimit(30);
 
-// The child dies with the thread that started it, so that a crashed test leaves nothing behind.
-pid_t spawn(const std::vector<std::string>& arguments, const std::string& out_path, const std::string& error_path) {
-  std::vector<char*> argv;
-  for (const std::string& argument : arguments) {
-    argv.push_back(const_cast<char*>(argument.c_str()));
-  }
-  argv.push_back(nullptr);
-  const int out = ::open(out_path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
-  const int error = ::open(error_path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
-  const pid_t pid = ::fork();
-  if (pid == 0) {
-    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
-    ::dup2(out, STDOUT_FILENO);
-    ::dup2(error, STDERR_FILENO);
-    ::execv(argv[0], argv.data());
-    ::_exit(127);
-  }
-  ::close(out);
-  ::close(error);
+pid_t spawn(ChildOptions options, const std::string& out_path, const std::string& error_path) {
+  options.output = ::open(out_path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+  options.error = ::open(error_path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+  const pid_t pid = start_child(options);
+  ::close(options.output);
+  ::close(options.error);
   return pid;
 }
 
@@ -74,24 +63,38 @@ size_t count_entries(const std::string& directory) {
 
 std::string binary_directory() {
   const char* given = std::getenv("EXPERTD_BIN_DIR");
-  return given != nullptr && *given != '\0' ? given : std::string(EXPERTD_BINARY_DIR) + "/bin";
+  if (given != nullptr && *given != '\0') {
+    return given;
+  }
+  std::error_code ignored;
+  const auto beside = std::filesystem::read_symlink("/proc/self/exe", ignored).parent_path();
+  const bool there = std::filesystem::exists(beside / "expertd", ignored);
+  return there ? beside.string() : std::string(EXPERTD_BINARY_DIR) + "/bin";
 }
 
-RunResult run_daemon(const std::vector<std::string>& arguments, std::chrono::milliseconds limit) {
+RunResult run_program(const std::vector<std::string>& arguments, std::chrono::milliseconds limit) {
   const TempDir directory;
-  std::vector<std::string> all = {binary_directory() + "/expertd"};
-  all.insert(all.end(), arguments.begin(), arguments.end());
-  const pid_t pid = spawn(all, directory.file("stdout"), directory.file("stderr"));
+  note_wait("the end of " + arguments.front());
+  ChildOptions options;
+  options.arguments = arguments;
+  const pid_t pid = spawn(options, directory.file("stdout"), directory.file("stderr"));
   int status = 0;
   RunResult result;
-  if (!wait_until([&] { return ::waitpid(pid, &status, WNOHANG) == pid; }, limit)) {
+  bool ended = pid > 0 && reap_child(pid, &status, limit);
+  if (pid > 0 && !ended) {
     ::kill(pid, SIGKILL);
-    ::waitpid(pid, &status, 0);
+    ended = reap_child(pid, &status, kReapLimit);
   }
-  result.exit_code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+  result.exit_code = ended && WIFEXITED(status) ? WEXITSTATUS(status) : -1;
   result.output = read_text(directory.file("stdout"));
   result.error = read_text(directory.file("stderr"));
   return result;
+}
+
+RunResult run_daemon(const std::vector<std::string>& arguments, std::chrono::milliseconds limit) {
+  std::vector<std::string> all = {binary_directory() + "/expertd"};
+  all.insert(all.end(), arguments.begin(), arguments.end());
+  return run_program(all, limit);
 }
 
 DaemonProcess::DaemonProcess(uint32_t hosts, std::vector<std::string> flags) {
@@ -110,8 +113,12 @@ DaemonProcess::~DaemonProcess() {
 bool DaemonProcess::start() {
   std::filesystem::remove(directory_.file("stderr"));
   metrics_port_ = 0;
-  pid_ = spawn(arguments_, directory_.file("stdout"), directory_.file("stderr"));
-  const bool up = wait_until([this] { return !running() || ready(); }, kStartLimit) && running();
+  note_wait("the start of the daemon");
+  ChildOptions options;
+  options.arguments = arguments_;
+  options.own_pid_namespace = own_pid_namespace_;
+  pid_ = spawn(options, directory_.file("stdout"), directory_.file("stderr"));
+  const bool up = wait_until([this] { return !running() || ready(); }, start_limit_) && running();
   if (!up) {
     std::fprintf(stderr, "the daemon did not start:\n%s\n", log().c_str());
   }
@@ -131,7 +138,7 @@ bool DaemonProcess::ready() {
 }
 
 bool DaemonProcess::reap(int* status) {
-  if (pid_ <= 0 || ::waitpid(pid_, status, WNOHANG) != pid_) {
+  if (pid_ <= 0 || !reap_child(pid_, status, std::chrono::milliseconds(0))) {
     return false;
   }
   pid_ = -1;
@@ -144,6 +151,7 @@ bool DaemonProcess::running() {
 }
 
 int DaemonProcess::wait_exit(std::chrono::milliseconds limit) {
+  note_wait("the end of the daemon");
   int status = 0;
   const bool ended = wait_until([&] { return reap(&status); }, limit);
   return ended && WIFEXITED(status) ? WEXITSTATUS(status) : -1;
@@ -160,8 +168,11 @@ int DaemonProcess::stop(std::chrono::milliseconds limit) {
 
 void DaemonProcess::kill() {
   if (pid_ > 0) {
+    note_wait("the end of the killed daemon");
     ::kill(pid_, SIGKILL);
-    ::waitpid(pid_, nullptr, 0);
+    if (!reap_child(pid_, nullptr, kReapLimit)) {
+      ADD_FAILURE() << "the daemon, pid " << pid_ << ", has not ended after SIGKILL";
+    }
     pid_ = -1;
   }
 }

@@ -13,7 +13,7 @@
 
 namespace expertd::support {
 
-/// $EXPERTD_BIN_DIR, else bin/ of the build.
+/// $EXPERTD_BIN_DIR, else the folder of this test when the daemon is there too, else bin/ of the build.
 std::string binary_directory();
 
 /// A program that ended.
@@ -23,6 +23,8 @@ struct RunResult {
   std::string error;   // stderr
 };
 
+/// Runs a program and waits for its end.
+RunResult run_program(const std::vector<std::string>& arguments, std::chrono::milliseconds limit);
 /// Runs the daemon's binary with these arguments alone and waits for its end.
 RunResult run_daemon(const std::vector<std::string>& arguments, std::chrono::milliseconds limit);
 
@@ -34,6 +36,9 @@ class DaemonProcess {
   DaemonProcess(const DaemonProcess&) = delete;
   DaemonProcess& operator=(const DaemonProcess&) = delete;
 
+  /// From the next start on: how long it may take, and whether it is process 1 of a pid namespace of its own.
+  void set_start_limit(std::chrono::milliseconds limit) { start_limit_ = limit; }
+  void use_own_pid_namespace() { own_pid_namespace_ = true; }
   /// Starts it (again, in the same directory) and returns when it answers; false with the log when it does not.
   bool start();
   /// SIGTERM, then its exit code; -1 when it does not end in time.
@@ -70,6 +75,8 @@ class DaemonProcess {
 
   TempDir directory_;
   std::vector<std::string> arguments_;
+  std::chrono::milliseconds start_limit_{20'000};
+  bool own_pid_namespace_ = false;
   pid_t pid_ = -1;
   uint16_t metrics_port_ = 0;
 };

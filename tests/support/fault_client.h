@@ -9,8 +9,16 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace expertd::support {
+
+/// Another program that answers lines, in place of expertd_fault_client, and what it is started with.
+struct ClientProgram {
+  std::vector<std::string> arguments;
+  std::vector<std::string> environment;  // "NAME=value"
+  bool own_pid_namespace = false;
+};
 
 /// Commands, each with its answer ("ok ..." or "failed REASON rank=N ms=T: message"):
 ///   attach SOCKET DEVICE            join NAME RANK RANKS [mask]       leave              detach
@@ -25,6 +33,7 @@ namespace expertd::support {
 class FaultClient {
  public:
   FaultClient();
+  explicit FaultClient(const ClientProgram& program);
   ~FaultClient();
   FaultClient(const FaultClient&) = delete;
   FaultClient& operator=(const FaultClient&) = delete;
@@ -42,14 +51,15 @@ class FaultClient {
   void signal_kill();  // does not wait for the end
   void pause();
   void resume();
+  /// Waits for the end of a process that was told to end; false when it does not come in time.
+  bool reap(std::chrono::milliseconds limit = std::chrono::seconds(30));
 
  private:
-  void reap();
-
   pid_t pid_ = -1;
   int in_ = -1;
   int out_ = -1;
   std::string pending_;
+  std::string last_command_;
 };
 
 /// True when an answer begins with "ok".

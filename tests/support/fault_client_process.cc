@@ -4,14 +4,14 @@
 #include <limits.h>
 #include <poll.h>
 #include <signal.h>
-#include <sys/prctl.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <stdexcept>
 
+#include "tests/support/child_process.h"
 #include "tests/support/daemon_process.h"
 #include "tests/support/fault_client.h"
 
@@ -29,21 +29,22 @@ std::string executable() {
 
 }  // namespace
 
-FaultClient::FaultClient() {
+FaultClient::FaultClient() : FaultClient(ClientProgram{{executable()}, {}, false}) {}
+
+FaultClient::FaultClient(const ClientProgram& program) {
   int to_child[2] = {-1, -1};
   int from_child[2] = {-1, -1};
+  ::signal(SIGPIPE, SIG_IGN);  // of commands for a client that has ended
   if (::pipe2(to_child, O_CLOEXEC) != 0 || ::pipe2(from_child, O_CLOEXEC) != 0) {
     throw std::runtime_error("pipe2");
   }
-  const std::string path = executable();
-  pid_ = ::fork();
-  if (pid_ == 0) {
-    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
-    ::dup2(to_child[0], STDIN_FILENO);
-    ::dup2(from_child[1], STDOUT_FILENO);
-    ::execl(path.c_str(), path.c_str(), nullptr);
-    ::_exit(127);
-  }
+  ChildOptions options;
+  options.arguments = program.arguments;
+  options.environment = program.environment;
+  options.own_pid_namespace = program.own_pid_namespace;
+  options.input = to_child[0];
+  options.output = from_child[1];
+  pid_ = start_child(options);
   ::close(to_child[0]);
   ::close(from_child[1]);
   in_ = to_child[1];
@@ -56,13 +57,16 @@ FaultClient::~FaultClient() {
   ::close(out_);
 }
 
+// A client that has ended takes no commands; its end shows in the answer.
 void FaultClient::send(const std::string& command) {
+  last_command_ = command;
   const std::string line = command + "\n";
   (void)!::write(in_, line.data(), line.size());
 }
 
 std::optional<std::string> FaultClient::answer(std::chrono::milliseconds limit) {
   const auto deadline = std::chrono::steady_clock::now() + limit;
+  note_wait("the answer of client " + std::to_string(pid_) + " to '" + last_command_ + "'");
   for (;;) {
     if (const size_t end = pending_.find('\n'); end != std::string::npos) {
       std::string line = pending_.substr(0, end);
@@ -100,13 +104,18 @@ void FaultClient::signal_kill() {
 void FaultClient::kill() {
   if (pid_ > 0) {
     signal_kill();
-    reap();
+    if (!reap()) {
+      std::fprintf(stderr, "client %d has not ended after SIGKILL\n", pid_);
+      pid_ = -1;
+    }
   }
 }
 
-void FaultClient::reap() {
-  ::waitpid(pid_, nullptr, 0);
-  pid_ = -1;
+bool FaultClient::reap(std::chrono::milliseconds limit) {
+  note_wait("the end of client " + std::to_string(pid_));
+  const bool ended = pid_ <= 0 || reap_child(pid_, nullptr, limit);
+  pid_ = ended ? -1 : pid_;
+  return ended;
 }
 
 void FaultClient::pause() {

@@ -3,13 +3,13 @@
 
 #include <stdlib.h>
 
-#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstring>
 #include <utility>
 
 #include "daemon/device/cuda/cuda_device.h"
+#include "daemon/device/cuda/gpu_selection.h"
 
 namespace expertd::device::cuda {
 namespace {
@@ -70,46 +70,26 @@ base::Result<GpuFacts> find_gpu(const Driver& driver, int ordinal) {
   return gpu;
 }
 
-/// True when `wanted` (an index or a UUID) names the GPU.
-bool names(const std::string& wanted, const GpuFacts& gpu, int ordinal) {
-  return wanted == gpu.uuid || wanted == std::to_string(ordinal);
-}
-
 base::Result<std::vector<GpuFacts>> select_gpus(const Driver& driver, const CudaOptions& options) {
   int count = 0;
   EXPERTD_DRIVER_CALL(driver, cuDeviceGetCount(&count));
   std::vector<GpuFacts> found;
+  std::vector<FoundGpu> names;
   for (int ordinal = 0; ordinal < count; ++ordinal) {
     auto gpu = find_gpu(driver, ordinal);
     if (!gpu.is_ok()) {
       return gpu.status();
     }
     found.push_back(std::move(gpu).value());
+    names.push_back({found.back().uuid, found.back().name});
   }
-  std::vector<GpuFacts> selected = options.gpus.empty() ? found : std::vector<GpuFacts>{};
-  for (const std::string& wanted : options.gpus) {
-    int ordinal = 0;
-    const auto match =
-        std::find_if(found.begin(), found.end(), [&](const GpuFacts& gpu) { return names(wanted, gpu, ordinal++); });
-    if (match == found.end()) {
-      return base::Status(EXPERTD_REASON_NO_GPU,
-                          "there is no GPU " + wanted + " here (" + std::to_string(count) + " found)");
-    }
-    selected.push_back(*match);
+  const auto chosen = choose_gpus(names, options);
+  if (!chosen.is_ok()) {
+    return chosen.status();
   }
-  if (selected.empty()) {
-    return base::Status(EXPERTD_REASON_NO_GPU, "the driver finds no GPU");
-  }
-  if (selected.size() > base::kMaxGpuRanks || options.first_index.value + selected.size() > base::kMaxDevices) {
-    return base::Status(EXPERTD_REASON_UNSUPPORTED,
-                        std::to_string(selected.size()) + " GPUs are more than one daemon serves");
-  }
-  for (const GpuFacts& gpu : selected) {
-    // The name of a slice carries its profile: "NVIDIA H200 MIG 1g.18gb".
-    if (gpu.name.find(" MIG ") != std::string::npos) {
-      return base::Status(EXPERTD_REASON_MIG_UNSUPPORTED,
-                          gpu.uuid + " (" + gpu.name + ") is a MIG instance; peer access needs whole GPUs");
-    }
+  std::vector<GpuFacts> selected;
+  for (const size_t ordinal : chosen.value()) {
+    selected.push_back(found[ordinal]);
   }
   return selected;
 }
