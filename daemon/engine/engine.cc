@@ -143,7 +143,8 @@ void Engine::check_loss(Op& op) {
   }
   const Failure failure{.reason = EXPERTD_REASON_PEER_LOST, .rank = lowest_rank(lost)};
   if (op.stage == EngineSession::Stage::kQueued && !group.settings().mask_on_loss) {
-    group.fail(op.number, failure);
+    bool changed = false;
+    (void)group.fail(op.number, failure, &changed);
   }
   if (op.stage == EngineSession::Stage::kRunning && group.lost_before_release(op.number) != 0) {
     group.request_abort(op.number, failure);
@@ -167,22 +168,23 @@ bool Engine::advance_queued(EngineSession& session, Op& op, bool may_launch, uin
     finish_unlaunched(session, op, now_ns);
     return true;
   }
-  bool decided = false;
-  Verdict verdict = group.try_decide(op.number, &decided);
+  bool changed = false;
+  Verdict verdict = group.try_decide(op.number, &changed);
   if (verdict == Verdict::kOpen && now_ns >= op.request.deadline_ns) {
     const Failure late{.reason = EXPERTD_REASON_TIMEOUT,
                        .missing = EXPERTD_MISSING_SUBMISSION,
                        .rank = lowest_rank(group.not_posted(op.number))};
-    decided |= group.fail(op.number, late);
-    verdict = group.try_decide(op.number, &decided);
-    decided = true;
+    bool failed = false;
+    (void)group.fail(op.number, late, &failed);
+    verdict = group.try_decide(op.number, &changed);
+    changed |= failed;
   }
-  if (decided) {
+  if (changed) {
     wake_group(group);
   }
   switch (verdict) {
     case Verdict::kOpen:
-      return decided;
+      return changed;
     case Verdict::kFailed:
       op.failure = group.entry(op.number).failure;
       finish_unlaunched(session, op, now_ns);
@@ -358,7 +360,9 @@ void Engine::complete(EngineSession& session, Op& op, uint64_t now_ns) {
     if (op.part != 0 && entry.active != group.all_ranks()) {
       completion.flags |= EXPERTD_COMPLETION_DEGRADED;
     }
-    group.release(op.number, op.rank->rank);
+    if (group.release(op.number, op.rank->rank)) {
+      wake_group(group);
+    }
   }
   completion.seq = op.request.seq;
   completion.admit_ns = op.request.admit_ns;

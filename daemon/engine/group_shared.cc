@@ -1,6 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
+// Memory order. Mostly a word is stored with release after what it announces, and loaded with acquire. In three places
+// two threads each write one word and then read the other's, and one of them must see the other; there both stores and
+// both loads are seq_cst, so that they have one order, in which the read that comes last sees both writes:
+//  - A rank posts operation n and then reads its verdict; another claims the entry of n for a newer operation by moving
+//    the verdict word, and then reads who posted n (claim). Either the claimer sees the post and gives the entry back,
+//    or the rank sees the newer number and reads nothing of the entry (kGone).
+//  - A rank is marked lost and then finds an operation undecided; another claims that operation and then reads who is
+//    lost (try_decide). Either the claimer leaves the rank out, or the rank sees the claim and waits for its outcome.
+//  - A rank posts and then finds its operation not decidable (another has not posted, or reads the entry still); the
+//    other posts or releases and then looks whether anybody waits for that. One of the two goes on, or wakes the other.
 #include "daemon/engine/group_shared.h"
 
+#include <algorithm>
 #include <bit>
 #include <iterator>
 
@@ -78,7 +89,7 @@ void GroupShared::set_lost(uint32_t rank) {
 }
 
 void GroupShared::set_excluded(uint64_t ranks) {
-  if (excluded_.exchange(ranks, std::memory_order_acq_rel) != ranks) {
+  if (excluded_.exchange(ranks, std::memory_order_seq_cst) != ranks) {
     epoch_.fetch_add(1, std::memory_order_acq_rel);
   }
 }
@@ -86,11 +97,11 @@ void GroupShared::set_excluded(uint64_t ranks) {
 void GroupShared::post(uint64_t number, uint32_t rank, const Request* request) {
   OpEntry& op = entry(number);
   op.requests[rank] = request;
-  op.posted[rank].store(number, std::memory_order_release);  // pairs with the acquire in not_posted
+  op.posted[rank].store(number, std::memory_order_seq_cst);  // also publishes the request to who decides
 }
 
 Verdict GroupShared::verdict_of(uint64_t number) const {
-  const uint64_t current = entry(number).verdict.load(std::memory_order_acquire);
+  const uint64_t current = entry(number).verdict.load(std::memory_order_seq_cst);
   if (number_of(current) > number) {
     return Verdict::kGone;
   }
@@ -105,7 +116,7 @@ uint64_t GroupShared::not_posted(uint64_t number) const {
   uint64_t ranks_missing = 0;
   const uint64_t inactive = lost() | excluded();
   for (uint32_t rank = 0; rank < ranks(); ++rank) {
-    if ((inactive >> rank & 1) == 0 && op.posted[rank].load(std::memory_order_acquire) != number) {
+    if ((inactive >> rank & 1) == 0 && op.posted[rank].load(std::memory_order_seq_cst) != number) {
       ranks_missing |= 1ULL << rank;
     }
   }
@@ -117,26 +128,35 @@ bool GroupShared::reusable(const OpEntry& op, uint64_t decided_word) const {
   if (old_number == 0) {
     return true;
   }
-  if (tag_of(decided_word) == kDeciding || op.unfinished.load(std::memory_order_acquire) != 0) {
+  if (tag_of(decided_word) == kDeciding || op.unfinished.load(std::memory_order_seq_cst) != 0) {
     return false;
   }
   for (uint32_t rank = 0; rank < ranks(); ++rank) {
     // A lost rank reads the entry as well until its session has drained.
-    const bool reads = op.posted[rank].load(std::memory_order_acquire) == old_number;
-    if (reads && op.released[rank].load(std::memory_order_acquire) != old_number) {
+    const bool reads = op.posted[rank].load(std::memory_order_seq_cst) == old_number;
+    if (reads && op.released[rank].load(std::memory_order_seq_cst) != old_number) {
       return false;
     }
   }
   return true;
 }
 
-bool GroupShared::claim(uint64_t number) {
+// Whoever wins owns the entry and everything in it until it publishes a verdict. A rank that the others do not wait for
+// may post the older operation between the look at the entry and the exchange, and then reads it; so the winner looks
+// again, and who posts after that look sees the newer number. Nothing of the entry was written when it is given back.
+bool GroupShared::claim(uint64_t number, bool* changed) {
   OpEntry& op = entry(number);
-  uint64_t current = op.verdict.load(std::memory_order_acquire);
-  if (number_of(current) >= number || !reusable(op, current)) {
+  uint64_t current = op.verdict.load(std::memory_order_seq_cst);
+  if (number_of(current) >= number || !reusable(op, current) ||
+      !op.verdict.compare_exchange_strong(current, word(number, kDeciding), std::memory_order_seq_cst)) {
     return false;
   }
-  return op.verdict.compare_exchange_strong(current, word(number, kDeciding), std::memory_order_acq_rel);
+  *changed = true;
+  if (reusable(op, current)) {
+    return true;
+  }
+  op.verdict.store(current, std::memory_order_seq_cst);
+  return false;
 }
 
 bool GroupShared::agree(uint64_t number, uint64_t active, Failure* failure) const {
@@ -162,16 +182,15 @@ bool GroupShared::agree(uint64_t number, uint64_t active, Failure* failure) cons
   return true;
 }
 
-Verdict GroupShared::try_decide(uint64_t number, bool* decided) {
-  *decided = false;
+Verdict GroupShared::try_decide(uint64_t number, bool* changed) {
+  *changed = false;
   const Verdict now = verdict_of(number);
   if (now != Verdict::kOpen || not_posted(number) != 0) {
     return now;
   }
-  if (!claim(number)) {
+  if (!claim(number, changed)) {
     return verdict_of(number);
   }
-  *decided = true;
   OpEntry& op = entry(number);
   const uint64_t lost_ranks = lost();
   const uint64_t active = all_ranks() & ~(lost_ranks | excluded());
@@ -211,8 +230,9 @@ bool GroupShared::undecided(uint64_t number) const {
   return number_of(entry(number).verdict.load(std::memory_order_seq_cst)) < number;
 }
 
-bool GroupShared::fail(uint64_t number, const Failure& failure) {
-  if (!claim(number)) {
+bool GroupShared::fail(uint64_t number, const Failure& failure, bool* changed) {
+  *changed = false;
+  if (!claim(number, changed)) {
     return false;
   }
   OpEntry& op = entry(number);
@@ -268,16 +288,20 @@ bool GroupShared::page_free(uint64_t number) const {
 }
 
 void GroupShared::part_finished(uint64_t number) {
-  entry(number).unfinished.fetch_sub(1, std::memory_order_acq_rel);
+  entry(number).unfinished.fetch_sub(1, std::memory_order_seq_cst);
 }
 
-void GroupShared::release(uint64_t number, uint32_t rank) {
-  entry(number).released[rank].store(number, std::memory_order_release);
+bool GroupShared::release(uint64_t number, uint32_t rank) {
+  OpEntry& op = entry(number);
+  op.released[rank].store(number, std::memory_order_seq_cst);
+  return std::any_of(op.posted.begin(), op.posted.begin() + ranks(), [number](const std::atomic<uint64_t>& posted) {
+    return posted.load(std::memory_order_seq_cst) > number;
+  });
 }
 
 bool GroupShared::quiet(uint32_t rank) const {
   for (const OpEntry& op : entries_) {
-    const uint64_t verdict = op.verdict.load(std::memory_order_acquire);
+    const uint64_t verdict = op.verdict.load(std::memory_order_seq_cst);
     if (tag_of(verdict) == kDeciding) {
       return false;
     }

@@ -3,7 +3,8 @@
 // what was decided about it, and how many parts still run. Created by the group directory, used by every loop thread of
 // its ranks without locks: each word has one kind of writer, and the verdict of an operation is decided once by
 // compare-and-swap. Entries are reused every kEntries operations; a rank has at most EXPERTD_RING_SLOTS_MAX
-// outstanding, so entry n is decided and released long before n + kEntries is posted in all but failed groups.
+// outstanding, so entry n is decided and released long before n + kEntries is posted, except beside ranks that the
+// others do not wait for (excluded, lost, or late beyond a deadline): those may still read it, or come to it then.
 #pragma once
 
 #include <array>
@@ -72,8 +73,8 @@ class GroupShared {
   const GroupSettings& settings() const { return settings_; }
   uint32_t ranks() const { return settings_.shape.ranks; }
   uint64_t all_ranks() const;
-  uint64_t lost() const { return lost_.load(std::memory_order_acquire); }
-  uint64_t excluded() const { return excluded_.load(std::memory_order_acquire); }
+  uint64_t lost() const { return lost_.load(std::memory_order_seq_cst); }
+  uint64_t excluded() const { return excluded_.load(std::memory_order_seq_cst); }
   uint64_t epoch() const { return epoch_.load(std::memory_order_acquire); }
   uint64_t launched_ops() const { return launched_ops_.load(std::memory_order_relaxed); }
 
@@ -84,12 +85,14 @@ class GroupShared {
 
   /// Rank `rank` submits operation `number`. Only by that rank's loop thread, in order.
   void post(uint64_t number, uint32_t rank, const Request* request);
-  /// Decides what can be decided about `number`; returns the verdict. `decided` is set for the one caller that decided.
-  Verdict try_decide(uint64_t number, bool* decided);
+  /// Decides what can be decided about `number`; returns the verdict. `changed` is set when the loops of the other
+  /// ranks must be woken: for the one caller that decided, and for one that seemed to be deciding for a moment.
+  Verdict try_decide(uint64_t number, bool* changed);
   /// Nobody has begun to decide `number`; asked after set_lost(rank) this means the rank will not take part in it.
   bool undecided(uint64_t number) const;
-  /// Ends `number` before launch; false when something else was decided first.
-  bool fail(uint64_t number, const Failure& failure);
+  /// Ends `number` before launch; false when something else was decided first, or the entry still serves an older
+  /// operation. `changed` as above.
+  bool fail(uint64_t number, const Failure& failure, bool* changed);
   /// Ranks that have not submitted `number` and are not lost.
   uint64_t not_posted(uint64_t number) const;
   /// Ranks of a launched operation that were lost before they were through with it; one that finished its part and
@@ -101,8 +104,9 @@ class GroupShared {
   /// True when the exchange page of `number` is free: all parts of operation number - kExchangePages ended.
   bool page_free(uint64_t number) const;
   void part_finished(uint64_t number);
-  /// The rank will not look at operation `number` again.
-  void release(uint64_t number, uint32_t rank);
+  /// The rank will not look at operation `number` again. True when a rank has submitted an operation that needs the
+  /// entry: it may have found this rank in its way, so the loops of the other ranks must be woken.
+  bool release(uint64_t number, uint32_t rank);
   OpEntry& entry(uint64_t number) { return entries_[number % kEntries]; }
   const OpEntry& entry(uint64_t number) const { return entries_[number % kEntries]; }
   /// No part of an operation in which `rank` takes part is still running. Any thread.
@@ -110,7 +114,7 @@ class GroupShared {
 
  private:
   Verdict verdict_of(uint64_t number) const;
-  bool claim(uint64_t number);
+  bool claim(uint64_t number, bool* changed);
   bool reusable(const OpEntry& entry, uint64_t decided_word) const;
   bool agree(uint64_t number, uint64_t active, Failure* failure) const;
 

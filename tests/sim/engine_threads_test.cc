@@ -162,6 +162,74 @@ INSTANTIATE_TEST_SUITE_P(Modes, EngineThreads,
                                   (row.param.dies_at != 0 ? "_loss" : "") + (row.param.exclusions ? "_excluding" : "");
                          });
 
+/// Holds a thread back for up to about a microsecond, so that two threads meet at ever other points.
+void linger(std::mt19937_64& random) {
+  const uint64_t turns = random() % 1024;
+  for (uint64_t turn = 0; turn < turns; ++turn) {
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+  }
+}
+
+void await(const std::atomic<uint64_t>& word, uint64_t value) {
+  for (uint64_t turn = 1; word.load(std::memory_order_acquire) < value; ++turn) {
+    if (turn % 1024 == 0) {
+      std::this_thread::yield();
+    }
+  }
+}
+
+/// Ends operations one by one as the only active rank; from the first reuse of an entry on it waits before each until
+/// the late rank is about to post into the same entry.
+void end_operations(engine::GroupShared& group, uint64_t last, const std::atomic<uint64_t>& late_at,
+                    std::atomic<uint64_t>& ended) {
+  const engine::Request request = plain_request();
+  std::mt19937_64 random(1);
+  for (uint64_t number = 1; number <= last; ++number) {
+    group.post(number, 0, &request);
+    if (number > engine::GroupShared::kEntries) {
+      await(late_at, number - engine::GroupShared::kEntries);
+      linger(random);
+    }
+    bool changed = false;
+    while (!group.fail(number, {.reason = EXPERTD_REASON_TIMEOUT, .value = static_cast<int64_t>(number)}, &changed)) {
+      std::this_thread::yield();
+    }
+    (void)group.release(number, 0);
+    ended.store(number, std::memory_order_release);
+  }
+}
+
+// The engine reads the failure of an operation after its verdict; a rank that is late by exactly the number of entries
+// does so while the others may take the entry for their next operation.
+TEST(GroupSharedThreads, KeepAnEntryWhileARankAWholeWrapLateReadsIt) {
+  constexpr uint64_t kOperations = 60'000;
+  engine::GroupShared group(group_settings(2, true));
+  group.set_excluded(2);
+  std::atomic<uint64_t> late_at{0};
+  std::atomic<uint64_t> ended{0};
+  std::thread first([&] { end_operations(group, kOperations, late_at, ended); });
+  const engine::Request request = plain_request();
+  std::mt19937_64 random(2);
+  uint64_t read = 0;
+  uint64_t wrong = 0;
+  for (uint64_t number = 1; number <= kOperations - engine::GroupShared::kEntries; ++number) {
+    await(ended, number + engine::GroupShared::kEntries - 1);
+    late_at.store(number, std::memory_order_release);
+    linger(random);
+    group.post(number, 1, &request);
+    bool decided = false;
+    if (group.try_decide(number, &decided) == engine::Verdict::kFailed) {
+      ++read;
+      linger(random);
+      wrong += group.entry(number).failure.value != static_cast<int64_t>(number) ? 1 : 0;
+    }
+    (void)group.release(number, 1);
+  }
+  first.join();
+  RecordProperty("read", std::to_string(read));
+  EXPECT_EQ(wrong, 0U) << "of " << read << " failures were those of a newer operation";
+}
+
 TEST(HostDeviceThreads, MeetInBarriersWithoutARace) {
   constexpr uint32_t kRanks = 3;
   constexpr uint64_t kOperations = 300;
