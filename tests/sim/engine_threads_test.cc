@@ -191,7 +191,8 @@ void end_operations(engine::GroupShared& group, uint64_t last, const std::atomic
       linger(random);
     }
     bool changed = false;
-    while (!group.fail(number, {.reason = EXPERTD_REASON_TIMEOUT, .value = static_cast<int64_t>(number)}, &changed)) {
+    while (
+        !group.fail(number, 0, {.reason = EXPERTD_REASON_TIMEOUT, .value = static_cast<int64_t>(number)}, &changed)) {
       std::this_thread::yield();
     }
     (void)group.release(number, 0);
