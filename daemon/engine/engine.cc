@@ -135,7 +135,8 @@ bool Engine::advance(EngineSession& session, Op& op, bool may_launch, uint64_t n
 }
 
 // A lost rank ends gathering operations of a `fail` group at once and running ones in both modes: they would wait for
-// rows that never come.
+// rows that never come. Every rank sees to that itself, but one that looks just while another does finds nothing to do
+// and sleeps, so whoever did it wakes the others.
 void Engine::check_loss(Op& op) {
   GroupShared& group = *op.rank->group;
   const uint64_t lost = group.lost();
@@ -143,12 +144,15 @@ void Engine::check_loss(Op& op) {
     return;
   }
   const Failure failure{.reason = EXPERTD_REASON_PEER_LOST, .rank = lowest_rank(lost)};
+  bool changed = false;
   if (op.stage == EngineSession::Stage::kQueued && !group.settings().mask_on_loss) {
-    bool changed = false;
     (void)group.fail(op.number, 0, failure, &changed);
   }
   if (op.stage == EngineSession::Stage::kRunning && group.lost_before_release(op.number) != 0) {
-    group.request_abort(op.number, failure);
+    changed = group.request_abort(op.number, failure);
+  }
+  if (changed) {
+    wake_group(group);
   }
 }
 

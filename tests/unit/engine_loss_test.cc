@@ -55,6 +55,29 @@ TEST(EngineLoss, AbortsARunningOperationInBothModes) {
   }
 }
 
+// A rank that looked while another was ending the operation saw it neither open nor ended, and sleeps since.
+TEST(EngineLoss, WakesTheOthersWhenItEndsAGatheringOperation) {
+  FakeGroup group(3);
+  group.submit_all();
+  group.shared.set_lost(2);
+  group.wake.woken.clear();
+  (void)group[0].run(1);
+  EXPECT_EQ(group[0].reason(1), static_cast<uint32_t>(EXPERTD_REASON_PEER_LOST));
+  EXPECT_GE(group.wake.woken[1], 1U);
+}
+
+TEST(EngineLoss, WakesTheOthersWhenItAbortsARunningOperation) {
+  FakeGroup group(3);
+  group.submit_all();
+  ASSERT_TRUE(group.settle(1));
+  group.shared.set_lost(2);
+  group[0].port.ends_on_abort = false;
+  group.wake.woken.clear();
+  (void)group[0].run(2);
+  EXPECT_NE(group[0].port.parts()[0].abort_reason, 0U);
+  EXPECT_GE(group.wake.woken[1], 1U);
+}
+
 TEST(EngineLoss, LetsAnOperationEndWellWhenTheLostRankWasThroughWithIt) {
   FakeGroup group(2, true);
   group.submit_all();
