@@ -97,8 +97,11 @@ void GroupShared::set_lost(uint32_t rank) {
   }
 }
 
-void GroupShared::set_excluded(uint64_t ranks) {
-  if (excluded_.exchange(ranks, std::memory_order_seq_cst) != ranks) {
+void GroupShared::change_excluded(uint64_t exclude, uint64_t readmit) {
+  uint64_t before = excluded();
+  while (!excluded_.compare_exchange_weak(before, (before | exclude) & ~readmit, std::memory_order_seq_cst)) {
+  }
+  if (((before | exclude) & ~readmit) != before) {
     epoch_.fetch_add(1, std::memory_order_acq_rel);
   }
 }

@@ -81,8 +81,9 @@ class GroupShared {
 
   /// A rank's session ended. Any thread; the loops of the other ranks must be woken afterwards.
   void set_lost(uint32_t rank);
-  /// Mask by request; only with mask_on_loss. Any thread.
-  void set_excluded(uint64_t ranks);
+  /// Mask by request: `exclude` and then `readmit`, 0 to leave it; only with mask_on_loss. Any thread; two at a time
+  /// both count.
+  void change_excluded(uint64_t exclude, uint64_t readmit);
 
   /// Rank `rank` submits operation `number`. Only by that rank's loop thread, in order.
   void post(uint64_t number, uint32_t rank, const Request* request);

@@ -45,7 +45,7 @@ struct ThreadRank {
       request.seq = ++seq;
       request.submit_ns = state.next_number;
       request.session = session.id();
-      request.deadline_ns = ~0ULL;
+      request.deadline_ns = patience == 0 ? ~0ULL : turn + random() % patience;
       request.rejected_reason = random() % 100 < refusals_percent ? EXPERTD_REASON_NO_SUCH_BUFFER : 0;
       session.request(slot) = request;
       engine.submit(&session, slot, &state);
@@ -61,11 +61,13 @@ struct ThreadRank {
   engine::RankState state;
   std::mt19937_64 random;
   uint64_t seq = 0;
+  uint64_t turn = 0;
+  uint64_t patience = 0;  // turns until the deadline of a request, at most; 0 = none
 };
 
 /// Turns a rank until all its operations completed; `dies_at` > 0: until it has submitted that many, then it is lost.
 void run_rank(ThreadRank& rank, SimDevice* device, uint64_t operations, uint64_t dies_at, kernels::OpKind kind) {
-  uint64_t turn = 0;
+  uint64_t& turn = rank.turn;
   while (turn < kTurnsMax && (rank.seq < operations || rank.session.outstanding() != 0)) {
     rank.submit(operations, kind, device == nullptr ? 0 : 3);
     if (device != nullptr) {
@@ -88,8 +90,9 @@ void run_rank(ThreadRank& rank, SimDevice* device, uint64_t operations, uint64_t
 
 struct Case {
   bool mask;
-  uint64_t dies_at;  // of rank 1; 0 = lives
-  bool exclusions;   // a control thread excludes and readmits ranks
+  uint64_t dies_at;   // of rank 1; 0 = lives
+  bool exclusions;    // a control thread excludes and readmits ranks 2 and 3
+  uint64_t patience;  // of those ranks, in turns; 0 = endless
 };
 
 class EngineThreads : public testing::TestWithParam<Case> {};
@@ -105,6 +108,7 @@ TEST_P(EngineThreads, CompletesEveryOperationOnceAndAlike) {
     devices.push_back(std::make_unique<SimDevice>(rank + 1, rank, &wake));
     devices.back()->ticks_max = 5;
     ranks.push_back(std::make_unique<ThreadRank>(&group, rank, devices.back().get(), &wake));
+    ranks.back()->patience = rank >= 2 ? GetParam().patience : 0;
   }
   std::atomic<bool> done{false};
   std::vector<std::thread> threads;
@@ -119,11 +123,12 @@ TEST_P(EngineThreads, CompletesEveryOperationOnceAndAlike) {
       (void)group.quiet(turn % kRanks);
       (void)group.epoch();
       if (GetParam().exclusions && turn % 16 == 0) {
-        group.set_excluded(turn % 32 == 0 ? 0 : 1ULL << (2 + turn / 32 % 2));
+        const uint64_t mask = turn % 32 == 0 ? 0 : 1ULL << (2 + turn / 32 % 2);
+        group.change_excluded(mask, ~mask);
       }
       std::this_thread::yield();
     }
-    group.set_excluded(0);
+    group.change_excluded(0, ~0ULL);
   });
   for (std::thread& thread : threads) {
     thread.join();
@@ -155,11 +160,12 @@ TEST_P(EngineThreads, CompletesEveryOperationOnceAndAlike) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Modes, EngineThreads,
-                         testing::Values(Case{false, 0, false}, Case{false, 150, false}, Case{true, 150, false},
-                                         Case{true, 0, true}),
+                         testing::Values(Case{false, 0, false, 0}, Case{false, 150, false, 0},
+                                         Case{true, 150, false, 0}, Case{true, 0, true, 0}, Case{true, 0, true, 20}),
                          [](const auto& row) {
                            return std::string(row.param.mask ? "mask" : "fail") +
-                                  (row.param.dies_at != 0 ? "_loss" : "") + (row.param.exclusions ? "_excluding" : "");
+                                  (row.param.dies_at != 0 ? "_loss" : "") + (row.param.exclusions ? "_excluding" : "") +
+                                  (row.param.patience != 0 ? "_late" : "");
                          });
 
 /// Holds a thread back for up to about a microsecond, so that two threads meet at ever other points.
@@ -205,7 +211,7 @@ void end_operations(engine::GroupShared& group, uint64_t last, const std::atomic
 TEST(GroupSharedThreads, KeepAnEntryWhileARankAWholeWrapLateReadsIt) {
   constexpr uint64_t kOperations = 60'000;
   engine::GroupShared group(group_settings(2, true));
-  group.set_excluded(2);
+  group.change_excluded(2, 0);
   std::atomic<uint64_t> late_at{0};
   std::atomic<uint64_t> ended{0};
   std::thread first([&] { end_operations(group, kOperations, late_at, ended); });

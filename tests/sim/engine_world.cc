@@ -38,7 +38,7 @@ EngineWorld::EngineWorld(uint64_t seed) : random_(seed * 0x9E3779B97F4A7C15ULL +
   build_clients();
   if (strays_) {
     for (const std::unique_ptr<engine::GroupShared>& group : groups_) {
-      group->set_excluded(random_() & group->all_ranks() & ~1ULL);
+      group->change_excluded(random_() & group->all_ranks() & ~1ULL, 0);
     }
   } else if (masks_) {
     mask_change_ns_ = 1 + pick(200);
@@ -205,7 +205,8 @@ void EngineWorld::change_masks() {
   }
   const bool clear = chance(50);
   for (uint32_t group = 0; group < groups_.size(); ++group) {
-    groups_[group]->set_excluded(clear ? 0 : random_() & random_() & groups_[group]->all_ranks() & ~1ULL);
+    const uint64_t mask = clear ? 0 : random_() & random_() & groups_[group]->all_ranks() & ~1ULL;
+    groups_[group]->change_excluded(mask, ~mask);
     wake_group(group);
   }
   mask_change_ns_ = now_ns_ > 2000 && clear ? ~0ULL : now_ns_ + 20 + pick(200);

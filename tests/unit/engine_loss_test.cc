@@ -129,7 +129,7 @@ TEST(EngineLoss, LeavesOutARankThatSubmittedAndWasLostBeforeTheDecision) {
 
 TEST(EngineLoss, TellsAnExcludedRankThatItsOperationRanWithoutIt) {
   FakeGroup group(2, true);
-  group.shared.set_excluded(2);
+  group.shared.change_excluded(2, 0);
   group.submit_all();
   ASSERT_TRUE(group.settle(1));
   group.finish_all();
@@ -142,12 +142,12 @@ TEST(EngineLoss, TellsAnExcludedRankThatItsOperationRanWithoutIt) {
 
 TEST(EngineLoss, TakesAReadmittedRankBackWithANewEpoch) {
   FakeGroup group(2, true);
-  group.shared.set_excluded(2);
+  group.shared.change_excluded(2, 0);
   const uint64_t masked_epoch = group.shared.epoch();
   group.submit_all();
   ASSERT_TRUE(group.settle(1));
   group.finish_all();
-  group.shared.set_excluded(0);
+  group.shared.change_excluded(0, ~0ULL);
   group.submit_all();
   ASSERT_TRUE(group.settle(2));
   group.finish_all();
@@ -159,7 +159,7 @@ TEST(EngineLoss, TakesAReadmittedRankBackWithANewEpoch) {
 
 TEST(EngineLoss, NeverReportsSuccessWhenEveryRankIsExcluded) {
   FakeGroup group(2, true);
-  group.shared.set_excluded(3);
+  group.shared.change_excluded(3, 0);
   group.submit_all();
   ASSERT_TRUE(group.settle(1));
   for (uint32_t rank = 0; rank < 2; ++rank) {
