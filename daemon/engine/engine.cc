@@ -81,6 +81,7 @@ void Engine::submit(EngineSession* session, uint32_t slot, RankState* rank) {
   op.stage = EngineSession::Stage::kQueued;
   op.part = 0;
   op.abort_sent = false;
+  op.withdrawn = false;
   op.failure = Failure{};
   op.outcome.missing = 0;
   op.outcome.launch_ns = 0;
@@ -134,7 +135,8 @@ bool Engine::advance(EngineSession& session, Op& op, bool may_launch, uint64_t n
 }
 
 // A lost rank ends gathering operations of a `fail` group at once and running ones in both modes: they would wait for
-// rows that never come.
+// rows that never come. Every rank sees to that itself, but one that looks just while another does finds nothing to do
+// and sleeps, so whoever did it wakes the others.
 void Engine::check_loss(Op& op) {
   GroupShared& group = *op.rank->group;
   const uint64_t lost = group.lost();
@@ -142,12 +144,58 @@ void Engine::check_loss(Op& op) {
     return;
   }
   const Failure failure{.reason = EXPERTD_REASON_PEER_LOST, .rank = lowest_rank(lost)};
+  bool changed = false;
   if (op.stage == EngineSession::Stage::kQueued && !group.settings().mask_on_loss) {
-    group.fail(op.number, failure);
+    (void)group.fail(op.number, 0, failure, &changed);
   }
   if (op.stage == EngineSession::Stage::kRunning && group.lost_before_release(op.number) != 0) {
-    group.request_abort(op.number, failure);
+    changed = group.request_abort(op.number, failure);
   }
+  if (changed) {
+    wake_group(group);
+  }
+}
+
+// Whether a rank whose deadline passed ends a gathering operation for itself alone: an excluded rank, which takes no
+// part in it, and one that ran ahead of its peers while it was excluded, by so much that they still need the entry.
+// Asked once, since the rank stays out of an operation that it withdrew from, whatever the mask becomes.
+bool Engine::stands_alone(Op& op) {
+  const GroupShared& group = *op.rank->group;
+  if (op.withdrawn) {
+    return true;
+  }
+  if ((group.excluded() >> op.rank->rank & 1) != 0) {
+    op.failure = {.reason = EXPERTD_REASON_BAD_STATE, .rank = static_cast<int32_t>(op.rank->rank)};
+    op.withdrawn = true;
+  } else if (group.ahead(op.number)) {
+    op.failure = {.reason = EXPERTD_REASON_TIMEOUT,
+                  .missing = EXPERTD_MISSING_SUBMISSION,
+                  .rank = lowest_rank(group.not_posted(op.number))};
+    op.withdrawn = true;
+  }
+  return op.withdrawn;
+}
+
+// What is decided about an operation by now; `alone` is set when it ended at its deadline for this rank only.
+Verdict Engine::gather(Op& op, uint64_t now_ns, bool* changed, bool* alone) {
+  GroupShared& group = *op.rank->group;
+  const Verdict verdict = group.try_decide(op.number, changed);
+  if (verdict != Verdict::kOpen || now_ns < op.request.deadline_ns) {
+    return verdict;
+  }
+  bool failed = false;
+  if (stands_alone(op)) {
+    *alone = group.withdraw(op.number, op.rank->rank);
+  } else {
+    const Failure late{.reason = EXPERTD_REASON_TIMEOUT,
+                       .missing = EXPERTD_MISSING_SUBMISSION,
+                       .rank = lowest_rank(group.not_posted(op.number))};
+    (void)group.fail(op.number, 1ULL << op.rank->rank, late, &failed);
+  }
+  bool decided = false;
+  const Verdict after = *alone ? verdict : group.try_decide(op.number, &decided);
+  *changed |= failed || decided;
+  return after;
 }
 
 bool Engine::advance_queued(EngineSession& session, Op& op, bool may_launch, uint64_t now_ns) {
@@ -160,48 +208,41 @@ bool Engine::advance_queued(EngineSession& session, Op& op, bool may_launch, uin
     return may_launch && launch(session, op, now_ns);
   }
   GroupShared& group = *op.rank->group;
+  const int32_t rank = static_cast<int32_t>(op.rank->rank);
   check_loss(op);
-  const bool left = session.closing_ || (group.lost() >> op.rank->rank & 1) != 0;
+  const bool left = session.closing_ || (group.lost() >> rank & 1) != 0;
   if (left && group.undecided(op.number)) {  // whoever decides later leaves the lost rank out
-    op.failure = {.reason = EXPERTD_REASON_PEER_LOST, .rank = static_cast<int32_t>(op.rank->rank)};
+    op.failure = {.reason = EXPERTD_REASON_PEER_LOST, .rank = rank};
     finish_unlaunched(session, op, now_ns);
     return true;
   }
-  bool decided = false;
-  Verdict verdict = group.try_decide(op.number, &decided);
-  if (verdict == Verdict::kOpen && now_ns >= op.request.deadline_ns) {
-    const Failure late{.reason = EXPERTD_REASON_TIMEOUT,
-                       .missing = EXPERTD_MISSING_SUBMISSION,
-                       .rank = lowest_rank(group.not_posted(op.number))};
-    decided |= group.fail(op.number, late);
-    verdict = group.try_decide(op.number, &decided);
-    decided = true;
-  }
-  if (decided) {
+  bool changed = false;
+  bool alone = false;
+  const Verdict verdict = gather(op, now_ns, &changed, &alone);
+  if (changed) {
     wake_group(group);
   }
-  switch (verdict) {
-    case Verdict::kOpen:
-      return decided;
-    case Verdict::kFailed:
-      op.failure = group.entry(op.number).failure;
-      finish_unlaunched(session, op, now_ns);
-      return true;
-    case Verdict::kGone:
-      op.failure = {.reason = EXPERTD_REASON_TIMEOUT,
-                    .missing = EXPERTD_MISSING_SUBMISSION,
-                    .rank = static_cast<int32_t>(op.rank->rank)};
-      finish_unlaunched(session, op, now_ns);
-      return true;
-    case Verdict::kLaunch:
-      break;
+  if (verdict == Verdict::kOpen && !alone) {
+    return changed;
   }
-  if ((group.entry(op.number).active >> op.rank->rank & 1) == 0) {
+  if (verdict == Verdict::kFailed) {
+    op.failure = group.entry(op.number).failure;
+  } else if (verdict == Verdict::kGone) {
+    op.failure = {.reason = EXPERTD_REASON_TIMEOUT, .missing = EXPERTD_MISSING_SUBMISSION, .rank = rank};
+  } else if (verdict == Verdict::kLaunch) {
+    if ((group.entry(op.number).active >> rank & 1) != 0) {
+      op.failure = Failure{};  // of a withdrawal that came too late
+      return advance_agreed(session, op, may_launch, now_ns);
+    }
     // Excluded by request, or lost while its session still drains: the others run without this rank.
-    op.failure = {.reason = EXPERTD_REASON_BAD_STATE, .rank = static_cast<int32_t>(op.rank->rank)};
-    finish_unlaunched(session, op, now_ns);
-    return true;
+    op.failure = {.reason = EXPERTD_REASON_BAD_STATE, .rank = rank};
   }
+  finish_unlaunched(session, op, now_ns);
+  return true;
+}
+
+bool Engine::advance_agreed(EngineSession& session, Op& op, bool may_launch, uint64_t now_ns) {
+  GroupShared& group = *op.rank->group;
   Failure abort;
   const bool late = now_ns >= op.request.deadline_ns;
   if (late) {
@@ -219,7 +260,12 @@ bool Engine::advance_queued(EngineSession& session, Op& op, bool may_launch, uin
     wake_group(group);
     return true;
   }
-  return may_launch && group.page_free(op.number) && launch(session, op, now_ns);
+  bool changed = false;
+  const bool launched = may_launch && group.page_free(op.number, &changed) && launch(session, op, now_ns);
+  if (changed) {
+    wake_group(group);
+  }
+  return launched || changed;
 }
 
 bool Engine::launch(EngineSession& session, Op& op, uint64_t now_ns) {
@@ -361,7 +407,9 @@ void Engine::complete(EngineSession& session, Op& op, uint64_t now_ns) {
     if (op.part != 0 && entry.active != group.all_ranks()) {
       completion.flags |= EXPERTD_COMPLETION_DEGRADED;
     }
-    group.release(op.number, op.rank->rank);
+    if (group.release(op.number, op.rank->rank)) {
+      wake_group(group);
+    }
   }
   completion.seq = op.request.seq;
   completion.admit_ns = op.request.admit_ns;

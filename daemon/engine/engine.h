@@ -48,6 +48,7 @@ class EngineSession {
     Stage stage = Stage::kIdle;
     PartId part = 0;
     bool abort_sent = false;
+    bool withdrawn = false;  // the rank ends it alone unless it was decided first; `failure` says why
     Outcome outcome;
     Failure failure;
   };
@@ -85,10 +86,13 @@ class Engine {
   using Op = EngineSession::Op;
   bool advance(EngineSession& session, Op& op, bool may_launch, uint64_t now_ns);
   bool advance_queued(EngineSession& session, Op& op, bool may_launch, uint64_t now_ns);
+  bool advance_agreed(EngineSession& session, Op& op, bool may_launch, uint64_t now_ns);
   bool advance_running(EngineSession& session, Op& op, uint64_t now_ns);
   bool advance_ending(EngineSession& session, Op& op, uint64_t now_ns);
   bool launch(EngineSession& session, Op& op, uint64_t now_ns);
   void check_loss(Op& op);
+  bool stands_alone(Op& op);
+  Verdict gather(Op& op, uint64_t now_ns, bool* changed, bool* alone);
   void finish_unlaunched(EngineSession& session, Op& op, uint64_t now_ns);
   void complete(EngineSession& session, Op& op, uint64_t now_ns);
   void wake_group(const GroupShared& group);

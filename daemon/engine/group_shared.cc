@@ -1,6 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
+// Memory order. Mostly a word is stored with release after what it announces, and loaded with acquire. In three places
+// two threads each write one word and then read the other's, and one of them must see the other; there both stores and
+// both loads are seq_cst, so that they have one order, in which the read that comes last sees both writes:
+//  - A rank posts operation n and then reads its verdict; another claims the entry of n for a newer operation by moving
+//    the verdict word, and then reads who posted n (claim). Either the claimer sees the post and gives the entry back,
+//    or the rank sees the newer number and reads nothing of the entry (kGone).
+//  - A rank is marked lost, or withdraws, and then finds an operation undecided; another claims that operation and then
+//    reads who is lost or withdrew (participants). Either the claimer leaves the rank out, or the rank sees the claim
+//    and waits for its outcome.
+//  - A rank posts and then finds its operation not decidable (another has not posted, or reads the entry still); the
+//    other posts or releases and then looks whether anybody waits for that. One of the two goes on, or wakes the other.
 #include "daemon/engine/group_shared.h"
 
+#include <algorithm>
 #include <bit>
 #include <iterator>
 
@@ -20,6 +32,14 @@ constexpr uint64_t number_of(uint64_t verdict) {
 }
 constexpr uint64_t tag_of(uint64_t verdict) {
   return verdict & 3;
+}
+
+// Values of OpEntry::posted.
+constexpr uint64_t submitted(uint64_t number) {
+  return number << 1;
+}
+constexpr uint64_t withdrawn(uint64_t number) {
+  return (number << 1) | 1;
 }
 
 /// What all ranks of a collective must have given alike, and the argument that names it.
@@ -77,8 +97,11 @@ void GroupShared::set_lost(uint32_t rank) {
   }
 }
 
-void GroupShared::set_excluded(uint64_t ranks) {
-  if (excluded_.exchange(ranks, std::memory_order_acq_rel) != ranks) {
+void GroupShared::change_excluded(uint64_t exclude, uint64_t readmit) {
+  uint64_t before = excluded();
+  while (!excluded_.compare_exchange_weak(before, (before | exclude) & ~readmit, std::memory_order_seq_cst)) {
+  }
+  if (((before | exclude) & ~readmit) != before) {
     epoch_.fetch_add(1, std::memory_order_acq_rel);
   }
 }
@@ -86,11 +109,11 @@ void GroupShared::set_excluded(uint64_t ranks) {
 void GroupShared::post(uint64_t number, uint32_t rank, const Request* request) {
   OpEntry& op = entry(number);
   op.requests[rank] = request;
-  op.posted[rank].store(number, std::memory_order_release);  // pairs with the acquire in not_posted
+  op.posted[rank].store(submitted(number), std::memory_order_seq_cst);  // also publishes the request to who decides
 }
 
 Verdict GroupShared::verdict_of(uint64_t number) const {
-  const uint64_t current = entry(number).verdict.load(std::memory_order_acquire);
+  const uint64_t current = entry(number).verdict.load(std::memory_order_seq_cst);
   if (number_of(current) > number) {
     return Verdict::kGone;
   }
@@ -105,7 +128,7 @@ uint64_t GroupShared::not_posted(uint64_t number) const {
   uint64_t ranks_missing = 0;
   const uint64_t inactive = lost() | excluded();
   for (uint32_t rank = 0; rank < ranks(); ++rank) {
-    if ((inactive >> rank & 1) == 0 && op.posted[rank].load(std::memory_order_acquire) != number) {
+    if ((inactive >> rank & 1) == 0 && op.posted[rank].load(std::memory_order_seq_cst) < submitted(number)) {
       ranks_missing |= 1ULL << rank;
     }
   }
@@ -117,26 +140,46 @@ bool GroupShared::reusable(const OpEntry& op, uint64_t decided_word) const {
   if (old_number == 0) {
     return true;
   }
-  if (tag_of(decided_word) == kDeciding || op.unfinished.load(std::memory_order_acquire) != 0) {
+  if (tag_of(decided_word) == kDeciding || op.unfinished.load(std::memory_order_seq_cst) != 0) {
     return false;
   }
   for (uint32_t rank = 0; rank < ranks(); ++rank) {
     // A lost rank reads the entry as well until its session has drained.
-    const bool reads = op.posted[rank].load(std::memory_order_acquire) == old_number;
-    if (reads && op.released[rank].load(std::memory_order_acquire) != old_number) {
+    const bool reads = op.posted[rank].load(std::memory_order_seq_cst) >> 1 == old_number;
+    if (reads && op.released[rank].load(std::memory_order_seq_cst) != old_number) {
       return false;
     }
   }
   return true;
 }
 
-bool GroupShared::claim(uint64_t number) {
+// Whoever wins owns the entry and everything in it until it publishes a verdict. A rank that the others do not wait for
+// may post the older operation between the look at the entry and the exchange, and then reads it; so the winner looks
+// again, and who posts after that look sees the newer number. Nothing of the entry was written when it is given back.
+bool GroupShared::claim(uint64_t number, uint64_t* before, bool* changed) {
   OpEntry& op = entry(number);
-  uint64_t current = op.verdict.load(std::memory_order_acquire);
-  if (number_of(current) >= number || !reusable(op, current)) {
+  *before = op.verdict.load(std::memory_order_seq_cst);
+  if (number_of(*before) >= number || !reusable(op, *before) ||
+      !op.verdict.compare_exchange_strong(*before, word(number, kDeciding), std::memory_order_seq_cst)) {
     return false;
   }
-  return op.verdict.compare_exchange_strong(current, word(number, kDeciding), std::memory_order_acq_rel);
+  *changed = true;
+  if (reusable(op, *before)) {
+    return true;
+  }
+  op.verdict.store(*before, std::memory_order_seq_cst);
+  return false;
+}
+
+uint64_t GroupShared::participants(uint64_t number, uint64_t lost_ranks) const {
+  const OpEntry& op = entry(number);
+  uint64_t active = all_ranks() & ~(lost_ranks | excluded());
+  for (uint32_t rank = 0; rank < ranks(); ++rank) {
+    if (op.posted[rank].load(std::memory_order_seq_cst) > submitted(number)) {
+      active &= ~(1ULL << rank);
+    }
+  }
+  return active;
 }
 
 bool GroupShared::agree(uint64_t number, uint64_t active, Failure* failure) const {
@@ -162,26 +205,26 @@ bool GroupShared::agree(uint64_t number, uint64_t active, Failure* failure) cons
   return true;
 }
 
-Verdict GroupShared::try_decide(uint64_t number, bool* decided) {
-  *decided = false;
+Verdict GroupShared::try_decide(uint64_t number, bool* changed) {
+  *changed = false;
   const Verdict now = verdict_of(number);
   if (now != Verdict::kOpen || not_posted(number) != 0) {
     return now;
   }
-  if (!claim(number)) {
+  uint64_t before = 0;
+  if (!claim(number, &before, changed)) {
     return verdict_of(number);
   }
-  *decided = true;
   OpEntry& op = entry(number);
   const uint64_t lost_ranks = lost();
-  const uint64_t active = all_ranks() & ~(lost_ranks | excluded());
+  const uint64_t active = participants(number, lost_ranks);
   Failure failure;
   if (active == 0 || (lost_ranks != 0 && !settings_.mask_on_loss)) {
     failure = {.reason = lost_ranks != 0 ? EXPERTD_REASON_PEER_LOST : EXPERTD_REASON_BAD_STATE,
                .rank = lost_ranks != 0 ? std::countr_zero(lost_ranks) : -1};
   }
   for (uint32_t rank = 0; rank < ranks() && failure.reason == 0; ++rank) {
-    if ((active >> rank & 1) != 0 && op.posted[rank].load(std::memory_order_acquire) != number) {
+    if ((active >> rank & 1) != 0 && op.posted[rank].load(std::memory_order_acquire) < submitted(number)) {
       // A readmitted rank appeared between the check and now; the operation belongs to the older epoch.
       failure = {.reason = EXPERTD_REASON_CANCELLED, .rank = static_cast<int32_t>(rank)};
     } else if ((active >> rank & 1) != 0 && op.requests[rank]->rejected_reason != 0) {
@@ -211,13 +254,32 @@ bool GroupShared::undecided(uint64_t number) const {
   return number_of(entry(number).verdict.load(std::memory_order_seq_cst)) < number;
 }
 
-bool GroupShared::fail(uint64_t number, const Failure& failure) {
-  if (!claim(number)) {
+bool GroupShared::withdraw(uint64_t number, uint32_t rank) {
+  entry(number).posted[rank].store(withdrawn(number), std::memory_order_seq_cst);
+  return undecided(number);
+}
+
+bool GroupShared::ahead(uint64_t number) const {
+  return number_of(entry(number).verdict.load(std::memory_order_seq_cst)) + kEntries < number;
+}
+
+// What spoke against it may have come about before nobody else could decide any more, so it is asked again then. Who
+// excludes a rank can rely on it: whatever is undecided when that returns, the rank's lateness does not end. And who is
+// ahead must not take the entry from the ranks that still come to the older operation.
+bool GroupShared::fail(uint64_t number, uint64_t ranks, const Failure& failure, bool* changed) {
+  *changed = false;
+  uint64_t before = 0;
+  if (ahead(number) || !claim(number, &before, changed)) {
     return false;
   }
   OpEntry& op = entry(number);
+  const bool skips = number_of(before) + kEntries < number;
+  if (skips || (ranks != 0 && (ranks & ~excluded()) == 0)) {
+    op.verdict.store(before, std::memory_order_seq_cst);
+    return false;
+  }
   op.failure = failure;
-  op.active = all_ranks() & ~(lost() | excluded());
+  op.active = participants(number, lost());
   op.epoch = epoch();
   op.verdict.store(word(number, kFailedTag), std::memory_order_release);
   return true;
@@ -254,14 +316,17 @@ bool GroupShared::abort_requested(uint64_t number, Failure* failure) const {
   return true;
 }
 
-bool GroupShared::page_free(uint64_t number) const {
+bool GroupShared::page_free(uint64_t number, bool* changed) {
+  *changed = false;
   // An operation that failed before its launch never waited for the page, so older users of the page count as well.
   const uint64_t pages = settings_.exchange_pages;
   for (uint64_t back = pages; back < kEntries && back < number; back += pages) {
-    const OpEntry& before = entry(number - back);
-    const uint64_t decided = number_of(before.verdict.load(std::memory_order_acquire));
-    if (decided < number - back ||
-        (decided == number - back && before.unfinished.load(std::memory_order_acquire) != 0)) {
+    // One that some ranks withdrew from, and that the others are lost for, has nobody else left to decide it.
+    bool decided = false;
+    const Verdict verdict = try_decide(number - back, &decided);
+    *changed |= decided;
+    if (verdict == Verdict::kOpen ||
+        (verdict == Verdict::kLaunch && entry(number - back).unfinished.load(std::memory_order_acquire) != 0)) {
       return false;
     }
   }
@@ -269,16 +334,20 @@ bool GroupShared::page_free(uint64_t number) const {
 }
 
 void GroupShared::part_finished(uint64_t number) {
-  entry(number).unfinished.fetch_sub(1, std::memory_order_acq_rel);
+  entry(number).unfinished.fetch_sub(1, std::memory_order_seq_cst);
 }
 
-void GroupShared::release(uint64_t number, uint32_t rank) {
-  entry(number).released[rank].store(number, std::memory_order_release);
+bool GroupShared::release(uint64_t number, uint32_t rank) {
+  OpEntry& op = entry(number);
+  op.released[rank].store(number, std::memory_order_seq_cst);
+  return std::any_of(op.posted.begin(), op.posted.begin() + ranks(), [number](const std::atomic<uint64_t>& posted) {
+    return posted.load(std::memory_order_seq_cst) > withdrawn(number);
+  });
 }
 
 bool GroupShared::quiet(uint32_t rank) const {
   for (const OpEntry& op : entries_) {
-    const uint64_t verdict = op.verdict.load(std::memory_order_acquire);
+    const uint64_t verdict = op.verdict.load(std::memory_order_seq_cst);
     if (tag_of(verdict) == kDeciding) {
       return false;
     }

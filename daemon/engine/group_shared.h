@@ -3,7 +3,8 @@
 // what was decided about it, and how many parts still run. Created by the group directory, used by every loop thread of
 // its ranks without locks: each word has one kind of writer, and the verdict of an operation is decided once by
 // compare-and-swap. Entries are reused every kEntries operations; a rank has at most EXPERTD_RING_SLOTS_MAX
-// outstanding, so entry n is decided and released long before n + kEntries is posted in all but failed groups.
+// outstanding, so entry n is decided and released long before n + kEntries is posted, except beside ranks that the
+// others do not wait for (excluded, lost, or late beyond a deadline): those may still read it, or come to it then.
 #pragma once
 
 #include <array>
@@ -37,7 +38,8 @@ enum class Verdict : uint32_t {
 struct OpEntry {
   /// (number << 2) | kDeciding/kLaunchTag/kFailedTag; CAS decides, then a release store publishes.
   std::atomic<uint64_t> verdict{0};
-  /// posted[r] == n: rank r submitted operation n; requests[r] was written before (release/acquire pair).
+  /// 2n: rank r submitted operation n; requests[r] was written before (release/acquire pair). 2n + 1: it withdrew from
+  /// operation n since. Grows only, so a rank whose word is beyond 2n takes no part in n, whoever decides about it.
   std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> posted{};
   /// released[r] == n: rank r will not read this entry for operation n again.
   std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> released{};
@@ -75,24 +77,32 @@ class GroupShared {
   const GroupSettings& settings() const { return settings_; }
   uint32_t ranks() const { return settings_.shape.ranks; }
   uint64_t all_ranks() const;
-  uint64_t lost() const { return lost_.load(std::memory_order_acquire); }
-  uint64_t excluded() const { return excluded_.load(std::memory_order_acquire); }
+  uint64_t lost() const { return lost_.load(std::memory_order_seq_cst); }
+  uint64_t excluded() const { return excluded_.load(std::memory_order_seq_cst); }
   uint64_t epoch() const { return epoch_.load(std::memory_order_acquire); }
   uint64_t launched_ops() const { return launched_ops_.load(std::memory_order_relaxed); }
 
   /// A rank's session ended. Any thread; the loops of the other ranks must be woken afterwards.
   void set_lost(uint32_t rank);
-  /// Mask by request; only with mask_on_loss. Any thread.
-  void set_excluded(uint64_t ranks);
+  /// Mask by request: `exclude` and then `readmit`, 0 to leave it; only with mask_on_loss. Any thread; two at a time
+  /// both count.
+  void change_excluded(uint64_t exclude, uint64_t readmit);
 
   /// Rank `rank` submits operation `number`. Only by that rank's loop thread, in order.
   void post(uint64_t number, uint32_t rank, const Request* request);
-  /// Decides what can be decided about `number`; returns the verdict. `decided` is set for the one caller that decided.
-  Verdict try_decide(uint64_t number, bool* decided);
+  /// Decides what can be decided about `number`; returns the verdict. `changed` is set when the loops of the other
+  /// ranks must be woken: for the one caller that decided, and for one that seemed to be deciding for a moment.
+  Verdict try_decide(uint64_t number, bool* changed);
   /// Nobody has begun to decide `number`; asked after set_lost(rank) this means the rank will not take part in it.
   bool undecided(uint64_t number) const;
-  /// Ends `number` before launch; false when something else was decided first.
-  bool fail(uint64_t number, const Failure& failure);
+  /// Ends `number` before launch, on behalf of `ranks` (0: of the group); false when something else was decided first,
+  /// all of `ranks` are excluded, or the entry still serves an older operation. `changed` as above.
+  bool fail(uint64_t number, uint64_t ranks, const Failure& failure, bool* changed);
+  /// Rank `rank`, which submitted `number`, takes no part in it whatever the mask becomes: the rank may end it on its
+  /// own. False when it is being decided or was: then that counts. Only by the rank's loop thread, with mask_on_loss.
+  bool withdraw(uint64_t number, uint32_t rank);
+  /// The entry of `number` still owes a verdict to an operation before it, so nothing can be decided about `number`.
+  bool ahead(uint64_t number) const;
   /// Ranks that have not submitted `number` and are not lost.
   uint64_t not_posted(uint64_t number) const;
   /// Ranks of a launched operation that were lost before they were through with it; one that finished its part and
@@ -101,11 +111,13 @@ class GroupShared {
   /// Asks every rank's engine to abort its part of a launched operation; the first caller's failure is reported.
   bool request_abort(uint64_t number, const Failure& failure);
   bool abort_requested(uint64_t number, Failure* failure) const;
-  /// True when the exchange page of `number` is free: all parts of operation number - kExchangePages ended.
-  bool page_free(uint64_t number) const;
+  /// True when the exchange page of `number` is free: all parts of the operations that used it before ended. Decides
+  /// those that nobody else may come back to. `changed` as above.
+  bool page_free(uint64_t number, bool* changed);
   void part_finished(uint64_t number);
-  /// The rank will not look at operation `number` again.
-  void release(uint64_t number, uint32_t rank);
+  /// The rank will not look at operation `number` again. True when a rank has submitted an operation that needs the
+  /// entry: it may have found this rank in its way, so the loops of the other ranks must be woken.
+  bool release(uint64_t number, uint32_t rank);
   OpEntry& entry(uint64_t number) { return entries_[number % kEntries]; }
   const OpEntry& entry(uint64_t number) const { return entries_[number % kEntries]; }
   /// No part of an operation in which `rank` takes part is still running. Any thread.
@@ -113,7 +125,8 @@ class GroupShared {
 
  private:
   Verdict verdict_of(uint64_t number) const;
-  bool claim(uint64_t number);
+  bool claim(uint64_t number, uint64_t* before, bool* changed);
+  uint64_t participants(uint64_t number, uint64_t lost_ranks) const;
   bool reusable(const OpEntry& entry, uint64_t decided_word) const;
   bool agree(uint64_t number, uint64_t active, Failure* failure) const;
 

@@ -227,7 +227,7 @@ base::Result<MaskReply> SessionService::group_mask(base::SessionId id, base::Gro
     if (((exclude | readmit) & ~shared->all_ranks()) != 0) {
       return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "mask names ranks beyond expert_parallel_size");
     }
-    shared->set_excluded((shared->excluded() | exclude) & ~readmit);
+    shared->change_excluded(exclude, readmit);
     wake_group(*shared);
   }
   return MaskReply{shared->epoch(), shared->lost(), shared->excluded()};

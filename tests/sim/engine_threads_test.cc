@@ -45,7 +45,7 @@ struct ThreadRank {
       request.seq = ++seq;
       request.submit_ns = state.next_number;
       request.session = session.id();
-      request.deadline_ns = ~0ULL;
+      request.deadline_ns = patience == 0 ? ~0ULL : turn + random() % patience;
       request.rejected_reason = random() % 100 < refusals_percent ? EXPERTD_REASON_NO_SUCH_BUFFER : 0;
       session.request(slot) = request;
       engine.submit(&session, slot, &state);
@@ -61,11 +61,13 @@ struct ThreadRank {
   engine::RankState state;
   std::mt19937_64 random;
   uint64_t seq = 0;
+  uint64_t turn = 0;
+  uint64_t patience = 0;  // turns until the deadline of a request, at most; 0 = none
 };
 
 /// Turns a rank until all its operations completed; `dies_at` > 0: until it has submitted that many, then it is lost.
 void run_rank(ThreadRank& rank, SimDevice* device, uint64_t operations, uint64_t dies_at, kernels::OpKind kind) {
-  uint64_t turn = 0;
+  uint64_t& turn = rank.turn;
   while (turn < kTurnsMax && (rank.seq < operations || rank.session.outstanding() != 0)) {
     rank.submit(operations, kind, device == nullptr ? 0 : 3);
     if (device != nullptr) {
@@ -88,8 +90,9 @@ void run_rank(ThreadRank& rank, SimDevice* device, uint64_t operations, uint64_t
 
 struct Case {
   bool mask;
-  uint64_t dies_at;  // of rank 1; 0 = lives
-  bool exclusions;   // a control thread excludes and readmits ranks
+  uint64_t dies_at;   // of rank 1; 0 = lives
+  bool exclusions;    // a control thread excludes and readmits ranks 2 and 3
+  uint64_t patience;  // of those ranks, in turns; 0 = endless
 };
 
 class EngineThreads : public testing::TestWithParam<Case> {};
@@ -105,6 +108,7 @@ TEST_P(EngineThreads, CompletesEveryOperationOnceAndAlike) {
     devices.push_back(std::make_unique<SimDevice>(rank + 1, rank, &wake));
     devices.back()->ticks_max = 5;
     ranks.push_back(std::make_unique<ThreadRank>(&group, rank, devices.back().get(), &wake));
+    ranks.back()->patience = rank >= 2 ? GetParam().patience : 0;
   }
   std::atomic<bool> done{false};
   std::vector<std::thread> threads;
@@ -119,11 +123,12 @@ TEST_P(EngineThreads, CompletesEveryOperationOnceAndAlike) {
       (void)group.quiet(turn % kRanks);
       (void)group.epoch();
       if (GetParam().exclusions && turn % 16 == 0) {
-        group.set_excluded(turn % 32 == 0 ? 0 : 1ULL << (2 + turn / 32 % 2));
+        const uint64_t mask = turn % 32 == 0 ? 0 : 1ULL << (2 + turn / 32 % 2);
+        group.change_excluded(mask, ~mask);
       }
       std::this_thread::yield();
     }
-    group.set_excluded(0);
+    group.change_excluded(0, ~0ULL);
   });
   for (std::thread& thread : threads) {
     thread.join();
@@ -155,12 +160,82 @@ TEST_P(EngineThreads, CompletesEveryOperationOnceAndAlike) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Modes, EngineThreads,
-                         testing::Values(Case{false, 0, false}, Case{false, 150, false}, Case{true, 150, false},
-                                         Case{true, 0, true}),
+                         testing::Values(Case{false, 0, false, 0}, Case{false, 150, false, 0},
+                                         Case{true, 150, false, 0}, Case{true, 0, true, 0}, Case{true, 0, true, 20}),
                          [](const auto& row) {
                            return std::string(row.param.mask ? "mask" : "fail") +
-                                  (row.param.dies_at != 0 ? "_loss" : "") + (row.param.exclusions ? "_excluding" : "");
+                                  (row.param.dies_at != 0 ? "_loss" : "") + (row.param.exclusions ? "_excluding" : "") +
+                                  (row.param.patience != 0 ? "_late" : "");
                          });
+
+/// Holds a thread back for up to about a microsecond, so that two threads meet at ever other points.
+void linger(std::mt19937_64& random) {
+  const uint64_t turns = random() % 1024;
+  for (uint64_t turn = 0; turn < turns; ++turn) {
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+  }
+}
+
+void await(const std::atomic<uint64_t>& word, uint64_t value) {
+  for (uint64_t turn = 1; word.load(std::memory_order_acquire) < value; ++turn) {
+    if (turn % 1024 == 0) {
+      std::this_thread::yield();
+    }
+  }
+}
+
+/// Ends operations one by one as the only active rank; from the first reuse of an entry on it waits before each until
+/// the late rank is about to post into the same entry.
+void end_operations(engine::GroupShared& group, uint64_t last, const std::atomic<uint64_t>& late_at,
+                    std::atomic<uint64_t>& ended) {
+  const engine::Request request = plain_request();
+  std::mt19937_64 random(1);
+  for (uint64_t number = 1; number <= last; ++number) {
+    group.post(number, 0, &request);
+    if (number > engine::GroupShared::kEntries) {
+      await(late_at, number - engine::GroupShared::kEntries);
+      linger(random);
+    }
+    bool changed = false;
+    while (
+        !group.fail(number, 0, {.reason = EXPERTD_REASON_TIMEOUT, .value = static_cast<int64_t>(number)}, &changed)) {
+      std::this_thread::yield();
+    }
+    (void)group.release(number, 0);
+    ended.store(number, std::memory_order_release);
+  }
+}
+
+// The engine reads the failure of an operation after its verdict; a rank that is late by exactly the number of entries
+// does so while the others may take the entry for their next operation.
+TEST(GroupSharedThreads, KeepAnEntryWhileARankAWholeWrapLateReadsIt) {
+  constexpr uint64_t kOperations = 60'000;
+  engine::GroupShared group(group_settings(2, true));
+  group.change_excluded(2, 0);
+  std::atomic<uint64_t> late_at{0};
+  std::atomic<uint64_t> ended{0};
+  std::thread first([&] { end_operations(group, kOperations, late_at, ended); });
+  const engine::Request request = plain_request();
+  std::mt19937_64 random(2);
+  uint64_t read = 0;
+  uint64_t wrong = 0;
+  for (uint64_t number = 1; number <= kOperations - engine::GroupShared::kEntries; ++number) {
+    await(ended, number + engine::GroupShared::kEntries - 1);
+    late_at.store(number, std::memory_order_release);
+    linger(random);
+    group.post(number, 1, &request);
+    bool decided = false;
+    if (group.try_decide(number, &decided) == engine::Verdict::kFailed) {
+      ++read;
+      linger(random);
+      wrong += group.entry(number).failure.value != static_cast<int64_t>(number) ? 1 : 0;
+    }
+    (void)group.release(number, 1);
+  }
+  first.join();
+  RecordProperty("read", std::to_string(read));
+  EXPECT_EQ(wrong, 0U) << "of " << read << " failures were those of a newer operation";
+}
 
 TEST(HostDeviceThreads, MeetInBarriersWithoutARace) {
   constexpr uint32_t kRanks = 3;

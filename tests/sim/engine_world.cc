@@ -23,6 +23,9 @@ EngineWorld::EngineWorld(uint64_t seed) : random_(seed * 0x9E3779B97F4A7C15ULL +
   faults_ = chance(40);
   deadlines_ = chance(25);
   masks_ = chance(20);
+  strays_ = masks_ && chance(40);
+  faults_ = faults_ && !strays_;
+  deadlines_ = deadlines_ && !strays_;
   refusals_percent_ = chance(50) ? 5 : 0;
   for (uint32_t i = 0; i < devices_count_; ++i) {
     auto device = std::make_unique<Device>();
@@ -33,7 +36,11 @@ EngineWorld::EngineWorld(uint64_t seed) : random_(seed * 0x9E3779B97F4A7C15ULL +
   }
   build_groups();
   build_clients();
-  if (masks_) {
+  if (strays_) {
+    for (const std::unique_ptr<engine::GroupShared>& group : groups_) {
+      group->change_excluded(random_() & group->all_ranks() & ~1ULL, 0);
+    }
+  } else if (masks_) {
     mask_change_ns_ = 1 + pick(200);
   }
 }
@@ -126,7 +133,10 @@ void EngineWorld::Client::complete(const engine::Request& request, const expertd
 engine::Request EngineWorld::make_request(const Client& client, const Membership* membership) {
   engine::Request request = plain_request();
   request.session = client.session->id();
-  request.deadline_ns = now_ns_ + (deadlines_ && chance(20) ? 20 + pick(300) : kFarNs);
+  const bool excluded =
+      membership != nullptr && (membership->state.group->excluded() >> membership->state.rank & 1) != 0;
+  const bool near = strays_ ? excluded && chance(50) : deadlines_ && chance(20);
+  request.deadline_ns = now_ns_ + (near ? 1 + pick(300) : kFarNs);
   if (membership == nullptr) {
     return request;
   }
@@ -195,7 +205,8 @@ void EngineWorld::change_masks() {
   }
   const bool clear = chance(50);
   for (uint32_t group = 0; group < groups_.size(); ++group) {
-    groups_[group]->set_excluded(clear ? 0 : random_() & random_() & groups_[group]->all_ranks() & ~1ULL);
+    const uint64_t mask = clear ? 0 : random_() & random_() & groups_[group]->all_ranks() & ~1ULL;
+    groups_[group]->change_excluded(mask, ~mask);
     wake_group(group);
   }
   mask_change_ns_ = now_ns_ > 2000 && clear ? ~0ULL : now_ns_ + 20 + pick(200);
@@ -299,7 +310,7 @@ void EngineWorld::breach(const std::string& text) {
 
 std::string EngineWorld::describe() const {
   std::string text = " at " + std::to_string(now_ns_) + (faults_ ? ", faults" : "") +
-                     (deadlines_ ? ", deadlines" : "") + (masks_ ? ", masks" : "");
+                     (deadlines_ ? ", deadlines" : "") + (masks_ ? ", masks" : "") + (strays_ ? ", strays" : "");
   for (const std::unique_ptr<engine::GroupShared>& group : groups_) {
     text += "; group of " + std::to_string(group->ranks()) + (group->settings().mask_on_loss ? " (mask)" : " (fail)") +
             " lost " + std::to_string(group->lost()) + " excluded " + std::to_string(group->excluded());

@@ -92,6 +92,7 @@ class EngineWorld final : public engine::WakePort {
   bool faults_ = false;     // sessions may end
   bool deadlines_ = false;  // deadlines may pass
   bool masks_ = false;      // ranks may be excluded by request
+  bool strays_ = false;     // the excluded ones stay so, and theirs are the only deadlines that pass
   uint32_t refusals_percent_ = 0;
   uint64_t operations_ = 0;
   uint64_t mask_change_ns_ = ~0ULL;

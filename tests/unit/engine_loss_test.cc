@@ -55,6 +55,29 @@ TEST(EngineLoss, AbortsARunningOperationInBothModes) {
   }
 }
 
+// A rank that looked while another was ending the operation saw it neither open nor ended, and sleeps since.
+TEST(EngineLoss, WakesTheOthersWhenItEndsAGatheringOperation) {
+  FakeGroup group(3);
+  group.submit_all();
+  group.shared.set_lost(2);
+  group.wake.woken.clear();
+  (void)group[0].run(1);
+  EXPECT_EQ(group[0].reason(1), static_cast<uint32_t>(EXPERTD_REASON_PEER_LOST));
+  EXPECT_GE(group.wake.woken[1], 1U);
+}
+
+TEST(EngineLoss, WakesTheOthersWhenItAbortsARunningOperation) {
+  FakeGroup group(3);
+  group.submit_all();
+  ASSERT_TRUE(group.settle(1));
+  group.shared.set_lost(2);
+  group[0].port.ends_on_abort = false;
+  group.wake.woken.clear();
+  (void)group[0].run(2);
+  EXPECT_NE(group[0].port.parts()[0].abort_reason, 0U);
+  EXPECT_GE(group.wake.woken[1], 1U);
+}
+
 TEST(EngineLoss, LetsAnOperationEndWellWhenTheLostRankWasThroughWithIt) {
   FakeGroup group(2, true);
   group.submit_all();
@@ -106,7 +129,7 @@ TEST(EngineLoss, LeavesOutARankThatSubmittedAndWasLostBeforeTheDecision) {
 
 TEST(EngineLoss, TellsAnExcludedRankThatItsOperationRanWithoutIt) {
   FakeGroup group(2, true);
-  group.shared.set_excluded(2);
+  group.shared.change_excluded(2, 0);
   group.submit_all();
   ASSERT_TRUE(group.settle(1));
   group.finish_all();
@@ -119,12 +142,12 @@ TEST(EngineLoss, TellsAnExcludedRankThatItsOperationRanWithoutIt) {
 
 TEST(EngineLoss, TakesAReadmittedRankBackWithANewEpoch) {
   FakeGroup group(2, true);
-  group.shared.set_excluded(2);
+  group.shared.change_excluded(2, 0);
   const uint64_t masked_epoch = group.shared.epoch();
   group.submit_all();
   ASSERT_TRUE(group.settle(1));
   group.finish_all();
-  group.shared.set_excluded(0);
+  group.shared.change_excluded(0, ~0ULL);
   group.submit_all();
   ASSERT_TRUE(group.settle(2));
   group.finish_all();
@@ -136,7 +159,7 @@ TEST(EngineLoss, TakesAReadmittedRankBackWithANewEpoch) {
 
 TEST(EngineLoss, NeverReportsSuccessWhenEveryRankIsExcluded) {
   FakeGroup group(2, true);
-  group.shared.set_excluded(3);
+  group.shared.change_excluded(3, 0);
   group.submit_all();
   ASSERT_TRUE(group.settle(1));
   for (uint32_t rank = 0; rank < 2; ++rank) {
