@@ -68,8 +68,9 @@ uint32_t idx_bytes(expertd_data_type_t type) {
 
 Status check_idx_type(expertd_data_type_t type, bool given) {
   if (given && type != EXPERTD_I32 && type != EXPERTD_I64) {
-    return error(EXPERTD_REASON_WRONG_DTYPE, "idx_type = %d, allowed EXPERTD_I32 (%d), EXPERTD_I64 (%d)",
-                 static_cast<int>(type), EXPERTD_I32, EXPERTD_I64);
+    return about(error(EXPERTD_REASON_WRONG_DTYPE, "idx_type = %d, allowed EXPERTD_I32 (%d), EXPERTD_I64 (%d)",
+                       static_cast<int>(type), EXPERTD_I32, EXPERTD_I64),
+                 {EXPERTD_ARGUMENT_IN_TOPK_IDX, type, EXPERTD_I32, EXPERTD_I64});
   }
   return {};
 }
@@ -138,8 +139,9 @@ Status set_side(const void* side, uint64_t tokens, OpRequest* request) {
 
 Status check_dtype(expertd_data_type_t dtype) {
   if (dtype != EXPERTD_BF16 && dtype != EXPERTD_BYTES) {
-    return error(EXPERTD_REASON_WRONG_DTYPE, "dtype = %d, allowed EXPERTD_BF16 (%d), EXPERTD_BYTES (%d)",
-                 static_cast<int>(dtype), EXPERTD_BF16, EXPERTD_BYTES);
+    return about(error(EXPERTD_REASON_WRONG_DTYPE, "dtype = %d, allowed EXPERTD_BF16 (%d), EXPERTD_BYTES (%d)",
+                       static_cast<int>(dtype), EXPERTD_BF16, EXPERTD_BYTES),
+                 {EXPERTD_ARGUMENT_DTYPE, dtype, EXPERTD_BF16, EXPERTD_BYTES});
   }
   return {};
 }

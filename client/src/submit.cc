@@ -31,9 +31,12 @@ void set_ref(OpRequest* request, uint32_t index, uint32_t buffer, uint64_t offse
 }
 
 Status out_of_bounds(uint32_t index, const TensorArg& tensor, const Place& place, const Buffer& buffer) {
-  return error(EXPERTD_REASON_OUT_OF_BOUNDS, "%s = %llu bytes at offset %llu, allowed 0..%llu bytes of its buffer",
-               name_of(index), static_cast<unsigned long long>(tensor.bytes),
-               static_cast<unsigned long long>(place.offset), static_cast<unsigned long long>(buffer.bytes));
+  return about(
+      error(EXPERTD_REASON_OUT_OF_BOUNDS, "%s = %llu bytes at offset %llu, allowed 0..%llu bytes of its buffer",
+            name_of(index), static_cast<unsigned long long>(tensor.bytes),
+            static_cast<unsigned long long>(place.offset), static_cast<unsigned long long>(buffer.bytes)),
+      {EXPERTD_ARGUMENT_OF_TENSOR(index), static_cast<int64_t>(place.offset + tensor.bytes), 0,
+       static_cast<int64_t>(buffer.bytes)});
 }
 
 }  // namespace
@@ -74,7 +77,9 @@ Status Session::place_device_tensor(OpRequest* request, uint32_t index) {
       status = memory_->register_pointer(base, bytes, true, &buffer);
     }
     if (!status.ok()) {
-      return {status.reason, format("%s at %p: %s", name_of(index), tensor.pointer, status.text.c_str())};
+      return {status.reason,
+              format("%s at %p: %s", name_of(index), tensor.pointer, status.text.c_str()),
+              {.argument = EXPERTD_ARGUMENT_OF_TENSOR(index)}};
     }
   }
   return error(EXPERTD_REASON_INTERNAL, "%s at %p changes its allocation while it is registered", name_of(index),
