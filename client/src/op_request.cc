@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Refusals are left to the daemon wherever a descriptor can be written, because only then the other ranks hear of them
-// (PEER_REJECTED instead of a timeout). Sizes are therefore computed from arguments clamped to the group's limits.
+// Refusals are left to the daemon wherever a descriptor can be written, so that there is one place that checks. Sizes
+// are therefore computed from arguments clamped to the group's limits. What is refused here the daemon is told by a
+// descriptor of its own (build_refusal).
 #include "client/src/op_request.h"
 
 #include <algorithm>
@@ -152,6 +153,21 @@ Status no_window(const Group& group) {
 }
 
 }  // namespace
+
+void build_refusal(const Group& group, uint32_t op, uint64_t timeout_ns, const Status& why, OpRequest* request) {
+  *request = OpRequest();
+  request->timeout_ns = group.next_timeout_ns(timeout_ns);
+  expertd_slot& slot = request->slot;
+  slot.op = op;
+  slot.flags = EXPERTD_SLOT_REFUSED;
+  slot.group = group.id();
+  slot.timeout_ns = timeout_ns;
+  slot.refused_reason = static_cast<uint32_t>(why.reason);
+  slot.refused_argument = why.subject.argument;
+  slot.refused_value = why.subject.value;
+  slot.refused_minimum = why.subject.minimum;
+  slot.refused_maximum = why.subject.maximum;
+}
 
 Status build_barrier(const Group& group, uint32_t flags, uint64_t timeout_ns, OpRequest* request) {
   request->slot.op = EXPERTD_OP_BARRIER;

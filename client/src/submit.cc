@@ -172,15 +172,18 @@ Status Session::wait_for_slot(uint64_t deadline_ns) {
   return {};
 }
 
+// Under the submit lock.
+void Session::stamp(expertd_slot* slot) const {
+  slot->seq = connection_->ring()->next_seq();
+  slot->submit_ns = now_ns();
+  std::memcpy(slot->trace_id, trace_id_.data(), trace_id_.size());
+}
+
 Status Session::submit(OpRequest* request, expertd_stream_t stream, expertd_event_t* event) {
-  Status status = device_->check_stream(stream);
-  if (!status.ok()) {
-    return status;
-  }
   // The slot first: its wait collects finished operations, whose staging chunks this one may need.
   const std::lock_guard lock(submit_mutex_);
   RingClient* ring = connection_->ring();
-  status = wait_for_slot(deadline_after(request->timeout_ns));
+  Status status = wait_for_slot(deadline_after(request->timeout_ns));
   OpRecord record;
   if (status.ok()) {
     status = resolve_tensors(request, &record, stream);
@@ -189,9 +192,7 @@ Status Session::submit(OpRequest* request, expertd_stream_t stream, expertd_even
     return status;
   }
   expertd_slot& slot = request->slot;
-  slot.seq = ring->next_seq();
-  slot.submit_ns = now_ns();
-  std::memcpy(slot.trace_id, trace_id_.data(), trace_id_.size());
+  stamp(&slot);
   const uint32_t index = ring->slot_index(slot.seq);
   record.event = (incarnation_ << kIncarnationShift) | slot.seq;
   record.seq = slot.seq;
@@ -203,9 +204,23 @@ Status Session::submit(OpRequest* request, expertd_stream_t stream, expertd_even
   ops_->begin(std::move(record), index);
   // Before the doorbell: the daemon arms its stream as soon as the descriptor is there.
   ring->submit(slot);
+  request->submitted = true;
   status = device_->ring_doorbell(index, slot.seq, stream);
   if (status.ok() && (request->flags & EXPERTD_ASYNC) == 0) {
     status = device_->wait_completion(index, slot.seq, stream);
+  }
+  return status;
+}
+
+// No record is kept: nobody asks for the result, and the slot is free again when its completion is there. No word is
+// written and no stream waits either, so that whatever state the caller's stream is in stays as it is.
+Status Session::submit_refusal(OpRequest* refusal) {
+  const std::lock_guard lock(submit_mutex_);
+  Status status = wait_for_slot(deadline_after(refusal->timeout_ns));
+  if (status.ok()) {
+    stamp(&refusal->slot);
+    connection_->ring()->submit(refusal->slot);
+    refusal->submitted = true;
   }
   return status;
 }
