@@ -193,7 +193,20 @@ EXPERTD_API expertd_status_t expertd_group_mask(expertd_group_t* group, uint64_t
  * Each is issued on `stream` and returns an event at once; the stream waits for the completion unless EXPERTD_ASYNC is
  * given: then computation may follow, and expertd_event_stream_wait (the receive half, or "hook") makes a stream wait.
  * Notation and results: R ranks, E experts, L = E/R, T tokens, K top-k, H hidden, M max_tokens, N = R*M, C
- * capacity_rows. Data pointers are multiples of 16 bytes. Failures of an operation come with its event. */
+ * capacity_rows. Data pointers are multiples of 16 bytes. Failures of an operation come with its event.
+ *
+ * A call that is refused hands out no event and puts nothing on the stream, but it counts: it is this rank's operation
+ * of the group, refused. The other ranks' operation ends with PEER_REJECTED naming this rank and the Reason as soon as
+ * they have issued it, and what every rank issues next is the same operation again. So a refused call is not repeated
+ * by this rank alone; a refused send (EXPERTD_ASYNC) has used up the number of its operation and has no receive half.
+ * As every issue it waits for a free slot of the ring. A call that fails with CUDA after its operation was published
+ * counts too, and ends at its deadline. These do not count, because the daemon cannot be told or nothing was issued,
+ * and may be made again:
+ * - FORKED, UNAVAILABLE, NO_SUCH_GROUP, and MISSING_ARGUMENT about the group: there is no session or no group;
+ * - RING_OVERFLOW: no slot became free before the operation's deadline;
+ * - UNSUPPORTED because the stream is being captured: a capture records what a later replay would issue;
+ * - any refusal under a daemon of ring version 1.0, whose other ranks wait for their deadline.
+ * expertd_layout is no operation of a group; nobody hears of its refusals. */
 
 enum expertd_op_flag {
   EXPERTD_ASYNC = 1,                /* the stream does not wait; use the event */

@@ -20,6 +20,18 @@ namespace {
 
 constexpr uint64_t kLeaveTimeoutNs = 10'000'000'000;
 
+/// One call of an operation, as far as its refusal needs it.
+struct Issue {
+  uint32_t op = EXPERTD_OP_NONE;
+  expertd_stream_t stream = nullptr;
+  uint64_t timeout_ns = 0;
+};
+
+template <typename Args>
+Issue issue_of(uint32_t op, const Args* args, expertd_stream_t stream) {
+  return {op, stream, client::check_struct(args, "args").ok() ? args->timeout_ns : 0};
+}
+
 Status config_of(const expertd_group_options_t* options, client::GroupConfig* config) {
   Status status = client::check_struct(options, "options");
   if (status.ok()) {
@@ -58,18 +70,50 @@ expertd_status_t on_group(expertd_group_t* group, Status checked, const Call& ca
   return publish(status.ok() ? call(known) : status);
 }
 
-Status submit(Group* group, OpRequest* request, expertd_stream_t stream, expertd_event_t* event) {
-  Status status = group->session()->submit(request, stream, event);
-  if (status.ok()) {
-    group->count_issued();
+// Lets the daemon count an operation that was refused here, so that the other ranks hear of it instead of waiting for
+// it. The caller hears of the refusal, unless there was no way to count it: then of that, so that it can tell.
+Status refuse(Group* group, const Issue& issue, Status why) {
+  client::Session* session = group->session();
+  if (!session->connection()->ring()->takes_refusals()) {
+    return why;
   }
-  return status;
+  OpRequest refusal;
+  client::build_refusal(*group, issue.op, issue.timeout_ns, why, &refusal);
+  Status told = session->submit_refusal(&refusal);
+  if (told.ok()) {
+    group->count_issued();
+    return why;
+  }
+  told.text += client::format("; what was issued would have been refused with %s: %s", client::reason_name(why.reason),
+                              why.text.c_str());
+  return told;
 }
 
-Status dispatch(Group* group, const expertd_dispatch_args_t& args, expertd_stream_t stream, expertd_handle_t* handle,
-                expertd_event_t* event) {
-  OpRequest request;
-  Status status = client::build_dispatch(*group, args, &request);
+// Every operation of a group comes through here: what it returns decides whether the operation counts (expertd.h).
+template <typename Call>
+expertd_status_t on_operation(expertd_group_t* group, const Issue& issue, const Status& checked, const Call& call) {
+  return on_group(group, {}, [&](Group* it) {
+    Status status = it->session()->device()->check_stream(issue.stream);
+    if (status.reason == EXPERTD_REASON_UNSUPPORTED) {
+      return status;  // a capture records what a later replay would issue
+    }
+    status = client::both(checked, std::move(status));
+    OpRequest request;
+    if (status.ok()) {
+      status = call(it, &request);
+    }
+    if (request.submitted) {
+      it->count_issued();
+      return status;
+    }
+    const bool no_way = status.reason == EXPERTD_REASON_UNAVAILABLE || status.reason == EXPERTD_REASON_RING_OVERFLOW;
+    return no_way ? status : refuse(it, issue, std::move(status));
+  });
+}
+
+Status dispatch(Group* group, const expertd_dispatch_args_t& args, expertd_stream_t stream, OpRequest* request,
+                expertd_handle_t* handle, expertd_event_t* event) {
+  Status status = client::build_dispatch(*group, args, request);
   const bool cached = args.cached.generation != 0;
   expertd_handle_t taken = args.cached;
   if (status.ok()) {
@@ -78,9 +122,9 @@ Status dispatch(Group* group, const expertd_dispatch_args_t& args, expertd_strea
   if (!status.ok()) {
     return status;
   }
-  request.slot.handle_index = taken.index;
-  request.slot.handle_generation = taken.generation;
-  status = submit(group, &request, stream, event);
+  request->slot.handle_index = taken.index;
+  request->slot.handle_generation = taken.generation;
+  status = group->session()->submit(request, stream, event);
   if (!status.ok() && !cached) {
     // It is this call's own, so that giving it back cannot fail.
     static_cast<void>(group->session()->handles()->give_back(group->id(), taken));
@@ -91,22 +135,21 @@ Status dispatch(Group* group, const expertd_dispatch_args_t& args, expertd_strea
   return status;
 }
 
-Status ll_dispatch(Group* group, const expertd_ll_dispatch_args_t& args, expertd_stream_t stream,
+Status ll_dispatch(Group* group, const expertd_ll_dispatch_args_t& args, expertd_stream_t stream, OpRequest* request,
                    expertd_handle_t* handle, expertd_event_t* event) {
   if (!group->config().low_latency()) {
     return client::range_error(EXPERTD_REASON_MODE_MISMATCH, "mode of the group", group->config().mode,
                                EXPERTD_MODE_INFERENCE, EXPERTD_MODE_AUTO);
   }
-  OpRequest request;
   uint32_t set = 0;
   const expertd_handle_t next = group->next_ll_handle(&set);
-  Status status = client::build_ll_dispatch(*group, args, set, &request);
+  Status status = client::build_ll_dispatch(*group, args, set, request);
   if (!status.ok()) {
     return status;
   }
-  request.slot.handle_index = next.index;
-  request.slot.handle_generation = next.generation;
-  status = submit(group, &request, stream, event);
+  request->slot.handle_index = next.index;
+  request->slot.handle_generation = next.generation;
+  status = group->session()->submit(request, stream, event);
   if (status.ok()) {
     group->commit_ll(next);
     *handle = next;
@@ -162,10 +205,10 @@ expertd_status_t expertd_group_mask(expertd_group_t* group, uint64_t exclude, ui
 
 expertd_status_t expertd_barrier(expertd_group_t* group, expertd_stream_t stream, uint32_t flags, uint64_t timeout_ns,
                                  expertd_event_t* event) {
-  return on_group(group, check_given(event, "event"), [=](Group* it) {
-    OpRequest request;
-    Status status = client::build_barrier(*it, flags, timeout_ns, &request);
-    return status.ok() ? submit(it, &request, stream, event) : status;
+  const Issue issue = {EXPERTD_OP_BARRIER, stream, timeout_ns};
+  return on_operation(group, issue, check_given(event, "event"), [=](Group* it, OpRequest* request) {
+    Status status = client::build_barrier(*it, flags, timeout_ns, request);
+    return status.ok() ? it->session()->submit(request, stream, event) : status;
   });
 }
 
@@ -181,7 +224,10 @@ expertd_status_t expertd_layout(expertd_session_t* session, const expertd_layout
     return publish(use.status());
   }
   OpRequest request;
-  status = client::build_layout(*args, unwrap(session)->default_timeout_ns(), &request);
+  status = unwrap(session)->device()->check_stream(stream);
+  if (status.ok()) {
+    status = client::build_layout(*args, unwrap(session)->default_timeout_ns(), &request);
+  }
   return publish(status.ok() ? unwrap(session)->submit(&request, stream, event) : status);
 }
 
@@ -191,19 +237,20 @@ expertd_status_t expertd_dispatch(expertd_group_t* group, const expertd_dispatch
   if (status.ok() && args->cached.generation == 0) {
     status = check_given(handle, "handle");
   }
-  return on_group(group, std::move(status), [=](Group* it) { return dispatch(it, *args, stream, handle, event); });
+  return on_operation(group, issue_of(EXPERTD_OP_DISPATCH, args, stream), status, [=](Group* it, OpRequest* request) {
+    return dispatch(it, *args, stream, request, handle, event);
+  });
 }
 
 expertd_status_t expertd_combine(expertd_group_t* group, const expertd_combine_args_t* args, expertd_stream_t stream,
                                  expertd_event_t* event) {
   Status status = client::both(client::check_struct(args, "args"), check_given(event, "event"));
-  return on_group(group, std::move(status), [=](Group* it) {
-    OpRequest request;
+  return on_operation(group, issue_of(EXPERTD_OP_COMBINE, args, stream), status, [=](Group* it, OpRequest* request) {
     Status built = it->check_handle(args->handle);
     if (built.ok()) {
-      built = client::build_combine(*it, *args, &request);
+      built = client::build_combine(*it, *args, request);
     }
-    return built.ok() ? submit(it, &request, stream, event) : built;
+    return built.ok() ? it->session()->submit(request, stream, event) : built;
   });
 }
 
@@ -211,19 +258,20 @@ expertd_status_t expertd_ll_dispatch(expertd_group_t* group, const expertd_ll_di
                                      expertd_stream_t stream, expertd_handle_t* handle, expertd_event_t* event) {
   Status status = client::both(client::check_struct(args, "args"), check_given(event, "event"));
   status = client::both(std::move(status), check_given(handle, "handle"));
-  return on_group(group, std::move(status), [=](Group* it) { return ll_dispatch(it, *args, stream, handle, event); });
+  return on_operation(
+      group, issue_of(EXPERTD_OP_LL_DISPATCH, args, stream), status,
+      [=](Group* it, OpRequest* request) { return ll_dispatch(it, *args, stream, request, handle, event); });
 }
 
 expertd_status_t expertd_ll_combine(expertd_group_t* group, const expertd_ll_combine_args_t* args,
                                     expertd_stream_t stream, expertd_event_t* event) {
   Status status = client::both(client::check_struct(args, "args"), check_given(event, "event"));
-  return on_group(group, std::move(status), [=](Group* it) {
-    OpRequest request;
+  return on_operation(group, issue_of(EXPERTD_OP_LL_COMBINE, args, stream), status, [=](Group* it, OpRequest* request) {
     Status built = it->check_handle(args->handle);
     if (built.ok()) {
-      built = client::build_ll_combine(*it, *args, &request);
+      built = client::build_ll_combine(*it, *args, request);
     }
-    return built.ok() ? submit(it, &request, stream, event) : built;
+    return built.ok() ? it->session()->submit(request, stream, event) : built;
   });
 }
 

@@ -48,6 +48,7 @@ static_assert(sizeof(AllocationProperties) == 32 && sizeof(AccessDescription) ==
 
 inline constexpr Result kSuccess = 0;
 inline constexpr Result kNotReady = 600;
+inline constexpr Result kStreamCaptureImplicit = 906;
 inline constexpr int kLocationDevice = 1;
 inline constexpr int kAccessReadWrite = 3;
 inline constexpr int kHandlePosixFd = 1;

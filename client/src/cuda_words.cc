@@ -98,8 +98,10 @@ void CudaSide::release_waiters() {
 Status CudaSide::check_stream(expertd_stream_t stream) {
   const Current current(this);
   int capturing = 0;
-  Status status = check("cuStreamIsCapturing", driver_.stream_is_capturing(to_stream(stream), &capturing));
-  if (status.ok() && capturing != 0) {
+  const cuda::Result result = driver_.stream_is_capturing(to_stream(stream), &capturing);
+  Status status = check("cuStreamIsCapturing", result);
+  // The legacy default stream takes part in every capture of the context's blocking streams.
+  if (result == cuda::kStreamCaptureImplicit || (status.ok() && capturing != 0)) {
     return error(EXPERTD_REASON_UNSUPPORTED, "the stream is being captured; operations are issued eagerly");
   }
   return status;

@@ -218,8 +218,9 @@ Status Group::ll_set_of(expertd_handle_t handle, uint32_t* set) const {
       return {};
     }
   }
-  return error(EXPERTD_REASON_STALE_HANDLE, "handle %u.%u is not one of the group's last %u ll_dispatches",
-               handle.index, handle.generation, EXPERTD_LL_WINDOW_SETS);
+  return about(error(EXPERTD_REASON_STALE_HANDLE, "handle %u.%u is not one of the group's last %u ll_dispatches",
+                     handle.index, handle.generation, EXPERTD_LL_WINDOW_SETS),
+               {EXPERTD_ARGUMENT_HANDLE, handle.generation});
 }
 
 bool Group::is_ll_handle(expertd_handle_t handle) const {

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "proto/abi/ring_v1.h"
+
 namespace expertd::client {
 namespace {
 
@@ -33,8 +35,11 @@ uint32_t HandleTable::capacity() const {
 Status HandleTable::take(uint64_t owner, expertd_handle_t* handle) {
   const std::lock_guard lock(mutex_);
   if (free_.empty()) {
-    return error(EXPERTD_REASON_HANDLE_LIMIT, "live handles = %zu, allowed 0..%zu; free some with expertd_handle_free",
-                 places_.size(), places_.size());
+    const int64_t limit = static_cast<int64_t>(places_.size());
+    return about(
+        error(EXPERTD_REASON_HANDLE_LIMIT, "live handles = %zu, allowed 0..%zu; free some with expertd_handle_free",
+              places_.size(), places_.size()),
+        {EXPERTD_ARGUMENT_HANDLE, limit, 0, limit});
   }
   const uint32_t index = free_.back();
   free_.pop_back();
@@ -59,16 +64,19 @@ Status HandleTable::check_locked(uint64_t owner, expertd_handle_t handle) const 
     return missing_argument("handle");
   }
   if (handle.index >= places_.size()) {
-    return range_error(EXPERTD_REASON_STALE_HANDLE, "handle.index", handle.index, 0,
-                       static_cast<int64_t>(places_.size()) - 1);
+    const int64_t last = static_cast<int64_t>(places_.size()) - 1;
+    return about(range_error(EXPERTD_REASON_STALE_HANDLE, "handle.index", handle.index, 0, last),
+                 {EXPERTD_ARGUMENT_HANDLE, handle.index, 0, last});
   }
   const Place& place = places_[handle.index];
   if (place.owner != owner) {
-    return error(EXPERTD_REASON_STALE_HANDLE, "handle %u was freed or belongs to another group", handle.index);
+    return about(error(EXPERTD_REASON_STALE_HANDLE, "handle %u was freed or belongs to another group", handle.index),
+                 {EXPERTD_ARGUMENT_HANDLE, handle.generation});
   }
   if (place.generation != handle.generation) {
-    return error(EXPERTD_REASON_STALE_HANDLE, "handle %u has generation %u, its place is now at %u", handle.index,
-                 handle.generation, place.generation);
+    return about(error(EXPERTD_REASON_STALE_HANDLE, "handle %u has generation %u, its place is now at %u", handle.index,
+                       handle.generation, place.generation),
+                 {EXPERTD_ARGUMENT_HANDLE, handle.generation, place.generation, place.generation});
   }
   return {};
 }

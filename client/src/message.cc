@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "client/src/message.h"
 
+#include <cstring>
+
 namespace expertd::client {
 namespace {
 
@@ -106,6 +108,16 @@ const char* argument_name(uint32_t argument) {
     default:
       return "argument";
   }
+}
+
+uint32_t argument_number(const char* name) {
+#define EXPERTD_ARGUMENT_NAMED(id, number, text) \
+  if (strcmp(name, text) == 0) {                 \
+    return number;                               \
+  }
+  EXPERTD_ARGUMENTS(EXPERTD_ARGUMENT_NAMED)
+#undef EXPERTD_ARGUMENT_NAMED
+  return EXPERTD_ARGUMENT_NONE;
 }
 
 Status completion_status(const expertd_completion& completion) {

@@ -9,6 +9,8 @@
 namespace expertd::client {
 
 const char* argument_name(uint32_t argument);
+/// EXPERTD_ARGUMENT_NONE for a name that is not in the list.
+uint32_t argument_number(const char* name);
 
 /// The status of a completed operation; ok when its Reason is 0.
 Status completion_status(const expertd_completion& completion);

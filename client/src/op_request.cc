@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Refusals are left to the daemon wherever a descriptor can be written, because only then the other ranks hear of them
-// (PEER_REJECTED instead of a timeout). Sizes are therefore computed from arguments clamped to the group's limits.
+// Refusals are left to the daemon wherever a descriptor can be written, so that there is one place that checks. Sizes
+// are therefore computed from arguments clamped to the group's limits. What is refused here the daemon is told by a
+// descriptor of its own (build_refusal).
 #include "client/src/op_request.h"
 
 #include <algorithm>
@@ -68,8 +69,9 @@ uint32_t idx_bytes(expertd_data_type_t type) {
 
 Status check_idx_type(expertd_data_type_t type, bool given) {
   if (given && type != EXPERTD_I32 && type != EXPERTD_I64) {
-    return error(EXPERTD_REASON_WRONG_DTYPE, "idx_type = %d, allowed EXPERTD_I32 (%d), EXPERTD_I64 (%d)",
-                 static_cast<int>(type), EXPERTD_I32, EXPERTD_I64);
+    return about(error(EXPERTD_REASON_WRONG_DTYPE, "idx_type = %d, allowed EXPERTD_I32 (%d), EXPERTD_I64 (%d)",
+                       static_cast<int>(type), EXPERTD_I32, EXPERTD_I64),
+                 {EXPERTD_ARGUMENT_IN_TOPK_IDX, type, EXPERTD_I32, EXPERTD_I64});
   }
   return {};
 }
@@ -138,8 +140,9 @@ Status set_side(const void* side, uint64_t tokens, OpRequest* request) {
 
 Status check_dtype(expertd_data_type_t dtype) {
   if (dtype != EXPERTD_BF16 && dtype != EXPERTD_BYTES) {
-    return error(EXPERTD_REASON_WRONG_DTYPE, "dtype = %d, allowed EXPERTD_BF16 (%d), EXPERTD_BYTES (%d)",
-                 static_cast<int>(dtype), EXPERTD_BF16, EXPERTD_BYTES);
+    return about(error(EXPERTD_REASON_WRONG_DTYPE, "dtype = %d, allowed EXPERTD_BF16 (%d), EXPERTD_BYTES (%d)",
+                       static_cast<int>(dtype), EXPERTD_BF16, EXPERTD_BYTES),
+                 {EXPERTD_ARGUMENT_DTYPE, dtype, EXPERTD_BF16, EXPERTD_BYTES});
   }
   return {};
 }
@@ -150,6 +153,21 @@ Status no_window(const Group& group) {
 }
 
 }  // namespace
+
+void build_refusal(const Group& group, uint32_t op, uint64_t timeout_ns, const Status& why, OpRequest* request) {
+  *request = OpRequest();
+  request->timeout_ns = group.next_timeout_ns(timeout_ns);
+  expertd_slot& slot = request->slot;
+  slot.op = op;
+  slot.flags = EXPERTD_SLOT_REFUSED;
+  slot.group = group.id();
+  slot.timeout_ns = timeout_ns;
+  slot.refused_reason = static_cast<uint32_t>(why.reason);
+  slot.refused_argument = why.subject.argument;
+  slot.refused_value = why.subject.value;
+  slot.refused_minimum = why.subject.minimum;
+  slot.refused_maximum = why.subject.maximum;
+}
 
 Status build_barrier(const Group& group, uint32_t flags, uint64_t timeout_ns, OpRequest* request) {
   request->slot.op = EXPERTD_OP_BARRIER;

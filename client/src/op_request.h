@@ -31,6 +31,7 @@ struct OpRequest {
   uint32_t flags = 0;  // the caller's
   uint32_t rows_per_expert = 0;
   uint64_t timeout_ns = 0;  // effective
+  bool submitted = false;   // the daemon has the descriptor, whatever failed after that
 };
 
 Status build_barrier(const Group& group, uint32_t flags, uint64_t timeout_ns, OpRequest* request);
@@ -41,6 +42,9 @@ Status build_combine(const Group& group, const expertd_combine_args_t& args, OpR
 /// Null outputs go to the given set of the group's window.
 Status build_ll_dispatch(const Group& group, const expertd_ll_dispatch_args_t& args, uint32_t set, OpRequest* request);
 Status build_ll_combine(const Group& group, const expertd_ll_combine_args_t& args, OpRequest* request);
+
+/// The descriptor that tells the daemon of an operation refused here.
+void build_refusal(const Group& group, uint32_t op, uint64_t timeout_ns, const Status& why, OpRequest* request);
 
 /// Addresses of a set in the group's window; MODE_MISMATCH when the group has none.
 Status ll_outputs(const Group& group, uint32_t set, expertd_ll_outputs_t* outputs);

@@ -63,6 +63,11 @@ void OpTable::collect(const RingClient& ring, uint64_t seq) {
   }
 }
 
+bool OpTable::holds(const RingClient& ring, uint64_t seq) {
+  const std::lock_guard lock(mutex_);
+  return in_flight_[ring.slot_index(seq)].seq == seq;
+}
+
 void OpTable::collect_all(const RingClient& ring) {
   const std::lock_guard lock(mutex_);
   for (OpRecord& record : in_flight_) {

@@ -63,6 +63,8 @@ class OpTable {
   /// Moves a completed operation of the ring into the history.
   void collect(const RingClient& ring, uint64_t seq);
   void collect_all(const RingClient& ring);
+  /// The operation has an event and was not collected yet; false for what tells the daemon of a refusal.
+  bool holds(const RingClient& ring, uint64_t seq);
   /// Looks at the history, and at the ring when it is the event's own.
   Lookup find(const RingClient* ring, uint64_t event, uint64_t seq, OpOutcome* outcome, uint64_t* deadline_ns);
   /// The ring is gone: whatever had not completed is lost.

@@ -118,6 +118,7 @@ Status RingClient::open(const OwnedFd& fd, uint64_t ring_bytes, int wake_fd, std
     return status;
   }
   opened->slot_count_ = copy.slot_count;
+  opened->abi_minor_ = copy.abi_minor;
   opened->slots_offset_ = copy.slots_offset;
   opened->completions_offset_ = copy.completions_offset;
   *ring = std::move(opened);

@@ -31,6 +31,8 @@ class RingClient {
   RingClient& operator=(const RingClient&) = delete;
 
   uint32_t slot_count() const { return slot_count_; }
+  /// The daemon knows EXPERTD_SLOT_REFUSED.
+  bool takes_refusals() const { return abi_minor_ >= 1; }
   uint32_t slot_index(uint64_t seq) const { return static_cast<uint32_t>((seq - 1) & (slot_count_ - 1)); }
   /// Sequence of the next submission.
   uint64_t next_seq() const { return next_seq_.load(std::memory_order_acquire); }
@@ -62,6 +64,7 @@ class RingClient {
   const uint64_t mapping_bytes_;
   const int wake_fd_;
   uint32_t slot_count_ = 0;
+  uint32_t abi_minor_ = 0;
   uint64_t slots_offset_ = 0;
   uint64_t completions_offset_ = 0;
   // Written under the submit lock, read anywhere.

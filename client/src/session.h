@@ -63,6 +63,8 @@ class Session {
 
   /// Resolves, stages, writes the descriptor and rings the doorbell (submit.cc).
   Status submit(OpRequest* request, expertd_stream_t stream, expertd_event_t* event);
+  /// Only the descriptor of build_refusal(): it has no tensors, no event and nothing on a stream.
+  Status submit_refusal(OpRequest* refusal);
 
   Status query(uint64_t event, int* done);
   /// The status is the operation's own, or why it is not known.
@@ -82,6 +84,7 @@ class Session {
   Status find(uint64_t event, Lookup* lookup, OpOutcome* outcome, uint64_t* deadline_ns);
 
   Status wait_for_slot(uint64_t deadline_ns);
+  void stamp(expertd_slot* slot) const;
   Status resolve_tensors(OpRequest* request, OpRecord* record, expertd_stream_t stream);
   Status place_tensor(OpRequest* request, uint32_t index, bool* staged);
   Status place_device_tensor(OpRequest* request, uint32_t index);

@@ -131,8 +131,8 @@ Status Session::synchronize(expertd_stream_t stream, uint64_t timeout_ns) {
   const uint64_t last = ring->next_seq();
   const uint64_t first = last > ring->slot_count() ? last - ring->slot_count() : 1;
   for (uint64_t seq = first; seq < last; ++seq) {
-    // A slot that was used again has completed before.
-    const WaitEnd end = ring->next_seq() - seq > ring->slot_count() ? WaitEnd::kComplete : ring->wait(seq, deadline_ns);
+    // What was collected has ended, and nobody waits for the end of a refusal.
+    const WaitEnd end = ops_->holds(*ring, seq) ? ring->wait(seq, deadline_ns) : WaitEnd::kComplete;
     if (end == WaitEnd::kClosed) {
       return lost_status();
     }

@@ -5,6 +5,8 @@
 #include <cstdio>
 #include <cstring>
 
+#include "client/src/message.h"
+
 namespace expertd::client {
 namespace {
 
@@ -68,13 +70,19 @@ Status system_error(const char* call) {
   return error(EXPERTD_REASON_SYSTEM, "%s: errno %d (%s)", call, number, words);
 }
 
+Status about(Status status, const Subject& subject) {
+  status.subject = subject;
+  return status;
+}
+
 Status range_error(int32_t reason, const char* name, int64_t value, int64_t minimum, int64_t maximum) {
-  return error(reason, "%s = %lld, allowed %lld..%lld", name, static_cast<long long>(value),
-               static_cast<long long>(minimum), static_cast<long long>(maximum));
+  return about(error(reason, "%s = %lld, allowed %lld..%lld", name, static_cast<long long>(value),
+                     static_cast<long long>(minimum), static_cast<long long>(maximum)),
+               {argument_number(name), value, minimum, maximum});
 }
 
 Status missing_argument(const char* name) {
-  return error(EXPERTD_REASON_MISSING_ARGUMENT, "%s was not given", name);
+  return about(error(EXPERTD_REASON_MISSING_ARGUMENT, "%s was not given", name), {.argument = argument_number(name)});
 }
 
 expertd_status_t to_c(int32_t reason) {

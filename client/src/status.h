@@ -12,10 +12,20 @@
 
 namespace expertd::client {
 
+/// What a refusal is about, as the ring carries it: an argument's number of ring_v1.h (0: it has none), its value and
+/// the allowed range.
+struct Subject {
+  uint32_t argument = 0;
+  int64_t value = 0;
+  int64_t minimum = 0;
+  int64_t maximum = 0;
+};
+
 struct [[nodiscard]] Status {
   int32_t reason = EXPERTD_REASON_NONE;
   /// Without the name of the Reason, which publish() puts in front.
   std::string text;
+  Subject subject{};
   bool ok() const { return reason == EXPERTD_REASON_NONE; }
 };
 
@@ -27,7 +37,10 @@ struct [[nodiscard]] Status {
 /// SYSTEM with the name of the call and errno.
 Status system_error(const char* call);
 
-/// "name = value, allowed minimum..maximum", with the Reason given.
+/// The same status about a subject.
+Status about(Status status, const Subject& subject);
+
+/// "name = value, allowed minimum..maximum", with the Reason given; about the argument of that name, if there is one.
 Status range_error(int32_t reason, const char* name, int64_t value, int64_t minimum, int64_t maximum);
 
 Status missing_argument(const char* name);

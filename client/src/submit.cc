@@ -31,9 +31,12 @@ void set_ref(OpRequest* request, uint32_t index, uint32_t buffer, uint64_t offse
 }
 
 Status out_of_bounds(uint32_t index, const TensorArg& tensor, const Place& place, const Buffer& buffer) {
-  return error(EXPERTD_REASON_OUT_OF_BOUNDS, "%s = %llu bytes at offset %llu, allowed 0..%llu bytes of its buffer",
-               name_of(index), static_cast<unsigned long long>(tensor.bytes),
-               static_cast<unsigned long long>(place.offset), static_cast<unsigned long long>(buffer.bytes));
+  return about(
+      error(EXPERTD_REASON_OUT_OF_BOUNDS, "%s = %llu bytes at offset %llu, allowed 0..%llu bytes of its buffer",
+            name_of(index), static_cast<unsigned long long>(tensor.bytes),
+            static_cast<unsigned long long>(place.offset), static_cast<unsigned long long>(buffer.bytes)),
+      {EXPERTD_ARGUMENT_OF_TENSOR(index), static_cast<int64_t>(place.offset + tensor.bytes), 0,
+       static_cast<int64_t>(buffer.bytes)});
 }
 
 }  // namespace
@@ -74,7 +77,9 @@ Status Session::place_device_tensor(OpRequest* request, uint32_t index) {
       status = memory_->register_pointer(base, bytes, true, &buffer);
     }
     if (!status.ok()) {
-      return {status.reason, format("%s at %p: %s", name_of(index), tensor.pointer, status.text.c_str())};
+      return {status.reason,
+              format("%s at %p: %s", name_of(index), tensor.pointer, status.text.c_str()),
+              {.argument = EXPERTD_ARGUMENT_OF_TENSOR(index)}};
     }
   }
   return error(EXPERTD_REASON_INTERNAL, "%s at %p changes its allocation while it is registered", name_of(index),
@@ -167,15 +172,18 @@ Status Session::wait_for_slot(uint64_t deadline_ns) {
   return {};
 }
 
+// Under the submit lock.
+void Session::stamp(expertd_slot* slot) const {
+  slot->seq = connection_->ring()->next_seq();
+  slot->submit_ns = now_ns();
+  std::memcpy(slot->trace_id, trace_id_.data(), trace_id_.size());
+}
+
 Status Session::submit(OpRequest* request, expertd_stream_t stream, expertd_event_t* event) {
-  Status status = device_->check_stream(stream);
-  if (!status.ok()) {
-    return status;
-  }
   // The slot first: its wait collects finished operations, whose staging chunks this one may need.
   const std::lock_guard lock(submit_mutex_);
   RingClient* ring = connection_->ring();
-  status = wait_for_slot(deadline_after(request->timeout_ns));
+  Status status = wait_for_slot(deadline_after(request->timeout_ns));
   OpRecord record;
   if (status.ok()) {
     status = resolve_tensors(request, &record, stream);
@@ -184,9 +192,7 @@ Status Session::submit(OpRequest* request, expertd_stream_t stream, expertd_even
     return status;
   }
   expertd_slot& slot = request->slot;
-  slot.seq = ring->next_seq();
-  slot.submit_ns = now_ns();
-  std::memcpy(slot.trace_id, trace_id_.data(), trace_id_.size());
+  stamp(&slot);
   const uint32_t index = ring->slot_index(slot.seq);
   record.event = (incarnation_ << kIncarnationShift) | slot.seq;
   record.seq = slot.seq;
@@ -198,9 +204,23 @@ Status Session::submit(OpRequest* request, expertd_stream_t stream, expertd_even
   ops_->begin(std::move(record), index);
   // Before the doorbell: the daemon arms its stream as soon as the descriptor is there.
   ring->submit(slot);
+  request->submitted = true;
   status = device_->ring_doorbell(index, slot.seq, stream);
   if (status.ok() && (request->flags & EXPERTD_ASYNC) == 0) {
     status = device_->wait_completion(index, slot.seq, stream);
+  }
+  return status;
+}
+
+// No record is kept: nobody asks for the result, and the slot is free again when its completion is there. No word is
+// written and no stream waits either, so that whatever state the caller's stream is in stays as it is.
+Status Session::submit_refusal(OpRequest* refusal) {
+  const std::lock_guard lock(submit_mutex_);
+  Status status = wait_for_slot(deadline_after(refusal->timeout_ns));
+  if (status.ok()) {
+    stamp(&refusal->slot);
+    connection_->ring()->submit(refusal->slot);
+    refusal->submitted = true;
   }
   return status;
 }

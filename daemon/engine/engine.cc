@@ -103,7 +103,8 @@ bool Engine::run_once(uint64_t now_ns) {
     for (uint64_t i = session->head_; i != session->tail_; ++i) {
       Op& op = session->ops_[session->order_[i % EXPERTD_RING_SLOTS_MAX]];
       moved |= advance(*session, op, may_launch, now_ns);
-      if (op.stage == EngineSession::Stage::kQueued) {
+      // One that the client refused never launches and holds no stream of it, so nothing waits behind it.
+      if (op.stage == EngineSession::Stage::kQueued && !op.request.without_words) {
         may_launch = false;
       }
       if (op.stage != EngineSession::Stage::kDone) {
@@ -373,7 +374,8 @@ bool Engine::advance_ending(EngineSession& session, Op& op, uint64_t now_ns) {
 
 void Engine::finish_unlaunched(EngineSession& session, Op& op, uint64_t now_ns) {
   const uint32_t reason = op.request.rejected_reason != 0 ? op.request.rejected_reason : op.failure.reason;
-  if (!session.closing_) {
+  // Words written for nobody could arrive behind those of the slot's next operation and hold its waiter.
+  if (!session.closing_ && !op.request.without_words) {
     port_->release_words({session.flag_page_, op.request.slot, op.request.seq}, reason);
   }
   complete(session, op, now_ns);

@@ -45,7 +45,8 @@ struct Request {
   uint32_t handle_generation = 0;
   bool doorbell_rung = false;
   bool with_weights = false;     // top-k weights travel; all ranks alike, also those with no tokens
-  uint32_t rejected_reason = 0;  // refused at admission but counted as this rank's operation of the group
+  bool without_words = false;    // refused by the client, which rang no doorbell and has nothing waiting
+  uint32_t rejected_reason = 0;  // refused, at admission or by the client, but counted as this rank's operation
   uint32_t rejected_argument = 0;
   int64_t rejected_value = 0;
   int64_t rejected_minimum = 0;

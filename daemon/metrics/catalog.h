@@ -29,7 +29,8 @@ enum class MetricType { kCounter, kGauge, kHistogram };
   X(OpTokens, "expertd_op_tokens_total", Counter, "op,gpu", "Tokens of successful operations.")                       \
   X(OpBytes, "expertd_op_bytes_total", Counter, "op,gpu,path",                                                        \
     "Bytes moved by successful operations: local stays on the device, remote goes to another rank's.")                \
-  X(OpRejected, "expertd_op_rejected_total", Counter, "gpu,reason", "Operations refused at admission, by Reason.")    \
+  X(OpRejected, "expertd_op_rejected_total", Counter, "gpu,reason",                                                   \
+    "Operations refused, at admission or by their client's library, by Reason.")                                      \
   X(OpDeadlineExceeded, "expertd_op_deadline_exceeded_total", Counter, "op,missing",                                  \
     "Operations that reached their deadline, by what was missing.")                                                   \
   X(RingSlotsUsed, "expertd_ring_slots_used", Gauge, "gpu", "Most slots in use on one ring since the last scrape.")   \

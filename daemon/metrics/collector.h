@@ -46,7 +46,7 @@ struct BuildInfo {
   std::string commit;
   std::string cuda;  // empty: built without
   std::string ucx;   // empty: built without
-  std::string abi;   // "1.0"
+  std::string abi;   // "1.1"
 };
 
 struct CollectorOptions {

@@ -130,7 +130,7 @@ class alignas(kLineBytes) OpCounters {
       }
     }
   }
-  /// An operation refused at admission.
+  /// An operation refused, at admission or by its client's library.
   void reject(uint32_t reason) { add_alone(rejected_[reason_index(reason)], 1); }
   /// A descriptor that could not be understood; count it with reject() as well.
   void descriptor_invalid(uint32_t reason) { add_alone(invalid_[reason_index(reason)], 1); }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "daemon/transport/client_refusal.h"
 #include "daemon/transport/tensor_check.h"
 
 namespace expertd::transport {
@@ -62,7 +63,7 @@ bool Admission::frame(const AdmitContext& context) {
                          EXPERTD_SLOT_FLAGS_ALL);
   }
   const bool zero = std::all_of(std::begin(slot_.reserved), std::end(slot_.reserved), [](uint8_t b) { return b == 0; });
-  if (!zero) {
+  if (!zero || (!refused_by_client(slot_) && has_client_refusal(slot_))) {
     return check_.refuse(EXPERTD_REASON_DESCRIPTOR_MALFORMED, EXPERTD_ARGUMENT_RESERVED, 1, 0, 0);
   }
   for (uint32_t i = 0; i < EXPERTD_TENSOR_COUNT; ++i) {
@@ -93,6 +94,10 @@ bool Admission::operation(const engine::GroupShared* group) {
   request_->handle_index = slot_.handle_index;
   request_->handle_generation = slot_.handle_generation;
   request_->doorbell_rung = (slot_.flags & EXPERTD_SLOT_RUNG) != 0;
+  if (refused_by_client(slot_)) {
+    request_->without_words = true;
+    return take_client_refusal(slot_, &check_);
+  }
   if (group == nullptr) {
     return layout();
   }
@@ -436,6 +441,7 @@ engine::RankState* admit(const expertd_slot& slot, const AdmitContext& context, 
   request->seq = context.seq;
   request->tensors.fill(engine::TensorView{});
   request->rejected_reason = 0;
+  request->without_words = false;
   request->submit_ns = slot.submit_ns <= context.now_ns ? slot.submit_ns : context.now_ns;
   request->admit_ns = context.now_ns;
   engine::RankState* rank = nullptr;

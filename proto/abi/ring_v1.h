@@ -11,7 +11,8 @@
 
 #define EXPERTD_RING_MAGIC 0x31474e5244505845ULL /* "EXPDRNG1" read as little-endian */
 #define EXPERTD_ABI_MAJOR 1u
-#define EXPERTD_ABI_MINOR 0u
+/* 1: EXPERTD_SLOT_REFUSED. A client reads the daemon's in the header and uses nothing that is newer. */
+#define EXPERTD_ABI_MINOR 1u
 
 #define EXPERTD_RING_HEADER_BYTES 4096u
 #define EXPERTD_SLOT_BYTES 512u
@@ -90,7 +91,8 @@ enum expertd_slot_flag {
   EXPERTD_SLOT_ROUND_SCALE = 64u,         /* with QUANTISE_FP8: scales are powers of two */
   EXPERTD_SLOT_UE8M0 = 128u,              /* with ROUND_SCALE: scales as packed exponent bytes */
   EXPERTD_SLOT_RUNG = 256u,               /* the doorbell has rung: do not wait for the GPU word */
-  EXPERTD_SLOT_FLAGS_ALL = 511u
+  EXPERTD_SLOT_REFUSED = 512u,            /* alone: the rank refused its operation itself, refused_* say why (1.1) */
+  EXPERTD_SLOT_FLAGS_ALL = 1023u
 };
 
 enum expertd_dtype {
@@ -159,7 +161,13 @@ struct expertd_slot {
   uint32_t handle_generation; /* >= 1 */
   uint32_t num_experts;       /* layout only */
   uint32_t num_ranks;         /* layout only */
-  uint8_t reserved[96];
+  uint8_t reserved[64];
+  /* With EXPERTD_SLOT_REFUSED, else zero: what the client told its caller, as a completion says it. */
+  uint32_t refused_reason;   /* expertd_reason, not NONE */
+  uint32_t refused_argument; /* expertd_argument */
+  int64_t refused_value;
+  int64_t refused_minimum;
+  int64_t refused_maximum;
   struct expertd_tensor_ref tensors[EXPERTD_TENSOR_COUNT];
 };
 
@@ -231,6 +239,8 @@ struct expertd_completion {
   X(SEQ, 20, "seq")                               \
   X(EXPERT_ID, 21, "topk_idx value")              \
   X(RECV_ROWS, 22, "received rows")               \
+  X(REFUSED_REASON, 23, "refused_reason")         \
+  X(REFUSED_ARGUMENT, 24, "refused_argument")     \
   X(IN_X, 32, "x")                                \
   X(IN_TOPK_IDX, 33, "topk_idx")                  \
   X(IN_TOPK_WEIGHTS, 34, "topk_weights")          \
@@ -271,6 +281,8 @@ EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, client_waiters) == 512, 
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, completion_futex) == 640, "completion_futex");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_tensor_ref) == 16, "tensor_ref: bump the major version");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_slot) == EXPERTD_SLOT_BYTES, "slot: bump the major version");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, reserved) == 128, "reserved");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, refused_reason) == 192, "refused_reason");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, tensors) == 224, "tensors");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_completion) == EXPERTD_COMPLETION_BYTES, "completion: bump the major version");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_completion, expert_counts) == 256, "expert_counts");

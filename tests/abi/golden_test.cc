@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Golden bytes and numbers of version 1. A difference here is an incompatible change: it needs a new major version, not
-// a new golden file. EXPERTD_WRITE_GOLDEN=1 writes files that are missing.
+// a new golden file. A minor version adds numbers to the lists and files of its own, and leaves all bytes of the older
+// ones as they are. EXPERTD_WRITE_GOLDEN=1 writes files that are missing.
 #include <gtest/gtest.h>
 
 #include <cstdio>
@@ -17,6 +18,9 @@
 
 namespace expertd::test {
 namespace {
+
+/// The samples are bytes of version 1.0.
+constexpr uint16_t kSampleMinor = 0;
 
 std::filesystem::path golden_path(const std::string& name) {
   return std::filesystem::path(__FILE__).parent_path() / "golden" / name;
@@ -79,7 +83,7 @@ expertd_ring_header sample_header() {
   expertd_ring_header header{};
   header.magic = EXPERTD_RING_MAGIC;
   header.abi_major = EXPERTD_ABI_MAJOR;
-  header.abi_minor = EXPERTD_ABI_MINOR;
+  header.abi_minor = kSampleMinor;
   header.header_bytes = EXPERTD_RING_HEADER_BYTES;
   header.slot_count = 64;
   header.slot_bytes = EXPERTD_SLOT_BYTES;
@@ -131,6 +135,24 @@ expertd_slot sample_slot() {
   return slot;
 }
 
+/// Of version 1.1: an ll_combine that its rank refused, whose deadline and trace are the caller's.
+expertd_slot sample_refusal() {
+  expertd_slot slot{};
+  slot.seq = 0x0102030405060708;
+  slot.op = EXPERTD_OP_LL_COMBINE;
+  slot.flags = EXPERTD_SLOT_REFUSED;
+  slot.group = 3;
+  slot.timeout_ns = 100'000'000'000;
+  slot.submit_ns = 0x1112131415161718;
+  slot.trace_id[15] = 0xaf;
+  slot.refused_reason = EXPERTD_REASON_OUT_OF_BOUNDS;
+  slot.refused_argument = EXPERTD_ARGUMENT_IN_X;
+  slot.refused_value = 0x2122232425262728;
+  slot.refused_minimum = -2;
+  slot.refused_maximum = INT64_MAX;
+  return slot;
+}
+
 expertd_completion sample_completion() {
   expertd_completion completion{};
   completion.seq = 0x0102030405060708;
@@ -165,7 +187,7 @@ expertd_attach_hello sample_hello() {
   hello.magic = EXPERTD_ATTACH_MAGIC;
   hello.type = EXPERTD_ATTACH_HELLO;
   hello.abi_major = EXPERTD_ABI_MAJOR;
-  hello.abi_minor = EXPERTD_ABI_MINOR;
+  hello.abi_minor = kSampleMinor;
   hello.local_pid = 4242;
   std::strcpy(hello.device, "host:3");
   std::strcpy(hello.name, "prefill");
@@ -177,7 +199,7 @@ expertd_attach_welcome sample_welcome() {
   welcome.magic = EXPERTD_ATTACH_MAGIC;
   welcome.type = EXPERTD_ATTACH_WELCOME;
   welcome.abi_major = EXPERTD_ABI_MAJOR;
-  welcome.abi_minor = EXPERTD_ABI_MINOR;
+  welcome.abi_minor = kSampleMinor;
   welcome.reason = EXPERTD_REASON_SESSION_LIMIT;
   welcome.local_pid = 1;
   welcome.device_kind = EXPERTD_DEVICE_CUDA;
@@ -208,6 +230,9 @@ TEST(Golden, KeepsTheBytesOfARingHeader) {
 TEST(Golden, KeepsTheBytesOfASlot) {
   expect_golden("slot_v1.hex", sample_slot());
 }
+TEST(Golden, KeepsTheBytesOfARefusal) {
+  expect_golden("slot_refused_v1.hex", sample_refusal());
+}
 TEST(Golden, KeepsTheBytesOfACompletion) {
   expect_golden("completion_v1.hex", sample_completion());
 }
@@ -221,6 +246,11 @@ TEST(Golden, KeepsTheBytesOfAWelcome) {
 TEST(Golden, KeepsTheBytesOfADescriptorMessage) {
   expect_golden("fd_v1.hex", expertd_attach_fd{EXPERTD_ATTACH_MAGIC, EXPERTD_ATTACH_FD_REPLY,
                                                EXPERTD_REASON_NO_SUCH_TOKEN, 12, 4096});
+}
+
+TEST(Golden, KeepsTheNumberOfTheVersion) {
+  EXPECT_EQ(std::to_string(EXPERTD_ABI_MAJOR) + "." + std::to_string(EXPERTD_ABI_MINOR) + "\n",
+            golden("version_v1.txt", ""));
 }
 
 TEST(Golden, KeepsTheNumbersOfEveryReason) {
@@ -265,12 +295,13 @@ TEST(Golden, KeepsTheNumbersOfEveryOperationFlagAndDtype) {
           << " " << EXPERTD_SLOT_EXPANDED << " " << EXPERTD_SLOT_WORST_TOKENS << " "
           << EXPERTD_SLOT_ZERO_FOREIGN_WEIGHTS << " " << EXPERTD_SLOT_ORDER_LAST_LANE << " "
           << EXPERTD_SLOT_QUANTISE_FP8 << " " << EXPERTD_SLOT_ROUND_SCALE << " " << EXPERTD_SLOT_UE8M0 << " "
-          << EXPERTD_SLOT_RUNG << " " << EXPERTD_SLOT_FLAGS_ALL << "\ndtypes " << EXPERTD_DTYPE_NONE
-          << EXPERTD_DTYPE_BF16 << EXPERTD_DTYPE_BYTES << EXPERTD_DTYPE_FP8_E4M3 << EXPERTD_DTYPE_F32
-          << EXPERTD_DTYPE_I32 << EXPERTD_DTYPE_I64 << EXPERTD_DTYPE_U8 << "\nmissing " << EXPERTD_MISSING_NONE
-          << EXPERTD_MISSING_SUBMISSION << EXPERTD_MISSING_DOORBELL << EXPERTD_MISSING_COUNTS << EXPERTD_MISSING_ROWS
-          << "\nattach " << EXPERTD_ATTACH_HELLO << EXPERTD_ATTACH_WELCOME << EXPERTD_ATTACH_REFUSED
-          << EXPERTD_ATTACH_PUT_FD << EXPERTD_ATTACH_GET_FD << EXPERTD_ATTACH_FD_REPLY << "\n";
+          << EXPERTD_SLOT_RUNG << " " << EXPERTD_SLOT_REFUSED << " " << EXPERTD_SLOT_FLAGS_ALL << "\ndtypes "
+          << EXPERTD_DTYPE_NONE << EXPERTD_DTYPE_BF16 << EXPERTD_DTYPE_BYTES << EXPERTD_DTYPE_FP8_E4M3
+          << EXPERTD_DTYPE_F32 << EXPERTD_DTYPE_I32 << EXPERTD_DTYPE_I64 << EXPERTD_DTYPE_U8 << "\nmissing "
+          << EXPERTD_MISSING_NONE << EXPERTD_MISSING_SUBMISSION << EXPERTD_MISSING_DOORBELL << EXPERTD_MISSING_COUNTS
+          << EXPERTD_MISSING_ROWS << "\nattach " << EXPERTD_ATTACH_HELLO << EXPERTD_ATTACH_WELCOME
+          << EXPERTD_ATTACH_REFUSED << EXPERTD_ATTACH_PUT_FD << EXPERTD_ATTACH_GET_FD << EXPERTD_ATTACH_FD_REPLY
+          << "\n";
   EXPECT_EQ(current.str(), golden("enums_v1.txt", current.str()));
 }
 

@@ -65,6 +65,11 @@
   X(expertd_slot, num_experts)                   \
   X(expertd_slot, num_ranks)                     \
   X(expertd_slot, reserved)                      \
+  X(expertd_slot, refused_reason)                \
+  X(expertd_slot, refused_argument)              \
+  X(expertd_slot, refused_value)                 \
+  X(expertd_slot, refused_minimum)               \
+  X(expertd_slot, refused_maximum)               \
   X(expertd_slot, tensors)                       \
   X(expertd_completion, seq)                     \
   X(expertd_completion, reason)                  \

@@ -135,7 +135,7 @@ TEST_F(BadDescriptor, AnUnknownFlag) {
 
 TEST_F(BadDescriptor, ReservedBytesThatAreNotZero) {
   expertd_slot slot = good_dispatch();
-  slot.reserved[95] = 1;
+  slot.reserved[63] = 1;
   expect_refused(slot, EXPERTD_REASON_DESCRIPTOR_MALFORMED, EXPERTD_ARGUMENT_RESERVED);
 }
 

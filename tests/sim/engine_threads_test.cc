@@ -47,6 +47,7 @@ struct ThreadRank {
       request.session = session.id();
       request.deadline_ns = patience == 0 ? ~0ULL : turn + random() % patience;
       request.rejected_reason = random() % 100 < refusals_percent ? EXPERTD_REASON_NO_SUCH_BUFFER : 0;
+      request.without_words = request.rejected_reason != 0 && seq % 2 == 0;
       session.request(slot) = request;
       engine.submit(&session, slot, &state);
     }

@@ -143,6 +143,7 @@ engine::Request EngineWorld::make_request(const Client& client, const Membership
   request.submit_ns = membership->state.next_number;  // the device compares it with the operation it launches
   if (chance(refusals_percent_)) {
     request.rejected_reason = EXPERTD_REASON_NO_SUCH_BUFFER;
+    request.without_words = chance(50);
   } else if (chance(refusals_percent_)) {
     request.shape.top_k = 3;
   }

@@ -107,6 +107,8 @@ class FakeDaemon : public v1::Session::Service {
     const std::lock_guard lock(mutex_);
     return seen_;
   }
+  // Of the sessions that attach from now on.
+  void set_abi_minor(uint16_t minor) { abi_minor_ = minor; }
   size_t buffer_count() {
     const std::lock_guard lock(mutex_);
     return regions_.size();
@@ -194,6 +196,7 @@ class FakeDaemon : public v1::Session::Service {
     expertd_ring_header* head = header();
     head->magic = EXPERTD_RING_MAGIC;
     head->abi_major = EXPERTD_ABI_MAJOR;
+    head->abi_minor = abi_minor_;
     head->header_bytes = EXPERTD_RING_HEADER_BYTES;
     head->slot_count = kSlots;
     head->slot_bytes = EXPERTD_SLOT_BYTES;
@@ -284,6 +287,7 @@ class FakeDaemon : public v1::Session::Service {
         seen_.push_back(slot);
         script = script_;
       }
+      completion.reason = slot.refused_reason;
       if (script) {
         script(slot, &completion);
       }
@@ -462,6 +466,7 @@ class FakeDaemon : public v1::Session::Service {
   std::atomic<bool> held_{false};
   std::atomic<bool> crash_{false};
   std::atomic<uint64_t> wakes_{0};
+  std::atomic<uint16_t> abi_minor_{EXPERTD_ABI_MINOR};
   std::mutex mutex_;
   int wake_ = -1;
   char* ring_ = nullptr;

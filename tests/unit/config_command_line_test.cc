@@ -9,6 +9,7 @@
 #include "daemon/config/command_line.h"
 #include "daemon/config/keys.h"
 #include "daemon/config/print.h"
+#include "proto/abi/ring_v1.h"
 
 namespace expertd::config {
 namespace {
@@ -152,8 +153,9 @@ TEST(CommandLine, PrintsTheVersionOnOneLine) {
   EXPECT_EQ(startup.exit_code, 0);
   EXPECT_EQ(startup.output, version_line() + "\n");
   EXPECT_TRUE(startup.output.starts_with("expertd ")) << startup.output;
-  // A build with CUDA names it: "expertd 0.1.0 (abi 1.0, cuda 13.0)".
-  EXPECT_NE(startup.output.find(" (abi 1.0"), std::string::npos) << startup.output;
+  // A build with CUDA names it: "expertd 0.1.0 (abi 1.1, cuda 13.0)".
+  const std::string abi = std::to_string(EXPERTD_ABI_MAJOR) + "." + std::to_string(EXPERTD_ABI_MINOR);
+  EXPECT_NE(startup.output.find(" (abi " + abi), std::string::npos) << startup.output;
   EXPECT_TRUE(startup.output.ends_with(")\n")) << startup.output;
   EXPECT_EQ(std::count(startup.output.begin(), startup.output.end(), '\n'), 1) << startup.output;
 }

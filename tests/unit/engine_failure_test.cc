@@ -61,6 +61,42 @@ TEST(EngineFailure, ReleasesTheWordsOfAnOperationThatNeverLaunched) {
   EXPECT_EQ(group[0].port.released[0].second, static_cast<uint32_t>(EXPERTD_REASON_NO_SUCH_BUFFER));
 }
 
+engine::Request refused_by_client() {
+  engine::Request request = refused(EXPERTD_REASON_WRONG_DTYPE);
+  request.without_words = true;
+  return request;
+}
+
+TEST(EngineFailure, WritesNoWordsForWhatTheClientRefused) {
+  FakeGroup group(2);
+  group[0].submit(refused_by_client());
+  group[1].submit();
+  ASSERT_TRUE(group.settle(1));
+  EXPECT_EQ(group[0].reason(1), static_cast<uint32_t>(EXPERTD_REASON_WRONG_DTYPE));
+  EXPECT_TRUE(group[0].port.released.empty());
+  EXPECT_EQ(group[1].reason(1), static_cast<uint32_t>(EXPERTD_REASON_PEER_REJECTED));
+  EXPECT_EQ(group[1].port.released.size(), 1U) << "the peer's stream waits";
+}
+
+TEST(EngineFailure, LaunchesBehindWhatTheClientRefusedBeforeThePeersHaveIssuedIt) {
+  FakeGroup group(2);
+  group[0].submit(refused_by_client());
+  const uint64_t local = group[0].submit_local();
+  const uint64_t behind = group[0].submit_local();
+  ASSERT_TRUE(group.settle(1));
+  ASSERT_EQ(group[0].port.parts().size(), 2U);
+  EXPECT_EQ(group[0].port.parts()[0].words.seq, local);
+  EXPECT_EQ(group[0].port.parts()[1].words.seq, behind);
+  group.finish_all();
+  ASSERT_TRUE(group.settle(2));
+  EXPECT_EQ(group[0].reason(local), 0U);
+  EXPECT_FALSE(group[0].completed(1)) << "it still counts";
+  group[1].submit();
+  ASSERT_TRUE(group.settle(3));
+  EXPECT_EQ(group[0].reason(1), static_cast<uint32_t>(EXPERTD_REASON_WRONG_DTYPE));
+  EXPECT_EQ(group[1].reason(1), static_cast<uint32_t>(EXPERTD_REASON_PEER_REJECTED));
+}
+
 TEST(EngineFailure, EndsARefusedLocalOperationAtOnce) {
   FakeGroup group(2);
   group[0].submit();
