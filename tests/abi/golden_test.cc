@@ -19,7 +19,7 @@ namespace expertd::test {
 namespace {
 
 std::filesystem::path golden_path(const std::string& name) {
-  return std::filesystem::path(__FILE__).parent_path() / "golden" / name;
+  return std::filesystem::path(EXPERTD_SOURCE_DIR "/tests/abi/golden") / name;
 }
 
 std::string golden(const std::string& name, const std::string& current) {
