@@ -252,6 +252,8 @@ TEST_F(BadDescriptor, MoreThanTheRingHoldsEndsOnlyThatSession) {
   EXPECT_TRUE(client_.closed_by_peer(seconds(5)));
   EXPECT_NE(client_.header()->session_flags & EXPERTD_SESSION_CLOSED, 0u);
   EXPECT_EQ(expertd_session_state(other.get()).reason, EXPERTD_REASON_NONE);
+  EXPECT_EQ(daemon_.metric("expertd_op_rejected_total{gpu=\"host\",reason=\"RING_OVERFLOW\"}"), 1);
+  EXPECT_TRUE(wait_until([&] { return daemon_.log().find("reason=RING_OVERFLOW") != std::string::npos; }, seconds(5)));
   EXPECT_TRUE(wait_until([&] { return daemon_.metric("expertd_sessions") == 1; }, seconds(5)));
 }
 

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "daemon/device/cuda/gpu_use.h"
 #include "daemon/device/cuda/memory.h"
 #include "daemon/device/cuda/tables.h"
 #include "daemon/device/device.h"
@@ -48,6 +49,9 @@ class CudaDevice : public Device, public engine::DevicePort {
   ~CudaDevice() override;
   CudaDevice(const CudaDevice&) = delete;
   CudaDevice& operator=(const CudaDevice&) = delete;
+
+  /// What the context took; told once, before any other thread knows the device.
+  void set_context_use(ContextUse use) { context_ = std::move(use); }
 
   base::DeviceIndex index() const override { return gpu_.view.index; }
   DeviceInfo info() const override;
@@ -124,6 +128,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   std::vector<GpuFacts> all_;
   std::shared_ptr<Registry> registry_;
   Pool pool_;
+  ContextUse context_;
   std::atomic<bool> healthy_{true};
   std::atomic<uint64_t> window_bytes_{0};
   std::atomic<uint32_t> open_sessions_{0};
