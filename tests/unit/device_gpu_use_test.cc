@@ -118,6 +118,8 @@ TEST(ContextUse, OfAnMpsClientIsOnlyKnownByItsProcess) {
   const GpuUse before{100 * kMiB, std::nullopt};
   EXPECT_EQ(context_use(before, {640 * kMiB, std::nullopt}, 40 * kMiB, true).source, "");
   EXPECT_EQ(context_use(before, {640 * kMiB, 240 * kMiB}, 40 * kMiB, true).bytes, 200 * kMiB);
+  // The server lists its clients from their cuInit on.
+  EXPECT_EQ(context_use({100 * kMiB, 0}, {640 * kMiB, 240 * kMiB}, 40 * kMiB, true).bytes, 200 * kMiB);
 }
 
 TEST(ContextUse, IsUnknownRatherThanZero) {

@@ -79,8 +79,9 @@ GpuUse look_at_gpu(const NvmlCalls& nvml, const std::string& uuid, uint32_t pid)
 }
 
 ContextUse context_use(const GpuUse& before, const GpuUse& after, uint64_t pool_bytes, bool mps) {
-  // A process without a context is in no list: whoever had our number then lives in another pid namespace.
-  if (after.process_bytes.has_value() && !before.process_bytes.has_value() && *after.process_bytes > pool_bytes) {
+  // A process without a context holds nothing (seen on an H100: in no list, and with 0 bytes in that of MPS). Whoever
+  // held something under our number lives in another pid namespace.
+  if (after.process_bytes.has_value() && before.process_bytes.value_or(0) == 0 && *after.process_bytes > pool_bytes) {
     return {*after.process_bytes - pool_bytes, "process"};
   }
   if (!mps && before.device_bytes.has_value() && after.device_bytes.has_value() &&
