@@ -78,8 +78,13 @@ std::string binary_directory() {
 }
 
 RunResult run_daemon(const std::vector<std::string>& arguments, std::chrono::milliseconds limit) {
+  return run_program("expertd", arguments, limit);
+}
+
+RunResult run_program(const std::string& name, const std::vector<std::string>& arguments,
+                      std::chrono::milliseconds limit) {
   const TempDir directory;
-  std::vector<std::string> all = {binary_directory() + "/expertd"};
+  std::vector<std::string> all = {binary_directory() + "/" + name};
   all.insert(all.end(), arguments.begin(), arguments.end());
   const pid_t pid = spawn(all, directory.file("stdout"), directory.file("stderr"));
   int status = 0;
