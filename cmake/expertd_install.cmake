@@ -4,10 +4,7 @@
 # and the driver's (the host's are newer or must match), and rdma-core, whose providers have a private interface.
 option(EXPERTD_BUNDLE "Install the shared libraries the programs need beside them" ON)
 
-set(expertd_programs expertd)
-if(TARGET expertctl)
-  list(APPEND expertd_programs expertctl)
-endif()
+set(expertd_programs expertd expertctl)
 set_target_properties(${expertd_programs} PROPERTIES INSTALL_RPATH "$ORIGIN/../lib/expertd:$ORIGIN/../lib")
 # The client library finds the bundled nghttp2 beside it, and a host's where there is none.
 set_target_properties(expertd_client PROPERTIES INSTALL_RPATH "$ORIGIN/expertd")

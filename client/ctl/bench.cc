@@ -163,7 +163,11 @@ int run_bench(int argc, char** argv) {
     std::cerr << "expertctl bench: " << wrong.what() << "\nSee: expertctl bench --help\n";
     return kExitUsage;
   } catch (const Failure& failure) {
-    std::cerr << "expertctl bench: " << failure.what() << "\n";
+    if (options.json) {
+      std::cout << failure_json(failure.what(), failure.exit_code());
+    } else {
+      std::cerr << "expertctl bench: " << failure.what() << "\n";
+    }
     return failure.exit_code();
   } catch (const std::exception& error) {
     std::cerr << "expertctl bench: internal error: " << error.what() << "\n";

@@ -104,6 +104,10 @@ std::string bench_json(const BenchOptions& options, const BenchResult& result) {
   return document.dump(2) + "\n";
 }
 
+std::string failure_json(const std::string& text, int exit_code) {
+  return json({{"error", text}, {"exit_code", exit_code}}).dump(2, ' ', false, json::error_handler_t::replace) + "\n";
+}
+
 std::string plan_table(const std::vector<BenchPlan>& plans) {
   Table table({{"MODE"},
                {"WINDOW", Align::kRight},

@@ -19,6 +19,8 @@ struct BenchPlan {
   std::string mode;
   expertd_group_plan_t plan;
 };
+/// A failure in the form that the other verbs have.
+std::string failure_json(const std::string& text, int exit_code);
 std::string plan_table(const std::vector<BenchPlan>& plans);
 std::string plan_json(const std::vector<BenchPlan>& plans);
 

@@ -44,13 +44,16 @@ int parse_and_run(CLI::App& app, const CommandLine& line, const Action* chosen) 
 }  // namespace
 
 std::function<Action(CLI::App& verb, const Context& context)> pass_through(int (*run)(int argc, char** argv)) {
-  return [run](CLI::App& verb, const Context&) {
+  return [run](CLI::App& verb, const Context& context) {
     verb.prefix_command();
     verb.fallthrough(false);
     verb.set_help_flag();  // its own
-    return [run, &verb] {
+    return [run, &verb, &context] {
       std::vector<std::string> words = verb.remaining();
       words.insert(words.begin(), verb.get_name());
+      if (context.json) {
+        words.emplace_back("--json");  // given before the verb
+      }
       std::vector<char*> argv;
       for (std::string& word : words) {
         argv.push_back(word.data());

@@ -2,6 +2,7 @@
 #include "client/ctl/render.h"
 
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "client/ctl/format.h"
 
@@ -22,9 +23,6 @@ std::string devices_text(const v1::GetStatusResponse& status) {
                {"NAME"},
                {"HEALTH"},
                {"SESSIONS", Align::kRight},
-               {"WINDOWS", Align::kRight},
-               {"QUARANTINED", Align::kRight},
-               {"CONTEXT", Align::kRight},
                {"STREAMS", Align::kRight},
                {"MPS"},
                {"DOORBELL"},
@@ -32,13 +30,52 @@ std::string devices_text(const v1::GetStatusResponse& status) {
                {"PEERS"}});
   for (const v1::DeviceStatus& device : status.devices()) {
     table.add({std::to_string(device.index()), device.kind(), device.uuid(), or_dash(device.name()),
-               device.healthy() ? "ok" : "LOST", std::to_string(device.sessions()), size_text(device.window_bytes()),
-               size_text(device.quarantined_bytes()), size_text(device.context_bytes()),
+               device.healthy() ? "ok" : "LOST", std::to_string(device.sessions()),
                device.armed_streams_max() == 0
                    ? "-"
                    : std::to_string(device.armed_streams()) + "/" + std::to_string(device.armed_streams_max()),
                device.mps_active() ? "yes" : "no", or_dash(device.doorbell_form()), or_dash(device.kernels()),
                mask_text(device.peer_access_mask())});
+  }
+  return table.text();
+}
+
+bool has_context(const v1::DeviceStatus& device) {
+  return device.kind() != "host";
+}
+
+/// What the daemon itself takes of a device, clients aside; empty when the context's part is not known.
+std::optional<uint64_t> held_bytes(const v1::DeviceStatus& device) {
+  if (has_context(device) && device.context_source().empty()) {
+    return std::nullopt;
+  }
+  return device.context_bytes() + device.table_bytes();
+}
+
+std::string context_text(const v1::DeviceStatus& device) {
+  if (!has_context(device)) {
+    return "-";
+  }
+  if (device.context_source().empty()) {
+    return "unknown";
+  }
+  // What others allocated meanwhile is in the growth of the whole GPU.
+  return (device.context_source() == "process" ? "" : "~") + size_text(device.context_bytes());
+}
+
+std::string memory_text(const v1::GetStatusResponse& status) {
+  Table table({{"DEVICE", Align::kRight},
+               {"HELD", Align::kRight},
+               {"CONTEXT", Align::kRight},
+               {"TABLES", Align::kRight},
+               {"WINDOWS", Align::kRight},
+               {"REGISTERED", Align::kRight},
+               {"QUARANTINED", Align::kRight}});
+  for (const v1::DeviceStatus& device : status.devices()) {
+    const std::optional<uint64_t> held = held_bytes(device);
+    table.add({std::to_string(device.index()), held.has_value() ? size_text(*held) : "unknown", context_text(device),
+               size_text(device.table_bytes()), size_text(device.window_bytes()), size_text(device.registered_bytes()),
+               size_text(device.quarantined_bytes())});
   }
   return table.text();
 }
@@ -65,6 +102,8 @@ std::string groups_text(const v1::GetStatusResponse& status) {
 }
 
 json device_json(const v1::DeviceStatus& device) {
+  const bool context_known = !device.context_source().empty();
+  const std::optional<uint64_t> held = held_bytes(device);
   return {{"index", device.index()},
           {"kind", device.kind()},
           {"uuid", device.uuid()},
@@ -74,8 +113,12 @@ json device_json(const v1::DeviceStatus& device) {
           {"doorbell_form", device.doorbell_form()},
           {"kernels", device.kernels()},
           {"sessions", device.sessions()},
-          {"context_bytes", device.context_bytes()},
+          {"held_bytes", held.has_value() ? json(*held) : json()},
+          {"context_bytes", context_known ? json(device.context_bytes()) : json()},
+          {"context_source", context_known ? json(device.context_source()) : json()},
+          {"table_bytes", device.table_bytes()},
           {"window_bytes", device.window_bytes()},
+          {"registered_bytes", device.registered_bytes()},
           {"quarantined_bytes", device.quarantined_bytes()},
           {"armed_streams", device.armed_streams()},
           {"armed_streams_max", device.armed_streams_max()},
@@ -110,7 +153,7 @@ std::string status_text(const v1::GetStatusResponse& status) {
   if (!status.cuda_build().empty() || !status.cuda_driver().empty()) {
     out += ", CUDA " + or_dash(status.cuda_build()) + ", driver " + or_dash(status.cuda_driver());
   }
-  out += "\n\n" + (status.devices().empty() ? "no devices\n" : devices_text(status));
+  out += "\n\n" + (status.devices().empty() ? "no devices\n" : devices_text(status) + "\n" + memory_text(status));
   out += "\n" + (status.groups().empty() ? "no groups\n" : groups_text(status));
   return out;
 }

@@ -2,6 +2,7 @@
 #include "client/ctl/top.h"
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -97,11 +98,13 @@ int run_top(const Context& context, uint64_t interval_ns, bool once) {
   while (true) {
     std::this_thread::sleep_for(std::chrono::nanoseconds(interval_ns));
     v1::GetCountersResponse now;
+    const v1::ListSessionsResponse sessions_before = std::move(frame.sessions);
     if (!fetch(&daemon, &frame, &now, &error)) {
       return report(context, error);
     }
     frame.rates = op_rates(before, now);
     frame.interval_ns = now.now_ns() - before.now_ns();
+    frame.session_rates = session_rates(sessions_before, frame.sessions, frame.interval_ns);
     // One line of JSON per frame, so that a stream of them can be read line by line.
     const std::string text = context.json
                                  ? top_json(frame).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n"
@@ -130,6 +133,20 @@ std::vector<OpRate> op_rates(const v1::GetCountersResponse& before, const v1::Ge
   return out;
 }
 
+std::vector<SessionRate> session_rates(const v1::ListSessionsResponse& before, const v1::ListSessionsResponse& now,
+                                       uint64_t interval_ns) {
+  const double seconds = static_cast<double>(interval_ns) / 1e9;
+  static const v1::SessionStatus kNothing;
+  std::vector<SessionRate> out;
+  for (const v1::SessionStatus& session : now.sessions()) {
+    const auto old = std::ranges::find(before.sessions(), session.id(), &v1::SessionStatus::id);
+    const v1::SessionStatus& earlier = old == before.sessions().end() ? kNothing : *old;
+    out.push_back({rate(earlier.ops_completed(), session.ops_completed(), seconds),
+                   rate(earlier.bytes_moved(), session.bytes_moved(), seconds)});
+  }
+  return out;
+}
+
 std::string top_text(const TopFrame& frame) {
   std::string out = "expertd " + frame.status.version() + "  " + frame.status.state() + "  up " +
                     duration_text(frame.status.uptime_ns()) + "  sessions " + std::to_string(frame.status.sessions()) +
@@ -139,13 +156,18 @@ std::string top_text(const TopFrame& frame) {
                   {"NAME"},
                   {"DEVICE"},
                   {"SLOTS", Align::kRight},
+                  {"OPS/S", Align::kRight},
+                  {"BANDWIDTH", Align::kRight},
                   {"OPS", Align::kRight},
                   {"REJECTED", Align::kRight},
                   {"P50", Align::kRight},
                   {"P99", Align::kRight}});
-  for (const v1::SessionStatus& session : frame.sessions.sessions()) {
+  for (int i = 0; i < frame.sessions.sessions_size(); ++i) {
+    const v1::SessionStatus& session = frame.sessions.sessions(i);
+    const SessionRate& rates = frame.session_rates[static_cast<size_t>(i)];
     sessions.add({std::to_string(session.id()), session.name().empty() ? "-" : session.name(), session.device(),
                   std::to_string(session.slots_used()) + "/" + std::to_string(session.slots()),
+                  count_text(rates.ops_per_second), rate_text(rates.bytes_per_second),
                   count_text(static_cast<double>(session.ops_completed())),
                   count_text(static_cast<double>(session.ops_rejected())),
                   session.p50_ns() == 0 ? "-" : duration_text(session.p50_ns()),
@@ -167,6 +189,10 @@ nlohmann::json top_json(const TopFrame& frame) {
                    {"mean_ns", op.mean_ns}});
   }
   nlohmann::json out = sessions_json(frame.sessions);
+  for (size_t i = 0; i < frame.session_rates.size(); ++i) {
+    out["sessions"][i]["ops_per_second"] = frame.session_rates[i].ops_per_second;
+    out["sessions"][i]["bytes_per_second"] = frame.session_rates[i].bytes_per_second;
+  }
   out["ops"] = std::move(ops);
   out["state"] = frame.status.state();
   out["interval_ns"] = frame.interval_ns;

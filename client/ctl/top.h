@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rates for `expertctl top`: the difference of two counter snapshots. Pure functions, any thread.
+// Rates for `expertctl top`: the difference of two looks at counters and sessions. Pure functions, any thread.
 #pragma once
 
 #include <cstdint>
@@ -26,10 +26,21 @@ struct OpRate {
 /// In the order of `now`. A counter that went back (the daemon restarted) counts from zero.
 std::vector<OpRate> op_rates(const v1::GetCountersResponse& before, const v1::GetCountersResponse& now);
 
+/// What one session did over the interval.
+struct SessionRate {
+  double ops_per_second = 0;
+  double bytes_per_second = 0;
+};
+
+/// In the order of `now`. A session that was not there before did all of its work since.
+std::vector<SessionRate> session_rates(const v1::ListSessionsResponse& before, const v1::ListSessionsResponse& now,
+                                       uint64_t interval_ns);
+
 struct TopFrame {
   v1::GetStatusResponse status;
   v1::ListSessionsResponse sessions;
   std::vector<OpRate> rates;
+  std::vector<SessionRate> session_rates;  // of `sessions`, one each
   uint64_t interval_ns = 0;
 };
 

@@ -46,11 +46,6 @@ void Daemon::wake(base::DeviceIndex device) {
 
 base::Status Daemon::create_devices() {
   const config::DeviceConfig& config = loaded_.config.device;
-  if (config.pool_bytes.has_value()) {
-    return base::Status(EXPERTD_REASON_CONFIG_BAD_VALUE,
-                        "device.pool_bytes: only \"auto\" is served (windows are allocated when asked for); use "
-                        "device.pool_max_bytes for a cap");
-  }
   const device::cuda::CudaVersions versions = device::cuda::cuda_versions();
   cuda_build_ = versions.toolkit;
   cuda_driver_ = versions.driver;
@@ -105,11 +100,14 @@ base::Status Daemon::start_loops() {
     observers_.push_back(std::make_unique<DeviceObserver>(&block.ops, &thread, beat.value()));
   }
   for (size_t i = 0; i < loops_.size(); ++i) {
-    EXPERTD_RETURN_IF_ERROR(loops_[i]->start(&devices_[i]->port(), this, observers_[i].get(), observers_[i].get(),
-                                             [this](base::SessionId session) {
-                                               base::log_warn("client broke the ring protocol", {{"session", session}});
-                                               listener_->close_session(session);
-                                             }));
+    DeviceObserver* const observer = observers_[i].get();
+    EXPERTD_RETURN_IF_ERROR(
+        loops_[i]->start(&devices_[i]->port(), this, observer, observer, [this, observer](base::SessionId session) {
+          observer->ring_broken();
+          base::log_warn("client broke the ring protocol",
+                         {{"session", session}, {"reason", EXPERTD_REASON_RING_OVERFLOW}});
+          listener_->close_session(session);
+        }));
   }
   return base::Status::ok();
 }
@@ -226,6 +224,7 @@ base::Status Daemon::start() {
 
 void Daemon::reload() {
   base::Result<config::LoadedConfig> fresh = config::load(request_);
+  view_->set_config_loaded(fresh.is_ok());
   if (!fresh.is_ok()) {
     base::log_error("configuration not reloaded", {{"why", fresh.status().message()}});
     return;
@@ -244,6 +243,14 @@ bool Daemon::devices_healthy() {
                      [](const std::unique_ptr<device::Device>& device) { return device->info().healthy; });
 }
 
+void Daemon::count_lost_contexts() {
+  for (size_t i = 0; i < devices_.size(); ++i) {
+    if (!devices_[i]->info().healthy) {
+      metrics::add_shared(blocks_->devices()[i]->context_lost, 1);
+    }
+  }
+}
+
 RunEnd Daemon::run(supervise::Signals& signals) {
   while (true) {
     base::Result<supervise::SignalEvent> event = signals.wait(kTickNs);
@@ -252,8 +259,12 @@ RunEnd Daemon::run(supervise::Signals& signals) {
     for (const std::string& late : tick.late) {
       base::log_error("thread makes no progress", {{"thread", late}});
     }
+    for (const std::unique_ptr<DeviceObserver>& observer : observers_) {
+      observer->count_missed_beats();
+    }
     base::log_report_suppressed();
     if (!devices_healthy()) {
+      count_lost_contexts();
       // A lost context cannot be mended inside the process; the supervisor starts a new one.
       base::log_error("GPU context lost; restarting", {});
       return RunEnd::kDeviceLost;

@@ -44,6 +44,7 @@ class Daemon final : public engine::WakePort {
   base::Status start_sockets();
   void reload();
   bool devices_healthy();
+  void count_lost_contexts();
   void drain(supervise::Signals& signals, uint64_t timeout_ns);
 
   config::LoadedConfig loaded_;

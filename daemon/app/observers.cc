@@ -9,6 +9,14 @@ namespace expertd::app {
 
 void DeviceObserver::completed(base::DeviceIndex /*device*/, const engine::Request& request,
                                const expertd_completion& completion) {
+  if (request.rejected_reason != 0) {
+    // Never admitted, so it is no operation that failed.
+    ops_->reject(request.rejected_reason);
+    if (request.rejected_reason == EXPERTD_REASON_DESCRIPTOR_MALFORMED) {
+      ops_->descriptor_invalid(request.rejected_reason);
+    }
+    return;
+  }
   metrics::OpRecord record;
   record.op = static_cast<uint32_t>(request.shape.kind);
   record.reason = completion.reason;
@@ -17,12 +25,6 @@ void DeviceObserver::completed(base::DeviceIndex /*device*/, const engine::Reque
   record.tokens = request.shape.tokens;
   record.local_bytes = completion.local_bytes;
   record.remote_bytes = completion.remote_bytes;
-  if (request.rejected_reason != 0) {
-    ops_->reject(request.rejected_reason);
-    if (request.rejected_reason == EXPERTD_REASON_DESCRIPTOR_MALFORMED) {
-      ops_->descriptor_invalid(request.rejected_reason);
-    }
-  }
   ops_->record(record);
 }
 
@@ -31,8 +33,22 @@ void DeviceObserver::beat(base::DeviceIndex /*device*/, uint64_t now_ns, uint64_
   thread_->lag(lag_ns);
 }
 
-void DeviceObserver::ring_fill(base::DeviceIndex /*device*/, uint32_t used, uint32_t /*capacity*/) {
+void DeviceObserver::ring_fill(base::DeviceIndex /*device*/, uint32_t used, uint32_t capacity) {
   ops_->ring_used(used);
+  if (used >= capacity) {
+    ops_->ring_full();
+  }
+}
+
+void DeviceObserver::ring_broken() {
+  ops_->reject(EXPERTD_REASON_RING_OVERFLOW);
+  ops_->descriptor_invalid(EXPERTD_REASON_RING_OVERFLOW);
+}
+
+void DeviceObserver::count_missed_beats() {
+  for (; missed_counted_ < beat_->missed_total(); ++missed_counted_) {
+    thread_->missed_beat();
+  }
 }
 
 void SessionLog::opened(const session::SessionSnapshot& session) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The outlets of loops and sessions towards metrics, log and watchdog: they look, never act. One DeviceObserver per
-// device, called by its loop thread; the SessionLog by control threads.
+// device, called by its loop thread except where it says otherwise; the SessionLog by control threads.
 #pragma once
 
 #include <memory>
@@ -21,11 +21,16 @@ class DeviceObserver final : public engine::OpObserver, public transport::LoopOb
                  const expertd_completion& completion) override;
   void beat(base::DeviceIndex device, uint64_t now_ns, uint64_t lag_ns) override;
   void ring_fill(base::DeviceIndex device, uint32_t used, uint32_t capacity) override;
+  /// A client broke the ring protocol; loop thread.
+  void ring_broken();
+  /// After a tick of the watchdog, on its thread.
+  void count_missed_beats();
 
  private:
   metrics::OpCounters* ops_;
   metrics::ThreadCounters* thread_;
   supervise::Beat* beat_;
+  uint64_t missed_counted_ = 0;
 };
 
 class SessionLog final : public session::SessionObserver {

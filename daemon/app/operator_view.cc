@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "daemon/app/operator_view.h"
 
+#include <algorithm>
 #include <array>
+#include <limits>
 
 #include "daemon/base/clock.h"
 #include "daemon/base/log.h"
@@ -71,15 +73,19 @@ metrics::Gauges OperatorView::gauges() {
   metrics::Gauges gauges;
   gauges.state = metrics::kStateNames[static_cast<size_t>(state())];
   gauges.drain_in_progress = state() == State::kDraining;
+  gauges.config_last_load_success = config_loaded_.load(std::memory_order_relaxed);
   gauges.log_dropped = base::log_dropped_total();
   for (const session::DeviceSnapshot& device : sessions_->devices()) {
     metrics::DeviceGauges values;
     values.gpu = metrics::gpu_label(device.kind == "host", device.index);
-    values.pool_used_bytes = device.window_bytes;
+    values.pool_used_bytes = device.window_bytes + device.table_bytes;
+    values.pool_registered_bytes = device.registered_bytes;
     values.pool_quarantined_bytes = device.quarantined_bytes;
-    const uint64_t taken = device.window_bytes + device.quarantined_bytes;
-    values.pool_free_bytes = facts_.pool_max_bytes > taken ? facts_.pool_max_bytes - taken : 0;
-    values.ring_slots_capacity = device.sessions * facts_.ring_slots;
+    values.pool_free_bytes = facts_.pool_max_bytes - std::min(facts_.pool_max_bytes, device.pool_used_bytes);
+    const bool context_known = device.kind == "host" || !device.context_source.empty();
+    values.context_bytes =
+        context_known ? static_cast<double>(device.context_bytes) : std::numeric_limits<double>::quiet_NaN();
+    values.ring_slots_capacity = facts_.ring_slots;
     values.healthy = device.healthy;
     values.mps_active = device.mps_active;
     gauges.sessions += device.sessions;

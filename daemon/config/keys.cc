@@ -147,7 +147,8 @@ constexpr Key kKeys[] = {
      .max = kSizeMax,
      .allow_auto = true,
      .default_text = "auto",
-     .sentence = "Memory taken per device at start; \"auto\" leaves the choice to the daemon.",
+     .sentence = "Memory taken per device at start. Only \"auto\" is served: nothing at start, windows when they are "
+                 "asked for.",
      .set =
          [](Config& c, const Value& v) {
            c.device.pool_bytes = v.automatic ? std::optional<uint64_t>() : std::optional<uint64_t>(to_u64(v));
@@ -172,8 +173,9 @@ constexpr Key kKeys[] = {
      .type = Type::kChoice,
      .default_text = "auto",
      .choices = "auto|generic",
-     .sentence = "Kernels to launch: \"auto\" takes the specialised one where the shape has one, "
+     .sentence = "Kernels to launch: \"auto\" takes the specialised one where there is one (none yet), "
                  "\"generic\" never does.",
+     .short_environment = "EXPERTD_KERNELS",
      .set = [](Config& c, const Value& v) { c.device.kernels = static_cast<Kernels>(v.integer); }},
     {.section = "device",
      .name = "link_sms",

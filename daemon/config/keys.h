@@ -48,6 +48,7 @@ struct Key {
   std::string_view default_text = {};  // as a flag would give it
   std::string_view choices = {};       // "a|b|c"
   std::string_view sentence = {};
+  std::string_view short_environment = {};  // a second variable, which environment_name() wins over
   bool reloadable = false;
   void (*set)(Config& config, const Value& value) = nullptr;
 };

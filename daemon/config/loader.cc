@@ -166,10 +166,11 @@ void Loader::read_environment(const EnvironmentLookup& environment) {
     return;
   }
   for (const Key& key : keys()) {
-    const std::string origin = "environment " + environment_name(key);
-    const std::optional<std::string> text = environment(environment_name(key));
-    if (text.has_value()) {
-      set(key, *text, origin, origin);
+    for (const std::string& name : {std::string(key.short_environment), environment_name(key)}) {
+      const std::optional<std::string> text = name.empty() ? std::nullopt : environment(name);
+      if (text.has_value()) {
+        set(key, *text, "environment " + name, "environment " + name);
+      }
     }
   }
 }
@@ -222,9 +223,10 @@ void Loader::check_together() {
     refuse(setting("control.attach_socket").place, "control.attach_socket: is the same path as control.socket");
   }
   const Setting& pool = setting("device.pool_bytes");
-  const Setting& cap = setting("device.pool_max_bytes");
-  if (!pool.value.automatic && cap.value.integer != 0 && pool.value.integer > cap.value.integer) {
-    refuse(pool.place, "device.pool_bytes: is larger than device.pool_max_bytes");
+  if (!pool.value.automatic) {
+    refuse(pool.place,
+           "device.pool_bytes: only \"auto\" is served, memory is taken when it is asked for; device.pool_max_bytes "
+           "caps it");
   }
   const Setting& gpus = setting("device.gpus");
   const Setting& hosts = setting("device.hosts");

@@ -40,7 +40,8 @@ void append_comment(std::string& out, std::string_view text) {
 void append_example_key(std::string& out, const Key& key) {
   append_comment(out, key.sentence);
   append_comment(out, "Allowed: " + describe_allowed(key) + "." + (key.reloadable ? " SIGHUP reloads it." : ""));
-  append_comment(out, "Also " + flag_name(key) + " and " + environment_name(key) + ".");
+  const std::string also = key.short_environment.empty() ? "" : " or " + std::string(key.short_environment);
+  append_comment(out, "Also " + flag_name(key) + " and " + environment_name(key) + also + ".");
   out.append("#").append(key.name).append(" = ");
   out.append(format_value(key, default_value(key))).append("\n");
 }

@@ -56,6 +56,9 @@ void put_device(const session::DeviceSnapshot& device, v1::DeviceStatus* message
   message->set_mps_active(device.mps_active);
   message->set_doorbell_form(device.doorbell_form);
   message->set_context_bytes(device.context_bytes);
+  message->set_context_source(device.context_source);
+  message->set_table_bytes(device.table_bytes);
+  message->set_registered_bytes(device.registered_bytes);
   message->set_window_bytes(device.window_bytes);
   message->set_quarantined_bytes(device.quarantined_bytes);
   message->set_sessions(device.sessions);

@@ -42,10 +42,14 @@ struct DeviceInfo {
   std::string uuid;  // "host:N" or "GPU-...": what clients name
   std::string name;
   bool mps_active = false;
-  std::string doorbell_form;  // "host" or "words"
+  std::string doorbell_form;  // "host", "words" or "kernels" (MPS)
   std::string kernels;        // "bulk" (with the copy unit of sm_90), "generic", or "host"
+  // CUDA: what the context took when the device started. The source is "process" (the driver's account of this
+  // process), "device" (how much more of the GPU was in use after the start than before) or empty (not known).
   uint64_t context_bytes = 0;
-  uint64_t window_bytes = 0;
+  std::string context_source;
+  uint64_t pool_used_bytes = 0;  // all that the device allocated: windows and its own tables
+  uint64_t window_bytes = 0;     // windows of sessions, of ended ones too until they are reclaimed
   uint32_t armed_streams = 0;
   uint32_t armed_streams_max = 0;
   uint64_t peer_access_mask = 0;

@@ -80,10 +80,10 @@ std::string metrics_markdown() {
   out += "- `path`: `local`, `remote`.\n";
   out += "- `missing`: " + join(kMissingNames, 0) + ".\n";
   out += "- `state` of `expertd_state`: " + join(kStateNames, 0) +
-         "; of `expertd_pool_bytes`: `free`, `used`, `quarantined`.\n";
+         "; of `expertd_pool_bytes`: `free`, `used`, `registered`, `quarantined`.\n";
   out += "- `cause`: " + join(kCloseCauseNames, 0) + ".\n";
   out += "- `reason`: names of `proto/abi/expertd_reason.h`: " + join(kReasons.name, 1) + ".\n";
-  out += "- `thread`: the loops of the daemon; those of host devices share `" + std::string(kHostLabel) + "`.\n";
+  out += "- `thread`: `engine-N` is the loop of device N; those of host devices share `engine-host`.\n";
   out += "\n## Histogram bounds\n\n";
   out += "- operations: " + bounds_text(kOpBoundsNs) + "\n";
   out += "- lease reap: " + bounds_text(kReapBoundsNs) + "\n";

@@ -126,7 +126,9 @@ GaugesByLabel gauges_by_label(const DevicesByLabel& devices, const Gauges& gauge
     DeviceGauges& sum = found->second;
     sum.pool_free_bytes += device.pool_free_bytes;
     sum.pool_used_bytes += device.pool_used_bytes;
+    sum.pool_registered_bytes += device.pool_registered_bytes;
     sum.pool_quarantined_bytes += device.pool_quarantined_bytes;
+    sum.context_bytes += device.context_bytes;
     sum.ring_slots_capacity = std::max(sum.ring_slots_capacity, device.ring_slots_capacity);
     sum.healthy = sum.healthy && device.healthy;
     sum.mps_active = sum.mps_active || device.mps_active;
@@ -276,6 +278,7 @@ class Page {
 
   void write_devices() {
     FamilyWriter pool = start(Metric::kPoolBytes);
+    FamilyWriter context = start(Metric::kGpuContextBytes);
     FamilyWriter lost = start(Metric::kGpuContextLost);
     FamilyWriter mps = start(Metric::kGpuMpsActive);
     FamilyWriter healthy = start(Metric::kGpuHealthy);
@@ -283,12 +286,14 @@ class Page {
       const DeviceGauges& gauges = device_gauges_.at(gpu);
       pool.put({gpu, "free"}, gauges.pool_free_bytes);
       pool.put({gpu, "used"}, gauges.pool_used_bytes);
+      pool.put({gpu, "registered"}, gauges.pool_registered_bytes);
       pool.put({gpu, "quarantined"}, gauges.pool_quarantined_bytes);
+      context.put({gpu}, gauges.context_bytes);
       lost.put({gpu}, sum_over(devices, [](const auto& d) { return read(d.context_lost); }));
       mps.put({gpu}, uint64_t{gauges.mps_active});
       healthy.put({gpu}, uint64_t{gauges.healthy});
     }
-    for (FamilyWriter* writer : {&pool, &lost, &mps, &healthy}) {
+    for (FamilyWriter* writer : {&pool, &context, &lost, &mps, &healthy}) {
       end(*writer);
     }
   }

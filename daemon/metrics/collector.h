@@ -18,7 +18,9 @@ struct DeviceGauges {
   std::string gpu;  // as given to Blocks::add_device; values of the same label are taken together
   uint64_t pool_free_bytes = 0;
   uint64_t pool_used_bytes = 0;
+  uint64_t pool_registered_bytes = 0;
   uint64_t pool_quarantined_bytes = 0;
+  double context_bytes = 0;  // NaN: not known
   uint32_t ring_slots_capacity = 0;
   bool healthy = true;
   bool mps_active = false;

@@ -104,8 +104,12 @@ struct DeviceSnapshot {
   bool mps_active = false;
   std::string doorbell_form;
   uint64_t context_bytes = 0;
-  uint64_t window_bytes = 0;
+  std::string context_source;     // "process", "device", or empty: context_bytes is not known
+  uint64_t table_bytes = 0;       // the daemon's own allocations: part words, flag pages, tables of groups
+  uint64_t window_bytes = 0;      // of attached sessions
+  uint64_t registered_bytes = 0;  // clients' memory that is mapped for attached sessions
   uint64_t quarantined_bytes = 0;
+  uint64_t pool_used_bytes = 0;  // of the daemon's allocations, windows of ended sessions included
   uint32_t sessions = 0;
   uint32_t armed_streams = 0;
   uint32_t armed_streams_max = 0;

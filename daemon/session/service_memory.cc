@@ -74,8 +74,8 @@ base::Result<BufferGrant> SessionService::install(const SessionRef& session, std
     while (session->buffers.count(grant.buffer_id) != 0) {
       ++grant.buffer_id;
     }
-    session->buffers[grant.buffer_id] = {std::move(memory), mapping->bytes};
-    session->buffer_bytes += mapping->bytes;
+    session->buffers[grant.buffer_id] = {std::move(memory), fd.valid()};
+    (fd.valid() ? session->window_bytes : session->registered_bytes) += mapping->bytes;
     if (fd.valid()) {
       grant.fd_token = session->next_token++;
       session->fds[grant.fd_token] = {std::move(fd), mapping->bytes, true};
@@ -149,9 +149,9 @@ base::Result<BufferGrant> SessionService::create_window(base::SessionId id, uint
   {
     const std::lock_guard<std::mutex> lock(session->mutex);
     const uint64_t limit = options_.max_window_bytes;
-    if (limit != 0 && (size > limit || session->buffer_bytes > limit - size)) {
+    if (limit != 0 && (size > limit || session->window_bytes > limit - size)) {
       return base::Status(EXPERTD_REASON_POOL_EXHAUSTED, "session.max_window_bytes = " + std::to_string(limit) + ", " +
-                                                             std::to_string(session->buffer_bytes) + " in use");
+                                                             std::to_string(session->window_bytes) + " in use");
     }
   }
   base::Result<device::Window> window = session->place.device->create_window(size);
@@ -193,8 +193,8 @@ base::Status SessionService::remove_buffer(const SessionRef& session, uint32_t b
   const std::lock_guard<std::mutex> lock(session->mutex);
   const auto found = session->buffers.find(buffer_id);
   if (found != session->buffers.end()) {
-    session->buffer_bytes -= found->second.bytes;
     memory = std::move(found->second.memory);
+    (found->second.is_window ? session->window_bytes : session->registered_bytes) -= memory->mapping().bytes;
     session->buffers.erase(found);
   }
   return base::Status::ok();

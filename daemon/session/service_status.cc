@@ -48,9 +48,9 @@ SessionSnapshot SessionService::describe(Session& session) const {
     snapshot.p99_ns = latencies[latencies.size() * 99 / 100];
   }
   const std::lock_guard<std::mutex> lock(session.mutex);
-  snapshot.name = session.identity.name;
+  snapshot.name = session.client_id.empty() ? session.identity.name : session.client_id;
   snapshot.buffers = static_cast<uint32_t>(session.buffers.size());
-  snapshot.buffer_bytes = session.buffer_bytes;
+  snapshot.buffer_bytes = session.window_bytes + session.registered_bytes;
   snapshot.groups = static_cast<uint32_t>(session.memberships.size());
   snapshot.state = session.ended ? "ended" : "active";
   return snapshot;
@@ -85,6 +85,10 @@ std::vector<DeviceSnapshot> SessionService::devices() {
     snapshot.mps_active = info.mps_active;
     snapshot.doorbell_form = info.doorbell_form;
     snapshot.context_bytes = info.context_bytes;
+    snapshot.context_source = info.context_source;
+    snapshot.pool_used_bytes = info.pool_used_bytes;
+    // Two accounts read one after the other: a window in between must not make this wrap.
+    snapshot.table_bytes = info.pool_used_bytes - std::min(info.pool_used_bytes, info.window_bytes);
     snapshot.armed_streams = info.armed_streams;
     snapshot.armed_streams_max = info.armed_streams_max;
     snapshot.peer_access_mask = info.peer_access_mask;
@@ -95,12 +99,14 @@ std::vector<DeviceSnapshot> SessionService::devices() {
   for (const auto& [id, session] : sessions_) {
     DeviceSnapshot& snapshot = snapshots[session->place.device->index().value];
     const std::lock_guard<std::mutex> session_lock(session->mutex);
-    snapshot.window_bytes += session->buffer_bytes;
+    snapshot.window_bytes += session->window_bytes;
+    snapshot.registered_bytes += session->registered_bytes;
     ++snapshot.sessions;
   }
   for (const SessionRef& session : ended_) {
     const std::lock_guard<std::mutex> session_lock(session->mutex);
-    snapshots[session->place.device->index().value].quarantined_bytes += session->buffer_bytes;
+    snapshots[session->place.device->index().value].quarantined_bytes +=
+        session->window_bytes + session->registered_bytes;
   }
   return snapshots;
 }

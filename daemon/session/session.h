@@ -17,7 +17,7 @@ namespace expertd::session {
 struct SessionService::Session {
   struct Buffer {
     std::unique_ptr<device::HeldMemory> memory;
-    uint64_t bytes = 0;
+    bool is_window = false;  // the daemon's memory; otherwise the client's, registered
   };
   struct Membership {
     std::shared_ptr<engine::GroupShared> group;
@@ -43,7 +43,8 @@ struct SessionService::Session {
   std::string client_id;
   std::string traceparent;
   std::map<uint32_t, Buffer> buffers;
-  uint64_t buffer_bytes = 0;
+  uint64_t window_bytes = 0;  // sums over buffers
+  uint64_t registered_bytes = 0;
   std::map<uint64_t, Membership> memberships;
   std::map<uint64_t, PendingFd> fds;
   uint64_t next_token = 1;

@@ -130,19 +130,26 @@ base::Status DeviceLoop::close_session(base::SessionId session, std::function<vo
   });
 }
 
-bool DeviceLoop::uses(base::SessionId session, const engine::Mapping* mapping) {
+// What a client submitted before it asked is in its ring already, but perhaps not in the engine: a loop that wakes for
+// both runs tasks first. It is taken in here, so that it counts as in flight.
+engine::EngineSession* DeviceLoop::find_caught_up(base::SessionId session) {
   for (const std::unique_ptr<RingServer>& server : servers_) {
-    if (server->tables().id == session && server->engine_session().uses(mapping)) {
-      return true;
+    if (server->tables().id == session) {
+      (void)server->poll(*engine_, base::now_ns());
+      return &server->engine_session();
     }
   }
-  return false;
+  return nullptr;
+}
+
+bool DeviceLoop::uses(base::SessionId session, const engine::Mapping* mapping) {
+  const engine::EngineSession* found = find_caught_up(session);
+  return found != nullptr && found->uses(mapping);
 }
 
 bool DeviceLoop::uses_group(base::SessionId session, const engine::RankState* rank) {
-  return std::any_of(servers_.begin(), servers_.end(), [&](const std::unique_ptr<RingServer>& server) {
-    return server->tables().id == session && server->engine_session().uses(rank);
-  });
+  const engine::EngineSession* found = find_caught_up(session);
+  return found != nullptr && found->uses(rank);
 }
 
 void DeviceLoop::raise_session_flags(uint32_t flags) {
@@ -170,9 +177,11 @@ bool DeviceLoop::run_tasks() {
 bool DeviceLoop::poll_rings(uint64_t now_ns) {
   bool moved = false;
   uint32_t used = 0;
+  uint32_t fullest = 0;
   for (const std::unique_ptr<RingServer>& server : servers_) {
     moved |= server->poll(*engine_, now_ns);
     used += server->slots_used();
+    fullest = std::max(fullest, server->slots_used());
     if (server->faulted() &&
         std::find(fault_reported_.begin(), fault_reported_.end(), server->tables().id) == fault_reported_.end()) {
       fault_reported_.push_back(server->tables().id);
@@ -181,7 +190,7 @@ bool DeviceLoop::poll_rings(uint64_t now_ns) {
   }
   outstanding_.store(used, std::memory_order_relaxed);
   if (moved) {
-    observer_->ring_fill(device_, used, static_cast<uint32_t>(servers_.size()) * EXPERTD_RING_SLOTS_MAX);
+    observer_->ring_fill(device_, fullest, servers_.front()->slot_count());  // all rings of a daemon have one size
   }
   return moved;
 }

@@ -24,6 +24,7 @@ class LoopObserver {
  public:
   virtual ~LoopObserver() = default;
   virtual void beat(base::DeviceIndex device, uint64_t now_ns, uint64_t lag_ns) = 0;
+  /// Slots in use on the device's fullest ring, and the slots of a ring.
   virtual void ring_fill(base::DeviceIndex device, uint32_t used, uint32_t capacity) = 0;
 };
 
@@ -67,6 +68,7 @@ class DeviceLoop final : public session::LoopPort {
   bool run_tasks();
   bool poll_rings(uint64_t now_ns);
   bool finish_closing();
+  engine::EngineSession* find_caught_up(base::SessionId session);
   void sleep_until_work(uint64_t now_ns, uint64_t idle_ns);
   void set_sleeping(bool sleeping);
   bool anything_to_do();

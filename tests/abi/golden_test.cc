@@ -23,7 +23,7 @@ namespace {
 constexpr uint16_t kSampleMinor = 0;
 
 std::filesystem::path golden_path(const std::string& name) {
-  return std::filesystem::path(__FILE__).parent_path() / "golden" / name;
+  return std::filesystem::path(EXPERTD_SOURCE_DIR "/tests/abi/golden") / name;
 }
 
 std::string golden(const std::string& name, const std::string& current) {

@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <filesystem>
 #include <fstream>
 #include <map>
 #include <set>
@@ -41,8 +40,7 @@ struct Row {
 };
 
 std::vector<Row> rows_of_the_specification() {
-  const std::filesystem::path here(__FILE__);
-  std::ifstream file(here.parent_path() / "../../proto/abi/ring_v1.md");
+  std::ifstream file(EXPERTD_SOURCE_DIR "/proto/abi/ring_v1.md");
   EXPECT_TRUE(file.is_open());
   std::vector<Row> rows;
   for (std::string line; std::getline(file, line);) {

@@ -14,6 +14,8 @@ namespace {
 using std::chrono::seconds;
 
 constexpr double kDeadlineMs = 500;
+// Windows, registered and quarantined memory together; there is no cap, so nothing counts as free.
+constexpr const char* kPool = "expertd_pool_bytes{gpu=\"host\",";
 
 class ClientStop : public ::testing::Test {
  protected:
@@ -92,7 +94,7 @@ TEST_F(ClientStop, ATenantThatNeverCompletesHoldsNobodyUp) {
   for (int i = 0; i < 60; ++i) {
     ASSERT_TRUE(is_ok(tenant.ask("submit")));
   }
-  const double used = daemon.metric("expertd_pool_bytes{gpu=\"host\",state=\"used\"}");
+  const double used = daemon.metric(kPool);
   double worst = 0;
   for (int round = 0; round < 5; ++round) {
     const uint64_t begin = monotonic_ns();
@@ -105,8 +107,7 @@ TEST_F(ClientStop, ATenantThatNeverCompletesHoldsNobodyUp) {
       ASSERT_TRUE(is_ok(neighbour->ask("leave")) && is_ok(neighbour->ask("detach")));
     }
     neighbour.reset();
-    ASSERT_TRUE(wait_until([&] { return daemon.metric("expertd_pool_bytes{gpu=\"host\",state=\"used\"}") <= used; },
-                           seconds(5)));
+    ASSERT_TRUE(wait_until([&] { return daemon.metric(kPool) <= used; }, seconds(5)));
     worst = std::max(worst, elapsed_ms(begin));
   }
   std::printf("a neighbour's whole life beside 60 operations that never end: at most %.1f ms\n", worst);
@@ -131,8 +132,7 @@ TEST_F(ClientStop, AStoppedClientCanBeKilledAndIsReclaimed) {
   ASSERT_TRUE(client->attach(daemon_.attach_socket(), 0) && is_ok(client->ask("alloc 65536")));
   client->pause();
   client.reset();
-  EXPECT_TRUE(
-      wait_until([&] { return daemon_.metric("expertd_pool_bytes{gpu=\"host\",state=\"used\"}") == 0; }, seconds(5)));
+  EXPECT_TRUE(wait_until([&] { return daemon_.metric(kPool) == 0; }, seconds(5)));
 }
 
 }  // namespace

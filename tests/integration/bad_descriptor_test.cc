@@ -253,6 +253,8 @@ TEST_F(BadDescriptor, MoreThanTheRingHoldsEndsOnlyThatSession) {
   // The session's loop sets the flag, another thread closes the connection: either may come first.
   EXPECT_TRUE(wait_until([&] { return (client_.header()->session_flags & EXPERTD_SESSION_CLOSED) != 0; }, seconds(5)));
   EXPECT_EQ(expertd_session_state(other.get()).reason, EXPERTD_REASON_NONE);
+  EXPECT_EQ(daemon_.metric("expertd_op_rejected_total{gpu=\"host\",reason=\"RING_OVERFLOW\"}"), 1);
+  EXPECT_TRUE(wait_until([&] { return daemon_.log().find("reason=RING_OVERFLOW") != std::string::npos; }, seconds(5)));
   EXPECT_TRUE(wait_until([&] { return daemon_.metric("expertd_sessions") == 1; }, seconds(5)));
 }
 

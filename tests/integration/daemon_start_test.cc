@@ -6,11 +6,13 @@
 #include <signal.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 
 #include "tests/support/daemon_process.h"
@@ -133,6 +135,51 @@ TEST(DaemonStart, FallsBackToHostDevicesOnlyWhenNoGpuWasNamed) {
   EXPECT_TRUE(ClientSession(daemon.attach_socket(), "host:0").ok());
 }
 
+/// What a service manager of type notify gets to hear.
+class NotifySocket {
+ public:
+  explicit NotifySocket(const std::string& path) : fd_(::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0)) {
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    std::snprintf(address.sun_path, sizeof(address.sun_path), "%s", path.c_str());
+    EXPECT_EQ(::bind(fd_, reinterpret_cast<const sockaddr*>(&address), sizeof(address)), 0);
+    const timeval limit{5, 0};
+    ::setsockopt(fd_, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+    ::setenv("NOTIFY_SOCKET", path.c_str(), 1);
+    ::setenv("WATCHDOG_USEC", "1000000", 1);
+  }
+  ~NotifySocket() {
+    ::unsetenv("NOTIFY_SOCKET");
+    ::unsetenv("WATCHDOG_USEC");
+    ::close(fd_);
+  }
+  /// True when a message begins with `text`, at most five seconds after the one before it.
+  bool hears(const std::string& text) {
+    char buffer[512];
+    for (ssize_t got = 0; (got = ::recv(fd_, buffer, sizeof(buffer), 0)) > 0;) {
+      if (std::string(buffer, static_cast<size_t>(got)).compare(0, text.size(), text) == 0) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+ private:
+  int fd_;
+};
+
+TEST(DaemonStart, TellsItsServiceManagerThatItServesLivesAndStops) {
+  const TempDir directory;
+  NotifySocket manager(directory.file("notify"));
+  DaemonProcess daemon(1);
+  ASSERT_TRUE(daemon.start());
+  EXPECT_TRUE(manager.hears("READY=1\n"));
+  EXPECT_TRUE(manager.hears("WATCHDOG=1") && manager.hears("WATCHDOG=1"));
+  daemon.terminate();
+  EXPECT_TRUE(manager.hears("STOPPING=1\n"));
+  EXPECT_EQ(daemon.wait_exit(seconds(10)), 0);
+}
+
 TEST(DaemonConfig, NamesAnUnknownKeyItsPlaceAndTheNearestOne) {
   const TempDir directory;
   write_text(directory.file("expertd.toml"), "[engine]\nop_deadlin = \"1s\"\n");
@@ -192,6 +239,13 @@ TEST(DaemonConfig, ReloadChangesTheLogLevelAndNamesWhatNeedsARestart) {
   ASSERT_EQ(::kill(daemon.pid(), SIGHUP), 0);
   EXPECT_TRUE(wait_until([&] { return daemon.log().find("configuration reloaded") != std::string::npos; }, seconds(5)));
   EXPECT_TRUE(wait_until([&] { return daemon.log().find("engine.ring_slots") != std::string::npos; }, seconds(5)));
+  EXPECT_EQ(daemon.metric("expertd_config_last_load_success"), 1);
+  write_text(file, "[log]\nlevel = \"loud\"\n");
+  ASSERT_EQ(::kill(daemon.pid(), SIGHUP), 0);
+  EXPECT_TRUE(daemon.metric_becomes("expertd_config_last_load_success", 0)) << "the old one is still served";
+  write_text(file, "[log]\nlevel = \"info\"\n");
+  ASSERT_EQ(::kill(daemon.pid(), SIGHUP), 0);
+  EXPECT_TRUE(daemon.metric_becomes("expertd_config_last_load_success", 1));
 }
 
 }  // namespace

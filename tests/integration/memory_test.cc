@@ -87,6 +87,21 @@ TEST_F(SessionMemory, ThePoolOfADeviceIsLimited) {
   EXPECT_TRUE(outcome_of(expertd_window_create(session.get(), 2 << 20, &second)).ok());
 }
 
+TEST_F(SessionMemory, RegisteredMemoryTakesNothingOfThePoolOrOfTheWindowLimit) {
+  DaemonProcess small(2, {"--device-pool-max-bytes=4MiB", "--session-max-window-bytes=4MiB"});
+  ASSERT_TRUE(small.start());
+  const ClientSession session(small.attach_socket(), "host:0");
+  const ClientSession neighbour(small.attach_socket(), "host:1");
+  void* own = nullptr;
+  expertd_buffer_t* window = nullptr;
+  EXPECT_TRUE(outcome_of(expertd_alloc(session.get(), 8 << 20, &own)).ok()) << expertd_last_message();
+  EXPECT_TRUE(outcome_of(expertd_window_create(session.get(), 3 << 20, &window)).ok()) << expertd_last_message();
+  EXPECT_TRUE(outcome_of(expertd_window_create(neighbour.get(), 3 << 20, &window)).ok()) << "a device of its own";
+  EXPECT_EQ(small.metric("expertd_pool_bytes{gpu=\"host\",state=\"used\"}"), 6 << 20);
+  EXPECT_EQ(small.metric("expertd_pool_bytes{gpu=\"host\",state=\"free\"}"), 2 << 20);
+  EXPECT_GE(small.metric("expertd_pool_bytes{gpu=\"host\",state=\"registered\"}"), 8 << 20);
+}
+
 TEST_F(SessionMemory, BuffersAreLimitedInNumber) {
   Outcome last;
   for (int i = 0; i < 9 && last.ok(); ++i) {
@@ -277,7 +292,27 @@ TEST_F(RawMemory, EverythingOfASessionGoesWithIt) {
     EXPECT_GT(daemon_.open_descriptors(), before);
   }
   EXPECT_TRUE(wait_until([&] { return daemon_.open_descriptors() <= before; }, seconds(5)));
-  EXPECT_EQ(daemon_.metric("expertd_pool_bytes{gpu=\"host\",state=\"used\"}"), 0);
+  EXPECT_TRUE(daemon_.metric_becomes("expertd_pool_bytes{gpu=\"host\",", 0)) << "used, registered and quarantined";
+}
+
+TEST_F(RawMemory, ACudaHandleOfAClientWithTheDaemonsOwnPidIsRefused) {
+  // As two containers are whose main processes both have number 1.
+  RawClient twin;
+  ASSERT_TRUE(twin.connect(daemon_.attach_socket()));
+  expertd_attach_hello hello = make_hello("host:0");
+  hello.local_pid = daemon_.pid();
+  ASSERT_TRUE(twin.send(&hello, sizeof(hello)));
+  const auto welcome = twin.welcome(seconds(5));
+  ASSERT_TRUE(welcome.has_value() && welcome->type == EXPERTD_ATTACH_WELCOME);
+  RawRpc rpc(&twin);
+  ASSERT_TRUE(rpc.open("twin").ok);
+  v1::RegisterBufferRequest request;
+  request.set_cuda_ipc_handle(std::string(64, 'h'));
+  request.set_size(kPage);
+  uint32_t buffer = 0;
+  const RpcEnd end = rpc.register_buffer(request, &buffer);
+  EXPECT_EQ(end.info.reason_name(), "IPC_SAME_PID") << end.message;
+  EXPECT_NE(end.message.find(std::to_string(daemon_.pid())), std::string::npos) << end.message;
 }
 
 }  // namespace

@@ -201,6 +201,43 @@ TEST_F(Stream, TwoLowLatencyDispatchesMayBeOutstanding) {
   });
 }
 
+TEST_F(Stream, LowLatencyTakesNoMemoryAfterTheJoin) {
+  RankGroup group(daemon_.attach_socket(), "fixed", 1);
+  ASSERT_TRUE(group.ok()) << group.failure();
+  Rank& rank = group.rank(0);
+  void* memory[4] = {};  // x, indices, weights, output
+  for (void*& data : memory) {
+    ASSERT_TRUE(outcome_of(expertd_alloc(rank.session.get(), 4 * 128 * 2, &data)).ok());
+  }
+  const int64_t ids[8] = {0, 1, 2, 3, 0, 2, 1, 3};
+  std::copy_n(ids, 8, static_cast<int64_t*>(memory[1]));
+  const std::string held = "expertd_pool_bytes{gpu=\"host\",";
+  const double before = daemon_.metric(held);
+  const size_t descriptors = daemon_.open_descriptors();
+  for (int round = 0; round < 100; ++round) {
+    expertd_ll_dispatch_args_t out = EXPERTD_INIT(expertd_ll_dispatch_args_t);
+    out.x = memory[0];
+    out.dtype = EXPERTD_BF16;
+    out.topk_idx = memory[1];
+    out.idx_type = EXPERTD_I64;
+    out.tokens = 4;
+    expertd_handle_t handle{};
+    expertd_event_t event{};
+    ASSERT_TRUE(outcome_of(expertd_ll_dispatch(rank.group, &out, nullptr, &handle, &event)).ok());
+    expertd_ll_combine_args_t back = EXPERTD_INIT(expertd_ll_combine_args_t);
+    back.topk_idx = memory[1];
+    back.idx_type = EXPERTD_I64;
+    back.topk_weights = static_cast<const float*>(memory[2]);
+    back.handle = handle;
+    back.tokens = 4;
+    back.combined_x = memory[3];
+    ASSERT_TRUE(outcome_of(expertd_ll_combine(rank.group, &back, nullptr, &event)).ok()) << expertd_last_message();
+    ASSERT_TRUE(finish(event).outcome.ok()) << round;
+  }
+  EXPECT_EQ(daemon_.metric(held), before);
+  EXPECT_LE(daemon_.open_descriptors(), descriptors);
+}
+
 TEST_F(Stream, TheOutputsOfAnOldLowLatencyDispatchAreStale) {
   RankGroup group(daemon_.attach_socket(), "stale", 1);
   ASSERT_TRUE(group.ok()) << group.failure();

@@ -3,6 +3,7 @@
 // A failing case prints its EXPERTD_SEED; with that variable set only that case runs. EXPERTD_CASES sets their number.
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <cstring>
 
 #include "proto/abi/expertd_reason.h"
@@ -256,6 +257,19 @@ TEST(HostKernels, DispatchAndCombineEqualTheReference) {
   for (const uint64_t seed : seeds_to_run(kDispatchCases)) {
     ASSERT_NO_FATAL_FAILURE(run_high_throughput(seed, number++ % 2 == 0 ? Drive::kWhole : Drive::kChunked));
   }
+}
+
+TEST(RandomCases, AreOthersWithAnotherTestSeed) {
+  if (std::getenv("EXPERTD_SEED") != nullptr || std::getenv("EXPERTD_TEST_SEED") != nullptr) {
+    GTEST_SKIP() << "the seeds are given";
+  }
+  const std::vector<uint64_t> fixed = seeds_to_run(50);
+  EXPECT_EQ(fixed, seeds_to_run(50));
+  ::setenv("EXPERTD_TEST_SEED", "17", 1);
+  const std::vector<uint64_t> others = seeds_to_run(50);
+  ::unsetenv("EXPERTD_TEST_SEED");
+  EXPECT_NE(fixed, others);
+  EXPECT_EQ(fixed.size(), others.size());
 }
 
 TEST(HostKernels, RanksMayRunOnThreadsOfTheirOwn) {

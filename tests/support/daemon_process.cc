@@ -91,10 +91,15 @@ RunResult run_program(const std::vector<std::string>& arguments, std::chrono::mi
   return result;
 }
 
-RunResult run_daemon(const std::vector<std::string>& arguments, std::chrono::milliseconds limit) {
-  std::vector<std::string> all = {binary_directory() + "/expertd"};
+RunResult run_program(const std::string& name, const std::vector<std::string>& arguments,
+                      std::chrono::milliseconds limit) {
+  std::vector<std::string> all = {binary_directory() + "/" + name};
   all.insert(all.end(), arguments.begin(), arguments.end());
   return run_program(all, limit);
+}
+
+RunResult run_daemon(const std::vector<std::string>& arguments, std::chrono::milliseconds limit) {
+  return run_program("expertd", arguments, limit);
 }
 
 DaemonProcess::DaemonProcess(uint32_t hosts, std::vector<std::string> flags) {

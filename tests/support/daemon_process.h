@@ -25,7 +25,10 @@ struct RunResult {
 
 /// Runs a program and waits for its end.
 RunResult run_program(const std::vector<std::string>& arguments, std::chrono::milliseconds limit);
-/// Runs the daemon's binary with these arguments alone and waits for its end.
+/// Runs a program of binary_directory() with these arguments and waits for its end.
+RunResult run_program(const std::string& name, const std::vector<std::string>& arguments,
+                      std::chrono::milliseconds limit);
+/// The daemon's.
 RunResult run_daemon(const std::vector<std::string>& arguments, std::chrono::milliseconds limit);
 
 class DaemonProcess {

@@ -49,6 +49,8 @@ class FaultClient {
   pid_t pid() const { return pid_; }
   void kill();
   void signal_kill();  // does not wait for the end
+  /// Until the kernel has closed the process's descriptors: its pipe ends as its lease does.
+  bool wait_end_of_file(std::chrono::milliseconds limit);
   void pause();
   void resume();
   /// Waits for the end of a process that was told to end; false when it does not come in time.

@@ -101,6 +101,22 @@ void FaultClient::signal_kill() {
   ::kill(pid_, SIGKILL);
 }
 
+bool FaultClient::wait_end_of_file(std::chrono::milliseconds limit) {
+  const auto deadline = std::chrono::steady_clock::now() + limit;
+  for (;;) {
+    const auto left =
+        std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
+    pollfd entry{out_, POLLIN, 0};
+    char buffer[4096];
+    if (left.count() <= 0 || ::poll(&entry, 1, static_cast<int>(left.count())) <= 0) {
+      return false;
+    }
+    if (::read(out_, buffer, sizeof(buffer)) <= 0) {
+      return true;
+    }
+  }
+}
+
 void FaultClient::kill() {
   if (pid_ > 0) {
     signal_kill();

@@ -344,8 +344,9 @@ std::vector<uint64_t> seeds_to_run(uint32_t cases) {
   if (wanted != nullptr && *wanted != '\0') {
     cases = static_cast<uint32_t>(std::strtoul(wanted, nullptr, 0));
   }
+  const char* start = std::getenv("EXPERTD_TEST_SEED");
   std::vector<uint64_t> seeds;
-  Random random(20240229);
+  Random random(20240229 + (start != nullptr ? std::strtoull(start, nullptr, 0) : 0));
   for (uint32_t i = 0; i < cases; ++i) {
     seeds.push_back(random.next());
   }

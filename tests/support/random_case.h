@@ -52,7 +52,8 @@ std::vector<uint16_t> random_rows(Random* random, size_t elements);
 /// "EXPERTD_SEED=... (kind, R, E, ...)": what to put before the test command to run one case again.
 std::string repro_line(const RandomCase& random_case);
 
-/// Seeds that a property test runs: the one of EXPERTD_SEED, or EXPERTD_CASES (default `cases`) from a fixed start.
+/// Seeds that a property test runs: the one of EXPERTD_SEED, or EXPERTD_CASES (default `cases`) from a fixed start
+/// that EXPERTD_TEST_SEED moves.
 std::vector<uint64_t> seeds_to_run(uint32_t cases);
 
 }  // namespace expertd::support

@@ -115,7 +115,7 @@ TEST_F(ConfigLoader, ReadsEverySection) {
   write(
       "runtime_directory = \"/tmp/x\"\n"
       "[control]\nsocket_mode = \"0600\"\nallowed_uids = [0, 1000]\nenable_reflection = true\n"
-      "[device]\ngpus = \"1,GPU-ab\"\nhosts = 0\npool_bytes = \"64MiB\"\nkernels = \"generic\"\n"
+      "[device]\ngpus = \"1,GPU-ab\"\nhosts = 0\npool_max_bytes = \"64MiB\"\nkernels = \"generic\"\n"
       "[engine]\nop_deadline = 7\nring_slots = 8\n"
       "[session]\nmax_window_bytes = 4096\n"
       "[metrics]\nenabled = false\nport = 0\n"
@@ -127,7 +127,7 @@ TEST_F(ConfigLoader, ReadsEverySection) {
   EXPECT_TRUE(config.control.enable_reflection);
   EXPECT_EQ(config.device.gpus.names, (std::vector<std::string>{"1", "GPU-ab"}));
   EXPECT_EQ(config.device.hosts, 0);
-  EXPECT_EQ(config.device.pool_bytes, uint64_t{64} << 20U);
+  EXPECT_EQ(config.device.pool_max_bytes, uint64_t{64} << 20U);
   EXPECT_EQ(config.device.kernels, Kernels::kGeneric);
   EXPECT_EQ(config.engine.op_deadline_ns, 7'000'000'000U);
   EXPECT_EQ(config.engine.ring_slots, 8U);
@@ -280,10 +280,24 @@ TEST_F(ConfigLoader, RefusesOnePathForBothSockets) {
             "expertd.toml:3:17: control.attach_socket: is the same path as control.socket");
 }
 
-TEST_F(ConfigLoader, RefusesAPoolAboveItsCap) {
-  write("[device]\npool_bytes = \"2GiB\"\npool_max_bytes = \"1GiB\"\n");
-  EXPECT_EQ(mistake(EXPERTD_REASON_CONFIG_BAD_VALUE),
-            "expertd.toml:2:14: device.pool_bytes: is larger than device.pool_max_bytes");
+TEST_F(ConfigLoader, RefusesAPoolOfAFixedSizeBeforeTheDaemonStarts) {
+  write("[device]\npool_bytes = \"2GiB\"\n");
+  const std::string text = mistake(EXPERTD_REASON_CONFIG_BAD_VALUE);
+  EXPECT_EQ(text.find("expertd.toml:2:14: device.pool_bytes: only \"auto\""), 0U) << text;
+  EXPECT_NE(text.find("device.pool_max_bytes"), std::string::npos) << text;
+}
+
+TEST_F(ConfigLoader, TakesTheKernelsFromTheirShortVariableToo) {
+  write("");
+  environment_["EXPERTD_KERNELS"] = "generic";
+  LoadedConfig config = loaded();
+  EXPECT_EQ(config.config.device.kernels, Kernels::kGeneric);
+  EXPECT_EQ(origin(config, "device.kernels"), "environment EXPERTD_KERNELS");
+  environment_["EXPERTD_DEVICE_KERNELS"] = "auto";
+  EXPECT_EQ(loaded().config.device.kernels, Kernels::kAuto) << "the full name wins";
+  environment_.clear();
+  environment_["EXPERTD_KERNELS"] = "fast";
+  EXPECT_NE(mistake(EXPERTD_REASON_CONFIG_BAD_VALUE).find("environment EXPERTD_KERNELS"), std::string::npos);
 }
 
 TEST_F(ConfigLoader, RefusesToServeNothing) {

@@ -21,7 +21,7 @@ std::filesystem::path source_directory() {
 #ifdef EXPERTD_SOURCE_DIR
   return EXPERTD_SOURCE_DIR;
 #else
-  return std::filesystem::path(__FILE__).parent_path().parent_path().parent_path();
+  return EXPERTD_SOURCE_DIR;
 #endif
 }
 

@@ -202,6 +202,7 @@ TEST_F(CtlVerbs, TopShowsRatesOnce) {
   const Output json = run({"top", "--once", "--interval=100ms", "--json"}, socket());
   EXPECT_EQ(json.json()["ops"][0]["mean_ns"], 25'000);
   EXPECT_GT(json.json()["ops"][0]["ops_per_second"], 0);
+  EXPECT_EQ(json.json()["sessions"][0]["ops_per_second"], 0) << "the fake one does nothing";
   EXPECT_EQ(run({"top", "--interval=1ms"}, socket()).code, kExitUsage);
 }
 
@@ -273,6 +274,30 @@ TEST(CtlCli, SocketComesFromTheEnvironment) {
   setenv("EXPERTD_RUNTIME_DIRECTORY", "/tmp/elsewhere", 1);
   EXPECT_EQ(default_socket(), "/tmp/elsewhere/control.sock");
   unsetenv("EXPERTD_RUNTIME_DIRECTORY");
+}
+
+TEST(CtlTop, SessionsHaveTheirOwnRates) {
+  v1::ListSessionsResponse before;
+  v1::ListSessionsResponse now;
+  before.add_sessions()->set_id(4);
+  before.mutable_sessions(0)->set_ops_completed(100);
+  before.mutable_sessions(0)->set_bytes_moved(1'000'000);
+  before.add_sessions()->set_id(9);  // gone since
+  for (const uint64_t id : {6, 4}) {
+    v1::SessionStatus& session = *now.add_sessions();
+    session.set_id(id);
+    session.set_ops_completed(300);
+    session.set_bytes_moved(9'000'000);
+  }
+  TopFrame frame;
+  frame.sessions = now;
+  frame.session_rates = session_rates(before, now, 2'000'000'000);
+  ASSERT_EQ(frame.session_rates.size(), 2U);
+  EXPECT_DOUBLE_EQ(frame.session_rates[0].ops_per_second, 150) << "new: all of it";
+  EXPECT_DOUBLE_EQ(frame.session_rates[1].ops_per_second, 100);
+  EXPECT_DOUBLE_EQ(frame.session_rates[1].bytes_per_second, 4e6);
+  EXPECT_NE(top_text(frame).find("4.0 MB/s"), std::string::npos) << top_text(frame);
+  EXPECT_EQ(top_json(frame)["sessions"][1]["ops_per_second"], 100);
 }
 
 TEST(CtlTop, RatesAreDifferences) {

@@ -55,7 +55,7 @@ TEST(HostMemory, MapsExactlyTheRangeThatWasAskedFor) {
   base::ScopedFd fd = memfd(3 * 4096, F_SEAL_SHRINK);
   const char text[] = "expert";
   ASSERT_EQ(::pwrite(fd.get(), text, sizeof(text), 4096 + 32), static_cast<ssize_t>(sizeof(text)));
-  const uint64_t before = host_bytes_mapped();
+  void* base = nullptr;
   {
     const auto memory = import_host_fd(std::move(fd), 4096 + 32, 4096, kHome);
     ASSERT_TRUE(memory.is_ok());
@@ -64,13 +64,15 @@ TEST(HostMemory, MapsExactlyTheRangeThatWasAskedFor) {
     EXPECT_EQ(mapping.home, kHome);
     EXPECT_STREQ(static_cast<const char*>(mapping.base[0]), text);
     EXPECT_EQ(mapping.base[0], mapping.base[63]);
-    EXPECT_GT(host_bytes_mapped(), before);
+    base = static_cast<char*>(mapping.base[0]) - 32;  // the page it lies on
+    EXPECT_EQ(::msync(base, 4096, MS_ASYNC), 0);
   }
-  EXPECT_EQ(host_bytes_mapped(), before);
+  EXPECT_NE(::msync(base, 4096, MS_ASYNC), 0) << "it is still mapped";
 }
 
 TEST(HostWindow, IsZeroSharedSealedAndRoundedUp) {
-  const auto window = create_host_window(5000, kHome);
+  Pool pool(0);
+  const auto window = create_host_window(5000, kHome, &pool);
   ASSERT_TRUE(window.is_ok());
   EXPECT_EQ(window.value().bytes, 8192U);
   const int fd = window.value().fd.get();
@@ -85,8 +87,25 @@ TEST(HostWindow, IsZeroSharedSealedAndRoundedUp) {
 }
 
 TEST(HostWindow, RefusesSizesOutsideItsLimits) {
-  EXPECT_EQ(create_host_window(0, kHome).status().reason(), EXPERTD_REASON_ARGUMENT_RANGE);
-  EXPECT_EQ(create_host_window((1ULL << 46) + 1, kHome).status().reason(), EXPERTD_REASON_ARGUMENT_RANGE);
+  Pool pool(0);
+  EXPECT_EQ(create_host_window(0, kHome, &pool).status().reason(), EXPERTD_REASON_ARGUMENT_RANGE);
+  EXPECT_EQ(create_host_window((1ULL << 46) + 1, kHome, &pool).status().reason(), EXPERTD_REASON_ARGUMENT_RANGE);
+  EXPECT_EQ(pool.used(), 0U);
+}
+
+TEST(HostWindow, IsCountedWhileItLivesAndRefusedBeyondTheCap) {
+  Pool pool(3 * 4096);
+  {
+    const auto first = create_host_window(5000, kHome, &pool);
+    ASSERT_TRUE(first.is_ok());
+    EXPECT_EQ(pool.used(), 8192U);
+    const auto second = create_host_window(4097, kHome, &pool);
+    EXPECT_EQ(second.status().reason(), EXPERTD_REASON_POOL_EXHAUSTED);
+    EXPECT_NE(second.status().message().find("device.pool_max_bytes"), std::string::npos) << second.status().message();
+    EXPECT_EQ(pool.used(), 8192U) << "a refusal takes nothing";
+    EXPECT_TRUE(create_host_window(4096, kHome, &pool).is_ok());
+  }
+  EXPECT_EQ(pool.used(), 0U);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <limits>
 #include <set>
 #include <sstream>
 #include <string>
@@ -187,8 +188,10 @@ TEST(MetricsServer, ValuesOfHostDevicesAreTakenTogether) {
   FakeGauges gauges;
   gauges.values.state = "ready";
   gauges.values.sessions = 2;
-  gauges.values.devices = {{.gpu = "host", .pool_used_bytes = 1, .ring_slots_capacity = 64},
-                           {.gpu = "host", .pool_used_bytes = 2, .ring_slots_capacity = 64, .healthy = false}};
+  gauges.values.devices = {
+      {.gpu = "host", .pool_used_bytes = 1, .pool_registered_bytes = 5, .ring_slots_capacity = 64},
+      {.gpu = "host", .pool_used_bytes = 2, .pool_registered_bytes = 6, .ring_slots_capacity = 64, .healthy = false},
+      {.gpu = "2", .context_bytes = std::numeric_limits<double>::quiet_NaN()}};
   const Scoped scoped(blocks, gauges);
   const std::string page = scoped.server->render();
   for (const char* line : {
@@ -209,6 +212,9 @@ TEST(MetricsServer, ValuesOfHostDevicesAreTakenTogether) {
            R"(expertd_ring_slots_used{gpu="host"} 9)",
            R"(expertd_ring_slots_capacity{gpu="host"} 64)",
            R"(expertd_pool_bytes{gpu="host",state="used"} 3)",
+           R"(expertd_pool_bytes{gpu="host",state="registered"} 11)",
+           R"(expertd_gpu_context_bytes{gpu="host"} 0)",
+           R"(expertd_gpu_context_bytes{gpu="2"} Nan)",
            R"(expertd_gpu_healthy{gpu="host"} 0)",
            R"(expertd_gpu_healthy{gpu="2"} 1)",
            R"(expertd_thread_loop_lag_seconds{thread="host"} 0.003)",

@@ -175,10 +175,12 @@ DeviceInfo CudaDevice::info() const {
   info.uuid = gpu_.uuid;
   info.name = gpu_.name;
   info.mps_active = gpu_.mps;
-  info.doorbell_form = "words";
   info.kernels = bulk_copies_ ? "bulk" : "generic";
+  info.doorbell_form = gpu_.mps ? "kernels" : "words";
+  info.context_bytes = context_.bytes;
+  info.context_source = context_.source;
+  info.pool_used_bytes = pool_.used();
   info.window_bytes = window_bytes_.load(std::memory_order_relaxed);
-  info.context_bytes = pool_.used() - std::min(pool_.used(), info.window_bytes);
   info.armed_streams_max = kMaxArmedStreams;
   info.peer_access_mask = gpu_.peer_mask;
   info.healthy = healthy_.load(std::memory_order_relaxed);

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "daemon/device/cuda/gpu_use.h"
 #include "daemon/device/cuda/memory.h"
 #include "daemon/device/cuda/tables.h"
 #include "daemon/device/device.h"
@@ -51,6 +52,9 @@ class CudaDevice : public Device, public engine::DevicePort {
   ~CudaDevice() override;
   CudaDevice(const CudaDevice&) = delete;
   CudaDevice& operator=(const CudaDevice&) = delete;
+
+  /// What the context took; told once, before any other thread knows the device.
+  void set_context_use(ContextUse use) { context_ = std::move(use); }
 
   base::DeviceIndex index() const override { return gpu_.view.index; }
   DeviceInfo info() const override;
@@ -139,6 +143,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   bool bulk_copies_;
   uint32_t link_sms_;
   Pool pool_;
+  ContextUse context_;
   std::atomic<bool> healthy_{true};
   std::atomic<uint64_t> window_bytes_{0};
   std::atomic<uint32_t> open_sessions_{0};

@@ -2,6 +2,7 @@
 #include "daemon/device/cuda/cuda_devices.h"
 
 #include <stdlib.h>
+#include <unistd.h>
 
 #include <array>
 #include <cstdio>
@@ -10,6 +11,7 @@
 
 #include "daemon/device/cuda/cuda_device.h"
 #include "daemon/device/cuda/gpu_selection.h"
+#include "daemon/device/cuda/gpu_use.h"
 
 namespace expertd::device::cuda {
 namespace {
@@ -134,6 +136,41 @@ void release_contexts(const Driver& driver, std::vector<GpuFacts>* gpus, size_t 
   }
 }
 
+std::vector<GpuUse> look_at_all(const NvmlCalls& nvml, const std::vector<GpuFacts>& gpus) {
+  std::vector<GpuUse> uses;
+  for (const GpuFacts& gpu : gpus) {
+    uses.push_back(look_at_gpu(nvml, gpu.uuid, static_cast<uint32_t>(::getpid())));
+  }
+  return uses;
+}
+
+/// One device per GPU, whose contexts they own from then on; those of the others are released on failure.
+base::Result<std::vector<std::unique_ptr<CudaDevice>>> make_devices(const Driver& driver, const CudaOptions& options,
+                                                                    std::vector<GpuFacts>* gpus) {
+  const auto registry = std::make_shared<Registry>(driver);
+  for (GpuFacts& gpu : *gpus) {
+    gpu.view.gate = &registry->gates[gpu.view.index.value];
+  }
+  std::vector<std::unique_ptr<CudaDevice>> devices;
+  for (size_t i = 0; i < gpus->size(); ++i) {
+    CudaDevice::Setup setup;
+    setup.driver = &driver;
+    setup.gpu = (*gpus)[i];
+    setup.all = *gpus;
+    setup.registry = registry;
+    setup.pool_max_bytes = options.pool_max_bytes;
+    setup.bulk_copies = (*gpus)[i].has_bulk_copies && options.kernels != "generic";
+    setup.link_sms = options.link_sms;
+    auto device = CudaDevice::create(std::move(setup));
+    if (!device.is_ok()) {
+      release_contexts(driver, gpus, i + 1);  // those before belong to their devices, this one's died with it
+      return device.status();
+    }
+    devices.push_back(std::move(device).value());
+  }
+  return devices;
+}
+
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
@@ -156,6 +193,8 @@ base::Result<std::vector<std::unique_ptr<device::Device>>> create_cuda_devices(c
     return selected.status();
   }
   std::vector<GpuFacts> gpus = std::move(selected).value();
+  const NvmlLibrary nvml;
+  const std::vector<GpuUse> before = look_at_all(nvml.calls(), gpus);
   for (size_t i = 0; i < gpus.size(); ++i) {
     gpus[i].view.index.value = options.first_index.value + static_cast<uint32_t>(i);
     if (const base::Status opened = open_gpu(driver, &gpus[i]); !opened.is_ok()) {
@@ -164,26 +203,17 @@ base::Result<std::vector<std::unique_ptr<device::Device>>> create_cuda_devices(c
     }
   }
   fill_peer_masks(driver, options.peer_access, &gpus);
-  const auto registry = std::make_shared<Registry>(driver);
-  for (GpuFacts& gpu : gpus) {
-    gpu.view.gate = &registry->gates[gpu.view.index.value];
+  auto made = make_devices(driver, options, &gpus);
+  if (!made.is_ok()) {
+    return made.status();
   }
+  // After all of them, because each one's tables are mapped in the contexts of its peers.
+  const std::vector<GpuUse> after = look_at_all(nvml.calls(), gpus);
   std::vector<std::unique_ptr<device::Device>> devices;
   for (size_t i = 0; i < gpus.size(); ++i) {
-    CudaDevice::Setup setup;
-    setup.driver = &driver;
-    setup.gpu = gpus[i];
-    setup.all = gpus;
-    setup.registry = registry;
-    setup.pool_max_bytes = options.pool_max_bytes;
-    setup.bulk_copies = gpus[i].has_bulk_copies && options.kernels != "generic";
-    setup.link_sms = options.link_sms;
-    auto device = CudaDevice::create(std::move(setup));
-    if (!device.is_ok()) {
-      release_contexts(driver, &gpus, i + 1);  // those before belong to their devices, this one's died with it
-      return device.status();
-    }
-    devices.push_back(std::move(device).value());
+    std::unique_ptr<CudaDevice> device = std::move(made.value()[i]);
+    device->set_context_use(context_use(before[i], after[i], device->info().pool_used_bytes, gpus[i].mps));
+    devices.push_back(std::move(device));
   }
   return devices;
 }

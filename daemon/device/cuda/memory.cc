@@ -19,16 +19,6 @@ CUmemAllocationProp allocation_properties(const GpuView& home) {
 
 }  // namespace
 
-bool Pool::try_take(uint64_t bytes) {
-  uint64_t used = used_.load(std::memory_order_relaxed);
-  do {
-    if (max_bytes_ != 0 && (bytes > max_bytes_ || used > max_bytes_ - bytes)) {
-      return false;
-    }
-  } while (!used_.compare_exchange_weak(used, used + bytes, std::memory_order_relaxed));
-  return true;
-}
-
 base::Result<std::unique_ptr<VmmMemory>> VmmMemory::create(const Reach& reach, uint64_t bytes, Pool* pool) {
   const Driver& driver = *reach.driver;
   const CUmemAllocationProp properties = allocation_properties(reach.home);
@@ -37,12 +27,10 @@ base::Result<std::unique_ptr<VmmMemory>> VmmMemory::create(const Reach& reach, u
                       cuMemGetAllocationGranularity(&granularity, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED));
   const uint64_t limit = uint64_t{1} << 46;  // beyond any GPU; keeps the rounding from wrapping
   const uint64_t rounded = (std::clamp<uint64_t>(bytes, 1, limit) + granularity - 1) / granularity * granularity;
-  if (bytes > limit || !pool->try_take(rounded)) {
-    return base::Status(EXPERTD_REASON_POOL_EXHAUSTED, "the device's pool holds " + std::to_string(pool->used()) +
-                                                           " of " + std::to_string(pool->max_bytes()) +
-                                                           " bytes (device.pool_max_bytes); " +
-                                                           std::to_string(rounded) + " more were asked for");
+  if (bytes > limit) {
+    return base::Status(EXPERTD_REASON_POOL_EXHAUSTED, "no GPU has " + std::to_string(bytes) + " bytes");
   }
+  EXPERTD_RETURN_IF_ERROR(pool->take(rounded));
   std::unique_ptr<VmmMemory> memory(new VmmMemory());
   memory->driver_ = &driver;
   memory->pool_ = pool;

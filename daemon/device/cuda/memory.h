@@ -15,6 +15,7 @@
 #include "daemon/device/cuda/closer.h"
 #include "daemon/device/cuda/driver.h"
 #include "daemon/device/device.h"
+#include "daemon/device/pool.h"
 
 namespace expertd::device::cuda {
 
@@ -32,20 +33,6 @@ struct Reach {
   Closer* closer = nullptr;
   GpuView home;
   std::vector<GpuView> gpus;  // home included
-};
-
-/// Bytes that a device's allocations hold, against pool_max_bytes. Any thread.
-class Pool {
- public:
-  explicit Pool(uint64_t max_bytes) : max_bytes_(max_bytes) {}
-  bool try_take(uint64_t bytes);
-  void give(uint64_t bytes) { used_.fetch_sub(bytes, std::memory_order_relaxed); }
-  uint64_t used() const { return used_.load(std::memory_order_relaxed); }
-  uint64_t max_bytes() const { return max_bytes_; }
-
- private:
-  uint64_t max_bytes_;
-  std::atomic<uint64_t> used_{0};
 };
 
 /// A VMM allocation mapped at one address for all GPUs of `reach`.

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "daemon/device/device.h"
+#include "daemon/device/pool.h"
 
 namespace expertd::device {
 
@@ -81,7 +82,7 @@ class HostDevice final : public Device, public engine::DevicePort {
   uint32_t ordinal_;
   HostGroupDirectory* groups_;
   engine::WakePort* wake_;
-  uint64_t pool_max_bytes_;
+  Pool pool_;
   std::vector<Part> parts_;
   uint64_t next_serial_ = 1;
   uint32_t runnable_ = 0;  // parts that can advance without an event

@@ -6,14 +6,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <atomic>
-
 namespace expertd::device {
 
 namespace {
 
 constexpr uint64_t kPageBytes = 4096;
-std::atomic<uint64_t> bytes_mapped{0};
 
 class HostMemory final : public HeldMemory {
  public:
@@ -22,29 +19,28 @@ class HostMemory final : public HeldMemory {
     mapping_.bytes = bytes;
     mapping_.home = home;
     mapping_.base.fill(static_cast<char*>(base) + skip);  // every host device sees the one address
-    bytes_mapped.fetch_add(mapped_bytes, std::memory_order_relaxed);
   }
-  ~HostMemory() override {
-    ::munmap(base_, mapped_bytes_);
-    bytes_mapped.fetch_sub(mapped_bytes_, std::memory_order_relaxed);
-  }
+  ~HostMemory() override { ::munmap(base_, mapped_bytes_); }
 
  private:
   void* base_;
   uint64_t mapped_bytes_;
 };
 
-}  // namespace
-
-uint64_t host_bytes_mapped() {
-  return bytes_mapped.load(std::memory_order_relaxed);
-}
-
-base::Result<Window> create_host_window(uint64_t bytes, base::DeviceIndex home) {
-  if (bytes == 0 || bytes > (1ULL << 46)) {
-    return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "window size " + std::to_string(bytes) + ", allowed 1..2^46");
+/// A window's memory with its place in the account of a device.
+class PooledMemory final : public HeldMemory {
+ public:
+  PooledMemory(std::unique_ptr<HeldMemory> memory, Pool* pool) : memory_(std::move(memory)), pool_(pool) {
+    mapping_ = memory_->mapping();
   }
-  const uint64_t rounded = (bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
+  ~PooledMemory() override { pool_->give(mapping_.bytes); }
+
+ private:
+  std::unique_ptr<HeldMemory> memory_;
+  Pool* pool_;
+};
+
+base::Result<Window> create_window_of(uint64_t rounded, base::DeviceIndex home) {
   base::ScopedFd fd(::memfd_create("expertd-window", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!fd.valid()) {
     return base::errno_status("memfd_create");
@@ -63,6 +59,23 @@ base::Result<Window> create_host_window(uint64_t bytes, base::DeviceIndex home) 
   window.memory = std::make_unique<HostMemory>(base, rounded, 0, rounded, home);
   window.fd = std::move(fd);
   window.bytes = rounded;
+  return window;
+}
+
+}  // namespace
+
+base::Result<Window> create_host_window(uint64_t bytes, base::DeviceIndex home, Pool* pool) {
+  if (bytes == 0 || bytes > (1ULL << 46)) {
+    return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "window size " + std::to_string(bytes) + ", allowed 1..2^46");
+  }
+  const uint64_t rounded = (bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
+  EXPERTD_RETURN_IF_ERROR(pool->take(rounded));
+  base::Result<Window> window = create_window_of(rounded, home);
+  if (!window.is_ok()) {
+    pool->give(rounded);
+    return window.status();
+  }
+  window.value().memory = std::make_unique<PooledMemory>(std::move(window.value().memory), pool);
   return window;
 }
 

@@ -7,16 +7,16 @@
 #include "daemon/base/fd.h"
 #include "daemon/base/status.h"
 #include "daemon/device/device.h"
+#include "daemon/device/pool.h"
 
 namespace expertd::device {
 
-/// A new memfd of `bytes` (rounded up to whole pages), sealed against resizing, mapped and zero.
-base::Result<Window> create_host_window(uint64_t bytes, base::DeviceIndex home);
+/// A new memfd of `bytes` (rounded up to whole pages), sealed against resizing, mapped and zero; `pool` counts it while
+/// its memory lives.
+base::Result<Window> create_host_window(uint64_t bytes, base::DeviceIndex home, Pool* pool);
 /// Maps [offset, offset + bytes) of a client's memfd. UNSEALED_MEMORY unless it is sealed against shrinking: a client
 /// that truncates it later would otherwise end the daemon with SIGBUS.
 base::Result<std::unique_ptr<HeldMemory>> import_host_fd(base::ScopedFd fd, uint64_t offset, uint64_t bytes,
                                                          base::DeviceIndex home);
-/// Bytes mapped by all host devices of the process, for status and metrics.
-uint64_t host_bytes_mapped();
 
 }  // namespace expertd::device

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// The memory of devices as `expertctl status` shows it: what is not known is never shown as zero.
+#include "client/ctl/render.h"
+
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+namespace expertd::ctl {
+namespace {
+
+constexpr uint64_t kMiB = 1ULL << 20;
+
+v1::GetStatusResponse status_of(const std::string& kind, const std::string& source) {
+  v1::GetStatusResponse status;
+  v1::DeviceStatus& device = *status.add_devices();
+  device.set_kind(kind);
+  device.set_context_source(source);
+  device.set_context_bytes(source.empty() ? 0 : 500 * kMiB);
+  device.set_table_bytes(kind == "host" ? 0 : 6 * kMiB);
+  device.set_window_bytes(32 * kMiB);
+  device.set_registered_bytes(64 * kMiB);
+  device.set_quarantined_bytes(8 * kMiB);
+  return status;
+}
+
+/// The cells of the one row of the table whose first line has `column`.
+std::string row_below(const std::string& text, const std::string& column) {
+  std::istringstream lines(text.substr(text.rfind('\n', text.find(column)) + 1));
+  std::string row;
+  std::getline(lines, row);
+  std::getline(lines, row);
+  std::istringstream words(row);
+  std::string out;
+  for (std::string word; words >> word;) {
+    out += (out.empty() ? "" : " ") + word;
+  }
+  return out;
+}
+
+TEST(RenderMemory, ShowsWhatTheDaemonHoldsOfAGpu) {
+  const v1::GetStatusResponse status = status_of("cuda", "process");
+  EXPECT_EQ(row_below(status_text(status), "HELD"), "0 506.0 MiB 500.0 MiB 6.0 MiB 32.0 MiB 64.0 MiB 8.0 MiB");
+  const nlohmann::json device = status_json(status)["devices"][0];
+  EXPECT_EQ(device["held_bytes"], 506 * kMiB);
+  EXPECT_EQ(device["context_bytes"], 500 * kMiB);
+  EXPECT_EQ(device["context_source"], "process");
+  EXPECT_EQ(device["table_bytes"], 6 * kMiB);
+  EXPECT_EQ(device["window_bytes"], 32 * kMiB);
+  EXPECT_EQ(device["registered_bytes"], 64 * kMiB);
+  EXPECT_EQ(device["quarantined_bytes"], 8 * kMiB);
+}
+
+TEST(RenderMemory, MarksAContextThatOthersMayHavePartIn) {
+  const v1::GetStatusResponse status = status_of("cuda", "device");
+  EXPECT_NE(status_text(status).find("~500.0 MiB"), std::string::npos) << status_text(status);
+  EXPECT_EQ(status_json(status)["devices"][0]["context_source"], "device");
+}
+
+TEST(RenderMemory, SaysThatAContextIsNotKnown) {
+  const v1::GetStatusResponse status = status_of("cuda", "");
+  EXPECT_EQ(row_below(status_text(status), "HELD"), "0 unknown unknown 6.0 MiB 32.0 MiB 64.0 MiB 8.0 MiB");
+  const nlohmann::json device = status_json(status)["devices"][0];
+  EXPECT_TRUE(device["held_bytes"].is_null() && device["context_bytes"].is_null());
+  EXPECT_TRUE(device["context_source"].is_null());
+}
+
+TEST(RenderMemory, OfAHostDeviceHasNoContext) {
+  const v1::GetStatusResponse status = status_of("host", "");
+  EXPECT_EQ(row_below(status_text(status), "HELD"), "0 0 B - 0 B 32.0 MiB 64.0 MiB 8.0 MiB");
+  EXPECT_EQ(status_json(status)["devices"][0]["held_bytes"], 0);
+  EXPECT_TRUE(status_json(status)["devices"][0]["context_bytes"].is_null());
+}
+
+}  // namespace
+}  // namespace expertd::ctl
