@@ -425,7 +425,12 @@ void Memory::drop(Buffer* buffer) {
 Status Memory::recreate_one(Buffer* buffer) {
   switch (buffer->kind) {
     case BufferKind::kWindow:
-      return buffer->of_group ? Status() : request_window(buffer->bytes, buffer);
+      if (buffer->of_group) {
+        // It ended with the daemon; the id may be another buffer's now. Joining anew makes a window of its own.
+        buffer->id = kNoBuffer;
+        return {};
+      }
+      return request_window(buffer->bytes, buffer);
     case BufferKind::kDescriptor:
       return put_descriptor(buffer);
     case BufferKind::kDevice:
