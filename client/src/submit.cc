@@ -109,6 +109,11 @@ Status Session::stage_tensors(OpRequest* request, const std::vector<uint32_t>& s
   Buffer* chunk = nullptr;
   Status status = staging_->take(total, &record->staging_chunk, &chunk);
   if (!status.ok()) {
+    // Operations that ended keep their chunks until somebody asks for their results.
+    ops_->collect_all(*connection_->ring());
+    status = staging_->take(total, &record->staging_chunk, &chunk);
+  }
+  if (!status.ok()) {
     record->staging_chunk = -1;
     return status;
   }
