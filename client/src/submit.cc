@@ -13,6 +13,7 @@ namespace expertd::client {
 namespace {
 
 constexpr uint64_t kStagedAlignment = 128;
+constexpr int kRegistrationsMax = 4;  // of one tensor
 
 uint64_t aligned(uint64_t bytes) {
   return (bytes + kStagedAlignment - 1) & ~(kStagedAlignment - 1);
@@ -41,7 +42,9 @@ Status out_of_bounds(uint32_t index, const TensorArg& tensor, const Place& place
 Status Session::place_device_tensor(OpRequest* request, uint32_t index) {
   const TensorArg& tensor = request->tensors[index];
   const char* low = lowest_byte(tensor);
-  for (int attempt = 0; attempt < 2; ++attempt) {
+  // One registration suffices unless memory is freed and allocated at this address meanwhile. Dropping what is stale is
+  // not counted: each time there is one registration less, and several may overlap.
+  for (int registrations = 0; registrations < kRegistrationsMax;) {
     Place place;
     Buffer* buffer = nullptr;
     const Resolved resolved = memory_->resolve(low, tensor.bytes, &place, &buffer);
@@ -53,6 +56,7 @@ Status Session::place_device_tensor(OpRequest* request, uint32_t index) {
         return status;
       }
       if (identity != buffer->identity) {
+        registrations += buffer->automatic ? 0 : 1;
         status = memory_->refresh(buffer);
         if (!status.ok()) {
           return status;
@@ -76,6 +80,7 @@ Status Session::place_device_tensor(OpRequest* request, uint32_t index) {
     if (!status.ok()) {
       return {status.reason, format("%s at %p: %s", name_of(index), tensor.pointer, status.text.c_str())};
     }
+    ++registrations;
   }
   return error(EXPERTD_REASON_INTERNAL, "%s at %p changes its allocation while it is registered", name_of(index),
                tensor.pointer);

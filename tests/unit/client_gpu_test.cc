@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// Goal: what a GPU session registers by itself, how it ends and what it rings. Method: the stand-in daemon and a
+// stand-in GPU side, which takes the place of the one over libcuda when this binary is linked.
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tests/unit/client_fake_gpu.h"
+#include "tests/unit/client_session_fixture.h"
+
+namespace expertd::client {
+
+Status create_cuda_side(const std::string&, std::unique_ptr<DeviceSide>* side) {
+  *side = std::make_unique<test::FakeGpuSide>(test::FakeGpu::current());
+  return {};
+}
+
+}  // namespace expertd::client
+
+namespace expertd::test {
+namespace {
+
+class ClientGpu : public ClientSession {
+ protected:
+  static constexpr uint64_t kBytes = 64 << 10;
+
+  void SetUp() override {
+    device_ = "cuda:0";
+    ClientSession::SetUp();
+    group_ = join();
+    ASSERT_NE(nullptr, group_);
+    inputs_ = gpu_.allocate(kBytes);
+  }
+  // A dispatch with the payload at x; the routing lies in memory that every one of them uses.
+  expertd_status_t dispatch(const char* x, expertd_event_t* event) {
+    expertd_ll_dispatch_args_t args = EXPERTD_INIT(expertd_ll_dispatch_args_t);
+    args.x = x;
+    args.dtype = EXPERTD_BF16;
+    args.topk_idx = inputs_;
+    args.idx_type = EXPERTD_I64;
+    args.tokens = 1;
+    expertd_handle_t handle{};
+    return expertd_ll_dispatch(group_, &args, nullptr, &handle, event);
+  }
+  void dispatch_and_wait(const char* x) {
+    expertd_event_t event{};
+    ASSERT_EQ(0, dispatch(x, &event).reason) << message();
+    ASSERT_EQ(0, expertd_event_wait(event, kPatienceNs, nullptr).reason) << message();
+  }
+  expertd_tensor_ref payload() { return daemon_.seen().back().tensors[EXPERTD_IN_X]; }
+  void crash() {
+    expertd_event_t event{};
+    daemon_.hold(true);
+    ASSERT_EQ(0, expertd_barrier(group_, nullptr, 0, 0, &event).reason) << message();
+    daemon_.crash();
+    ASSERT_EQ(EXPERTD_REASON_UNAVAILABLE, expertd_event_wait(event, kPatienceNs, nullptr).reason);
+    daemon_.hold(false);
+  }
+
+  FakeGpu gpu_;
+  expertd_group_t* group_ = nullptr;
+  char* inputs_ = nullptr;
+};
+
+TEST_F(ClientGpu, RegistersAnewWhatWasAllocatedAtAFreedAddress) {
+  char* x = gpu_.allocate(kBytes);
+  dispatch_and_wait(x + 256);
+  const expertd_tensor_ref before = payload();
+  EXPECT_EQ(256u, before.offset);
+  gpu_.release(x);
+  gpu_.allocate_at(x, 2 * kBytes);
+  dispatch_and_wait(x + 256);
+  EXPECT_NE(before.buffer, payload().buffer);
+  dispatch_and_wait(x + kBytes + 512);
+  EXPECT_EQ(kBytes + 512, payload().offset) << "all of the new allocation is known";
+}
+
+}  // namespace
+}  // namespace expertd::test
