@@ -21,6 +21,10 @@ uintptr_t address_of(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer);
 }
 
+std::pair<uintptr_t, uint64_t> key_of(const Buffer& buffer) {
+  return {address_of(buffer.data), buffer.bytes};
+}
+
 uint64_t deadline() {
   return deadline_after(kControlTimeoutNs);
 }
@@ -63,7 +67,7 @@ Status map_descriptor(Buffer* buffer) {
 }  // namespace
 
 Memory::~Memory() {
-  for (auto& [address, buffer] : buffers_) {
+  for (auto& [key, buffer] : buffers_) {
     unmap(buffer.get());
   }
 }
@@ -97,16 +101,16 @@ Status Memory::insert(std::unique_ptr<Buffer> buffer, Buffer** out) {
     views_.push_back(std::move(buffer));
     return {};
   }
-  const uintptr_t address = address_of(buffer->data);
-  if (!buffers_.emplace(address, std::move(buffer)).second) {
-    return error(EXPERTD_REASON_BAD_STATE, "memory at this address is registered already");
+  const Key key = key_of(*buffer);
+  if (!buffers_.emplace(key, std::move(buffer)).second) {
+    return error(EXPERTD_REASON_BAD_STATE, "these bytes at this address are registered already");
   }
   return {};
 }
 
 std::unique_ptr<Buffer> Memory::extract(const Buffer* buffer) {
   const std::lock_guard lock(mutex_);
-  const auto found = buffers_.find(address_of(buffer->data));
+  const auto found = buffers_.find(key_of(*buffer));
   if (found != buffers_.end() && found->second.get() == buffer) {
     std::unique_ptr<Buffer> owned = std::move(found->second);
     buffers_.erase(found);
@@ -121,10 +125,11 @@ std::unique_ptr<Buffer> Memory::extract(const Buffer* buffer) {
   return owned;
 }
 
-// Mappings do not overlap. Registrations of GPU memory may: a part of an allocation first, all of it later.
+// Mappings do not overlap. Registrations of GPU memory may: a part of an allocation first, all of it later. Of those
+// that begin at the same address the largest comes first.
 Buffer* Memory::containing(uintptr_t address, uint64_t bytes) const {
   Buffer* touching = nullptr;
-  for (auto it = buffers_.upper_bound(address); it != buffers_.begin();) {
+  for (auto it = buffers_.upper_bound({address, UINT64_MAX}); it != buffers_.begin();) {
     Buffer* buffer = (--it)->second.get();
     const uint64_t offset = address - address_of(buffer->data);
     if (offset < buffer->bytes) {
@@ -448,7 +453,7 @@ Status Memory::recreate() {
     before.swap(buffers_);
   }
   Status first;
-  for (auto& [address, buffer] : before) {
+  for (auto& [key, buffer] : before) {
     Status status = recreate_one(buffer.get());
     if (!status.ok()) {
       // It stays known, with an id that the daemon refuses by name; 0 would mean "not given".

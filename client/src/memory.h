@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "client/src/connection.h"
@@ -83,7 +84,9 @@ class Memory {
   Resolved resolve(const void* pointer, uint64_t bytes, Place* place, Buffer** buffer) const;
 
  private:
-  using Map = std::map<uintptr_t, std::unique_ptr<Buffer>>;
+  // Address and bytes: a registration of a part of an allocation and one of all of it may begin at the same address.
+  using Key = std::pair<uintptr_t, uint64_t>;
+  using Map = std::map<Key, std::unique_ptr<Buffer>>;
 
   Status check_room(uint64_t bytes) const;
   Status map_granted(uint32_t id, uint64_t token, uint64_t bytes, Buffer* buffer);

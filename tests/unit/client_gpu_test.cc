@@ -78,5 +78,37 @@ TEST_F(ClientGpu, RegistersAnewWhatWasAllocatedAtAFreedAddress) {
   EXPECT_EQ(kBytes + 512, payload().offset) << "all of the new allocation is known";
 }
 
+TEST_F(ClientGpu, RegistersAllOfAnAllocationWhosePartTheCallerRegistered) {
+  char* x = gpu_.allocate(kBytes);
+  expertd_buffer_t* part = nullptr;
+  ASSERT_EQ(0, expertd_register(session_, x, 4096, &part).reason) << message();
+  dispatch_and_wait(x);
+  const expertd_tensor_ref in_part = payload();
+  dispatch_and_wait(x + 8192);
+  const expertd_tensor_ref behind = payload();
+  EXPECT_NE(in_part.buffer, behind.buffer);
+  EXPECT_EQ(8192u, behind.offset);
+  dispatch_and_wait(x + 16384);
+  EXPECT_EQ(behind.buffer, payload().buffer) << "registered once";
+  ASSERT_EQ(0, expertd_buffer_release(part).reason) << message();
+  dispatch_and_wait(x);
+  EXPECT_EQ(behind.buffer, payload().buffer) << "the part was released and nothing else";
+  gpu_.release(x);
+  gpu_.allocate_at(x, kBytes);
+  dispatch_and_wait(x);
+}
+
+TEST_F(ClientGpu, RenewsEveryRegistrationOfAnAddressThatIsUsedAgain) {
+  char* x = gpu_.allocate(kBytes);
+  expertd_buffer_t* part = nullptr;
+  ASSERT_EQ(0, expertd_register(session_, x, 4096, &part).reason) << message();
+  dispatch_and_wait(x + 8192);
+  gpu_.release(x);
+  gpu_.allocate_at(x, kBytes);
+  dispatch_and_wait(x);
+  dispatch_and_wait(x + 8192);
+  EXPECT_EQ(0, expertd_buffer_release(part).reason) << message();
+}
+
 }  // namespace
 }  // namespace expertd::test
