@@ -110,5 +110,14 @@ TEST_F(ClientGpu, RenewsEveryRegistrationOfAnAddressThatIsUsedAgain) {
   EXPECT_EQ(0, expertd_buffer_release(part).reason) << message();
 }
 
+TEST_F(ClientGpu, ReattachesOnlyAfterTheWaitersOfTheEndedAttachmentWereReleased) {
+  // A new attachment that does not wait begins meanwhile.
+  gpu_.on_release([this] { static_cast<void>(gpu_.wait_for_entries(2, std::chrono::milliseconds(200))); });
+  crash();
+  ASSERT_EQ(0, expertd_reattach(session_, kPatienceNs).reason) << message();
+  EXPECT_EQ((std::vector<std::string>{"begin", "released", "begin"}), gpu_.log());
+  gpu_.on_release(nullptr);
+}
+
 }  // namespace
 }  // namespace expertd::test
