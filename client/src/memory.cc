@@ -278,6 +278,10 @@ Status Memory::recreate() {
   }
   Status first;
   for (auto& [key, buffer] : before) {
+    if (buffer->automatic) {
+      // Its memory may have been freed long ago, which must not keep the session from coming back.
+      continue;
+    }
     Status status = recreate_one(buffer.get());
     if (!status.ok()) {
       // It stays known, with an id that the daemon refuses by name; 0 would mean "not given".

@@ -63,7 +63,7 @@ class Memory {
 
   /// The attachment that ids belong to. While nothing else runs.
   void bind(Connection* connection) { connection_ = connection; }
-  /// Gives every buffer its counterpart in the new attachment.
+  /// Gives every buffer its counterpart in the new attachment; what was registered on first use waits for its next one.
   Status recreate();
 
   Status create_window(uint64_t bytes, Buffer** buffer);

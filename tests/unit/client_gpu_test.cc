@@ -110,6 +110,22 @@ TEST_F(ClientGpu, RenewsEveryRegistrationOfAnAddressThatIsUsedAgain) {
   EXPECT_EQ(0, expertd_buffer_release(part).reason) << message();
 }
 
+TEST_F(ClientGpu, ReattachesAlthoughMemoryThatItRegisteredWasFreed) {
+  char* x = gpu_.allocate(kBytes);
+  char* kept = gpu_.allocate(kBytes);
+  expertd_buffer_t* registered = nullptr;
+  ASSERT_EQ(0, expertd_register(session_, kept, kBytes, &registered).reason) << message();
+  dispatch_and_wait(x);
+  gpu_.release(x);
+  crash();
+  ASSERT_EQ(0, expertd_reattach(session_, kPatienceNs).reason) << message();
+  EXPECT_EQ(1u, daemon_.buffer_count()) << "the caller's registration";
+  ASSERT_EQ(0, expertd_group_leave(group_).reason) << message();
+  group_ = join();
+  dispatch_and_wait(kept);
+  EXPECT_EQ(0, expertd_buffer_release(registered).reason) << message();
+}
+
 TEST_F(ClientGpu, ReattachesOnlyAfterTheWaitersOfTheEndedAttachmentWereReleased) {
   // A new attachment that does not wait begins meanwhile.
   gpu_.on_release([this] { static_cast<void>(gpu_.wait_for_entries(2, std::chrono::milliseconds(200))); });
