@@ -138,29 +138,9 @@ Status Memory::register_exported(Buffer* buffer) {
   return status;
 }
 
-Status Memory::register_pointer(void* data, uint64_t bytes, bool automatic, Buffer** buffer) {
-  Status status = check_room(bytes);
-  if (!status.ok()) {
-    return status;
-  }
-  auto made = std::make_unique<Buffer>();
-  made->data = data;
-  made->bytes = bytes;
-  made->automatic = automatic;
-  Place place;
-  Buffer* parent = nullptr;
-  const Resolved resolved = resolve(data, bytes, &place, &parent);
-  if (resolved == Resolved::kFound && !automatic) {
-    made->kind = BufferKind::kView;
-    made->id = place.buffer;
-    return insert(std::move(made), buffer);
-  }
-  if (!device_->is_cuda()) {
-    return error(EXPERTD_REASON_UNSEALED_MEMORY,
-                 "memory at %p is not a sealed memfd; use expertd_alloc or expertd_register_fd", data);
-  }
+Status Memory::register_new(std::unique_ptr<Buffer> made, Buffer** buffer) {
   made->kind = BufferKind::kDevice;
-  status = register_exported(made.get());
+  Status status = register_exported(made.get());
   const uint32_t id = made->id;
   if (status.ok()) {
     status = insert(std::move(made), buffer);
@@ -170,6 +150,66 @@ Status Memory::register_pointer(void* data, uint64_t bytes, bool automatic, Buff
     }
   }
   return status;
+}
+
+Status Memory::register_pointer(void* data, uint64_t bytes, Buffer** buffer) {
+  Status status = check_room(bytes);
+  if (!status.ok()) {
+    return status;
+  }
+  auto made = std::make_unique<Buffer>();
+  made->data = data;
+  made->bytes = bytes;
+  Place place;
+  Buffer* parent = nullptr;
+  if (resolve(data, bytes, &place, &parent) == Resolved::kFound) {
+    made->kind = BufferKind::kView;
+    made->id = place.buffer;
+    return insert(std::move(made), buffer);
+  }
+  if (!device_->is_cuda()) {
+    return error(EXPERTD_REASON_UNSEALED_MEMORY,
+                 "memory at %p is not a sealed memfd; use expertd_alloc or expertd_register_fd", data);
+  }
+  return register_new(std::move(made), buffer);
+}
+
+// Null while there is room. What an operation in flight uses is left alone, and so is what the one that is being put
+// together uses: its sequence has not ended either.
+Buffer* Memory::least_recently_used() const {
+  const RingClient& ring = *connection_->ring();
+  const std::lock_guard lock(mutex_);
+  const size_t used = buffers_.size() + views_.size();
+  if (used < kMaxBuffers - kBuffersShared) {
+    return nullptr;
+  }
+  size_t automatic = 0;
+  Buffer* oldest = nullptr;
+  for (const auto& [key, it] : buffers_) {
+    automatic += it->automatic ? 1 : 0;
+    const bool idle = it->automatic && (it->last_use == 0 || ring.has_ended(it->last_use));
+    if (idle && (oldest == nullptr || it->last_use < oldest->last_use)) {
+      oldest = it.get();
+    }
+  }
+  return automatic < kBuffersShared && used < kMaxBuffers ? nullptr : oldest;
+}
+
+Status Memory::register_allocation(void* data, uint64_t bytes, Buffer** buffer) {
+  Buffer* replaced = least_recently_used();
+  if (replaced != nullptr) {
+    // Best effort: without room the new one is refused by name.
+    static_cast<void>(release(replaced));
+  }
+  Status status = check_room(bytes);
+  if (!status.ok()) {
+    return status;
+  }
+  auto made = std::make_unique<Buffer>();
+  made->data = data;
+  made->bytes = bytes;
+  made->automatic = true;
+  return register_new(std::move(made), buffer);
 }
 
 Status Memory::allocate(uint64_t bytes, void** data) {

@@ -68,6 +68,7 @@ Status Session::place_device_tensor(OpRequest* request, uint32_t index) {
       return out_of_bounds(index, tensor, place, *buffer);
     }
     if (resolved == Resolved::kFound) {
+      buffer->last_use = connection_->ring()->next_seq();
       set_ref(request, index, place.buffer, place.offset + tensor.lead);
       return {};
     }
@@ -75,7 +76,7 @@ Status Session::place_device_tensor(OpRequest* request, uint32_t index) {
     uint64_t bytes = 0;
     Status status = device_->allocation_of(low, &base, &bytes);
     if (status.ok()) {
-      status = memory_->register_pointer(base, bytes, true, &buffer);
+      status = memory_->register_allocation(base, bytes, &buffer);
     }
     if (!status.ok()) {
       return {status.reason, format("%s at %p: %s", name_of(index), tensor.pointer, status.text.c_str())};

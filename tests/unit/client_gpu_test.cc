@@ -110,6 +110,43 @@ TEST_F(ClientGpu, RenewsEveryRegistrationOfAnAddressThatIsUsedAgain) {
   EXPECT_EQ(0, expertd_buffer_release(part).reason) << message();
 }
 
+TEST_F(ClientGpu, DropsTheLongestUnusedRegistrationsAtTheLimit) {
+  constexpr int kAllocations = 1100;  // more than a session may have buffers
+  std::vector<char*> allocations;
+  for (int i = 0; i < kAllocations; ++i) {
+    allocations.push_back(gpu_.allocate(4096));
+    expertd_event_t event{};
+    ASSERT_EQ(0, dispatch(allocations.back(), &event).reason) << i << ": " << message();
+  }
+  EXPECT_EQ(kAllocations + 1u, gpu_.exports()) << "what every operation uses stays registered";
+  EXPECT_GT(1024u, daemon_.buffer_count());
+  expertd_buffer_t* window = nullptr;
+  ASSERT_EQ(0, expertd_window_create(session_, 4096, &window).reason) << "room for the caller: " << message();
+  dispatch_and_wait(allocations.back());
+  EXPECT_EQ(kAllocations + 1u, gpu_.exports());
+  dispatch_and_wait(allocations.front());
+  EXPECT_EQ(kAllocations + 2u, gpu_.exports());
+}
+
+TEST_F(ClientGpu, KeepsRegistrationsThatOperationsInFlightUse) {
+  char* x = gpu_.allocate(kBytes);
+  char* y = gpu_.allocate(kBytes);
+  dispatch_and_wait(x);
+  expertd_buffer_t* window = nullptr;
+  while (expertd_window_create(session_, 4096, &window).reason == 0) {
+  }
+  EXPECT_EQ(0u, message().find("BUFFER_LIMIT: ")) << message();
+  daemon_.hold(true);
+  expertd_event_t in_flight{};
+  ASSERT_EQ(0, dispatch(x, &in_flight).reason) << message();
+  expertd_event_t event{};
+  EXPECT_EQ(EXPERTD_REASON_BUFFER_LIMIT, dispatch(y, &event).reason);
+  daemon_.hold(false);
+  ASSERT_EQ(0, expertd_event_wait(in_flight, kPatienceNs, nullptr).reason) << message();
+  dispatch_and_wait(y);
+  EXPECT_EQ(0u, payload().offset);
+}
+
 TEST_F(ClientGpu, ReattachesAlthoughMemoryThatItRegisteredWasFreed) {
   char* x = gpu_.allocate(kBytes);
   char* kept = gpu_.allocate(kBytes);
