@@ -100,6 +100,8 @@ Status Session::connect() {
     connection_ = std::move(connection);
     memory_->bind(connection_.get());
     handles_.reset(connection_->welcome().handles_per_session);
+    // The new attachment has words of its own.
+    doorbells_.fill(Doorbell());
     ++incarnation_;
   }
   return status;

@@ -13,6 +13,8 @@ namespace expertd::client {
 namespace {
 
 constexpr uint64_t kStagedAlignment = 128;
+// CU_STREAM_PER_THREAD: one name for a stream of each thread.
+constexpr uintptr_t kPerThreadStream = 2;
 constexpr int kRegistrationsMax = 4;  // of one tensor
 
 uint64_t aligned(uint64_t bytes) {
@@ -178,6 +180,27 @@ Status Session::wait_for_slot(uint64_t deadline_ns) {
   return {};
 }
 
+// Whether another stream may still write a lower sequence into the slot's doorbell. The daemon waits for the doorbell
+// of an operation that ends well; one that it refused or aborted has completed without, and the write stays enqueued
+// until its stream gets there. When by then the slot's next operation was rung from a stream that is ahead, the late
+// write takes its sequence back: the daemon's stream would wait until the deadline. On one stream the writes keep their
+// order.
+bool Session::rings_late(uint32_t slot, expertd_stream_t stream) {
+  Doorbell& last = doorbells_[slot];
+  if (last.seq == 0) {
+    return false;
+  }
+  const uint64_t event = (incarnation_ << kIncarnationShift) | last.seq;
+  OpOutcome outcome;
+  uint64_t deadline_ns = 0;
+  const Lookup found = ops_->find(connection_->ring(), event, last.seq, &outcome, &deadline_ns);
+  if (found == Lookup::kDone && outcome.completion.reason == EXPERTD_REASON_NONE) {
+    last = Doorbell();
+    return false;
+  }
+  return last.stream != stream || reinterpret_cast<uintptr_t>(stream) == kPerThreadStream;
+}
+
 Status Session::submit(OpRequest* request, expertd_stream_t stream, expertd_event_t* event) {
   Status status = device_->check_stream(stream);
   if (!status.ok()) {
@@ -186,7 +209,8 @@ Status Session::submit(OpRequest* request, expertd_stream_t stream, expertd_even
   // The slot first: its wait collects finished operations, whose staging chunks this one may need.
   const std::lock_guard lock(submit_mutex_);
   RingClient* ring = connection_->ring();
-  status = wait_for_slot(deadline_after(request->timeout_ns));
+  const uint64_t deadline_ns = deadline_after(request->timeout_ns);
+  status = wait_for_slot(deadline_ns);
   OpRecord record;
   if (status.ok()) {
     status = resolve_tensors(request, &record, stream);
@@ -196,9 +220,18 @@ Status Session::submit(OpRequest* request, expertd_stream_t stream, expertd_even
   }
   expertd_slot& slot = request->slot;
   slot.seq = ring->next_seq();
+  const uint32_t index = ring->slot_index(slot.seq);
+  const bool rung = device_->is_cuda() && rings_late(index, stream);
+  if (rung) {
+    // The word cannot be relied on, so this waits in its place and tells the daemon not to.
+    status = device_->synchronize(stream, deadline_ns);
+    if (!status.ok()) {
+      return status;
+    }
+    slot.flags |= EXPERTD_SLOT_RUNG;
+  }
   slot.submit_ns = now_ns();
   std::memcpy(slot.trace_id, trace_id_.data(), trace_id_.size());
-  const uint32_t index = ring->slot_index(slot.seq);
   record.event = (incarnation_ << kIncarnationShift) | slot.seq;
   record.seq = slot.seq;
   record.op = slot.op;
@@ -209,7 +242,10 @@ Status Session::submit(OpRequest* request, expertd_stream_t stream, expertd_even
   ops_->begin(std::move(record), index);
   // Before the doorbell: the daemon arms its stream as soon as the descriptor is there.
   ring->submit(slot);
-  status = device_->ring_doorbell(index, slot.seq, stream);
+  if (!rung) {
+    status = device_->ring_doorbell(index, slot.seq, stream);
+    doorbells_[index] = status.ok() ? Doorbell{slot.seq, stream} : doorbells_[index];
+  }
   if (status.ok() && (request->flags & EXPERTD_ASYNC) == 0) {
     status = device_->wait_completion(index, slot.seq, stream);
   }

@@ -4,10 +4,10 @@
 // gets a memfd for each exported allocation, so that the stand-in daemon can execute operations. Any thread.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
-#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -63,7 +63,7 @@ class FakeGpu {
     return {it->second.first, it->second.second, it->first};
   }
 
-  // What happened, in order: "begin", "release", and what the test adds.
+  // What happened, in order: "begin" and "released".
   void note(std::string what) {
     const std::lock_guard lock(mutex_);
     log_.push_back(std::move(what));

@@ -3,9 +3,9 @@
 // stand-in GPU side, which takes the place of the one over libcuda when this binary is linked.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "tests/unit/client_fake_gpu.h"
@@ -170,6 +170,39 @@ TEST_F(ClientGpu, ReattachesOnlyAfterTheWaitersOfTheEndedAttachmentWereReleased)
   ASSERT_EQ(0, expertd_reattach(session_, kPatienceNs).reason) << message();
   EXPECT_EQ((std::vector<std::string>{"begin", "released", "begin"}), gpu_.log());
   gpu_.on_release(nullptr);
+}
+
+TEST_F(ClientGpu, DoesNotRingWhereAnotherStreamMayStillRing) {
+  int streams[2] = {};
+  const expertd_stream_t slow = &streams[0];
+  const expertd_stream_t fast = &streams[1];
+  constexpr uint64_t kSlots = FakeDaemon::kSlots;
+  // The daemon refuses the first operation at once, however far the stream is that is to ring for it.
+  daemon_.set_script([](const expertd_slot& slot, expertd_completion* completion) {
+    completion->reason = slot.seq == 1 ? EXPERTD_REASON_TOKENS_EXCEED_MAX : 0;
+  });
+  const auto issue = [&](expertd_stream_t stream) {
+    expertd_event_t event{};
+    ASSERT_EQ(0, expertd_barrier(group_, stream, EXPERTD_ASYNC, 0, &event).reason) << message();
+    static_cast<void>(expertd_event_wait(event, kPatienceNs, nullptr));
+  };
+  issue(slow);
+  for (uint64_t seq = 2; seq <= 4 * kSlots; ++seq) {
+    // The slow stream comes back to the slot of the refused operation at its third use, behind its late write.
+    issue(seq == 1 + 2 * kSlots || seq == 2 ? slow : fast);
+  }
+  const std::vector<expertd_slot> seen = daemon_.seen();
+  ASSERT_EQ(4 * kSlots, seen.size());
+  for (const expertd_slot& slot : seen) {
+    EXPECT_EQ(slot.seq == 1 + kSlots, (slot.flags & EXPERTD_SLOT_RUNG) != 0) << slot.seq;
+  }
+  EXPECT_EQ(std::vector<expertd_stream_t>{fast}, gpu_.synchronized());
+  std::vector<uint64_t> rung;
+  for (const Rung& it : gpu_.rung()) {
+    rung.push_back(it.seq);
+  }
+  EXPECT_EQ(seen.size() - 1, rung.size());
+  EXPECT_EQ(0, std::count(rung.begin(), rung.end(), 1 + kSlots));
 }
 
 }  // namespace
