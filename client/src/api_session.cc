@@ -131,7 +131,7 @@ expertd_status_t expertd_register(expertd_session_t* session, void* data, uint64
   Status checked = client::both(check_given(data, "data"), check_given(buffer, "buffer"));
   return on_session(session, std::move(checked), false, [=](client::Session* it) {
     Buffer* made = nullptr;
-    Status status = it->memory()->register_pointer(data, bytes, false, &made);
+    Status status = it->memory()->register_pointer(data, bytes, &made);
     *buffer = status.ok() ? wrap_buffer(made) : nullptr;
     return status;
   });

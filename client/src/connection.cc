@@ -123,15 +123,21 @@ Status Connection::open_session(const AttachRequest& request, uint64_t deadline_
 }
 
 Connection::~Connection() {
+  finish();
+  if (channel_ != nullptr) {
+    forget_fd(channel_->fd());
+    forget_fd(channel_->wake_fd());
+  }
+}
+
+// The thread may be the one that abandons: it has woken the callers then and is still releasing their streams.
+void Connection::finish() {
   abandon("the session was detached");
   if (thread_started_) {
     const uint64_t one = 1;
     static_cast<void>(!write(stop_.get(), &one, sizeof(one)));
     pthread_join(thread_, nullptr);
-  }
-  if (channel_ != nullptr) {
-    forget_fd(channel_->fd());
-    forget_fd(channel_->wake_fd());
+    thread_started_ = false;
   }
 }
 

@@ -38,7 +38,7 @@ class Connection {
   static Status open(const AttachRequest& request, DeviceSide* device, std::unique_ptr<Connection>* connection);
   /// Only for open().
   Connection(Private, Greeting greeting, DeviceSide* device);
-  /// Ends the lease and joins the client thread.
+  /// finish(), and the end of the lease.
   ~Connection();
   Connection(const Connection&) = delete;
   Connection& operator=(const Connection&) = delete;
@@ -56,6 +56,9 @@ class Connection {
   bool look_for_end();
   /// Ends everything that waits; the lease itself ends with the destructor. Any thread.
   void abandon(const char* why);
+  /// Abandons and joins the client thread: afterwards nothing of this connection touches the device side any more, and
+  /// the next one may begin there. Not by two threads at once.
+  void finish();
 
  private:
   Status start(uint64_t deadline_ns);

@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "client/src/memory.h"
 
-#include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
 
@@ -15,55 +12,23 @@ namespace expertd::client {
 namespace {
 
 constexpr uint64_t kMaxBufferBytes = uint64_t{1} << 46;
-constexpr uint64_t kPage = 4096;
 
 uintptr_t address_of(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer);
+}
+
+std::pair<uintptr_t, uint64_t> key_of(const Buffer& buffer) {
+  return {address_of(buffer.data), buffer.bytes};
 }
 
 uint64_t deadline() {
   return deadline_after(kControlTimeoutNs);
 }
 
-Status check_descriptor(int fd, uint64_t offset, uint64_t bytes) {
-  struct stat info {};
-  if (fstat(fd, &info) != 0) {
-    return system_error("fstat of the descriptor");
-  }
-  const uint64_t size = static_cast<uint64_t>(info.st_size);
-  if (offset > size || bytes > size - offset) {
-    return range_error(EXPERTD_REASON_OUT_OF_BOUNDS, "offset + bytes", static_cast<int64_t>(offset + bytes), 1,
-                       static_cast<int64_t>(size));
-  }
-  if (offset % 16 != 0) {
-    return error(EXPERTD_REASON_UNALIGNED, "offset = %llu, allowed multiples of 16",
-                 static_cast<unsigned long long>(offset));
-  }
-  const int seals = fcntl(fd, F_GET_SEALS);
-  if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
-    return error(EXPERTD_REASON_UNSEALED_MEMORY, "the descriptor is not a memfd with F_SEAL_SHRINK");
-  }
-  return {};
-}
-
-// Maps the pages around [offset, offset + bytes) of the buffer's descriptor.
-Status map_descriptor(Buffer* buffer) {
-  const uint64_t first_page = buffer->fd_offset & ~(kPage - 1);
-  const uint64_t lead = buffer->fd_offset - first_page;
-  void* base = mmap(nullptr, lead + buffer->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, buffer->fd.get(),
-                    static_cast<off_t>(first_page));
-  if (base == MAP_FAILED) {
-    return system_error("mmap of the descriptor");
-  }
-  buffer->mapping = {base, lead + buffer->bytes, 0};
-  buffer->data = static_cast<char*>(base) + lead;
-  return {};
-}
-
 }  // namespace
 
 Memory::~Memory() {
-  for (auto& [address, buffer] : buffers_) {
+  for (auto& [key, buffer] : buffers_) {
     unmap(buffer.get());
   }
 }
@@ -97,16 +62,16 @@ Status Memory::insert(std::unique_ptr<Buffer> buffer, Buffer** out) {
     views_.push_back(std::move(buffer));
     return {};
   }
-  const uintptr_t address = address_of(buffer->data);
-  if (!buffers_.emplace(address, std::move(buffer)).second) {
-    return error(EXPERTD_REASON_BAD_STATE, "memory at this address is registered already");
+  const Key key = key_of(*buffer);
+  if (!buffers_.emplace(key, std::move(buffer)).second) {
+    return error(EXPERTD_REASON_BAD_STATE, "these bytes at this address are registered already");
   }
   return {};
 }
 
 std::unique_ptr<Buffer> Memory::extract(const Buffer* buffer) {
   const std::lock_guard lock(mutex_);
-  const auto found = buffers_.find(address_of(buffer->data));
+  const auto found = buffers_.find(key_of(*buffer));
   if (found != buffers_.end() && found->second.get() == buffer) {
     std::unique_ptr<Buffer> owned = std::move(found->second);
     buffers_.erase(found);
@@ -121,10 +86,11 @@ std::unique_ptr<Buffer> Memory::extract(const Buffer* buffer) {
   return owned;
 }
 
-// Mappings do not overlap. Registrations of GPU memory may: a part of an allocation first, all of it later.
+// Mappings do not overlap. Registrations of GPU memory may: a part of an allocation first, all of it later. Of those
+// that begin at the same address the largest comes first.
 Buffer* Memory::containing(uintptr_t address, uint64_t bytes) const {
   Buffer* touching = nullptr;
-  for (auto it = buffers_.upper_bound(address); it != buffers_.begin();) {
+  for (auto it = buffers_.upper_bound({address, UINT64_MAX}); it != buffers_.begin();) {
     Buffer* buffer = (--it)->second.get();
     const uint64_t offset = address - address_of(buffer->data);
     if (offset < buffer->bytes) {
@@ -219,143 +185,6 @@ Status Memory::adopt_window(uint32_t id, uint64_t token, uint64_t bytes, Buffer*
   return insert(std::move(made), buffer);
 }
 
-Status Memory::put_descriptor(Buffer* buffer) {
-  expertd_v1_RegisterBufferRequest request{};
-  uint64_t token = 0;
-  Status status = connection_->descriptors()->put(buffer->fd.get(), deadline(), &token);
-  if (!status.ok()) {
-    return status;
-  }
-  request.which_source = expertd_v1_RegisterBufferRequest_fd_token_tag;
-  request.source.fd_token = token;
-  request.offset = buffer->fd_offset;
-  request.size = buffer->bytes;
-  expertd_v1_RegisterBufferResponse response{};
-  status = connection_->call("RegisterBuffer", {expertd_v1_RegisterBufferRequest_fields, &request},
-                             {expertd_v1_RegisterBufferResponse_fields, &response}, kControlTimeoutNs);
-  buffer->id = response.buffer_id;
-  return status;
-}
-
-Status Memory::register_fd(int fd, uint64_t offset, uint64_t bytes, Buffer** buffer) {
-  if (device_->is_cuda()) {
-    return error(EXPERTD_REASON_WRONG_DEVICE_KIND, "a memfd belongs to host sessions, this one is on %s",
-                 device_->name().c_str());
-  }
-  Status status = check_room(bytes);
-  if (status.ok()) {
-    status = check_descriptor(fd, offset, bytes);
-  }
-  if (!status.ok()) {
-    return status;
-  }
-  auto made = std::make_unique<Buffer>();
-  made->kind = BufferKind::kDescriptor;
-  made->fd = OwnedFd(fcntl(fd, F_DUPFD_CLOEXEC, 3));
-  made->fd_offset = offset;
-  made->bytes = bytes;
-  if (!made->fd.valid()) {
-    return system_error("dup of the descriptor");
-  }
-  status = map_descriptor(made.get());
-  if (status.ok()) {
-    status = put_descriptor(made.get());
-  }
-  if (!status.ok()) {
-    unmap(made.get());
-    return status;
-  }
-  return insert(std::move(made), buffer);
-}
-
-Status Memory::register_exported(Buffer* buffer) {
-  ExportedMemory exported;
-  const bool same_pid = connection_->welcome().local_pid == getpid();
-  Status status = device_->export_memory(buffer->data, buffer->bytes, same_pid, &exported);
-  if (!status.ok()) {
-    return status;
-  }
-  expertd_v1_RegisterBufferRequest request{};
-  request.offset = exported.offset;
-  request.size = buffer->bytes;
-  if (exported.has_ipc_handle) {
-    request.which_source = expertd_v1_RegisterBufferRequest_cuda_ipc_handle_tag;
-    request.source.cuda_ipc_handle.size = sizeof(exported.ipc_handle);
-    std::copy_n(exported.ipc_handle, sizeof(exported.ipc_handle), request.source.cuda_ipc_handle.bytes);
-  } else {
-    uint64_t token = 0;
-    status = connection_->descriptors()->put(exported.fd.get(), deadline(), &token);
-    if (!status.ok()) {
-      return status;
-    }
-    request.which_source = expertd_v1_RegisterBufferRequest_fd_token_tag;
-    request.source.fd_token = token;
-    request.allocation_size = exported.allocation_bytes;
-  }
-  expertd_v1_RegisterBufferResponse response{};
-  status = connection_->call("RegisterBuffer", {expertd_v1_RegisterBufferRequest_fields, &request},
-                             {expertd_v1_RegisterBufferResponse_fields, &response}, kControlTimeoutNs);
-  buffer->id = response.buffer_id;
-  buffer->identity = exported.buffer_id;
-  return status;
-}
-
-Status Memory::register_pointer(void* data, uint64_t bytes, bool automatic, Buffer** buffer) {
-  Status status = check_room(bytes);
-  if (!status.ok()) {
-    return status;
-  }
-  auto made = std::make_unique<Buffer>();
-  made->data = data;
-  made->bytes = bytes;
-  made->automatic = automatic;
-  Place place;
-  Buffer* parent = nullptr;
-  const Resolved resolved = resolve(data, bytes, &place, &parent);
-  if (resolved == Resolved::kFound && !automatic) {
-    made->kind = BufferKind::kView;
-    made->id = place.buffer;
-    return insert(std::move(made), buffer);
-  }
-  if (!device_->is_cuda()) {
-    return error(EXPERTD_REASON_UNSEALED_MEMORY,
-                 "memory at %p is not a sealed memfd; use expertd_alloc or expertd_register_fd", data);
-  }
-  made->kind = BufferKind::kDevice;
-  status = register_exported(made.get());
-  const uint32_t id = made->id;
-  if (status.ok()) {
-    status = insert(std::move(made), buffer);
-    if (!status.ok()) {
-      // The first failure is the one to report.
-      static_cast<void>(unregister(id));
-    }
-  }
-  return status;
-}
-
-Status Memory::allocate(uint64_t bytes, void** data) {
-  Buffer* buffer = nullptr;
-  if (device_->is_cuda()) {
-    Status status = create_window(bytes, &buffer);
-    *data = status.ok() ? buffer->data : nullptr;
-    return status;
-  }
-  Status status = check_room(bytes);
-  if (!status.ok()) {
-    return status;
-  }
-  const OwnedFd fd(memfd_create("expertd-alloc", MFD_CLOEXEC | MFD_ALLOW_SEALING));
-  const uint64_t rounded = (bytes + kPage - 1) & ~(kPage - 1);
-  if (!fd.valid() || ftruncate(fd.get(), static_cast<off_t>(rounded)) != 0 ||
-      fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) != 0) {
-    return system_error("memfd_create");
-  }
-  status = register_fd(fd.get(), 0, rounded, &buffer);
-  *data = status.ok() ? buffer->data : nullptr;
-  return status;
-}
-
 Status Memory::free_allocated(void* data) {
   Place place;
   Buffer* buffer = nullptr;
@@ -425,7 +254,12 @@ void Memory::drop(Buffer* buffer) {
 Status Memory::recreate_one(Buffer* buffer) {
   switch (buffer->kind) {
     case BufferKind::kWindow:
-      return buffer->of_group ? Status() : request_window(buffer->bytes, buffer);
+      if (buffer->of_group) {
+        // It ended with the daemon; the id may be another buffer's now. Joining anew makes a window of its own.
+        buffer->id = kNoBuffer;
+        return {};
+      }
+      return request_window(buffer->bytes, buffer);
     case BufferKind::kDescriptor:
       return put_descriptor(buffer);
     case BufferKind::kDevice:
@@ -443,7 +277,11 @@ Status Memory::recreate() {
     before.swap(buffers_);
   }
   Status first;
-  for (auto& [address, buffer] : before) {
+  for (auto& [key, buffer] : before) {
+    if (buffer->automatic) {
+      // Its memory may have been freed long ago, which must not keep the session from coming back.
+      continue;
+    }
     Status status = recreate_one(buffer.get());
     if (!status.ok()) {
       // It stays known, with an id that the daemon refuses by name; 0 would mean "not given".

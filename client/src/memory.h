@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "client/src/connection.h"
@@ -20,6 +21,8 @@ class Session;
 
 /// The daemon's limit of buffers of a session.
 inline constexpr size_t kMaxBuffers = 1024;
+/// As many as this there may always be of automatic registrations; more of them leave as many places to others.
+inline constexpr size_t kBuffersShared = 128;
 /// No buffer of any session.
 inline constexpr uint32_t kNoBuffer = UINT32_MAX;
 inline constexpr uint64_t kControlTimeoutNs = 5'000'000'000;
@@ -42,6 +45,7 @@ struct Buffer {
   uint64_t fd_offset = 0;  // kDescriptor
   uint64_t identity = 0;   // kDevice: the driver's id of the allocation
   bool automatic = false;  // kDevice: registered by the library on first use
+  uint64_t last_use = 0;   // automatic: sequence of the last operation that names it; under the submit lock
   bool of_group = false;   // kWindow: re-created by joining, not by re-attaching
 };
 
@@ -62,14 +66,17 @@ class Memory {
 
   /// The attachment that ids belong to. While nothing else runs.
   void bind(Connection* connection) { connection_ = connection; }
-  /// Gives every buffer its counterpart in the new attachment.
+  /// Gives every buffer its counterpart in the new attachment; what was registered on first use waits for its next one.
   Status recreate();
 
   Status create_window(uint64_t bytes, Buffer** buffer);
   /// A window that the daemon made with a group.
   Status adopt_window(uint32_t id, uint64_t token, uint64_t bytes, Buffer** buffer);
   Status register_fd(int fd, uint64_t offset, uint64_t bytes, Buffer** buffer);
-  Status register_pointer(void* data, uint64_t bytes, bool automatic, Buffer** buffer);
+  Status register_pointer(void* data, uint64_t bytes, Buffer** buffer);
+  /// GPU: all of an allocation in which a tensor was found. Near the limit of buffers it takes the place of the
+  /// automatic registration that was not used for the longest time. Under the submit lock.
+  Status register_allocation(void* data, uint64_t bytes, Buffer** buffer);
   Status allocate(uint64_t bytes, void** data);
   Status free_allocated(void* data);
   /// BUFFER_BUSY leaves it as it was.
@@ -83,13 +90,17 @@ class Memory {
   Resolved resolve(const void* pointer, uint64_t bytes, Place* place, Buffer** buffer) const;
 
  private:
-  using Map = std::map<uintptr_t, std::unique_ptr<Buffer>>;
+  // Address and bytes: a registration of a part of an allocation and one of all of it may begin at the same address.
+  using Key = std::pair<uintptr_t, uint64_t>;
+  using Map = std::map<Key, std::unique_ptr<Buffer>>;
 
   Status check_room(uint64_t bytes) const;
   Status map_granted(uint32_t id, uint64_t token, uint64_t bytes, Buffer* buffer);
   Status request_window(uint64_t bytes, Buffer* buffer);
   Status put_descriptor(Buffer* buffer);
   Status register_exported(Buffer* buffer);
+  Status register_new(std::unique_ptr<Buffer> made, Buffer** buffer);
+  Buffer* least_recently_used() const;
   Status unregister(uint32_t id);
   Status recreate_one(Buffer* buffer);
   Status insert(std::unique_ptr<Buffer> buffer, Buffer** out);

@@ -144,14 +144,15 @@ expertd_completion* RingClient::completion_at(uint32_t index) const {
 
 bool RingClient::next_slot_free() const {
   const uint64_t seq = next_seq();
-  return seq <= slot_count_ || is_complete(seq - slot_count_);
+  return seq <= slot_count_ || completed_seq(slot_index(seq)) == seq - slot_count_;
 }
 
 void RingClient::submit(const expertd_slot& slot) {
   std::memcpy(slot_at(slot_index(slot.seq)), &slot, sizeof(slot));
+  // Before the tail, so that whoever sees the completion of this operation also sees that it was issued.
+  next_seq_.store(slot.seq + 1, std::memory_order_release);
   // Pairs with the daemon's acquire load: whoever sees the tail sees the slot.
   atomic_word(&header()->submit_tail).store(slot.seq, std::memory_order_release);
-  next_seq_.store(slot.seq + 1, std::memory_order_release);
   // Either the daemon sees the tail before it sleeps or this sees that it sleeps; pairs with its fence between storing
   // daemon_sleeping and reading the tail once more.
   std::atomic_thread_fence(std::memory_order_seq_cst);
@@ -162,13 +163,21 @@ void RingClient::submit(const expertd_slot& slot) {
   }
 }
 
-bool RingClient::is_complete(uint64_t seq) const {
+uint64_t RingClient::completed_seq(uint32_t index) const {
   // Pairs with the daemon's release store of seq, the last word of a completion that it writes.
-  return atomic_word(&completion_at(slot_index(seq))->seq).load(std::memory_order_acquire) == seq;
+  return atomic_word(&completion_at(index)->seq).load(std::memory_order_acquire);
+}
+
+// A waiter may get to run only after another thread used the slot again and the later operation completed too. A later
+// sequence counts only when it was issued, because its submitter has collected the earlier result by then: a word that
+// the daemon made up must not end a wait for a result that is not there.
+bool RingClient::has_ended(uint64_t seq) const {
+  const uint64_t completed = completed_seq(slot_index(seq));
+  return completed == seq || (completed > seq && completed < next_seq() && slot_index(completed) == slot_index(seq));
 }
 
 bool RingClient::try_read(uint64_t seq, expertd_completion* completion) const {
-  if (!is_complete(seq)) {
+  if (completed_seq(slot_index(seq)) != seq) {
     return false;
   }
   std::memcpy(completion, completion_at(slot_index(seq)), sizeof(*completion));
@@ -179,7 +188,7 @@ bool RingClient::try_read(uint64_t seq, expertd_completion* completion) const {
   return true;
 }
 
-bool RingClient::ended() const {
+bool RingClient::session_over() const {
   return closed() || (session_flags() & EXPERTD_SESSION_CLOSED) != 0;
 }
 
@@ -187,23 +196,23 @@ WaitEnd RingClient::wait(uint64_t seq, uint64_t deadline_ns) {
   const uint64_t spin_end = now_ns() + kSpinNs;
   for (;;) {
     for (int i = 0; i < kPausesPerClockRead; ++i) {
-      if (is_complete(seq)) {
+      if (has_ended(seq)) {
         return WaitEnd::kComplete;
       }
       pause_cpu();
     }
     const uint64_t now = now_ns();
-    if (now >= deadline_ns || now >= spin_end || ended()) {
+    if (now >= deadline_ns || now >= spin_end || session_over()) {
       break;
     }
     if (spin_end - now < kSpinNs - kAloneNs) {
       (void)sched_yield();  // the engine may want this very CPU; polling on would keep it away
     }
   }
-  return sleep_until_complete(seq, deadline_ns);
+  return sleep_until_ended(seq, deadline_ns);
 }
 
-WaitEnd RingClient::sleep_until_complete(uint64_t seq, uint64_t deadline_ns) {
+WaitEnd RingClient::sleep_until_ended(uint64_t seq, uint64_t deadline_ns) {
   auto futex = atomic_word(&header()->completion_futex);
   auto waiters = atomic_word(&header()->client_waiters);
   // Before the first look at the completion, so that the daemon either sees the waiter or this sees the completion.
@@ -211,12 +220,12 @@ WaitEnd RingClient::sleep_until_complete(uint64_t seq, uint64_t deadline_ns) {
   WaitEnd end = WaitEnd::kComplete;
   for (;;) {
     const uint32_t seen = futex.load(std::memory_order_seq_cst);
-    if (is_complete(seq)) {
+    if (has_ended(seq)) {
       break;
     }
-    if (ended()) {
+    if (session_over()) {
       // The daemon may have completed it as its last act.
-      end = is_complete(seq) ? WaitEnd::kComplete : WaitEnd::kClosed;
+      end = has_ended(seq) ? WaitEnd::kComplete : WaitEnd::kClosed;
       break;
     }
     if (now_ns() >= deadline_ns) {

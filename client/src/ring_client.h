@@ -42,10 +42,11 @@ class RingClient {
   /// Writes the descriptor and publishes it. slot.seq must be next_seq() and its slot free.
   void submit(const expertd_slot& slot);
 
-  bool is_complete(uint64_t seq) const;
+  /// The operation seq has ended; its completion may have been overwritten by a later user of its slot.
+  bool has_ended(uint64_t seq) const;
   /// Copies the completion of seq if it is there.
   bool try_read(uint64_t seq, expertd_completion* completion) const;
-  /// Spins about 20 us, then sleeps on the shared futex.
+  /// Until has_ended(seq). Spins about 20 us, then sleeps on the shared futex.
   WaitEnd wait(uint64_t seq, uint64_t deadline_ns);
   /// Ends all waits, present and future. For the client thread when the lease is over.
   void close();
@@ -57,8 +58,9 @@ class RingClient {
   expertd_ring_header* header() const { return static_cast<expertd_ring_header*>(mapping_); }
   expertd_slot* slot_at(uint32_t index) const;
   expertd_completion* completion_at(uint32_t index) const;
-  bool ended() const;
-  WaitEnd sleep_until_complete(uint64_t seq, uint64_t deadline_ns);
+  uint64_t completed_seq(uint32_t index) const;
+  bool session_over() const;
+  WaitEnd sleep_until_ended(uint64_t seq, uint64_t deadline_ns);
 
   void* const mapping_;
   const uint64_t mapping_bytes_;

@@ -100,6 +100,8 @@ Status Session::connect() {
     connection_ = std::move(connection);
     memory_->bind(connection_.get());
     handles_.reset(connection_->welcome().handles_per_session);
+    // The new attachment has words of its own.
+    doorbells_.fill(Doorbell());
     ++incarnation_;
   }
   return status;
@@ -150,6 +152,8 @@ Status Session::reattach(uint64_t timeout_ns) {
   }
   closed_to_callers_.store(true, std::memory_order_seq_cst);
   drain_callers(0);
+  // Streams that wait on the ended attachment's words are released before the new one has words of its own.
+  connection_->finish();
   ops_->collect_all(*connection_->ring());
   ops_->forget_in_flight();
   staging_->give_back_all();

@@ -32,6 +32,12 @@ inline constexpr uint64_t kSeqMask = (uint64_t{1} << kIncarnationShift) - 1;
 inline constexpr size_t kMaxGroups = 16;
 inline constexpr size_t kMaxPairs = 256;
 
+/// The last write of a slot's doorbell that was enqueued on a stream; 0 when it is known to have happened.
+struct Doorbell {
+  uint64_t seq = 0;
+  expertd_stream_t stream = nullptr;
+};
+
 class Session {
  public:
   Session();
@@ -89,6 +95,7 @@ class Session {
   Status place_tensor(OpRequest* request, uint32_t index, bool* staged);
   Status place_device_tensor(OpRequest* request, uint32_t index);
   Status stage_tensors(OpRequest* request, const std::vector<uint32_t>& staged, OpRecord* record);
+  bool rings_late(uint32_t slot, expertd_stream_t stream);
 
   const uint32_t fork_generation_;
   AttachRequest request_;
@@ -104,7 +111,8 @@ class Session {
   uint64_t incarnation_ = 0;
 
   std::mutex submit_mutex_;
-  std::mutex objects_mutex_;  // groups_ and pairs_
+  std::array<Doorbell, EXPERTD_RING_SLOTS_MAX> doorbells_{};  // under submit_mutex_; GPU sessions
+  std::mutex objects_mutex_;                                  // groups_ and pairs_
   std::vector<std::unique_ptr<Group>> groups_;
   std::vector<std::unique_ptr<BufferPair>> pairs_;
 

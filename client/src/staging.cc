@@ -19,19 +19,18 @@ Status Staging::take(uint64_t bytes, int32_t* chunk, Buffer** buffer) {
   }
   const uint64_t wanted = std::bit_ceil(bytes < kMinChunkBytes ? kMinChunkBytes : bytes);
   Chunk* place = nullptr;
-  Buffer* replaced = nullptr;
+  std::vector<Buffer*> replaced;
   {
     const std::lock_guard lock(mutex_);
     place = best_fit_locked(bytes);
     if (place == nullptr) {
-      place = smallest_idle_locked();
-      if (place == nullptr || total_bytes_ - bytes_of(*place) + wanted > kMaxStagingBytes) {
+      place = make_room_locked(wanted, &replaced);
+      if (place == nullptr) {
         return error(EXPERTD_REASON_POOL_EXHAUSTED, "staged bytes in flight = %llu, allowed 0..%llu; use expertd_alloc",
-                     static_cast<unsigned long long>(total_bytes_ + wanted),
+                     static_cast<unsigned long long>(total_bytes_ - idle_bytes_locked() + wanted),
                      static_cast<unsigned long long>(kMaxStagingBytes));
       }
-      total_bytes_ = total_bytes_ - bytes_of(*place) + wanted;
-      replaced = std::exchange(place->buffer, nullptr);
+      total_bytes_ += wanted;
     }
     place->busy = true;
   }
@@ -58,21 +57,50 @@ Staging::Chunk* Staging::best_fit_locked(uint64_t bytes) {
   return best;
 }
 
-// An empty place first, then the smallest chunk, which the new one replaces.
-Staging::Chunk* Staging::smallest_idle_locked() {
+// The smallest idle chunk, or with made = false a place for a new one.
+Staging::Chunk* Staging::idle_locked(bool made) {
   Chunk* smallest = nullptr;
   for (Chunk& it : chunks_) {
-    if (!it.busy && (smallest == nullptr || bytes_of(it) < bytes_of(*smallest))) {
+    const bool fits = !it.busy && (it.buffer != nullptr) == made;
+    if (fits && (smallest == nullptr || bytes_of(it) < bytes_of(*smallest))) {
       smallest = &it;
     }
   }
   return smallest;
 }
 
-Status Staging::replace(Chunk* place, Buffer* replaced, uint64_t bytes) {
+uint64_t Staging::idle_bytes_locked() const {
+  uint64_t bytes = 0;
+  for (const Chunk& it : chunks_) {
+    bytes += it.busy ? 0 : bytes_of(it);
+  }
+  return bytes;
+}
+
+// A place for a chunk of `bytes` bytes; idle chunks that leave it no room are taken out. Null when operations in flight
+// leave it none.
+Staging::Chunk* Staging::make_room_locked(uint64_t bytes, std::vector<Buffer*>* replaced) {
+  if (total_bytes_ - idle_bytes_locked() + bytes > kMaxStagingBytes) {
+    return nullptr;
+  }
+  Chunk* place = idle_locked(false);
+  while (place == nullptr || total_bytes_ + bytes > kMaxStagingBytes) {
+    Chunk* idle = idle_locked(true);
+    if (idle == nullptr) {
+      return nullptr;
+    }
+    total_bytes_ -= bytes_of(*idle);
+    replaced->push_back(std::exchange(idle->buffer, nullptr));
+    place = place == nullptr ? idle : place;
+  }
+  return place;
+}
+
+Status Staging::replace(Chunk* place, const std::vector<Buffer*>& replaced, uint64_t bytes) {
   Status status;
-  if (replaced != nullptr) {
-    status = memory_->release(replaced);
+  for (Buffer* it : replaced) {
+    Status released = memory_->release(it);
+    status = status.ok() ? std::move(released) : std::move(status);
   }
   Buffer* made = nullptr;
   if (status.ok()) {

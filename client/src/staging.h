@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdint>
 #include <mutex>
+#include <vector>
 
 #include "client/src/memory.h"
 #include "client/src/status.h"
@@ -18,7 +19,7 @@ class Staging {
  public:
   explicit Staging(Memory* memory) : memory_(memory) {}
 
-  /// A chunk of at least `bytes` bytes; made when none fits.
+  /// A chunk of at least `bytes` bytes; made when none fits, in place of idle ones when it has to be.
   Status take(uint64_t bytes, int32_t* chunk, Buffer** buffer);
   void give_back(int32_t chunk);
   /// After a re-attach: nothing is in flight any more.
@@ -32,8 +33,10 @@ class Staging {
 
   static uint64_t bytes_of(const Chunk& chunk) { return chunk.buffer == nullptr ? 0 : chunk.buffer->bytes; }
   Chunk* best_fit_locked(uint64_t bytes);
-  Chunk* smallest_idle_locked();
-  Status replace(Chunk* place, Buffer* replaced, uint64_t bytes);
+  Chunk* idle_locked(bool made);
+  uint64_t idle_bytes_locked() const;
+  Chunk* make_room_locked(uint64_t bytes, std::vector<Buffer*>* replaced);
+  Status replace(Chunk* place, const std::vector<Buffer*>& replaced, uint64_t bytes);
 
   Memory* const memory_;
   std::mutex mutex_;

@@ -13,6 +13,9 @@ namespace expertd::client {
 namespace {
 
 constexpr uint64_t kStagedAlignment = 128;
+// CU_STREAM_PER_THREAD: one name for a stream of each thread.
+constexpr uintptr_t kPerThreadStream = 2;
+constexpr int kRegistrationsMax = 4;  // of one tensor
 
 uint64_t aligned(uint64_t bytes) {
   return (bytes + kStagedAlignment - 1) & ~(kStagedAlignment - 1);
@@ -44,7 +47,9 @@ Status out_of_bounds(uint32_t index, const TensorArg& tensor, const Place& place
 Status Session::place_device_tensor(OpRequest* request, uint32_t index) {
   const TensorArg& tensor = request->tensors[index];
   const char* low = lowest_byte(tensor);
-  for (int attempt = 0; attempt < 2; ++attempt) {
+  // One registration suffices unless memory is freed and allocated at this address meanwhile. Dropping what is stale is
+  // not counted: each time there is one registration less, and several may overlap.
+  for (int registrations = 0; registrations < kRegistrationsMax;) {
     Place place;
     Buffer* buffer = nullptr;
     const Resolved resolved = memory_->resolve(low, tensor.bytes, &place, &buffer);
@@ -56,6 +61,7 @@ Status Session::place_device_tensor(OpRequest* request, uint32_t index) {
         return status;
       }
       if (identity != buffer->identity) {
+        registrations += buffer->automatic ? 0 : 1;
         status = memory_->refresh(buffer);
         if (!status.ok()) {
           return status;
@@ -67,6 +73,7 @@ Status Session::place_device_tensor(OpRequest* request, uint32_t index) {
       return out_of_bounds(index, tensor, place, *buffer);
     }
     if (resolved == Resolved::kFound) {
+      buffer->last_use = connection_->ring()->next_seq();
       set_ref(request, index, place.buffer, place.offset + tensor.lead);
       return {};
     }
@@ -74,13 +81,14 @@ Status Session::place_device_tensor(OpRequest* request, uint32_t index) {
     uint64_t bytes = 0;
     Status status = device_->allocation_of(low, &base, &bytes);
     if (status.ok()) {
-      status = memory_->register_pointer(base, bytes, true, &buffer);
+      status = memory_->register_allocation(base, bytes, &buffer);
     }
     if (!status.ok()) {
       return {status.reason,
               format("%s at %p: %s", name_of(index), tensor.pointer, status.text.c_str()),
               {.argument = EXPERTD_ARGUMENT_OF_TENSOR(index)}};
     }
+    ++registrations;
   }
   return error(EXPERTD_REASON_INTERNAL, "%s at %p changes its allocation while it is registered", name_of(index),
                tensor.pointer);
@@ -113,6 +121,11 @@ Status Session::stage_tensors(OpRequest* request, const std::vector<uint32_t>& s
   }
   Buffer* chunk = nullptr;
   Status status = staging_->take(total, &record->staging_chunk, &chunk);
+  if (!status.ok()) {
+    // Operations that ended keep their chunks until somebody asks for their results.
+    ops_->collect_all(*connection_->ring());
+    status = staging_->take(total, &record->staging_chunk, &chunk);
+  }
   if (!status.ok()) {
     record->staging_chunk = -1;
     return status;
@@ -177,52 +190,85 @@ void Session::stamp(expertd_slot* slot) const {
   slot->seq = connection_->ring()->next_seq();
   slot->submit_ns = now_ns();
   std::memcpy(slot->trace_id, trace_id_.data(), trace_id_.size());
-}
 
-Status Session::submit(OpRequest* request, expertd_stream_t stream, expertd_event_t* event) {
-  // The slot first: its wait collects finished operations, whose staging chunks this one may need.
-  const std::lock_guard lock(submit_mutex_);
-  RingClient* ring = connection_->ring();
-  Status status = wait_for_slot(deadline_after(request->timeout_ns));
-  OpRecord record;
-  if (status.ok()) {
-    status = resolve_tensors(request, &record, stream);
+  // Whether another stream may still write a lower sequence into the slot's doorbell. The daemon waits for the doorbell
+  // of an operation that ends well; one that it refused or aborted has completed without, and the write stays enqueued
+  // until its stream gets there. When by then the slot's next operation was rung from a stream that is ahead, the late
+  // write takes its sequence back: the daemon's stream would wait until the deadline. On one stream the writes keep
+  // their order.
+  bool Session::rings_late(uint32_t slot, expertd_stream_t stream) {
+    Doorbell& last = doorbells_[slot];
+    if (last.seq == 0) {
+      return false;
+    }
+    const uint64_t event = (incarnation_ << kIncarnationShift) | last.seq;
+    OpOutcome outcome;
+    uint64_t deadline_ns = 0;
+    const Lookup found = ops_->find(connection_->ring(), event, last.seq, &outcome, &deadline_ns);
+    if (found == Lookup::kDone && outcome.completion.reason == EXPERTD_REASON_NONE) {
+      last = Doorbell();
+      return false;
+    }
+    return last.stream != stream || reinterpret_cast<uintptr_t>(stream) == kPerThreadStream;
   }
-  if (!status.ok()) {
+
+  Status Session::submit(OpRequest * request, expertd_stream_t stream, expertd_event_t * event) {
+    // The slot first: its wait collects finished operations, whose staging chunks this one may need.
+    const std::lock_guard lock(submit_mutex_);
+    RingClient* ring = connection_->ring();
+    const uint64_t deadline_ns = deadline_after(request->timeout_ns);
+    Status status = wait_for_slot(deadline_ns);
+    OpRecord record;
+    if (status.ok()) {
+      status = resolve_tensors(request, &record, stream);
+    }
+    if (!status.ok()) {
+      return status;
+    }
+    expertd_slot& slot = request->slot;
+    const uint32_t index = ring->slot_index(ring->next_seq());
+    const bool rung = device_->is_cuda() && rings_late(index, stream);
+    if (rung) {
+      // The word cannot be relied on, so this waits in its place and tells the daemon not to.
+      status = device_->synchronize(stream, deadline_ns);
+      if (!status.ok()) {
+        return status;
+      }
+      slot.flags |= EXPERTD_SLOT_RUNG;
+    }
+    stamp(&slot);
+    record.event = (incarnation_ << kIncarnationShift) | slot.seq;
+    record.seq = slot.seq;
+    record.op = slot.op;
+    record.rows_per_expert = request->rows_per_expert;
+    record.submit_ns = slot.submit_ns;
+    record.deadline_ns = deadline_after(request->timeout_ns);
+    *event = {wrap(this), record.event};
+    ops_->begin(std::move(record), index);
+    // Before the doorbell: the daemon arms its stream as soon as the descriptor is there.
+    ring->submit(slot);
+    request->submitted = true;
+    if (!rung) {
+      status = device_->ring_doorbell(index, slot.seq, stream);
+      doorbells_[index] = status.ok() ? Doorbell{slot.seq, stream} : doorbells_[index];
+    }
+    if (status.ok() && (request->flags & EXPERTD_ASYNC) == 0) {
+      status = device_->wait_completion(index, slot.seq, stream);
+    }
     return status;
   }
-  expertd_slot& slot = request->slot;
-  stamp(&slot);
-  const uint32_t index = ring->slot_index(slot.seq);
-  record.event = (incarnation_ << kIncarnationShift) | slot.seq;
-  record.seq = slot.seq;
-  record.op = slot.op;
-  record.rows_per_expert = request->rows_per_expert;
-  record.submit_ns = slot.submit_ns;
-  record.deadline_ns = deadline_after(request->timeout_ns);
-  *event = {wrap(this), record.event};
-  ops_->begin(std::move(record), index);
-  // Before the doorbell: the daemon arms its stream as soon as the descriptor is there.
-  ring->submit(slot);
-  request->submitted = true;
-  status = device_->ring_doorbell(index, slot.seq, stream);
-  if (status.ok() && (request->flags & EXPERTD_ASYNC) == 0) {
-    status = device_->wait_completion(index, slot.seq, stream);
-  }
-  return status;
-}
 
-// No record is kept: nobody asks for the result, and the slot is free again when its completion is there. No word is
-// written and no stream waits either, so that whatever state the caller's stream is in stays as it is.
-Status Session::submit_refusal(OpRequest* refusal) {
-  const std::lock_guard lock(submit_mutex_);
-  Status status = wait_for_slot(deadline_after(refusal->timeout_ns));
-  if (status.ok()) {
-    stamp(&refusal->slot);
-    connection_->ring()->submit(refusal->slot);
-    refusal->submitted = true;
+  // No record is kept: nobody asks for the result, and the slot is free again when its completion is there. No word is
+  // written and no stream waits either, so that whatever state the caller's stream is in stays as it is.
+  Status Session::submit_refusal(OpRequest * refusal) {
+    const std::lock_guard lock(submit_mutex_);
+    Status status = wait_for_slot(deadline_after(refusal->timeout_ns));
+    if (status.ok()) {
+      stamp(&refusal->slot);
+      connection_->ring()->submit(refusal->slot);
+      refusal->submitted = true;
+    }
+    return status;
   }
-  return status;
-}
 
 }  // namespace expertd::client

@@ -138,6 +138,30 @@ TEST_F(ClientRing, TakesACompletionOnlyWithItsOwnSequence) {
   EXPECT_EQ(EXPERTD_COMPLETION_EXPERTS, seen.expert_count_entries) << "no number of the daemon leads out of the table";
 }
 
+TEST_F(ClientRing, EndsAWaitWhenALaterOperationHasCompletedInTheSlot) {
+  open_sealed();
+  for (uint32_t i = 0; i < kSlots; ++i) {
+    submit();
+  }
+  complete(1);
+  submit();
+  complete(1 + kSlots);
+  EXPECT_EQ(WaitEnd::kComplete, ring_->wait(1, deadline_after(kNsPerS))) << "the words of a slot never go back";
+  expertd_completion seen;
+  EXPECT_FALSE(ring_->try_read(1, &seen)) << "but what is there belongs to the later one";
+  EXPECT_FALSE(ring_->has_ended(2));
+}
+
+TEST_F(ClientRing, TakesNoCompletionOfAnOperationThatWasNotIssued) {
+  open_sealed();
+  submit();
+  submit();
+  for (const uint64_t seq : {uint64_t{2}, uint64_t{1 + kSlots}, UINT64_MAX}) {
+    completion(1)->seq = seq;
+    EXPECT_EQ(WaitEnd::kDeadline, ring_->wait(1, deadline_after(kNsPerMs))) << seq;
+  }
+}
+
 TEST_F(ClientRing, EndsAWaitAtItsDeadline) {
   open_sealed();
   submit();

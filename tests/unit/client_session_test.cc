@@ -13,91 +13,10 @@
 #include <vector>
 
 #include "expertd.h"
-#include "tests/unit/client_fake_daemon.h"
+#include "tests/unit/client_session_fixture.h"
 
 namespace expertd::test {
 namespace {
-
-constexpr uint32_t kHidden = 128;
-constexpr uint32_t kTopK = 2;
-constexpr uint32_t kMaxTokens = 16;
-constexpr uint64_t kPatienceNs = 20'000'000'000;
-
-expertd_attach_options_t options_for(const FakeDaemon& daemon) {
-  expertd_attach_options_t options = EXPERTD_INIT(expertd_attach_options_t);
-  options.socket_path = daemon.path().c_str();
-  options.device = "host:0";
-  options.name = "test";
-  options.traceparent = "00-0102030405060708090a0b0c0d0e0f10-0102030405060708-01";
-  options.timeout_ns = kPatienceNs;
-  return options;
-}
-
-std::string message() {
-  return expertd_last_message();
-}
-
-class ClientSession : public ::testing::Test {
- protected:
-  void SetUp() override {
-    const expertd_attach_options_t options = options_for(daemon_);
-    ASSERT_EQ(0, expertd_attach(&options, &session_).reason) << message();
-  }
-  void TearDown() override {
-    if (session_ != nullptr) {
-      EXPECT_EQ(0, expertd_detach(session_).reason) << message();
-    }
-  }
-  expertd_group_options_t group_options() const {
-    expertd_group_options_t options = EXPERTD_INIT(expertd_group_options_t);
-    options.name = "g";
-    options.expert_parallel_size = 1;
-    options.num_experts = 4;
-    options.hidden = kHidden;
-    options.top_k = kTopK;
-    options.max_tokens = kMaxTokens;
-    options.join_timeout_ns = kPatienceNs;
-    return options;
-  }
-  expertd_group_t* join() {
-    const expertd_group_options_t options = group_options();
-    expertd_group_t* group = nullptr;
-    EXPECT_EQ(0, expertd_group_join(session_, &options, &group).reason) << message();
-    return group;
-  }
-
-  FakeDaemon daemon_;
-  expertd_session_t* session_ = nullptr;
-};
-
-struct DispatchTensors {
-  std::vector<uint16_t> x = std::vector<uint16_t>(kMaxTokens * kHidden);
-  std::vector<int64_t> idx = std::vector<int64_t>(kMaxTokens * kTopK, 1);
-  std::vector<float> weights = std::vector<float>(kMaxTokens * kTopK, 0.5f);
-  std::vector<uint16_t> recv_x = std::vector<uint16_t>(kMaxTokens * kHidden, 0xffff);
-  std::vector<int64_t> recv_idx = std::vector<int64_t>(kMaxTokens * kTopK, -7);
-  std::vector<float> recv_weights = std::vector<float>(kMaxTokens * kTopK, -7);
-
-  DispatchTensors() {
-    for (size_t i = 0; i < x.size(); ++i) {
-      x[i] = static_cast<uint16_t>(i * 7);
-    }
-  }
-  expertd_dispatch_args_t args(uint32_t tokens) {
-    expertd_dispatch_args_t args = EXPERTD_INIT(expertd_dispatch_args_t);
-    args.x = x.data();
-    args.dtype = EXPERTD_BF16;
-    args.topk_idx = idx.data();
-    args.idx_type = EXPERTD_I64;
-    args.topk_weights = weights.data();
-    args.tokens = tokens;
-    args.capacity_rows = kMaxTokens;
-    args.recv_x = recv_x.data();
-    args.recv_topk_idx = recv_idx.data();
-    args.recv_topk_weights = recv_weights.data();
-    return args;
-  }
-};
 
 TEST_F(ClientSession, TellsWhatItIsAttachedTo) {
   expertd_session_info_t info = EXPERTD_INIT(expertd_session_info_t);
@@ -324,6 +243,45 @@ TEST_F(ClientSession, ReattachesAndRecreatesItsMemory) {
   ASSERT_NE(nullptr, group);
   ASSERT_EQ(0, expertd_barrier(group, nullptr, 0, 0, &event).reason) << message();
   EXPECT_EQ(0, expertd_event_wait(event, 0, nullptr).reason) << message();
+}
+
+TEST_F(ClientSession, KnowsNoBufferBehindTheWindowOfAGroupFromBefore) {
+  expertd_group_t* group = join();
+  DispatchTensors tensors;
+  expertd_ll_dispatch_args_t ll = EXPERTD_INIT(expertd_ll_dispatch_args_t);
+  ll.x = tensors.x.data();
+  ll.dtype = EXPERTD_BF16;
+  ll.topk_idx = tensors.idx.data();
+  ll.idx_type = EXPERTD_I64;
+  ll.tokens = 1;
+  expertd_handle_t handle{};
+  expertd_event_t event{};
+  ASSERT_EQ(0, expertd_ll_dispatch(group, &ll, nullptr, &handle, &event).reason) << message();
+  ASSERT_EQ(0, expertd_event_wait(event, 0, nullptr).reason) << message();
+  expertd_ll_outputs_t before = EXPERTD_INIT(expertd_ll_outputs_t);
+  ASSERT_EQ(0, expertd_ll_handle_outputs(group, handle, &before).reason) << message();
+  daemon_.hold(true);
+  ASSERT_EQ(0, expertd_barrier(group, nullptr, 0, 0, &event).reason);
+  daemon_.crash();
+  ASSERT_EQ(EXPERTD_REASON_UNAVAILABLE, expertd_event_wait(event, kPatienceNs, nullptr).reason);
+  daemon_.hold(false);
+  ASSERT_EQ(0, expertd_reattach(session_, kPatienceNs).reason) << message();
+  expertd_group_t* anew = join();
+  ASSERT_NE(nullptr, anew);
+  ll.x = before.recv_x;
+  ASSERT_EQ(0, expertd_ll_dispatch(anew, &ll, nullptr, &handle, &event).reason) << message();
+  ASSERT_EQ(0, expertd_event_wait(event, 0, nullptr).reason) << message();
+  expertd_slot slot = daemon_.seen().back();
+  EXPECT_EQ(UINT32_MAX, slot.tensors[EXPERTD_IN_X].buffer) << "the daemon is to refuse it by name";
+  const uint32_t window = slot.tensors[EXPERTD_OUT_X].buffer;
+  expertd_ll_outputs_t after = EXPERTD_INIT(expertd_ll_outputs_t);
+  ASSERT_EQ(0, expertd_ll_handle_outputs(anew, handle, &after).reason) << message();
+  ll.x = after.combine_x;
+  ASSERT_EQ(0, expertd_ll_dispatch(anew, &ll, nullptr, &handle, &event).reason) << message();
+  ASSERT_EQ(0, expertd_event_wait(event, 0, nullptr).reason) << message();
+  slot = daemon_.seen().back();
+  EXPECT_EQ(window, slot.tensors[EXPERTD_IN_X].buffer) << "the new group's window is known";
+  EXPECT_EQ(0, expertd_group_leave(group).reason) << message();
 }
 
 TEST_F(ClientSession, GivesAForkedChildNothing) {
