@@ -190,85 +190,86 @@ void Session::stamp(expertd_slot* slot) const {
   slot->seq = connection_->ring()->next_seq();
   slot->submit_ns = now_ns();
   std::memcpy(slot->trace_id, trace_id_.data(), trace_id_.size());
+}
 
-  // Whether another stream may still write a lower sequence into the slot's doorbell. The daemon waits for the doorbell
-  // of an operation that ends well; one that it refused or aborted has completed without, and the write stays enqueued
-  // until its stream gets there. When by then the slot's next operation was rung from a stream that is ahead, the late
-  // write takes its sequence back: the daemon's stream would wait until the deadline. On one stream the writes keep
-  // their order.
-  bool Session::rings_late(uint32_t slot, expertd_stream_t stream) {
-    Doorbell& last = doorbells_[slot];
-    if (last.seq == 0) {
-      return false;
-    }
-    const uint64_t event = (incarnation_ << kIncarnationShift) | last.seq;
-    OpOutcome outcome;
-    uint64_t deadline_ns = 0;
-    const Lookup found = ops_->find(connection_->ring(), event, last.seq, &outcome, &deadline_ns);
-    if (found == Lookup::kDone && outcome.completion.reason == EXPERTD_REASON_NONE) {
-      last = Doorbell();
-      return false;
-    }
-    return last.stream != stream || reinterpret_cast<uintptr_t>(stream) == kPerThreadStream;
+// Whether another stream may still write a lower sequence into the slot's doorbell. The daemon waits for the doorbell
+// of an operation that ends well; one that it refused or aborted has completed without, and the write stays enqueued
+// until its stream gets there. When by then the slot's next operation was rung from a stream that is ahead, the late
+// write takes its sequence back: the daemon's stream would wait until the deadline. On one stream the writes keep
+// their order.
+bool Session::rings_late(uint32_t slot, expertd_stream_t stream) {
+  Doorbell& last = doorbells_[slot];
+  if (last.seq == 0) {
+    return false;
   }
+  const uint64_t event = (incarnation_ << kIncarnationShift) | last.seq;
+  OpOutcome outcome;
+  uint64_t deadline_ns = 0;
+  const Lookup found = ops_->find(connection_->ring(), event, last.seq, &outcome, &deadline_ns);
+  if (found == Lookup::kDone && outcome.completion.reason == EXPERTD_REASON_NONE) {
+    last = Doorbell();
+    return false;
+  }
+  return last.stream != stream || reinterpret_cast<uintptr_t>(stream) == kPerThreadStream;
+}
 
-  Status Session::submit(OpRequest * request, expertd_stream_t stream, expertd_event_t * event) {
-    // The slot first: its wait collects finished operations, whose staging chunks this one may need.
-    const std::lock_guard lock(submit_mutex_);
-    RingClient* ring = connection_->ring();
-    const uint64_t deadline_ns = deadline_after(request->timeout_ns);
-    Status status = wait_for_slot(deadline_ns);
-    OpRecord record;
-    if (status.ok()) {
-      status = resolve_tensors(request, &record, stream);
-    }
+Status Session::submit(OpRequest* request, expertd_stream_t stream, expertd_event_t* event) {
+  // The slot first: its wait collects finished operations, whose staging chunks this one may need.
+  const std::lock_guard lock(submit_mutex_);
+  RingClient* ring = connection_->ring();
+  const uint64_t deadline_ns = deadline_after(request->timeout_ns);
+  Status status = wait_for_slot(deadline_ns);
+  OpRecord record;
+  if (status.ok()) {
+    status = resolve_tensors(request, &record, stream);
+  }
+  if (!status.ok()) {
+    return status;
+  }
+  expertd_slot& slot = request->slot;
+  const uint32_t index = ring->slot_index(ring->next_seq());
+  const bool rung = device_->is_cuda() && rings_late(index, stream);
+  if (rung) {
+    // The word cannot be relied on, so this waits in its place and tells the daemon not to.
+    status = device_->synchronize(stream, deadline_ns);
     if (!status.ok()) {
       return status;
     }
-    expertd_slot& slot = request->slot;
-    const uint32_t index = ring->slot_index(ring->next_seq());
-    const bool rung = device_->is_cuda() && rings_late(index, stream);
-    if (rung) {
-      // The word cannot be relied on, so this waits in its place and tells the daemon not to.
-      status = device_->synchronize(stream, deadline_ns);
-      if (!status.ok()) {
-        return status;
-      }
-      slot.flags |= EXPERTD_SLOT_RUNG;
-    }
-    stamp(&slot);
-    record.event = (incarnation_ << kIncarnationShift) | slot.seq;
-    record.seq = slot.seq;
-    record.op = slot.op;
-    record.rows_per_expert = request->rows_per_expert;
-    record.submit_ns = slot.submit_ns;
-    record.deadline_ns = deadline_after(request->timeout_ns);
-    *event = {wrap(this), record.event};
-    ops_->begin(std::move(record), index);
-    // Before the doorbell: the daemon arms its stream as soon as the descriptor is there.
-    ring->submit(slot);
-    request->submitted = true;
-    if (!rung) {
-      status = device_->ring_doorbell(index, slot.seq, stream);
-      doorbells_[index] = status.ok() ? Doorbell{slot.seq, stream} : doorbells_[index];
-    }
-    if (status.ok() && (request->flags & EXPERTD_ASYNC) == 0) {
-      status = device_->wait_completion(index, slot.seq, stream);
-    }
-    return status;
+    slot.flags |= EXPERTD_SLOT_RUNG;
   }
+  stamp(&slot);
+  record.event = (incarnation_ << kIncarnationShift) | slot.seq;
+  record.seq = slot.seq;
+  record.op = slot.op;
+  record.rows_per_expert = request->rows_per_expert;
+  record.submit_ns = slot.submit_ns;
+  record.deadline_ns = deadline_after(request->timeout_ns);
+  *event = {wrap(this), record.event};
+  ops_->begin(std::move(record), index);
+  // Before the doorbell: the daemon arms its stream as soon as the descriptor is there.
+  ring->submit(slot);
+  request->submitted = true;
+  if (!rung) {
+    status = device_->ring_doorbell(index, slot.seq, stream);
+    doorbells_[index] = status.ok() ? Doorbell{slot.seq, stream} : doorbells_[index];
+  }
+  if (status.ok() && (request->flags & EXPERTD_ASYNC) == 0) {
+    status = device_->wait_completion(index, slot.seq, stream);
+  }
+  return status;
+}
 
-  // No record is kept: nobody asks for the result, and the slot is free again when its completion is there. No word is
-  // written and no stream waits either, so that whatever state the caller's stream is in stays as it is.
-  Status Session::submit_refusal(OpRequest * refusal) {
-    const std::lock_guard lock(submit_mutex_);
-    Status status = wait_for_slot(deadline_after(refusal->timeout_ns));
-    if (status.ok()) {
-      stamp(&refusal->slot);
-      connection_->ring()->submit(refusal->slot);
-      refusal->submitted = true;
-    }
-    return status;
+// No record is kept: nobody asks for the result, and the slot is free again when its completion is there. No word is
+// written and no stream waits either, so that whatever state the caller's stream is in stays as it is.
+Status Session::submit_refusal(OpRequest* refusal) {
+  const std::lock_guard lock(submit_mutex_);
+  Status status = wait_for_slot(deadline_after(refusal->timeout_ns));
+  if (status.ok()) {
+    stamp(&refusal->slot);
+    connection_->ring()->submit(refusal->slot);
+    refusal->submitted = true;
   }
+  return status;
+}
 
 }  // namespace expertd::client
