@@ -159,12 +159,9 @@ void Engine::check_loss(Op& op) {
 
 // Whether a rank whose deadline passed ends a gathering operation for itself alone: an excluded rank, which takes no
 // part in it, and one that ran ahead of its peers while it was excluded, by so much that they still need the entry.
-// Asked once, since the rank stays out of an operation that it withdrew from, whatever the mask becomes.
+// Once it withdrew the rank stays out, whatever the mask becomes.
 bool Engine::stands_alone(Op& op) {
   const GroupShared& group = *op.rank->group;
-  if (op.withdrawn) {
-    return true;
-  }
   if ((group.excluded() >> op.rank->rank & 1) != 0) {
     op.failure = {.reason = EXPERTD_REASON_BAD_STATE, .rank = static_cast<int32_t>(op.rank->rank)};
     op.withdrawn = true;

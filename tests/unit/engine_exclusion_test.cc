@@ -141,6 +141,23 @@ TEST(EngineExclusion, EndsAnExcludedRanksRefusedOperationWithTheRefusal) {
   expect_to_end_well(group, 1, 200, 5);
 }
 
+// The rank looks while another stands between its claim of the operation and the verdict, and gives the entry back.
+TEST(EngineExclusion, StaysOutOfWhatItWithdrewFromWhileItWasBeingDecided) {
+  FakeGroup group(3, true);
+  group.shared.change_excluded(2, 0);
+  group[1].submit(due_at(100));
+  group.shared.entry(1).verdict = 1 << 2 | 1;
+  ASSERT_TRUE(group.settle(100));
+  EXPECT_FALSE(group[1].completed(1));
+  group.shared.entry(1).verdict = 0;
+  group.shared.change_excluded(0, 2);
+  ASSERT_TRUE(group.settle(101));
+  expect_to_be_left_out(group[1], 1, 1);
+  group[0].submit(due_at(1'000));
+  group[2].submit(due_at(1'000));
+  expect_to_end_well(group, 1, 200, 5);
+}
+
 // Nobody has the operations that the rank withdrew from any more, yet their exchange pages and entries are used again.
 TEST(EngineExclusion, GoesOnAloneAfterAllThatItLeftTheOthersToDecideAreLost) {
   FakeGroup group(2, true);

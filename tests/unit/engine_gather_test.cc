@@ -225,6 +225,20 @@ TEST(EngineGather, WaitsForThePageEvenWhenTheOperationBetweenNeverLaunched) {
   }
 }
 
+TEST(EngineGather, WaitsForThePageOfAnOperationThatIsBeingDecided) {
+  FakeGroup group(1);
+  group[0].submit();
+  group.shared.entry(1).verdict = 1 << 2 | 1;
+  bool changed = false;
+  EXPECT_FALSE(group.shared.page_free(1 + kExchangePages, &changed));
+  group.shared.entry(1).verdict = 0;
+  EXPECT_FALSE(group.shared.page_free(1 + kExchangePages, &changed)) << "it is launched, and its part not ended";
+  EXPECT_TRUE(changed);
+  group.shared.part_finished(1);
+  EXPECT_TRUE(group.shared.page_free(1 + kExchangePages, &changed));
+  EXPECT_FALSE(changed);
+}
+
 TEST(EngineGather, PairsOperationsPastTheWrapOfItsEntries) {
   FakeGroup group(3);
   for (uint64_t seq = 1; seq <= 3 * engine::GroupShared::kEntries; ++seq) {
