@@ -41,6 +41,7 @@ class Admission {
   bool routing_inputs();
   bool new_handle(bool low_latency);
   bool known_handle(bool low_latency, session::HandleState** handle);
+  bool cached_alignment(const session::HandleState& handle);
   bool dispatch_outputs();
 
   const expertd_slot& slot_;
@@ -239,6 +240,7 @@ bool Admission::new_handle(bool low_latency) {
                                           .group = base::GroupId{slot_.group},
                                           .low_latency = low_latency,
                                           .expanded = (slot_.flags & EXPERTD_SLOT_EXPANDED) != 0,
+                                          .expert_alignment = request_->shape.expert_alignment,
                                           .tokens = slot_.tokens,
                                           .top_k = slot_.top_k};
   return true;
@@ -265,6 +267,20 @@ bool Admission::known_handle(bool low_latency, session::HandleState** handle) {
   }
   request_->shape.top_k = known.top_k;
   *handle = &known;
+  return true;
+}
+
+// The rows of an expanded handle were numbered with its alignment, so a cached dispatch has that one or none.
+bool Admission::cached_alignment(const session::HandleState& handle) {
+  kernels::OpShape& shape = request_->shape;
+  if (shape.expanded == 0) {
+    return true;  // only the reported counts are rounded
+  }
+  if (shape.expert_alignment > 1 && shape.expert_alignment != handle.expert_alignment) {
+    return check_.refuse(EXPERTD_REASON_ARGUMENT_RANGE, EXPERTD_ARGUMENT_EXPERT_ALIGNMENT, shape.expert_alignment,
+                         handle.expert_alignment, handle.expert_alignment);
+  }
+  shape.expert_alignment = handle.expert_alignment;
   return true;
 }
 
@@ -311,7 +327,7 @@ bool Admission::dispatch(const engine::GroupShared& group) {
   if (shape.cached != 0) {
     session::HandleState* handle = nullptr;
     request_->with_weights = false;
-    return known_handle(false, &handle) && dispatch_outputs();
+    return known_handle(false, &handle) && cached_alignment(*handle) && dispatch_outputs();
   }
   if (slot_.top_k == 0 || slot_.top_k > group.settings().shape.top_k) {
     return check_.refuse(EXPERTD_REASON_ARGUMENT_RANGE, EXPERTD_ARGUMENT_TOP_K, slot_.top_k, 1,

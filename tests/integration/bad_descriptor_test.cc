@@ -246,6 +246,57 @@ TEST_F(BadDescriptor, TooFewRowsForWhatArrives) {
   EXPECT_EQ(run(good_dispatch(7)).reason, 0u);
 }
 
+// Its tables were filled before it failed, and nobody may write by them: least of all into outputs that are not there.
+TEST_F(BadDescriptor, TheHandleOfADispatchThatFailed) {
+  expertd_slot slot = good_dispatch(5);
+  slot.capacity_rows = 1;
+  EXPECT_EQ(run(slot).reason, static_cast<uint32_t>(EXPERTD_REASON_CAPACITY_EXCEEDED));
+  slot.flags = EXPERTD_SLOT_CACHED;
+  slot.capacity_rows = 0;
+  slot.tensors[EXPERTD_OUT_X] = {};
+  const expertd_completion cached = run(slot);
+  EXPECT_EQ(cached.reason, static_cast<uint32_t>(EXPERTD_REASON_STALE_HANDLE));
+  EXPECT_EQ(cached.value, 5);
+  slot = good_dispatch(5);
+  slot.op = EXPERTD_OP_COMBINE;
+  expect_refused(slot, EXPERTD_REASON_STALE_HANDLE, EXPERTD_ARGUMENT_HANDLE);
+}
+
+TEST_F(BadDescriptor, AnAlignmentThatIsNotTheHandles) {
+  expertd_slot slot = good_dispatch(6);
+  slot.flags = EXPERTD_SLOT_EXPANDED;
+  slot.expert_alignment = 1024;
+  slot.capacity_rows = 1024;
+  EXPECT_EQ(run(slot).recv_rows, 1024u);
+  slot.flags |= EXPERTD_SLOT_CACHED;
+  slot.expert_alignment = 1;  // none: the handle's, whose rows do not fit
+  slot.capacity_rows = 2 * kTokens;
+  const expertd_completion completion = run(slot);
+  EXPECT_EQ(completion.reason, static_cast<uint32_t>(EXPERTD_REASON_CAPACITY_EXCEEDED));
+  EXPECT_EQ(completion.value, 1024);
+  slot.expert_alignment = 2;
+  expect_refused(slot, EXPERTD_REASON_ARGUMENT_RANGE, EXPERTD_ARGUMENT_EXPERT_ALIGNMENT);
+}
+
+// All in the ring at once: a combine goes by the dispatch before it, not by the one behind it.
+TEST_F(BadDescriptor, ManyDispatchesOnOneHandleRunInTheirOrder) {
+  std::vector<uint64_t> seqs;
+  for (uint32_t i = 0; i < 48; ++i) {
+    expertd_slot slot = good_dispatch(10 + i / 2);
+    slot.tokens = 1 + i / 2 % kTokens;
+    if (i % 2 == 1) {
+      slot.op = EXPERTD_OP_COMBINE;
+      slot.tensors[EXPERTD_OUT_X] = at(524288);
+    }
+    seqs.push_back(client_.submit(slot));
+  }
+  for (const uint64_t seq : seqs) {
+    const auto completion = client_.wait(seq);
+    ASSERT_TRUE(completion.has_value()) << seq;
+    EXPECT_EQ(completion->reason, 0u) << seq;
+  }
+}
+
 TEST_F(BadDescriptor, MoreThanTheRingHoldsEndsOnlyThatSession) {
   const ClientSession other(daemon_.attach_socket(), "host:0");
   client_.set_tail(client_.header()->slot_count + 1);

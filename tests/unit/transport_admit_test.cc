@@ -128,6 +128,27 @@ TEST(Admit, CountsARefusalAsAnOperationOfItsGroup) {
   EXPECT_EQ(world.admit(slot), &world.tables.groups[0].rank);
 }
 
+TEST(Admit, GivesACachedDispatchTheAlignmentOfItsHandle) {
+  AdmissionWorld world;
+  expertd_slot slot = AdmissionWorld::slot(EXPERTD_OP_DISPATCH);
+  slot.flags = EXPERTD_SLOT_EXPANDED;
+  slot.expert_alignment = 32;
+  ASSERT_TRUE(world.admits(slot));
+  slot.flags |= EXPERTD_SLOT_CACHED;
+  for (const uint32_t given : {0U, 1U, 32U}) {
+    slot.expert_alignment = given;
+    EXPECT_TRUE(world.admits(slot)) << given;
+    EXPECT_EQ(world.request.shape.expert_alignment, 32U) << given;
+  }
+  slot.expert_alignment = 16;
+  EXPECT_FALSE(world.admits(slot));
+  EXPECT_EQ(world.request.rejected_reason, static_cast<uint32_t>(EXPERTD_REASON_ARGUMENT_RANGE));
+  EXPECT_EQ(world.request.rejected_argument, static_cast<uint32_t>(EXPERTD_ARGUMENT_EXPERT_ALIGNMENT));
+  EXPECT_EQ(world.request.rejected_value, 16);
+  EXPECT_EQ(world.request.rejected_minimum, 32);
+  EXPECT_EQ(world.request.rejected_maximum, 32);
+}
+
 TEST(Admit, KeepsNothingOfARefusedDispatchUnderItsHandle) {
   AdmissionWorld world;
   expertd_slot slot = AdmissionWorld::slot(EXPERTD_OP_DISPATCH);
