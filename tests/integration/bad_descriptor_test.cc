@@ -2,7 +2,10 @@
 // A hostile or broken client on the ring: every descriptor ends with a completion that says why, nothing else suffers.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include "tests/integration/raw_rpc.h"
@@ -396,6 +399,51 @@ TEST(RefusedDescriptor, IsHeardOfByThePeersAndTheNextOperationWorks) {
     }
     EXPECT_TRUE(barrier(rank.group).outcome.ok());
   });
+}
+
+/// The same of a descriptor whose frame is wrong, which only a client without the library can send.
+TEST(RefusedFrame, IsHeardOfByThePeersAndTheNextOperationWorks) {
+  DaemonProcess daemon(2);
+  ASSERT_TRUE(daemon.start());
+  std::array<RawClient, 2> clients;
+  std::array<std::unique_ptr<RawRpc>, 2> rpcs;
+  std::array<uint64_t, 2> groups{};
+  std::vector<std::thread> threads;
+  for (uint32_t rank = 0; rank < 2; ++rank) {
+    ASSERT_TRUE(clients[rank].attach(daemon.attach_socket(), "host:" + std::to_string(rank)));
+    rpcs[rank] = std::make_unique<RawRpc>(&clients[rank]);
+    ASSERT_TRUE(rpcs[rank]->open("raw").ok);
+    threads.emplace_back([&, rank] {  // a join returns when both have joined
+      v1::JoinGroupRequest request = lone_group("frames");
+      request.set_rank(rank);
+      request.mutable_config()->set_expert_parallel_size(2);
+      v1::JoinGroupResponse joined;
+      const RpcEnd end = rpcs[rank]->join(request, &joined);
+      EXPECT_TRUE(end.ok) << end.message;
+      groups[rank] = joined.group_id();
+    });
+  }
+  std::for_each(threads.begin(), threads.end(), [](std::thread& thread) { thread.join(); });
+  expertd_slot barrier{};
+  barrier.op = EXPERTD_OP_BARRIER;
+  barrier.group = groups[0];
+  expertd_slot broken = barrier;
+  broken.flags = 1U << 20;
+  const std::array<uint64_t, 2> first{clients[0].submit(broken), clients[1].submit(barrier)};
+  const std::array<uint64_t, 2> second{clients[0].submit(barrier), clients[1].submit(barrier)};
+  const auto refused = clients[0].wait(first[0]);
+  const auto told = clients[1].wait(first[1]);
+  ASSERT_TRUE(refused.has_value() && told.has_value());
+  EXPECT_EQ(refused->reason, static_cast<uint32_t>(EXPERTD_REASON_DESCRIPTOR_MALFORMED));
+  EXPECT_EQ(told->reason, static_cast<uint32_t>(EXPERTD_REASON_PEER_REJECTED));
+  EXPECT_EQ(told->peer_reason, static_cast<uint32_t>(EXPERTD_REASON_DESCRIPTOR_MALFORMED));
+  EXPECT_EQ(told->rank, 0);
+  for (uint32_t rank = 0; rank < 2; ++rank) {
+    const auto completion = clients[rank].wait(second[rank]);
+    ASSERT_TRUE(completion.has_value());
+    EXPECT_EQ(completion->reason, 0u);
+    EXPECT_EQ(completion->group_op, 2u);
+  }
 }
 
 TEST(DifferentOperations, EndWithOpMismatchOnEveryRank) {
