@@ -83,6 +83,10 @@ TEST_F(SessionMemory, ThePoolOfADeviceIsLimited) {
   const Outcome outcome = outcome_of(expertd_window_create(session.get(), 2 << 20, &second));
   EXPECT_EQ(outcome.status.reason, EXPERTD_REASON_POOL_EXHAUSTED);
   EXPECT_EQ(expertd_reason_is_retryable(outcome.status.reason), 1);
+  const int fd = make_memfd(8 << 20, true);
+  expertd_buffer_t* registered = nullptr;
+  EXPECT_TRUE(outcome_of(expertd_register_fd(session.get(), fd, 0, 8 << 20, &registered)).ok()) << "no window";
+  ::close(fd);
   EXPECT_TRUE(outcome_of(expertd_buffer_release(first)).ok());
   EXPECT_TRUE(outcome_of(expertd_window_create(session.get(), 2 << 20, &second)).ok());
 }

@@ -15,7 +15,7 @@ HostDevice::HostDevice(base::DeviceIndex index, uint32_t ordinal, HostGroupDirec
       ordinal_(ordinal),
       groups_(groups),
       wake_(wake),
-      pool_max_bytes_(pool_max_bytes),
+      pool_(std::make_shared<WindowPool>(pool_max_bytes)),
       parts_(kMaxParts) {}
 
 HostDevice::~HostDevice() = default;
@@ -27,18 +27,13 @@ DeviceInfo HostDevice::info() const {
   info.doorbell_form = "host";
   info.kernels = "host";
   info.context_bytes = handle_table_bytes_.load(std::memory_order_relaxed);
-  info.window_bytes = host_bytes_mapped();
+  info.window_bytes = pool_->used();
   info.peer_access_mask = ~0ULL;
   return info;
 }
 
 base::Result<Window> HostDevice::create_window(uint64_t bytes) {
-  if (pool_max_bytes_ != 0 && (bytes > pool_max_bytes_ || host_bytes_mapped() > pool_max_bytes_ - bytes)) {
-    return base::Status(
-        EXPERTD_REASON_POOL_EXHAUSTED,
-        "window of " + std::to_string(bytes) + " bytes: device.pool_max_bytes = " + std::to_string(pool_max_bytes_));
-  }
-  return create_host_window(bytes, index_);
+  return create_host_window(bytes, index_, pool_);
 }
 
 base::Result<std::unique_ptr<HeldMemory>> HostDevice::import_fd(base::ScopedFd fd, uint64_t offset, uint64_t bytes,

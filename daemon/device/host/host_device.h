@@ -16,6 +16,7 @@
 namespace expertd::device {
 
 class HostPart;
+class WindowPool;
 
 class HostDevice final : public Device, public engine::DevicePort {
  public:
@@ -60,7 +61,7 @@ class HostDevice final : public Device, public engine::DevicePort {
   uint32_t ordinal_;
   HostGroupDirectory* groups_;
   engine::WakePort* wake_;
-  uint64_t pool_max_bytes_;
+  std::shared_ptr<WindowPool> pool_;
   std::atomic<uint64_t> handle_table_bytes_{0};
   std::vector<HostPart> parts_;
   std::array<Place, kMaxParts> places_{};

@@ -2,49 +2,104 @@
 #include "daemon/device/host/host_memory.h"
 
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
-#include <atomic>
+#include <utility>
 
 namespace expertd::device {
 
 namespace {
 
 constexpr uint64_t kPageBytes = 4096;
-std::atomic<uint64_t> bytes_mapped{0};
 
-class HostMemory final : public HeldMemory {
+class HostMemory : public HeldMemory {
  public:
   HostMemory(void* base, uint64_t mapped_bytes, uint64_t skip, uint64_t bytes, base::DeviceIndex home)
       : base_(base), mapped_bytes_(mapped_bytes) {
     mapping_.bytes = bytes;
     mapping_.home = home;
     mapping_.base.fill(static_cast<char*>(base) + skip);  // every host device sees the one address
-    bytes_mapped.fetch_add(mapped_bytes, std::memory_order_relaxed);
   }
-  ~HostMemory() override {
-    ::munmap(base_, mapped_bytes_);
-    bytes_mapped.fetch_sub(mapped_bytes_, std::memory_order_relaxed);
-  }
+  ~HostMemory() override { ::munmap(base_, mapped_bytes_); }
 
  private:
   void* base_;
   uint64_t mapped_bytes_;
 };
 
-}  // namespace
+/// Bytes taken from a pool; given back when it goes.
+class PoolShare {
+ public:
+  PoolShare(std::shared_ptr<WindowPool> pool, uint64_t bytes) : pool_(std::move(pool)), bytes_(bytes) {}
+  PoolShare(PoolShare&& other) noexcept : pool_(std::move(other.pool_)), bytes_(other.bytes_) {}
+  PoolShare& operator=(PoolShare&&) = delete;
+  ~PoolShare() {
+    if (pool_ != nullptr) {
+      pool_->give_back(bytes_);
+    }
+  }
 
-uint64_t host_bytes_mapped() {
-  return bytes_mapped.load(std::memory_order_relaxed);
+ private:
+  std::shared_ptr<WindowPool> pool_;
+  uint64_t bytes_;
+};
+
+class HostWindow final : public HostMemory {
+ public:
+  HostWindow(void* base, uint64_t bytes, base::DeviceIndex home, PoolShare share)
+      : HostMemory(base, bytes, 0, bytes, home), share_(std::move(share)) {}
+
+ private:
+  PoolShare share_;
+};
+
+// Only memory whose pages come back by themselves may be read and written through a mapping that its owner shares. A
+// client may punch holes into any memfd that the daemon can write. On tmpfs a hole reads as zeros and the next write
+// takes a fresh page (while a hole is punched, an access to it waits for that); what fails there is the memory limit of
+// the daemon's cgroup alone, as anywhere. On hugetlbfs a hole also gives the reservation of its pages back, and an
+// access that then finds the pool of huge pages empty ends the daemon with SIGBUS.
+base::Status check_file_system(int fd) {
+  struct statfs facts {};
+  if (::fstatfs(fd, &facts) != 0) {
+    return base::errno_status("fstatfs of shared memory");
+  }
+  if (facts.f_type == HUGETLBFS_MAGIC) {
+    return base::Status(EXPERTD_REASON_UNSUPPORTED,
+                        "a memfd of hugetlbfs (MFD_HUGETLB): its pages can be taken away; use one without huge pages");
+  }
+  if (facts.f_type != TMPFS_MAGIC) {
+    return base::Status(EXPERTD_REASON_UNSUPPORTED, "shared memory that is not of tmpfs; use memfd_create");
+  }
+  return base::Status::ok();
 }
 
-base::Result<Window> create_host_window(uint64_t bytes, base::DeviceIndex home) {
+}  // namespace
+
+bool WindowPool::take(uint64_t bytes) {
+  uint64_t used = used_.load(std::memory_order_relaxed);
+  do {
+    if (limit_ != 0 && (bytes > limit_ || used > limit_ - bytes)) {
+      return false;
+    }
+  } while (!used_.compare_exchange_weak(used, used + bytes, std::memory_order_relaxed));
+  return true;
+}
+
+base::Result<Window> create_host_window(uint64_t bytes, base::DeviceIndex home, std::shared_ptr<WindowPool> pool) {
   if (bytes == 0 || bytes > (1ULL << 46)) {
     return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "window size " + std::to_string(bytes) + ", allowed 1..2^46");
   }
   const uint64_t rounded = (bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
+  if (!pool->take(rounded)) {
+    return base::Status(EXPERTD_REASON_POOL_EXHAUSTED,
+                        "window of " + std::to_string(bytes) + " bytes: device.pool_max_bytes = " +
+                            std::to_string(pool->limit()) + ", " + std::to_string(pool->used()) + " in use");
+  }
+  PoolShare share(std::move(pool), rounded);
   base::ScopedFd fd(::memfd_create("expertd-window", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!fd.valid()) {
     return base::errno_status("memfd_create");
@@ -60,7 +115,7 @@ base::Result<Window> create_host_window(uint64_t bytes, base::DeviceIndex home) 
     return base::errno_status("mapping a window");
   }
   Window window;
-  window.memory = std::make_unique<HostMemory>(base, rounded, 0, rounded, home);
+  window.memory = std::make_unique<HostWindow>(base, rounded, home, std::move(share));
   window.fd = std::move(fd);
   window.bytes = rounded;
   return window;
@@ -72,6 +127,7 @@ base::Result<std::unique_ptr<HeldMemory>> import_host_fd(base::ScopedFd fd, uint
   if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
     return base::Status(EXPERTD_REASON_UNSEALED_MEMORY);
   }
+  EXPERTD_RETURN_IF_ERROR(check_file_system(fd.get()));
   struct stat facts {};
   if (::fstat(fd.get(), &facts) != 0) {
     return base::errno_status("fstat of shared memory");
