@@ -70,11 +70,16 @@ base::Result<BufferGrant> SessionService::install(const SessionRef& session, std
     if (fd.valid() && session->fds.size() >= base::kMaxPendingFds) {
       return base::Status(EXPERTD_REASON_BUFFER_LIMIT, "fetch the descriptors of earlier windows first");
     }
+    const bool registered = !fd.valid();
+    if (registered) {
+      EXPERTD_RETURN_IF_ERROR(check_registered(*session, mapping->bytes));
+      session->registered_bytes += mapping->bytes;
+    }
     grant.buffer_id = 1;
     while (session->buffers.count(grant.buffer_id) != 0) {
       ++grant.buffer_id;
     }
-    session->buffers[grant.buffer_id] = {std::move(memory), mapping->bytes};
+    session->buffers[grant.buffer_id] = {std::move(memory), mapping->bytes, registered};
     session->buffer_bytes += mapping->bytes;
     if (fd.valid()) {
       grant.fd_token = session->next_token++;
@@ -85,6 +90,18 @@ base::Result<BufferGrant> SessionService::install(const SessionRef& session, std
   EXPERTD_RETURN_IF_ERROR(
       session->place.loop->run([session, id = grant.buffer_id, mapping] { session->tables.buffers[id] = mapping; }));
   return grant;
+}
+
+// Addresses are what registered memory costs the daemon: a sparse memfd may be as large as all of them. The caller
+// holds the session's mutex.
+base::Status SessionService::check_registered(const Session& session, uint64_t bytes) const {
+  const uint64_t limit = options_.max_registered_bytes;
+  if (limit != 0 && (bytes > limit || session.registered_bytes > limit - bytes)) {
+    return base::Status(EXPERTD_REASON_BUFFER_LIMIT,
+                        std::to_string(bytes) + " bytes: session.max_registered_bytes = " + std::to_string(limit) +
+                            ", " + std::to_string(session.registered_bytes) + " in use");
+  }
+  return base::Status::ok();
 }
 
 base::Result<BufferGrant> SessionService::register_ipc(base::SessionId id, const std::string& handle, uint64_t offset,
@@ -131,6 +148,7 @@ base::Result<BufferGrant> SessionService::register_fd(base::SessionId id, uint64
     }
     fd = std::move(entry->second.fd);
     session->fds.erase(entry);
+    EXPERTD_RETURN_IF_ERROR(check_registered(*session, size));  // before it is mapped; install() counts
   }
   base::Result<std::unique_ptr<device::HeldMemory>> memory =
       session->place.device->import_fd(std::move(fd), offset, size, allocation_size);
@@ -149,9 +167,10 @@ base::Result<BufferGrant> SessionService::create_window(base::SessionId id, uint
   {
     const std::lock_guard<std::mutex> lock(session->mutex);
     const uint64_t limit = options_.max_window_bytes;
-    if (limit != 0 && (size > limit || session->buffer_bytes > limit - size)) {
+    const uint64_t used = session->buffer_bytes - session->registered_bytes;
+    if (limit != 0 && (size > limit || used > limit - size)) {
       return base::Status(EXPERTD_REASON_POOL_EXHAUSTED, "session.max_window_bytes = " + std::to_string(limit) + ", " +
-                                                             std::to_string(session->buffer_bytes) + " in use");
+                                                             std::to_string(used) + " in use");
     }
   }
   base::Result<device::Window> window = session->place.device->create_window(size);
@@ -194,6 +213,7 @@ base::Status SessionService::remove_buffer(const SessionRef& session, uint32_t b
   const auto found = session->buffers.find(buffer_id);
   if (found != session->buffers.end()) {
     session->buffer_bytes -= found->second.bytes;
+    session->registered_bytes -= found->second.registered ? found->second.bytes : 0;
     memory = std::move(found->second.memory);
     session->buffers.erase(found);
   }

@@ -18,6 +18,7 @@ struct SessionService::Session {
   struct Buffer {
     std::unique_ptr<device::HeldMemory> memory;
     uint64_t bytes = 0;
+    bool registered = false;  // the client's memory; otherwise a window
   };
   struct Membership {
     std::shared_ptr<engine::GroupShared> group;
@@ -44,6 +45,7 @@ struct SessionService::Session {
   std::string traceparent;
   std::map<uint32_t, Buffer> buffers;
   uint64_t buffer_bytes = 0;
+  uint64_t registered_bytes = 0;  // of buffer_bytes
   std::map<uint64_t, Membership> memberships;
   std::map<uint64_t, PendingFd> fds;
   uint64_t next_token = 1;
