@@ -121,6 +121,7 @@ base::Status Daemon::start_services() {
   options.max_buffers = config.session.max_buffers;
   options.max_groups = config.session.max_groups;
   options.max_window_bytes = config.session.max_window_bytes;
+  options.max_registered_bytes = config.session.max_registered_bytes;
   options.ring_slots = config.engine.ring_slots;
   options.handles_per_session = config.engine.handles_per_session;
   options.op_timeout_ns = config.engine.op_deadline_ns;

@@ -66,7 +66,8 @@ struct EngineConfig {
 struct SessionConfig {
   uint32_t max_buffers = 0;
   uint32_t max_groups = 0;
-  uint64_t max_window_bytes = 0;  // 0: no limit
+  uint64_t max_window_bytes = 0;      // 0: no limit
+  uint64_t max_registered_bytes = 0;  // 0: no limit
 };
 
 struct MetricsConfig {

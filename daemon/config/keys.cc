@@ -260,6 +260,14 @@ constexpr Key kKeys[] = {
      .default_text = "0",
      .sentence = "Bytes of all windows of one session; 0 means no limit but the pool's.",
      .set = [](Config& c, const Value& v) { c.session.max_window_bytes = to_u64(v); }},
+    {.section = "session",
+     .name = "max_registered_bytes",
+     .type = Type::kSize,
+     .max = kSizeMax,
+     .default_text = "1TiB",
+     .sentence = "Bytes of all memory that one session registers, whether its pages exist or not, since "
+                 "each takes addresses of the daemon; 0 means no limit.",
+     .set = [](Config& c, const Value& v) { c.session.max_registered_bytes = to_u64(v); }},
 
     {.section = "metrics",
      .name = "enabled",

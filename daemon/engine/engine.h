@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Engine: orders and drives the operations of one device's sessions. Pure and single-threaded: the device's loop calls
-// everything here with the time as an argument. Operations of a session launch in the order of submission (one armed
-// stream executes them); an operation of a group launches when every active rank has submitted it. Every request ends
-// with exactly one completion, except those of a closed session, which end silently.
+// everything here with the time as an argument. Operations of a session launch in the order of submission, in which the
+// device executes them as well; an operation of a group launches when every active rank has submitted it. Every request
+// ends with exactly one completion, except those of a closed session, which end silently.
 #pragma once
 
 #include <array>

@@ -116,7 +116,8 @@ using PartId = uint64_t;
 class DevicePort {
  public:
   virtual ~DevicePort() = default;
-  /// Takes a part; false when its queues are full (try again later). The device copies what it needs of the spec.
+  /// Takes a part; false when its queues are full (try again later). The device copies what it needs of the spec. The
+  /// parts of a session take effect in the order of their launch.
   virtual bool launch(const LaunchSpec& spec, const SlotWords& words, PartId* part) = 0;
   /// Advances what can be advanced and says how a part stands; true when it ended and `outcome` is filled.
   virtual bool poll(PartId part, Outcome* outcome) = 0;

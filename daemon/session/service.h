@@ -30,7 +30,8 @@ struct ServiceOptions {
   uint32_t max_sessions_per_uid = 64;
   uint32_t max_buffers = 256;
   uint32_t max_groups = 8;
-  uint64_t max_window_bytes = 0;  // per session; 0 = no limit
+  uint64_t max_window_bytes = 0;      // per session; 0 = no limit
+  uint64_t max_registered_bytes = 0;  // per session; 0 = no limit
   uint32_t ring_slots = 64;
   uint32_t handles_per_session = 512;
   uint64_t op_timeout_ns = 0;
@@ -97,6 +98,7 @@ class SessionService final : public SessionApi, public AttachApi {
   base::Status check_quota(const AttachRequest& request);
   base::Result<BufferGrant> install(const SessionRef& session, std::unique_ptr<device::HeldMemory> memory,
                                     base::ScopedFd fd);
+  base::Status check_registered(const Session& session, uint64_t bytes) const;
   base::Status remove_buffer(const SessionRef& session, uint32_t buffer_id, uint64_t deadline_ns);
   void form_group(std::unique_ptr<group::Formation> formation);
   base::Status form_member(const group::Formation& formation, const group::Member& member, JoinGrant* grant);

@@ -70,12 +70,17 @@ base::Result<BufferGrant> SessionService::install(const SessionRef& session, std
     if (fd.valid() && session->fds.size() >= base::kMaxPendingFds) {
       return base::Status(EXPERTD_REASON_BUFFER_LIMIT, "fetch the descriptors of earlier windows first");
     }
+    const bool registered = !fd.valid();
+    if (registered) {
+      EXPERTD_RETURN_IF_ERROR(check_registered(*session, mapping->bytes));
+      session->registered_bytes += mapping->bytes;
+    }
     grant.buffer_id = 1;
     while (session->buffers.count(grant.buffer_id) != 0) {
       ++grant.buffer_id;
     }
-    session->buffers[grant.buffer_id] = {std::move(memory), fd.valid()};
-    (fd.valid() ? session->window_bytes : session->registered_bytes) += mapping->bytes;
+    session->buffers[grant.buffer_id] = {std::move(memory), !registered};
+    session->window_bytes += registered ? 0 : mapping->bytes;
     if (fd.valid()) {
       grant.fd_token = session->next_token++;
       session->fds[grant.fd_token] = {std::move(fd), mapping->bytes, true};
@@ -85,6 +90,18 @@ base::Result<BufferGrant> SessionService::install(const SessionRef& session, std
   EXPERTD_RETURN_IF_ERROR(
       session->place.loop->run([session, id = grant.buffer_id, mapping] { session->tables.buffers[id] = mapping; }));
   return grant;
+}
+
+// Addresses are what registered memory costs the daemon: a sparse memfd may be as large as all of them. The caller
+// holds the session's mutex.
+base::Status SessionService::check_registered(const Session& session, uint64_t bytes) const {
+  const uint64_t limit = options_.max_registered_bytes;
+  if (limit != 0 && (bytes > limit || session.registered_bytes > limit - bytes)) {
+    return base::Status(EXPERTD_REASON_BUFFER_LIMIT,
+                        std::to_string(bytes) + " bytes: session.max_registered_bytes = " + std::to_string(limit) +
+                            ", " + std::to_string(session.registered_bytes) + " in use");
+  }
+  return base::Status::ok();
 }
 
 base::Result<BufferGrant> SessionService::register_ipc(base::SessionId id, const std::string& handle, uint64_t offset,
@@ -131,6 +148,7 @@ base::Result<BufferGrant> SessionService::register_fd(base::SessionId id, uint64
     }
     fd = std::move(entry->second.fd);
     session->fds.erase(entry);
+    EXPERTD_RETURN_IF_ERROR(check_registered(*session, size));  // before it is mapped; install() counts
   }
   base::Result<std::unique_ptr<device::HeldMemory>> memory =
       session->place.device->import_fd(std::move(fd), offset, size, allocation_size);

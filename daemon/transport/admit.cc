@@ -26,8 +26,9 @@ class Admission {
   Admission(const expertd_slot& slot, session::SessionTables* tables, Request* request)
       : slot_(slot), tables_(tables), request_(request), check_(slot, *tables, request) {}
 
+  engine::RankState* rank();
   bool frame(const AdmitContext& context);
-  bool group(engine::RankState** rank);
+  bool group(const engine::RankState* rank);
   bool operation(const engine::GroupShared* group);
 
  private:
@@ -42,6 +43,7 @@ class Admission {
   bool routing_inputs();
   bool new_handle(bool low_latency);
   bool known_handle(bool low_latency, session::HandleState** handle);
+  bool cached_alignment(const session::HandleState& handle);
   bool dispatch_outputs();
 
   const expertd_slot& slot_;
@@ -49,6 +51,14 @@ class Admission {
   Request* request_;
   TensorCheck check_;
 };
+
+// Whose operation the slot is, looked up before anything else is known to be right: a refused slot that names a group
+// takes its place among the rank's operations as well. Otherwise the rank's next one would pair with the operation that
+// the others already posted, and they would wait for one that never comes.
+engine::RankState* Admission::rank() {
+  session::JoinedGroup* joined = slot_.op == EXPERTD_OP_LAYOUT ? nullptr : tables_->find_group(slot_.group);
+  return joined == nullptr ? nullptr : &joined->rank;
+}
 
 bool Admission::frame(const AdmitContext& context) {
   if (slot_.seq != context.seq) {
@@ -74,22 +84,12 @@ bool Admission::frame(const AdmitContext& context) {
   return true;
 }
 
-bool Admission::group(engine::RankState** rank) {
-  if (slot_.op == EXPERTD_OP_LAYOUT) {
-    return true;
-  }
-  session::JoinedGroup* joined = tables_->find_group(slot_.group);
-  if (joined == nullptr) {
-    return check_.refuse(EXPERTD_REASON_NO_SUCH_GROUP, EXPERTD_ARGUMENT_GROUP, slot_.group, 0, 0);
-  }
-  *rank = &joined->rank;
-  return true;
+bool Admission::group(const engine::RankState* rank) {
+  return slot_.op == EXPERTD_OP_LAYOUT || rank != nullptr ||
+         check_.refuse(EXPERTD_REASON_NO_SUCH_GROUP, EXPERTD_ARGUMENT_GROUP, slot_.group, 0, 0);
 }
 
 bool Admission::operation(const engine::GroupShared* group) {
-  kernels::OpShape& shape = request_->shape;
-  shape = kernels::OpShape{};
-  shape.kind = static_cast<OpKind>(slot_.op);
   request_->with_weights = (slot_.tensors[EXPERTD_IN_TOPK_WEIGHTS].buffer != 0);
   request_->handle_index = slot_.handle_index;
   request_->handle_generation = slot_.handle_generation;
@@ -244,6 +244,7 @@ bool Admission::new_handle(bool low_latency) {
                                           .group = base::GroupId{slot_.group},
                                           .low_latency = low_latency,
                                           .expanded = (slot_.flags & EXPERTD_SLOT_EXPANDED) != 0,
+                                          .expert_alignment = request_->shape.expert_alignment,
                                           .tokens = slot_.tokens,
                                           .top_k = slot_.top_k};
   return true;
@@ -270,6 +271,20 @@ bool Admission::known_handle(bool low_latency, session::HandleState** handle) {
   }
   request_->shape.top_k = known.top_k;
   *handle = &known;
+  return true;
+}
+
+// The rows of an expanded handle were numbered with its alignment, so a cached dispatch has that one or none.
+bool Admission::cached_alignment(const session::HandleState& handle) {
+  kernels::OpShape& shape = request_->shape;
+  if (shape.expanded == 0) {
+    return true;  // only the reported counts are rounded
+  }
+  if (shape.expert_alignment > 1 && shape.expert_alignment != handle.expert_alignment) {
+    return check_.refuse(EXPERTD_REASON_ARGUMENT_RANGE, EXPERTD_ARGUMENT_EXPERT_ALIGNMENT, shape.expert_alignment,
+                         handle.expert_alignment, handle.expert_alignment);
+  }
+  shape.expert_alignment = handle.expert_alignment;
   return true;
 }
 
@@ -316,7 +331,7 @@ bool Admission::dispatch(const engine::GroupShared& group) {
   if (shape.cached != 0) {
     session::HandleState* handle = nullptr;
     request_->with_weights = false;
-    return known_handle(false, &handle) && dispatch_outputs();
+    return known_handle(false, &handle) && cached_alignment(*handle) && dispatch_outputs();
   }
   if (slot_.top_k == 0 || slot_.top_k > group.settings().shape.top_k) {
     return check_.refuse(EXPERTD_REASON_ARGUMENT_RANGE, EXPERTD_ARGUMENT_TOP_K, slot_.top_k, 1,
@@ -436,26 +451,23 @@ bool Admission::layout() {
 
 engine::RankState* admit(const expertd_slot& slot, const AdmitContext& context, session::SessionTables* tables,
                          engine::Request* request) {
+  *request = engine::Request{};  // nothing of the operation that was in the slot before
   request->session = tables->id;
   request->slot = context.slot_index;
   request->seq = context.seq;
-  request->tensors.fill(engine::TensorView{});
-  request->rejected_reason = 0;
-  request->without_words = false;
+  request->shape.kind = static_cast<OpKind>(slot.op < EXPERTD_OP_COUNT ? slot.op : 0);
   request->submit_ns = slot.submit_ns <= context.now_ns ? slot.submit_ns : context.now_ns;
   request->admit_ns = context.now_ns;
-  engine::RankState* rank = nullptr;
   Admission admission(slot, tables, request);
+  engine::RankState* const rank = admission.rank();
   uint64_t timeout_ns = context.default_timeout_ns;
-  if (admission.frame(context) && admission.group(&rank)) {
-    const engine::GroupShared* group = rank != nullptr ? rank->group : nullptr;
-    if (group != nullptr) {
-      const engine::GroupSettings& settings = group->settings();
-      timeout_ns = rank->next_number == 1 ? settings.first_op_timeout_ns : settings.op_timeout_ns;
-      request->shape = kernels::OpShape{};
-    }
-    (void)admission.operation(group);
-    request->shape.rank = rank != nullptr ? rank->rank : 0;
+  if (rank != nullptr) {
+    const engine::GroupSettings& settings = rank->group->settings();
+    timeout_ns = rank->next_number == 1 ? settings.first_op_timeout_ns : settings.op_timeout_ns;
+    request->shape.rank = rank->rank;
+  }
+  if (admission.frame(context) && admission.group(rank)) {
+    (void)admission.operation(rank != nullptr ? rank->group : nullptr);
   }
   constexpr uint64_t kLongest = 24ULL * 3600 * 1'000'000'000;
   const uint64_t asked_ns = slot.timeout_ns != 0 ? slot.timeout_ns : timeout_ns;

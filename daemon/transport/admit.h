@@ -19,8 +19,8 @@ struct AdmitContext {
   uint64_t default_timeout_ns = 0;
 };
 
-/// Fills `request` in any case: refused ones carry rejected_*. Returns the rank whose operation it is; null for local
-/// operations and for refusals that no group can be found for.
+/// Fills `request` in any case: refused ones carry rejected_*. Returns the rank whose operation it is, of refused ones
+/// too, which count as the rank's operation; null for local operations and where no joined group is named.
 engine::RankState* admit(const expertd_slot& slot, const AdmitContext& context, session::SessionTables* tables,
                          engine::Request* request);
 

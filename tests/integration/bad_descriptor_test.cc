@@ -2,7 +2,10 @@
 // A hostile or broken client on the ring: every descriptor ends with a completion that says why, nothing else suffers.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include "tests/integration/raw_rpc.h"
@@ -246,6 +249,57 @@ TEST_F(BadDescriptor, TooFewRowsForWhatArrives) {
   EXPECT_EQ(run(good_dispatch(7)).reason, 0u);
 }
 
+// Its tables were filled before it failed, and nobody may write by them: least of all into outputs that are not there.
+TEST_F(BadDescriptor, TheHandleOfADispatchThatFailed) {
+  expertd_slot slot = good_dispatch(5);
+  slot.capacity_rows = 1;
+  EXPECT_EQ(run(slot).reason, static_cast<uint32_t>(EXPERTD_REASON_CAPACITY_EXCEEDED));
+  slot.flags = EXPERTD_SLOT_CACHED;
+  slot.capacity_rows = 0;
+  slot.tensors[EXPERTD_OUT_X] = {};
+  const expertd_completion cached = run(slot);
+  EXPECT_EQ(cached.reason, static_cast<uint32_t>(EXPERTD_REASON_STALE_HANDLE));
+  EXPECT_EQ(cached.value, 5);
+  slot = good_dispatch(5);
+  slot.op = EXPERTD_OP_COMBINE;
+  expect_refused(slot, EXPERTD_REASON_STALE_HANDLE, EXPERTD_ARGUMENT_HANDLE);
+}
+
+TEST_F(BadDescriptor, AnAlignmentThatIsNotTheHandles) {
+  expertd_slot slot = good_dispatch(6);
+  slot.flags = EXPERTD_SLOT_EXPANDED;
+  slot.expert_alignment = 1024;
+  slot.capacity_rows = 1024;
+  EXPECT_EQ(run(slot).recv_rows, 1024u);
+  slot.flags |= EXPERTD_SLOT_CACHED;
+  slot.expert_alignment = 1;  // none: the handle's, whose rows do not fit
+  slot.capacity_rows = 2 * kTokens;
+  const expertd_completion completion = run(slot);
+  EXPECT_EQ(completion.reason, static_cast<uint32_t>(EXPERTD_REASON_CAPACITY_EXCEEDED));
+  EXPECT_EQ(completion.value, 1024);
+  slot.expert_alignment = 2;
+  expect_refused(slot, EXPERTD_REASON_ARGUMENT_RANGE, EXPERTD_ARGUMENT_EXPERT_ALIGNMENT);
+}
+
+// All in the ring at once: a combine goes by the dispatch before it, not by the one behind it.
+TEST_F(BadDescriptor, ManyDispatchesOnOneHandleRunInTheirOrder) {
+  std::vector<uint64_t> seqs;
+  for (uint32_t i = 0; i < 48; ++i) {
+    expertd_slot slot = good_dispatch(10 + i / 2);
+    slot.tokens = 1 + i / 2 % kTokens;
+    if (i % 2 == 1) {
+      slot.op = EXPERTD_OP_COMBINE;
+      slot.tensors[EXPERTD_OUT_X] = at(524288);
+    }
+    seqs.push_back(client_.submit(slot));
+  }
+  for (const uint64_t seq : seqs) {
+    const auto completion = client_.wait(seq);
+    ASSERT_TRUE(completion.has_value()) << seq;
+    EXPECT_EQ(completion->reason, 0u) << seq;
+  }
+}
+
 TEST_F(BadDescriptor, MoreThanTheRingHoldsEndsOnlyThatSession) {
   const ClientSession other(daemon_.attach_socket(), "host:0");
   client_.set_tail(client_.header()->slot_count + 1);
@@ -347,6 +401,51 @@ TEST(RefusedDescriptor, IsHeardOfByThePeersAndTheNextOperationWorks) {
     }
     EXPECT_TRUE(barrier(rank.group).outcome.ok());
   });
+}
+
+/// The same of a descriptor whose frame is wrong, which only a client without the library can send.
+TEST(RefusedFrame, IsHeardOfByThePeersAndTheNextOperationWorks) {
+  DaemonProcess daemon(2);
+  ASSERT_TRUE(daemon.start());
+  std::array<RawClient, 2> clients;
+  std::array<std::unique_ptr<RawRpc>, 2> rpcs;
+  std::array<uint64_t, 2> groups{};
+  std::vector<std::thread> threads;
+  for (uint32_t rank = 0; rank < 2; ++rank) {
+    ASSERT_TRUE(clients[rank].attach(daemon.attach_socket(), "host:" + std::to_string(rank)));
+    rpcs[rank] = std::make_unique<RawRpc>(&clients[rank]);
+    ASSERT_TRUE(rpcs[rank]->open("raw").ok);
+    threads.emplace_back([&, rank] {  // a join returns when both have joined
+      v1::JoinGroupRequest request = lone_group("frames");
+      request.set_rank(rank);
+      request.mutable_config()->set_expert_parallel_size(2);
+      v1::JoinGroupResponse joined;
+      const RpcEnd end = rpcs[rank]->join(request, &joined);
+      EXPECT_TRUE(end.ok) << end.message;
+      groups[rank] = joined.group_id();
+    });
+  }
+  std::for_each(threads.begin(), threads.end(), [](std::thread& thread) { thread.join(); });
+  expertd_slot barrier{};
+  barrier.op = EXPERTD_OP_BARRIER;
+  barrier.group = groups[0];
+  expertd_slot broken = barrier;
+  broken.flags = 1U << 20;
+  const std::array<uint64_t, 2> first{clients[0].submit(broken), clients[1].submit(barrier)};
+  const std::array<uint64_t, 2> second{clients[0].submit(barrier), clients[1].submit(barrier)};
+  const auto refused = clients[0].wait(first[0]);
+  const auto told = clients[1].wait(first[1]);
+  ASSERT_TRUE(refused.has_value() && told.has_value());
+  EXPECT_EQ(refused->reason, static_cast<uint32_t>(EXPERTD_REASON_DESCRIPTOR_MALFORMED));
+  EXPECT_EQ(told->reason, static_cast<uint32_t>(EXPERTD_REASON_PEER_REJECTED));
+  EXPECT_EQ(told->peer_reason, static_cast<uint32_t>(EXPERTD_REASON_DESCRIPTOR_MALFORMED));
+  EXPECT_EQ(told->rank, 0);
+  for (uint32_t rank = 0; rank < 2; ++rank) {
+    const auto completion = clients[rank].wait(second[rank]);
+    ASSERT_TRUE(completion.has_value());
+    EXPECT_EQ(completion->reason, 0u);
+    EXPECT_EQ(completion->group_op, 2u);
+  }
 }
 
 TEST(DifferentOperations, EndWithOpMismatchOnEveryRank) {

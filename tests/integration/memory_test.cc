@@ -34,7 +34,8 @@ class SessionMemory : public ::testing::Test {
   }
   double window_bytes() { return daemon_.metric("expertd_pool_bytes{gpu=\"host\",state=\"used\"}"); }
 
-  DaemonProcess daemon_{2, {"--session-max-buffers=8", "--session-max-window-bytes=16MiB"}};
+  DaemonProcess daemon_{
+      2, {"--session-max-buffers=8", "--session-max-window-bytes=16MiB", "--session-max-registered-bytes=4GiB"}};
   ClientSession session_;
 };
 
@@ -68,6 +69,21 @@ TEST_F(SessionMemory, WindowBytesAreLimitedAndTheLimitIsNamed) {
   EXPECT_TRUE(create_window(1 << 20, &window).ok()) << "a refusal must not use the limit up";
 }
 
+TEST_F(SessionMemory, RegisteredBytesAreLimitedAndTheLimitIsNamed) {
+  constexpr uint64_t kSparse = 3ULL << 30;  // no page of it exists
+  expertd_buffer_t* first = nullptr;
+  expertd_buffer_t* second = nullptr;
+  const int fd = make_memfd(kSparse, true);
+  EXPECT_TRUE(register_fd(fd, 0, kSparse, &first).ok());
+  Outcome outcome = register_fd(fd, 0, kSparse, &second);
+  EXPECT_EQ(outcome.status.reason, EXPERTD_REASON_BUFFER_LIMIT);
+  EXPECT_NE(outcome.message.find("session.max_registered_bytes"), std::string::npos) << outcome.message;
+  EXPECT_TRUE(create_window(16 << 20, &second).ok()) << "registered memory is not counted as windows";
+  EXPECT_TRUE(outcome_of(expertd_buffer_release(first)).ok());
+  EXPECT_TRUE(register_fd(fd, 0, kSparse, &first).ok()) << "releasing a buffer gives its bytes back";
+  ::close(fd);
+}
+
 TEST_F(SessionMemory, AWindowOfNoBytesIsRefused) {
   expertd_buffer_t* window = nullptr;
   EXPECT_EQ(create_window(0, &window).status.reason, EXPERTD_REASON_ARGUMENT_RANGE);
@@ -83,6 +99,10 @@ TEST_F(SessionMemory, ThePoolOfADeviceIsLimited) {
   const Outcome outcome = outcome_of(expertd_window_create(session.get(), 2 << 20, &second));
   EXPECT_EQ(outcome.status.reason, EXPERTD_REASON_POOL_EXHAUSTED);
   EXPECT_EQ(expertd_reason_is_retryable(outcome.status.reason), 1);
+  const int fd = make_memfd(8 << 20, true);
+  expertd_buffer_t* registered = nullptr;
+  EXPECT_TRUE(outcome_of(expertd_register_fd(session.get(), fd, 0, 8 << 20, &registered)).ok()) << "no window";
+  ::close(fd);
   EXPECT_TRUE(outcome_of(expertd_buffer_release(first)).ok());
   EXPECT_TRUE(outcome_of(expertd_window_create(session.get(), 2 << 20, &second)).ok());
 }

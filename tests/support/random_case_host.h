@@ -15,7 +15,7 @@ namespace expertd::support {
 
 enum class Drive {
   kWhole,    // one call per step, ranks in order
-  kChunked,  // move in token ranges, last range and last rank first
+  kChunked,  // route and finish in ranges, move in token ranges, last range and last rank first
   kThreads,  // a thread per rank with barriers between the steps
 };
 
@@ -32,6 +32,40 @@ inline void move_in_chunks(const kernels::OpParams& params, const std::vector<ke
   }
 }
 
+inline void route_in_chunks(const kernels::OpParams& params) {
+  constexpr uint32_t kChunk = 5;
+  uint32_t begin = 0;
+  do {
+    kernels::host::route_range(params, begin, std::min(params.shape.tokens, begin + kChunk));
+    begin += kChunk;
+  } while (begin < params.shape.tokens);
+}
+
+inline void layout_in_chunks(const kernels::OpParams& params, kernels::OpReport* report) {
+  constexpr uint32_t kChunk = 7;
+  for (uint32_t begin = 0; begin < params.shape.tokens; begin += kChunk) {
+    if (!kernels::host::layout_check(params, begin, begin + kChunk, report)) {
+      return;
+    }
+  }
+  uint32_t begin = 0;
+  do {
+    kernels::host::layout_count(params, begin, begin + kChunk);
+    begin += kChunk;
+  } while (begin < params.shape.tokens);
+}
+
+inline void finish_in_chunks(const kernels::OpParams& params, kernels::OpReport* report) {
+  constexpr uint64_t kChunk = 3;
+  kernels::host::finish_counts(params, report);
+  const kernels::host::RowRange rows = kernels::host::rows_to_clear(params, *report);
+  for (uint64_t end = rows.end; end > rows.begin;) {
+    const uint64_t begin = std::max(rows.begin, end > kChunk ? end - kChunk : 0);
+    kernels::host::finish_rows(params, *report, {begin, end});
+    end = begin;
+  }
+}
+
 inline void drive(Drive how, GroupMemory* memory) {
   std::vector<uint32_t> ranks;
   for (uint32_t rank = 0; rank < memory->params.size(); ++rank) {
@@ -39,7 +73,13 @@ inline void drive(Drive how, GroupMemory* memory) {
       ranks.push_back(rank);
     }
   }
-  const auto route = [memory](uint32_t rank) { kernels::host::route(memory->params[rank]); };
+  const auto route = [memory, how](uint32_t rank) {
+    if (how == Drive::kChunked) {
+      route_in_chunks(memory->params[rank]);
+    } else {
+      kernels::host::route(memory->params[rank]);
+    }
+  };
   const auto move = [memory, how](uint32_t rank) {
     if (how == Drive::kChunked) {
       move_in_chunks(memory->params[rank], memory->peers, &memory->reports[rank]);
@@ -47,7 +87,11 @@ inline void drive(Drive how, GroupMemory* memory) {
       kernels::host::move(memory->params[rank], memory->peers.data(), &memory->reports[rank]);
     }
   };
-  const auto finish = [memory](uint32_t rank) {
+  const auto finish = [memory, how](uint32_t rank) {
+    if (how == Drive::kChunked) {
+      finish_in_chunks(memory->params[rank], &memory->reports[rank]);
+      return;
+    }
     kernels::host::finish(memory->params[rank], memory->peers.data(), &memory->reports[rank]);
   };
   if (how == Drive::kThreads) {

@@ -117,7 +117,7 @@ TEST_F(ConfigLoader, ReadsEverySection) {
       "[control]\nsocket_mode = \"0600\"\nallowed_uids = [0, 1000]\nenable_reflection = true\n"
       "[device]\ngpus = \"1,GPU-ab\"\nhosts = 0\npool_max_bytes = \"64MiB\"\nkernels = \"generic\"\n"
       "[engine]\nop_deadline = 7\nring_slots = 8\n"
-      "[session]\nmax_window_bytes = 4096\n"
+      "[session]\nmax_window_bytes = 4096\nmax_registered_bytes = \"2GiB\"\n"
       "[metrics]\nenabled = false\nport = 0\n"
       "[log]\nlevel = \"debug\"\nformat = \"json\"\n");
   const Config config = loaded().config;
@@ -132,6 +132,7 @@ TEST_F(ConfigLoader, ReadsEverySection) {
   EXPECT_EQ(config.engine.op_deadline_ns, 7'000'000'000U);
   EXPECT_EQ(config.engine.ring_slots, 8U);
   EXPECT_EQ(config.session.max_window_bytes, 4096U);
+  EXPECT_EQ(config.session.max_registered_bytes, 2ULL << 30);
   EXPECT_FALSE(config.metrics.enabled);
   EXPECT_EQ(config.metrics.port, 0);
   EXPECT_EQ(config.log.level, base::LogLevel::kDebug);

@@ -7,7 +7,9 @@
 
 #include <cstring>
 
+#include "daemon/device/host/host_device.h"
 #include "daemon/device/host/host_memory.h"
+#include "tests/support/fake_ports.h"
 
 namespace expertd::device {
 namespace {
@@ -68,6 +70,31 @@ TEST(HostMemory, MapsExactlyTheRangeThatWasAskedFor) {
     EXPECT_EQ(::msync(base, 4096, MS_ASYNC), 0);
   }
   EXPECT_NE(::msync(base, 4096, MS_ASYNC), 0) << "it is still mapped";
+}
+
+// A hole punched into a memfd of huge pages gives their reservation back, and the next access may find none.
+TEST(HostMemory, RefusesHugePagesByName) {
+  base::ScopedFd fd(::memfd_create("test", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_HUGETLB));
+  if (!fd.valid() || ::ftruncate(fd.get(), 1 << 30) != 0 || ::fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK) != 0) {
+    GTEST_SKIP() << "no sealed memfds of huge pages here";
+  }
+  const auto memory = import_host_fd(std::move(fd), 0, 4096, kHome);
+  EXPECT_EQ(memory.status().reason(), EXPERTD_REASON_UNSUPPORTED);
+  EXPECT_NE(memory.status().message().find("hugetlbfs"), std::string::npos) << memory.status().message();
+}
+
+TEST(HostMemory, ReadsAHoleThatItsOwnerPunchedAsZeros) {
+  base::ScopedFd fd = memfd(2 * 4096, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
+  const int owners = ::dup(fd.get());
+  const auto memory = import_host_fd(std::move(fd), 0, 2 * 4096, kHome);
+  ASSERT_TRUE(memory.is_ok());
+  auto* bytes = static_cast<volatile char*>(memory.value()->mapping().base[0]);
+  bytes[4096] = 7;
+  ASSERT_EQ(::fallocate(owners, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 2 * 4096), 0);
+  EXPECT_EQ(bytes[4096], 0);
+  bytes[4096] = 8;
+  EXPECT_EQ(bytes[4096], 8);
+  ::close(owners);
 }
 
 TEST(HostWindow, IsZeroSharedSealedAndRoundedUp) {

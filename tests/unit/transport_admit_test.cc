@@ -128,6 +128,65 @@ TEST(Admit, CountsARefusalAsAnOperationOfItsGroup) {
   EXPECT_EQ(world.admit(slot), &world.tables.groups[0].rank);
 }
 
+// Also of slots whose frame is wrong: the peers must hear of them, and the next slot must be the next operation.
+TEST(Admit, CountsARefusedFrameAsAnOperationOfItsGroup) {
+  AdmissionWorld world;
+  void (*const breaks[])(expertd_slot&) = {
+      [](expertd_slot& slot) { slot.seq = 9; },
+      [](expertd_slot& slot) { slot.op = 77; },
+      [](expertd_slot& slot) { slot.flags = 1U << 20; },
+      [](expertd_slot& slot) { slot.reserved[3] = 1; },
+      [](expertd_slot& slot) { slot.tensors[2].reserved = 1; },
+  };
+  for (const auto& change : breaks) {
+    expertd_slot slot = AdmissionWorld::slot(EXPERTD_OP_DISPATCH);
+    change(slot);
+    EXPECT_EQ(world.admit(slot), &world.tables.groups[0].rank);
+    EXPECT_EQ(world.request.rejected_reason, static_cast<uint32_t>(EXPERTD_REASON_DESCRIPTOR_MALFORMED));
+    EXPECT_EQ(world.request.deadline_ns, AdmissionWorld::kNow + 90);
+    slot.group = 8;
+    EXPECT_EQ(world.admit(slot), nullptr);
+    EXPECT_EQ(world.request.rejected_reason, static_cast<uint32_t>(EXPERTD_REASON_DESCRIPTOR_MALFORMED));
+  }
+}
+
+TEST(Admit, LeavesNothingOfTheOperationBeforeInARefusedRequest) {
+  AdmissionWorld world;
+  expertd_slot slot = AdmissionWorld::slot(EXPERTD_OP_COMBINE);
+  world.request.shape.kind = kernels::OpKind::kLlDispatch;
+  world.request.shape.tokens = 5;
+  world.request.with_weights = true;
+  slot.flags = 1U << 20;
+  (void)transport::admit(slot, {3, 1, AdmissionWorld::kNow, 700}, &world.tables, &world.request);
+  EXPECT_EQ(world.request.shape.kind, kernels::OpKind::kCombine);
+  EXPECT_EQ(world.request.shape.tokens, 0U);
+  EXPECT_FALSE(world.request.with_weights);
+  slot.op = 77;
+  (void)transport::admit(slot, {3, 1, AdmissionWorld::kNow, 700}, &world.tables, &world.request);
+  EXPECT_EQ(static_cast<uint32_t>(world.request.shape.kind), static_cast<uint32_t>(EXPERTD_OP_NONE));
+}
+
+TEST(Admit, GivesACachedDispatchTheAlignmentOfItsHandle) {
+  AdmissionWorld world;
+  expertd_slot slot = AdmissionWorld::slot(EXPERTD_OP_DISPATCH);
+  slot.flags = EXPERTD_SLOT_EXPANDED;
+  slot.expert_alignment = 32;
+  ASSERT_TRUE(world.admits(slot));
+  slot.flags |= EXPERTD_SLOT_CACHED;
+  for (const uint32_t given : {0U, 1U, 32U}) {
+    slot.expert_alignment = given;
+    EXPECT_TRUE(world.admits(slot)) << given;
+    EXPECT_EQ(world.request.shape.expert_alignment, 32U) << given;
+  }
+  slot.expert_alignment = 16;
+  EXPECT_FALSE(world.admits(slot));
+  EXPECT_EQ(world.request.rejected_reason, static_cast<uint32_t>(EXPERTD_REASON_ARGUMENT_RANGE));
+  EXPECT_EQ(world.request.rejected_argument, static_cast<uint32_t>(EXPERTD_ARGUMENT_EXPERT_ALIGNMENT));
+  EXPECT_EQ(world.request.rejected_value, 16);
+  EXPECT_EQ(world.request.rejected_minimum, 32);
+  EXPECT_EQ(world.request.rejected_maximum, 32);
+}
+
 TEST(Admit, KeepsNothingOfARefusedDispatchUnderItsHandle) {
   AdmissionWorld world;
   expertd_slot slot = AdmissionWorld::slot(EXPERTD_OP_DISPATCH);

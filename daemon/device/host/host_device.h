@@ -1,41 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 // HostDevice: a device without a GPU. Its memory is sealed memfds, its executor is the loop thread itself: poll() runs
-// the steps of a part in slices, so that an abort or another session never waits for a whole operation. The ranks of a
-// group meet through the ExchangeFlags of the operation; nothing blocks and nothing spins. DevicePort calls come from
-// the device's loop thread, Device calls from control threads.
+// the steps of a part in slices (host_part.h). The parts of a session run one after the other in the order of their
+// launch, as on the stream that a session has on a GPU: a handle's tables and the memory of the client pass from one to
+// the next. DevicePort calls come from the device's loop thread, Device calls from control threads.
 #pragma once
 
 #include <array>
 #include <atomic>
 #include <memory>
-#include <mutex>
-#include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "daemon/device/device.h"
+#include "daemon/device/host/host_group.h"
 #include "daemon/device/pool.h"
 
 namespace expertd::device {
 
-/// Tables of one group that its host ranks share: count matrices, and the handles of each rank.
-class HostGroupTables;
-
-/// Finds the tables of a group; shared by the host devices of a process. Control threads write, loops read.
-class HostGroupDirectory {
- public:
-  static constexpr uint32_t kMaxGroups = 1024;
-  HostGroupDirectory();
-  ~HostGroupDirectory();
-  base::Status add_rank(const engine::GroupShape& shape, uint32_t handle_limit);
-  void remove_rank(base::GroupId group, base::Rank rank);
-  /// Lock-free; null when the group is not known.
-  HostGroupTables* find(base::GroupId group) const;
-
- private:
-  std::mutex mutex_;
-  std::array<std::atomic<HostGroupTables*>, kMaxGroups> tables_{};
-};
+class HostPart;
 
 class HostDevice final : public Device, public engine::DevicePort {
  public:
@@ -67,23 +48,24 @@ class HostDevice final : public Device, public engine::DevicePort {
 
  private:
   static constexpr uint32_t kMaxParts = 256;
-  enum class Step : uint32_t { kFree, kStart, kAwaitRouted, kMove, kAwaitMoved };
-  struct Part;
+  /// Who runs in a place of parts_; beside the parts, so that looking through all of them touches little memory.
+  struct Place {
+    uint64_t session = 0;
+    engine::PartId part = 0;  // 0: free
+  };
 
-  Part* find(engine::PartId part);
-  bool prepare(const engine::LaunchSpec& spec, Part& part);
-  bool advance(Part& part);
-  void start(Part& part);
-  void move_slice(Part& part);
-  void set_flag(Part& part, std::atomic<uint64_t>& flag);
-  void set_step(Part& part, Step step);
+  HostPart* find(engine::PartId part);
+  engine::PartId last_part(base::SessionId session) const;
+  void end(HostPart& part);
 
   base::DeviceIndex index_;
   uint32_t ordinal_;
   HostGroupDirectory* groups_;
   engine::WakePort* wake_;
   Pool pool_;
-  std::vector<Part> parts_;
+  std::atomic<uint64_t> handle_table_bytes_{0};
+  std::vector<HostPart> parts_;
+  std::array<Place, kMaxParts> places_{};
   uint64_t next_serial_ = 1;
   uint32_t runnable_ = 0;  // parts that can advance without an event
 };

@@ -2,8 +2,10 @@
 #include "daemon/device/host/host_memory.h"
 
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 namespace expertd::device {
@@ -12,7 +14,7 @@ namespace {
 
 constexpr uint64_t kPageBytes = 4096;
 
-class HostMemory final : public HeldMemory {
+class HostMemory : public HeldMemory {
  public:
   HostMemory(void* base, uint64_t mapped_bytes, uint64_t skip, uint64_t bytes, base::DeviceIndex home)
       : base_(base), mapped_bytes_(mapped_bytes) {
@@ -26,6 +28,26 @@ class HostMemory final : public HeldMemory {
   void* base_;
   uint64_t mapped_bytes_;
 };
+
+// Only memory whose pages come back by themselves may be read and written through a mapping that its owner shares. A
+// client may punch holes into any memfd that the daemon can write. On tmpfs a hole reads as zeros and the next write
+// takes a fresh page (while a hole is punched, an access to it waits for that); what fails there is the memory limit of
+// the daemon's cgroup alone, as anywhere. On hugetlbfs a hole also gives the reservation of its pages back, and an
+// access that then finds the pool of huge pages empty ends the daemon with SIGBUS.
+base::Status check_file_system(int fd) {
+  struct statfs facts {};
+  if (::fstatfs(fd, &facts) != 0) {
+    return base::errno_status("fstatfs of shared memory");
+  }
+  if (facts.f_type == HUGETLBFS_MAGIC) {
+    return base::Status(EXPERTD_REASON_UNSUPPORTED,
+                        "a memfd of hugetlbfs (MFD_HUGETLB): its pages can be taken away; use one without huge pages");
+  }
+  if (facts.f_type != TMPFS_MAGIC) {
+    return base::Status(EXPERTD_REASON_UNSUPPORTED, "shared memory that is not of tmpfs; use memfd_create");
+  }
+  return base::Status::ok();
+}
 
 /// A window's memory with its place in the account of a device.
 class PooledMemory final : public HeldMemory {
@@ -56,7 +78,7 @@ base::Result<Window> create_window_of(uint64_t rounded, base::DeviceIndex home) 
     return base::errno_status("mapping a window");
   }
   Window window;
-  window.memory = std::make_unique<HostMemory>(base, rounded, 0, rounded, home);
+  window.memory = std::make_unique<HostWindow>(base, rounded, home, std::move(share));
   window.fd = std::move(fd);
   window.bytes = rounded;
   return window;
@@ -85,6 +107,7 @@ base::Result<std::unique_ptr<HeldMemory>> import_host_fd(base::ScopedFd fd, uint
   if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
     return base::Status(EXPERTD_REASON_UNSEALED_MEMORY);
   }
+  EXPERTD_RETURN_IF_ERROR(check_file_system(fd.get()));
   struct stat facts {};
   if (::fstat(fd.get(), &facts) != 0) {
     return base::errno_status("fstat of shared memory");

@@ -2,6 +2,8 @@
 // Memory of host devices: sealed memfds mapped into the daemon. Control threads only.
 #pragma once
 
+#include <atomic>
+#include <cstdint>
 #include <memory>
 
 #include "daemon/base/fd.h"
@@ -15,7 +17,7 @@ namespace expertd::device {
 /// its memory lives.
 base::Result<Window> create_host_window(uint64_t bytes, base::DeviceIndex home, Pool* pool);
 /// Maps [offset, offset + bytes) of a client's memfd. UNSEALED_MEMORY unless it is sealed against shrinking: a client
-/// that truncates it later would otherwise end the daemon with SIGBUS.
+/// that truncates it later would otherwise end the daemon with SIGBUS. UNSUPPORTED unless it is of tmpfs.
 base::Result<std::unique_ptr<HeldMemory>> import_host_fd(base::ScopedFd fd, uint64_t offset, uint64_t bytes,
                                                          base::DeviceIndex home);
 

@@ -151,6 +151,11 @@ void dispatch_token(Dispatcher* run, uint32_t token) {
     }
     const auto row = static_cast<uint64_t>(rows[rank]);
     const PeerView& peer = run->peers[rank];
+    // The outputs are a client's and end with its capacity, which check_matrix held against the rows of a matrix. Rows
+    // of a handle were numbered for other outputs, so each is held against these once more.
+    if (row >= peer.capacity_rows || peer.out_x == nullptr) {
+      continue;
+    }
     std::memcpy(static_cast<char*>(peer.out_x) + row * shape.out_row_bytes, token_payload(*run, token),
                 shape.out_row_bytes);
     copy_side(params, token, peer.out_side, row);
@@ -170,7 +175,7 @@ void dispatch_lane(Dispatcher* run, uint32_t token, uint32_t lane) {
   const OpShape& shape = params.shape;
   const size_t at = size_t{token} * shape.top_k + lane;
   const int32_t id = params.routing.topk[at];
-  if (id < 0 || params.routing.token_expert[at] < 0) {
+  if (id < 0 || id >= static_cast<int32_t>(shape.experts) || params.routing.token_expert[at] < 0) {
     return;
   }
   const auto expert = static_cast<uint32_t>(id);
@@ -185,6 +190,9 @@ void dispatch_lane(Dispatcher* run, uint32_t token, uint32_t lane) {
   const auto row = static_cast<uint64_t>(params.routing.token_expert[at]);
   const uint64_t slot = is_ll(shape) ? local * shape.slots_per_expert + row : row;
   const PeerView& peer = run->peers[rank];
+  if (row >= (is_ll(shape) ? shape.slots_per_expert : peer.capacity_rows) || peer.out_x == nullptr) {
+    return;  // as in dispatch_token
+  }
   std::memcpy(static_cast<char*>(peer.out_x) + slot * shape.out_row_bytes, token_payload(*run, token),
               shape.out_row_bytes);
   if (shape.payload == Payload::kFp8) {

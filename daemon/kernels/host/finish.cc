@@ -9,11 +9,12 @@
 namespace expertd::kernels::host {
 namespace {
 
-/// Index -1 and weight 0 for rows [begin, end) of this rank's outputs.
-void clear_rows(const OpParams& params, uint64_t begin, uint64_t end) {
+/// Index -1 and weight 0 for the rows of [begin, end) that lie in `window`, of this rank's outputs.
+void clear_rows(const OpParams& params, const RowRange& window, uint64_t begin, uint64_t end) {
   const OpShape& shape = params.shape;
   const uint64_t width = shape.expanded != 0 ? 1 : shape.top_k;
-  const uint64_t last = std::min<uint64_t>(end, shape.capacity_rows);
+  const uint64_t last = std::min({end, window.end, uint64_t{shape.capacity_rows}});
+  begin = std::max(begin, window.begin);
   if (begin >= last) {
     return;
   }
@@ -27,13 +28,13 @@ void clear_rows(const OpParams& params, uint64_t begin, uint64_t end) {
   }
 }
 
-void clear_gaps(const OpParams& params, const int32_t* matrix) {
+void clear_gaps(const OpParams& params, const int32_t* matrix, const RowRange& window) {
   const OpShape& shape = params.shape;
   uint64_t start = 0;
-  for (uint32_t local = 0; shape.expanded != 0 && local < shape.local_experts; ++local) {
+  for (uint32_t local = 0; start < window.end && local < shape.local_experts; ++local) {
     const uint64_t rows = expert_rows(shape, matrix, shape.rank * shape.local_experts + local, shape.ranks);
     const uint64_t end = start + round_up(rows, shape.expert_alignment);
-    clear_rows(params, start + rows, end);
+    clear_rows(params, window, start + rows, end);
     start = end;
   }
 }
@@ -71,7 +72,7 @@ void store_ranges(const OpParams& params, const int32_t* matrix) {
 
 }  // namespace
 
-void finish(const OpParams& params, const PeerView* /*peers*/, OpReport* report) {
+void finish_counts(const OpParams& params, OpReport* report) {
   const OpShape& shape = params.shape;
   if (!is_dispatch(shape) || report->reason != 0) {
     return;
@@ -91,19 +92,35 @@ void finish(const OpParams& params, const PeerView* /*peers*/, OpReport* report)
   if (is_ll(shape)) {
     store_ranges(params, matrix);
   }
-  if (shape.cached != 0) {
-    return;  // the first dispatch wrote the indices, and they still hold
-  }
-  if (!is_ll(shape)) {
-    clear_gaps(params, matrix);
-    if (shape.worst_tokens != 0) {
-      clear_rows(params, rows, shape.capacity_rows);
-    }
-  }
-  if (params.routing.counts != nullptr && params.routing.counts != params.counts) {
+  if (shape.cached == 0 && params.routing.counts != nullptr && params.routing.counts != params.counts) {
     std::memcpy(params.routing.counts, params.counts,
                 size_t{shape.ranks} * count_row_ints(shape.ranks, shape.experts) * sizeof(int32_t));
   }
+}
+
+RowRange rows_to_clear(const OpParams& params, const OpReport& report) {
+  const OpShape& shape = params.shape;
+  // With a handle the first dispatch wrote the indices, and they still hold; low-latency rows have none.
+  if (shape.kind != OpKind::kDispatch || shape.cached != 0 || report.reason != 0) {
+    return {};
+  }
+  return {shape.expanded != 0 ? 0U : report.recv_rows,
+          shape.worst_tokens != 0 ? shape.capacity_rows : report.recv_rows};
+}
+
+void finish_rows(const OpParams& params, const OpReport& report, const RowRange& window) {
+  const OpShape& shape = params.shape;
+  if (shape.expanded != 0) {
+    clear_gaps(params, matrix_of(params), window);
+  }
+  if (shape.worst_tokens != 0) {
+    clear_rows(params, window, report.recv_rows, shape.capacity_rows);
+  }
+}
+
+void finish(const OpParams& params, const PeerView* /*peers*/, OpReport* report) {
+  finish_counts(params, report);
+  finish_rows(params, *report, rows_to_clear(params, *report));
 }
 
 }  // namespace expertd::kernels::host

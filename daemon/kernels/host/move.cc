@@ -11,11 +11,11 @@
 namespace expertd::kernels::host {
 namespace {
 
-/// Errors that sources found while routing: the source reports its own, the others the lowest source that has one.
-bool find_routing_error(const OpShape& shape, const int32_t* matrix, OpReport* report) {
+/// Errors in the rows of the active ranks: the source reports its own, the others the lowest source that has one.
+bool find_error(const OpShape& shape, const int32_t* matrix, OpReport* report) {
   for (uint32_t source = 0; source < shape.ranks; ++source) {
     const int32_t* error = matrix_row(shape, matrix, source) + shape.ranks + shape.experts;
-    if (error[0] != 0 && report->reason == 0) {
+    if (is_active(shape, source) && error[0] != 0 && report->reason == 0) {
       report->reason = EXPERTD_REASON_PEER_REJECTED;
       report->rank = static_cast<int32_t>(source);
     }
@@ -26,7 +26,9 @@ bool find_routing_error(const OpShape& shape, const int32_t* matrix, OpReport* r
     report->value =
         static_cast<int64_t>((uint64_t{static_cast<uint32_t>(own[2])} << 32) | static_cast<uint32_t>(own[1]));
     report->rank = -1;
-    // A launcher may put the Reason of a part refused earlier into the row; that one is about another argument.
+    if (report->reason == EXPERTD_REASON_STALE_HANDLE) {
+      report->argument = EXPERTD_ARGUMENT_HANDLE;
+    }
     if (report->reason == EXPERTD_REASON_EXPERT_OUT_OF_RANGE) {
       report->argument = EXPERTD_ARGUMENT_EXPERT_ID;
       report->minimum = -1;
@@ -63,13 +65,18 @@ bool experts_exceed_slots(const OpShape& shape, const int32_t* matrix, uint32_t 
 
 }  // namespace
 
+uint32_t check_announced(const OpParams& params, OpReport* report) {
+  (void)find_error(params.shape, params.counts, report);
+  return report->reason;
+}
+
 uint32_t check_matrix(const OpParams& params, const PeerView* peers, OpReport* report) {
   const OpShape& shape = params.shape;
   if (!is_dispatch(shape)) {
     return report->reason;
   }
   const int32_t* matrix = matrix_of(params);
-  if (shape.cached == 0 && find_routing_error(shape, matrix, report)) {
+  if (shape.cached == 0 && find_error(shape, matrix, report)) {
     return report->reason;
   }
   for (uint32_t rank = 0; rank < shape.ranks; ++rank) {

@@ -24,12 +24,16 @@ void store(int32_t* table, uint32_t index, int32_t value) {
   }
 }
 
+void store_error_value(int32_t* error, int64_t value) {
+  error[1] = static_cast<int32_t>(static_cast<uint64_t>(value) & 0xffffffffu);
+  error[2] = static_cast<int32_t>(static_cast<uint64_t>(value) >> 32);
+}
+
 /// Keeps the first bad id of the rank, in (token, lane) order, behind the counts of its matrix row.
 void note_bad_id(int32_t* error, int64_t id) {
   if (error[0] == 0) {
     error[0] = EXPERTD_REASON_EXPERT_OUT_OF_RANGE;
-    error[1] = static_cast<int32_t>(static_cast<uint64_t>(id) & 0xffffffffu);
-    error[2] = static_cast<int32_t>(static_cast<uint64_t>(id) >> 32);
+    store_error_value(error, id);
   }
 }
 
@@ -70,10 +74,10 @@ uint64_t mask_ranks(const OpParams& params, uint32_t token) {
   return ranks;
 }
 
-/// The first id that is neither -1 nor an expert; false when there is none.
-bool find_bad_id(const OpParams& params, int64_t* bad) {
-  const size_t lanes = size_t{params.shape.tokens} * params.shape.top_k;
-  for (size_t lane = 0; lane < lanes; ++lane) {
+/// The first id of these tokens that is neither -1 nor an expert; false when there is none.
+bool find_bad_id(const OpParams& params, uint32_t token_begin, uint32_t token_end, int64_t* bad) {
+  const size_t end = size_t{token_end} * params.shape.top_k;
+  for (size_t lane = size_t{token_begin} * params.shape.top_k; lane < end; ++lane) {
     const int64_t id = read_expert_id(params, lane);
     if (id < -1 || id >= static_cast<int64_t>(params.shape.experts)) {
       *bad = id;
@@ -103,33 +107,38 @@ bool seen_before(const OpParams& params, size_t first_lane, uint32_t lane, uint3
 
 }  // namespace
 
-void layout(const OpParams& params, OpReport* report) {
+bool layout_check(const OpParams& params, uint32_t token_begin, uint32_t token_end, OpReport* report) {
   const OpShape& shape = params.shape;
   int64_t bad = 0;
-  if (find_bad_id(params, &bad)) {
+  if (find_bad_id(params, token_begin, std::min(token_end, shape.tokens), &bad)) {
     report->reason = EXPERTD_REASON_EXPERT_OUT_OF_RANGE;
     report->argument = EXPERTD_ARGUMENT_EXPERT_ID;
     report->value = bad;
     report->minimum = -1;
     report->maximum = static_cast<int64_t>(shape.experts) - 1;
-    return;
+    return false;
   }
+  return true;
+}
+
+void layout_count(const OpParams& params, uint32_t token_begin, uint32_t token_end) {
+  const OpShape& shape = params.shape;
   const uint32_t per_rank = shape.experts / shape.ranks;
   const uint32_t node_ranks = shape.ranks_per_node == 0 ? shape.ranks : shape.ranks_per_node;
   const uint32_t per_node = per_rank * node_ranks;
   auto* node_counts = reinterpret_cast<int32_t*>(params.out.layout_range);
-  const auto clear = [](int32_t* counts, uint32_t entries) {
-    if (counts != nullptr) {
+  const auto clear = [token_begin](int32_t* counts, uint32_t entries) {
+    if (counts != nullptr && token_begin == 0) {
       std::fill_n(counts, entries, 0);
     }
   };
   clear(params.out.rank_prefix, shape.ranks);
   clear(params.out.expert_counts, shape.experts);
   clear(node_counts, (shape.ranks + node_ranks - 1) / node_ranks);
-  if (params.out.token_rank_mask != nullptr) {
-    std::memset(params.out.token_rank_mask, 0, size_t{shape.tokens} * shape.ranks);
-  }
-  for (uint32_t token = 0; token < shape.tokens; ++token) {
+  for (uint32_t token = token_begin; token < std::min(token_end, shape.tokens); ++token) {
+    if (params.out.token_rank_mask != nullptr) {
+      std::memset(params.out.token_rank_mask + size_t{token} * shape.ranks, 0, shape.ranks);
+    }
     const size_t first_lane = size_t{token} * shape.top_k;
     for (uint32_t lane = 0; lane < shape.top_k; ++lane) {
       const int64_t id = read_expert_id(params, first_lane + lane);
@@ -151,15 +160,23 @@ void layout(const OpParams& params, OpReport* report) {
   }
 }
 
-void route(const OpParams& params) {
+void layout(const OpParams& params, OpReport* report) {
+  if (layout_check(params, 0, params.shape.tokens, report)) {
+    layout_count(params, 0, params.shape.tokens);
+  }
+}
+
+void route_range(const OpParams& params, uint32_t token_begin, uint32_t token_end) {
   const OpShape& shape = params.shape;
   if (!is_dispatch(shape) || shape.cached != 0) {
     return;
   }
   const size_t row_ints = count_row_ints(shape.ranks, shape.experts);
   int32_t* row = params.counts + size_t{shape.rank} * row_ints;
-  std::fill_n(row, row_ints, 0);
-  for (uint32_t token = 0; token < shape.tokens; ++token) {
+  if (token_begin == 0) {
+    std::fill_n(row, row_ints, 0);
+  }
+  for (uint32_t token = token_begin; token < std::min(token_end, shape.tokens); ++token) {
     const auto at = [token](int32_t* table, uint32_t width) {
       return table == nullptr ? nullptr : table + size_t{token} * width;
     };
@@ -174,6 +191,18 @@ void route(const OpParams& params) {
       store(tables.rank_rows, rank, goes ? row[rank]++ : -1);
     }
   }
+}
+
+void route(const OpParams& params) {
+  route_range(params, 0, params.shape.tokens);
+}
+
+void announce(const OpParams& params, uint32_t reason, int64_t value) {
+  const OpShape& shape = params.shape;
+  int32_t* error =
+      params.counts + size_t{shape.rank} * count_row_ints(shape.ranks, shape.experts) + shape.ranks + shape.experts;
+  error[0] = static_cast<int32_t>(reason);
+  store_error_value(error, value);
 }
 
 }  // namespace expertd::kernels::host

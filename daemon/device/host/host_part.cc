@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "daemon/device/host/host_part.h"
+
+#include <algorithm>
+
+#include "daemon/base/clock.h"
+#include "daemon/device/part_params.h"
+
+namespace expertd::device {
+
+namespace {
+
+// One slice: bytes that are moved or cleared, or entries of tables that are read or written; some 50 us of either.
+constexpr uint64_t kSliceBytes = uint64_t{512} * 1024;
+constexpr uint64_t kSliceEntries = uint64_t{32} * 1024;
+
+uint32_t per_slice(uint64_t budget, uint64_t cost_of_one) {
+  return static_cast<uint32_t>(std::max<uint64_t>(1, budget / std::max<uint64_t>(1, cost_of_one)));
+}
+
+bool is_dispatch(kernels::OpKind kind) {
+  return kind == kernels::OpKind::kDispatch || kind == kernels::OpKind::kLlDispatch;
+}
+
+}  // namespace
+
+void HostPart::begin(const engine::LaunchSpec& spec, base::DeviceIndex device, HostGroupDirectory* groups,
+                     engine::PartId id, engine::PartId behind) {
+  id_ = id;
+  behind_ = behind;
+  progress_ = 0;
+  start_ns_ = 0;
+  arrived_ = 0;
+  kept_ = nullptr;
+  report_ = kernels::OpReport{};
+  broken_ = !prepare(spec, device, groups);
+  size_slices();
+  step_ = behind == 0 ? Step::kStart : Step::kBehind;
+}
+
+bool HostPart::prepare(const engine::LaunchSpec& spec, base::DeviceIndex device, HostGroupDirectory* groups) {
+  params_ = own_params(spec, device);
+  params_.shape.rank = spec.rank;
+  flags_ = spec.flags;
+  devices_ = spec.devices;
+  const kernels::OpShape& shape = params_.shape;
+  routes_ = is_dispatch(shape.kind) && shape.cached == 0;
+  if (spec.group.value == 0) {
+    return shape.kind == kernels::OpKind::kLayout;
+  }
+  HostGroupTables* tables = groups->find(spec.group);
+  if (tables == nullptr || flags_ == nullptr) {
+    return false;
+  }
+  params_.counts = tables->counts(spec.page);
+  if (shape.kind != kernels::OpKind::kBarrier) {
+    kept_ = tables->use(spec.rank, spec.own->handle_index);
+    if (kept_ == nullptr) {
+      return false;
+    }
+    params_.routing = tables->routing(spec.rank, spec.own->handle_index);
+    use_ = {spec.own->handle_generation, shape.tokens, shape.top_k, shape.expanded};
+  }
+  if (routes_ && (spec.active_ranks & ((1ULL << spec.rank) - 1)) == 0) {
+    tables->clear_inactive_rows(spec.page, spec.active_ranks);  // by the lowest rank, before its flag
+  }
+  for (uint32_t rank = 0; rank < spec.ranks; ++rank) {
+    peers_[rank] = peer_view(spec, rank, device);
+    peers_[rank].counts = params_.counts;
+  }
+  return true;
+}
+
+void HostPart::size_slices() {
+  const kernels::OpShape& shape = params_.shape;
+  const uint64_t top_k = std::max(1U, shape.top_k);
+  route_tokens_ = per_slice(kSliceEntries, top_k + (shape.kind == kernels::OpKind::kLayout ? 0 : shape.ranks));
+  count_tokens_ = per_slice(kSliceEntries, top_k * top_k + shape.ranks / 16);  // each lane looks at all before it
+  // A mask may send a token to every rank, and a handle does not say whether one did.
+  const bool by_expert = shape.expanded != 0 || shape.slots_per_expert != 0;
+  const bool by_ids = routes_ && params_.in.token_rank_mask == nullptr;
+  const uint64_t rows = by_expert || by_ids ? top_k : std::max<uint64_t>(top_k, shape.ranks);
+  // Elements of a side tensor are gathered one by one where they have a stride.
+  move_tokens_ = per_slice(kSliceBytes, rows * (shape.row_bytes + uint64_t{shape.side_elements} * 16));
+}
+
+bool HostPart::runs() const {
+  return step_ != Step::kFree && step_ != Step::kBehind && step_ != Step::kAwaitRouted && step_ != Step::kAwaitMoved;
+}
+
+void HostPart::enter(Step step) {
+  step_ = step;
+  progress_ = 0;
+}
+
+void HostPart::follow(engine::PartId next) {
+  behind_ = next;
+  if (next == 0 && step_ == Step::kBehind) {
+    step_ = Step::kReady;
+  }
+}
+
+void HostPart::fail(uint32_t reason) {
+  report_ = kernels::OpReport{};
+  report_.reason = reason;
+  if (step_ != Step::kClear) {
+    enter(Step::kClear);
+  }
+}
+
+bool HostPart::advance(engine::WakePort* wake) {
+  switch (step_) {
+    case Step::kFree:
+      return true;
+    case Step::kBehind:
+      return false;
+    case Step::kReady:
+      enter(Step::kStart);
+      return false;
+    case Step::kStart:
+      start(wake);
+      return false;
+    case Step::kCheckIds:
+      return check_ids();
+    case Step::kCountIds:
+      return count_ids();
+    case Step::kRoute:
+      route(wake);
+      return false;
+    case Step::kAwaitRouted:
+      return await_routed();
+    case Step::kMove:
+      move(wake);
+      return false;
+    case Step::kAwaitMoved:
+      await_moved();
+      return false;
+    case Step::kFinish:
+      return finish();
+    case Step::kClear:
+      return clear();
+  }
+  return true;
+}
+
+void HostPart::set_flag(std::atomic<uint64_t>& flag, engine::WakePort* wake) const {
+  const uint64_t bit = 1ULL << params_.shape.rank;
+  // Release publishes this rank's rows and counts; the acquires that see all bits are in await_routed and await_moved.
+  const uint64_t before = flag.fetch_or(bit, std::memory_order_seq_cst);
+  if ((before | bit) != active()) {
+    return;
+  }
+  for (uint32_t rank = 0; rank < base::kMaxLocalRanks; ++rank) {
+    if (rank != params_.shape.rank && (active() >> rank & 1) != 0) {
+      wake->wake(devices_[rank]);
+    }
+  }
+}
+
+void HostPart::start(engine::WakePort* wake) {
+  start_ns_ = base::now_ns();
+  if (broken_) {
+    fail(EXPERTD_REASON_INTERNAL);
+    return;
+  }
+  if (params_.shape.kind == kernels::OpKind::kLayout) {
+    enter(Step::kCheckIds);
+    return;
+  }
+  if (routes_) {
+    *kept_ = HandleUse{};  // until this dispatch has succeeded nobody may go by the tables
+    enter(Step::kRoute);
+    return;
+  }
+  if (kept_ != nullptr) {
+    // The session's parts run in order, so the handle is what the last dispatch on it made of it. A dispatch that
+    // failed left rows that were never numbered for its outputs.
+    const uint32_t reason = *kept_ == use_ ? EXPERTD_REASON_NONE : EXPERTD_REASON_STALE_HANDLE;
+    kernels::host::announce(params_, reason, use_.generation);
+  }
+  set_flag(flags_->routed, wake);
+  enter(Step::kAwaitRouted);
+}
+
+// The end of the next slice of a step over tokens.
+uint32_t HostPart::slice_end(uint32_t tokens) const {
+  return static_cast<uint32_t>(std::min<uint64_t>(params_.shape.tokens, progress_ + tokens));
+}
+
+bool HostPart::check_ids() {
+  const uint32_t end = slice_end(route_tokens_);
+  if (!kernels::host::layout_check(params_, static_cast<uint32_t>(progress_), end, &report_)) {
+    return true;
+  }
+  progress_ = end;
+  if (end == params_.shape.tokens) {
+    enter(Step::kCountIds);
+  }
+  return false;
+}
+
+bool HostPart::count_ids() {
+  const uint32_t end = slice_end(count_tokens_);
+  kernels::host::layout_count(params_, static_cast<uint32_t>(progress_), end);
+  progress_ = end;
+  return end == params_.shape.tokens;
+}
+
+void HostPart::route(engine::WakePort* wake) {
+  const uint32_t end = slice_end(route_tokens_);
+  kernels::host::route_range(params_, static_cast<uint32_t>(progress_), end);
+  progress_ = end;
+  if (end == params_.shape.tokens) {
+    set_flag(flags_->routed, wake);
+    enter(Step::kAwaitRouted);
+  }
+}
+
+void HostPart::add_waits(uint64_t routed) {
+  int64_t* stats = params_.out.wait_stats;
+  const uint64_t fresh = routed & ~arrived_;
+  if (stats == nullptr || fresh == 0) {
+    return;
+  }
+  const uint64_t waited = base::now_ns() - start_ns_;
+  for (uint32_t rank = 0; rank < params_.shape.ranks; ++rank) {
+    if ((fresh >> rank & 1) != 0) {
+      // Client memory: whatever it holds, the addition must be defined.
+      stats[rank] = static_cast<int64_t>(static_cast<uint64_t>(stats[rank]) + waited);
+    }
+  }
+  arrived_ = routed;
+}
+
+// True for a barrier that ended.
+bool HostPart::await_routed() {
+  const uint64_t routed = flags_->routed.load(std::memory_order_acquire);  // pairs with set_flag
+  add_waits(routed);
+  if (routed != active()) {
+    return false;
+  }
+  if (params_.shape.kind == kernels::OpKind::kBarrier) {
+    return true;
+  }
+  enter(Step::kMove);
+  if ((!routes_ && kernels::host::check_announced(params_, &report_) != 0) ||
+      kernels::host::check_matrix(params_, peers_.data(), &report_) != 0) {
+    progress_ = params_.shape.tokens;  // nobody moves anything: all ranks see the same
+  }
+  return false;
+}
+
+void HostPart::move(engine::WakePort* wake) {
+  const uint32_t end = slice_end(move_tokens_);
+  if (progress_ < end) {
+    kernels::host::move_range(params_, peers_.data(), static_cast<uint32_t>(progress_), end, &report_);
+    progress_ = end;
+  }
+  if (progress_ >= params_.shape.tokens) {
+    set_flag(flags_->moved, wake);
+    enter(Step::kAwaitMoved);
+  }
+}
+
+void HostPart::await_moved() {
+  if (flags_->moved.load(std::memory_order_acquire) != active()) {  // pairs with set_flag
+    return;
+  }
+  if (report_.reason != 0) {
+    enter(Step::kClear);
+    return;
+  }
+  kernels::host::finish_counts(params_, &report_);
+  enter(Step::kFinish);
+  progress_ = kernels::host::rows_to_clear(params_, report_).begin;
+}
+
+bool HostPart::finish() {
+  const kernels::OpShape& shape = params_.shape;
+  const uint64_t rows = kernels::host::rows_to_clear(params_, report_).end;
+  const uint64_t row_bytes = uint64_t{shape.topk_idx_bytes + 4} * (shape.expanded != 0 ? 1 : shape.top_k);
+  const uint64_t end = std::min(rows, progress_ + per_slice(kSliceBytes, row_bytes));
+  if (progress_ < end) {
+    kernels::host::finish_rows(params_, report_, {progress_, end});
+    progress_ = end;
+  }
+  if (progress_ < rows) {
+    return false;
+  }
+  if (routes_) {
+    *kept_ = use_;
+  }
+  return true;
+}
+
+// A failed operation must not be mistaken for data by whoever reads the outputs without looking at the completion.
+bool HostPart::clear() {
+  const kernels::OpShape& shape = params_.shape;
+  if (!is_dispatch(shape.kind)) {
+    return true;
+  }
+  if (params_.out.expert_counts != nullptr && progress_ == 0) {
+    std::fill_n(params_.out.expert_counts, shape.local_experts, 0);
+  }
+  if (shape.kind != kernels::OpKind::kDispatch || params_.out.topk_idx == nullptr) {
+    return true;
+  }
+  const uint64_t ids = uint64_t{shape.capacity_rows} * (shape.expanded != 0 ? 1 : shape.top_k);
+  const uint64_t bytes = ids * shape.topk_idx_bytes;
+  const uint64_t end = std::min(bytes, progress_ + kSliceBytes);
+  std::fill_n(static_cast<uint8_t*>(params_.out.topk_idx) + progress_, end - progress_, uint8_t{0xff});
+  progress_ = end;
+  return end == bytes;
+}
+
+}  // namespace expertd::device
