@@ -78,7 +78,7 @@ base::Result<Window> create_window_of(uint64_t rounded, base::DeviceIndex home) 
     return base::errno_status("mapping a window");
   }
   Window window;
-  window.memory = std::make_unique<HostWindow>(base, rounded, home, std::move(share));
+  window.memory = std::make_unique<HostMemory>(base, rounded, 0, rounded, home);
   window.fd = std::move(fd);
   window.bytes = rounded;
   return window;
