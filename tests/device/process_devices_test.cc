@@ -124,13 +124,13 @@ TEST_F(ProcessIdle, ADaemonWithoutSessionsTakesLittleMemoryAndNoPool) {
   figure("idle daemon, MiB", taken);
   const Ledger idle = ledger();
   std::printf("idle: %s\n", idle.text().c_str());
-  EXPECT_EQ(idle.window_bytes, 0u);
+  EXPECT_EQ(idle.buffer_bytes, 0u);
   EXPECT_EQ(idle.quarantined_bytes, 0u);
   // Words of parts, in allocations of 2 MiB each.
-  EXPECT_LE(idle.context_bytes, served * (4u << 20));
+  EXPECT_LE(idle.table_bytes, served * (4u << 20));
   const auto client = make_client();
   ASSERT_TRUE(attach(*client, 0, "first"));
-  EXPECT_GT(ledger().window_bytes, 0u) << "the registration does not show";
+  EXPECT_GT(ledger().buffer_bytes, 0u) << "the registration does not show";
 }
 
 }  // namespace

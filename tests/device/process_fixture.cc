@@ -111,15 +111,14 @@ Gauges gauges(const support::DaemonProcess& daemon) {
 }
 
 bool Ledger::holds_as_much_as(const Ledger& other) const {
-  return window_bytes == other.window_bytes && quarantined_bytes == other.quarantined_bytes &&
-         context_bytes == other.context_bytes && armed_streams == other.armed_streams && sessions == other.sessions;
+  return buffer_bytes == other.buffer_bytes && quarantined_bytes == other.quarantined_bytes &&
+         table_bytes == other.table_bytes && armed_streams == other.armed_streams && sessions == other.sessions;
 }
 
 std::string Ledger::text() const {
   std::ostringstream text;
-  text << "windows and buffers " << window_bytes << ", quarantined " << quarantined_bytes << ", tables "
-       << context_bytes << ", armed streams " << armed_streams << ", sessions " << sessions << ", descriptors "
-       << descriptors;
+  text << "windows and buffers " << buffer_bytes << ", quarantined " << quarantined_bytes << ", tables " << table_bytes
+       << ", armed streams " << armed_streams << ", sessions " << sessions << ", descriptors " << descriptors;
   return text.str();
 }
 
@@ -171,9 +170,9 @@ Ledger ProcessTest::ledger() {
     return now;
   }
   for (const nlohmann::json& device : status.value("devices", nlohmann::json::array())) {
-    now.window_bytes += device.value("window_bytes", uint64_t{0});
+    now.buffer_bytes += device.value("window_bytes", uint64_t{0}) + device.value("registered_bytes", uint64_t{0});
     now.quarantined_bytes += device.value("quarantined_bytes", uint64_t{0});
-    now.context_bytes += device.value("context_bytes", uint64_t{0});
+    now.table_bytes += device.value("table_bytes", uint64_t{0});
     now.armed_streams += device.value("armed_streams", uint64_t{0});
   }
   now.sessions = status.value("sessions", uint64_t{0});

@@ -63,9 +63,9 @@ Gauges gauges(const support::DaemonProcess& daemon);
 
 /// What it holds on its devices, as expertctl says: equal before and after means that nothing stayed.
 struct Ledger {
-  uint64_t window_bytes = 0;
+  uint64_t buffer_bytes = 0;  // windows and registered memory
   uint64_t quarantined_bytes = 0;
-  uint64_t context_bytes = 0;  // tables, flag pages
+  uint64_t table_bytes = 0;  // tables of groups, flag pages
   uint64_t armed_streams = 0;
   uint64_t sessions = 0;
   size_t descriptors = 0;

@@ -24,6 +24,8 @@ cudaError_t launch_signal(const PartParams& params, SignalStep step, cudaStream_
 cudaError_t launch_plan(const PartParams& params, cudaStream_t stream);
 cudaError_t launch_dispatch_move(const PartParams& params, cudaStream_t stream);
 cudaError_t launch_combine_pull(const PartParams& params, cudaStream_t stream);
+/// The same for HT by bulk copies, on sm_90; launch_combine_pull() chooses it.
+cudaError_t launch_combine_bulk(const PartParams& params, cudaStream_t stream);
 /// The way through the relay, for ranks whose GPUs do not reach each other: where the experts' rows lie packed
 /// (combine); what this rank publishes, before its routed flag; the rows that others published for this rank
 /// (dispatch).

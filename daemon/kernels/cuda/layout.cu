@@ -173,6 +173,11 @@ cudaError_t launch_all_null(bool bulk_copies, cudaStream_t stream) {
                                      launch_plan,         launch_dispatch_move, launch_combine_pull,
                                      launch_relay_plan,   launch_relay_publish, launch_relay_move,
                                      launch_layout_clear, launch_layout_count,  launch_finish};
+  if (bulk_copies) {
+    if (const cudaError_t error = launch_combine_bulk(null, stream); error != cudaSuccess) {
+      return error;
+    }
+  }
   for (const Launcher launcher : kLaunchers) {
     if (const cudaError_t error = launcher(null, stream); error != cudaSuccess) {
       return error;
