@@ -183,7 +183,7 @@ constexpr Key kKeys[] = {
      .max = 256,
      .default_text = "0",
      .sentence =
-         "Multiprocessors that one operation's kernels take where the link is the bound; 0 takes as many as help.",
+         "Multiprocessors that the kernels moving rows take on GPUs of compute capability 9 or more; 0 takes all.",
      .set = [](Config& c, const Value& v) { c.device.link_sms = static_cast<uint32_t>(v.integer); }},
 
     {.section = "engine",

@@ -26,6 +26,9 @@ constexpr uint32_t kCases = 1500;  // about one in five has few enough ranks
 
 class CudaKernels : public GpuTest {};
 
+/// The same with bulk copies on few multiprocessors, where the GPU has them.
+class CudaBulk : public GpuTestWith<true, 16> {};
+
 /// The same without peer access between the GPUs.
 class CudaRelay : public GpuTestWith<false> {
  protected:
@@ -334,6 +337,21 @@ RandomCase make_large_case(uint64_t seed, OpKind kind, uint32_t ranks) {
 
 TEST_F(CudaKernels, ManyTokens) {
   for (uint64_t seed = 2; seed < 12 && !HasFatalFailure(); ++seed) {
+    run_case(group_.get(), make_large_case(seed, OpKind::kDispatch, group_->size()));
+    run_case(group_.get(), make_large_case(seed, OpKind::kLlDispatch, group_->size()));
+  }
+}
+
+TEST_F(CudaBulk, HighThroughput) {
+  run_cases(group_.get(), OpKind::kDispatch);
+}
+
+TEST_F(CudaBulk, LowLatency) {
+  run_cases(group_.get(), OpKind::kLlDispatch);
+}
+
+TEST_F(CudaBulk, ManyTokens) {
+  for (uint64_t seed = 2; seed < 8 && !HasFatalFailure(); ++seed) {
     run_case(group_.get(), make_large_case(seed, OpKind::kDispatch, group_->size()));
     run_case(group_.get(), make_large_case(seed, OpKind::kLlDispatch, group_->size()));
   }

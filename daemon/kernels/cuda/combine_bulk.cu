@@ -8,7 +8,6 @@
 namespace expertd::kernels::cuda {
 namespace {
 
-constexpr uint32_t kLinkBlocks = 32;    // where the link is the bound
 constexpr uint32_t kSumThreads = 512;   // beside one warp that loads
 constexpr uint32_t kMostSumPieces = 4;  // 16-byte pieces per thread: kMaxHidden * 2 / 16 / kSumThreads
 static_assert(base::kMaxHidden / 8 <= kMostSumPieces * kSumThreads);
@@ -213,9 +212,7 @@ cudaError_t launch_bulk(const PartParams& params, cudaStream_t stream) {
       return allowed;
     }
   }
-  const uint32_t most =
-      params.link_sms != 0 ? params.link_sms : (shape.expanded != 0 ? params.multiprocessors : kLinkBlocks);
-  const uint32_t blocks = std::clamp(shape.tokens, 1u, std::min(most, params.multiprocessors));
+  const uint32_t blocks = std::clamp(shape.tokens, 1u, std::clamp(params.link_sms, 1u, params.multiprocessors));
   combine_pull_bulk<kPieces><<<blocks, kSumThreads + 32, bulk_rows(bytes) * bulk_row_stride(bytes), stream>>>(params);
   return cudaGetLastError();
 }

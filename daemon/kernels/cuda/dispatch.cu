@@ -11,7 +11,6 @@ namespace expertd::kernels::cuda {
 namespace {
 
 constexpr uint32_t kBlocksPerMultiprocessor = 4;
-constexpr uint32_t kLinkBlocks = 48;  // of the bulk kernel where the link is the bound
 
 /// Threads that quantise need the row in registers, so FP8 on the way has no bulk form.
 bool moves_in_bulk(const PartParams& params) {
@@ -175,9 +174,7 @@ cudaError_t launch_move_bulk(const PartParams& params, cudaStream_t stream) {
   const OpShape& shape = params.op.shape;
   const uint32_t row_bytes = params.null_operation != 0 ? 16 : shape.row_bytes;
   const uint32_t warps = bulk_rows(row_bytes);
-  const bool per_expert = shape.kind == OpKind::kLlDispatch || shape.expanded != 0;
-  const uint32_t most = params.link_sms != 0 ? params.link_sms : (per_expert ? params.multiprocessors : kLinkBlocks);
-  const uint32_t blocks = std::clamp(shape.tokens, 1u, std::min(most, params.multiprocessors));
+  const uint32_t blocks = std::clamp(shape.tokens, 1u, std::clamp(params.link_sms, 1u, params.multiprocessors));
   dispatch_move_bulk<<<blocks, warps * 32, warps * bulk_row_stride(row_bytes), stream>>>(params);
   return cudaGetLastError();
 }

@@ -140,8 +140,8 @@ struct PartParams {
   uint32_t refused_reason = 0;  // this rank's routing counts as an error with this Reason
   uint32_t null_operation = 0;  // the launch at start that loads the kernel: returns at once
   uint32_t multiprocessors = 1;
-  uint32_t bulk_copies = 0;  // the device has them and the configuration allows them
-  uint32_t link_sms = 0;     // multiprocessors for kernels bound by the link; 0: as many as help
+  uint32_t bulk_copies = 0;  // the kernels with them are used, on link_sms multiprocessors
+  uint32_t link_sms = 0;
 };
 static_assert(std::is_trivially_copyable_v<PartParams>);
 static_assert(sizeof(PartParams) <= 4096 - 64, "kernel parameters are limited to 4 KiB on sm_80");
