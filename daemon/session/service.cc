@@ -174,7 +174,7 @@ base::Result<AttachGrant> SessionService::attach(const AttachRequest& request) {
   grant.is_cuda = info.is_cuda;
   grant.mps_active = info.mps_active;
   grant.ring_fd = session->ring->fd();
-  grant.wake_fd = session->place.loop->wake_fd();
+  grant.wake_fd = session->ring->wake_fd();
   grant.ring_bytes = session->ring->bytes();
   grant.flag_page_fd = std::move(opened.value().flag_page_fd);
   grant.flag_page_bytes = opened.value().flag_page_bytes;

@@ -3,6 +3,7 @@
 
 #include <poll.h>
 #include <pthread.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -38,7 +39,11 @@ base::Result<std::unique_ptr<DeviceLoop>> DeviceLoop::create(base::DeviceIndex d
   if (!event.valid()) {
     return base::errno_status("eventfd of a device loop");
   }
-  return std::unique_ptr<DeviceLoop>(new DeviceLoop(device, options, std::move(event)));
+  base::ScopedFd rings(::epoll_create1(EPOLL_CLOEXEC));
+  if (!rings.valid()) {
+    return base::errno_status("epoll set of a device loop");
+  }
+  return std::unique_ptr<DeviceLoop>(new DeviceLoop(device, options, std::move(event), std::move(rings)));
 }
 
 DeviceLoop::~DeviceLoop() {
@@ -105,12 +110,17 @@ base::Status DeviceLoop::run(std::function<void()> task) {
 }
 
 base::Status DeviceLoop::add_session(session::SessionTables* tables, session::RingMemory* ring, void* flag_page) {
+  EXPERTD_RETURN_IF_ERROR(watch(*ring));
   auto server = std::make_shared<std::unique_ptr<RingServer>>(
       std::make_unique<RingServer>(tables, ring, flag_page, options_.default_timeout_ns));
-  return run([this, server] {
+  const base::Status added = run([this, server] {
     engine_->add_session(&(*server)->engine_session());
     servers_.push_back(std::move(*server));
   });
+  if (!added.is_ok()) {
+    unwatch(*ring);
+  }
+  return added;
 }
 
 base::Status DeviceLoop::close_session(base::SessionId session, std::function<void()> drained) {
@@ -123,6 +133,7 @@ base::Status DeviceLoop::close_session(base::SessionId session, std::function<vo
       return;
     }
     (*found)->set_flags(EXPERTD_SESSION_CLOSED);
+    unwatch((*found)->ring());
     engine_->close_session(&(*found)->engine_session(), base::now_ns());
     closing_.push_back({std::move(*found), drained});
     servers_.erase(found);
@@ -224,15 +235,43 @@ void DeviceLoop::sleep_until_work(uint64_t now_ns, uint64_t idle_ns) {
   if (!anything_to_do() && !engine_->run_once(now_ns)) {
     const uint64_t look_ns = port_->polls() ? std::clamp(idle_ns / 8, kPollNsMin, kPollNsMax) : kBeatNs;
     const uint64_t until_ns = std::min(engine_->next_deadline_ns(), now_ns + look_ns);
-    const uint64_t timeout_ns = until_ns > now_ns ? until_ns - now_ns : 0;
-    pollfd entry{event_.get(), POLLIN, 0};
-    const timespec timeout{static_cast<time_t>(timeout_ns / 1'000'000'000),
-                           static_cast<long>(timeout_ns % 1'000'000'000)};
-    (void)::ppoll(&entry, 1, &timeout, nullptr);
+    wait_for_event(until_ns > now_ns ? until_ns - now_ns : 0);
   }
   set_sleeping(false);
-  uint64_t drained = 0;
-  (void)!::read(event_.get(), &drained, sizeof(drained));
+}
+
+void DeviceLoop::wait_for_event(uint64_t timeout_ns) {
+  pollfd entries[2] = {{event_.get(), POLLIN, 0}, {rings_.get(), POLLIN, 0}};
+  const timespec timeout{static_cast<time_t>(timeout_ns / 1'000'000'000),
+                         static_cast<long>(timeout_ns % 1'000'000'000)};
+  if (::ppoll(entries, 2, &timeout, nullptr) <= 0) {
+    return;
+  }
+  if (entries[0].revents != 0) {
+    uint64_t drained = 0;
+    (void)!::read(event_.get(), &drained, sizeof(drained));  // nobody else has this one, so it cannot block
+  }
+  if (entries[1].revents != 0) {
+    // Takes the edges out of the set; what is left over wakes the next sleep. Every ring is looked at in any case.
+    constexpr int kEdges = 16;
+    epoll_event edges[kEdges];
+    (void)::epoll_wait(rings_.get(), edges, kEdges, 0);
+  }
+}
+
+base::Status DeviceLoop::watch(const session::RingMemory& ring) {
+  epoll_event event{};
+  event.events = EPOLLIN | EPOLLET;
+  if (::epoll_ctl(rings_.get(), EPOLL_CTL_ADD, ring.wake_fd(), &event) != 0) {
+    return base::errno_status("watching the eventfd of a ring");
+  }
+  return base::Status::ok();
+}
+
+// Closing the daemon's descriptor would not take it out of the set while the client has one of the same eventfd.
+void DeviceLoop::unwatch(const session::RingMemory& ring) {
+  epoll_event unused{};
+  (void)::epoll_ctl(rings_.get(), EPOLL_CTL_DEL, ring.wake_fd(), &unused);
 }
 
 void DeviceLoop::thread_main() {

@@ -28,6 +28,7 @@ class RingServer final : public engine::CompletionPort {
 
   engine::EngineSession& engine_session() { return engine_session_; }
   session::SessionTables& tables() { return *tables_; }
+  session::RingMemory& ring() { return *ring_; }
   uint32_t slots_used() const { return engine_session_.outstanding(); }
   uint32_t slot_count() const { return slot_count_; }
 

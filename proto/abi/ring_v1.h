@@ -56,7 +56,7 @@ struct expertd_ring_header {
   /* 256: written by the daemon: slots ever copied out. */
   uint64_t submit_head;
   uint8_t reserved2[120];
-  /* 384: daemon: 1 while its loop sleeps; the client writes the wake eventfd after submitting when it reads 1. */
+  /* 384: daemon: 1 while its loop sleeps; the client writes its wake eventfd after submitting when it reads 1. */
   uint32_t daemon_sleeping;
   uint8_t reserved3[124];
   /* 512: client: number of threads sleeping on completion_futex. */

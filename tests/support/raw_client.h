@@ -52,6 +52,8 @@ class RawClient {
   /// The completion, nothing when it does not come in time.
   std::optional<expertd_completion> wait(uint64_t seq, std::chrono::milliseconds limit = std::chrono::seconds(5));
 
+  /// The eventfd that wakes the daemon's loop; stays this object's.
+  int wake_fd() const { return wake_; }
   /// The session's gRPC connection; the caller owns it afterwards.
   int take_rpc_fd();
 
