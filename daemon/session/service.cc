@@ -158,7 +158,7 @@ base::Result<AttachGrant> SessionService::attach(const AttachRequest& request) {
     status = session->place.loop->add_session(&session->tables, session->ring.get(),
                                               session->place.device->session_flag_page(session->id));
     if (!status.is_ok()) {
-      session->place.device->close_session(session->id);
+      session->place.device->close_session(session->id);  // the loop has not taken the session and never will
     }
   }
   if (!status.is_ok()) {
@@ -224,7 +224,7 @@ void SessionService::session_ended(base::SessionId id, const std::string& cause)
     housekeeper_signal_.notify_all();
   });
   if (!closing.is_ok()) {
-    session->drained.store(true, std::memory_order_release);  // the loop is gone: nothing runs any more
+    session->drained.store(true, std::memory_order_release);  // the loop has ended: nothing runs any more
   }
   observer_->ended(id, cause);
 }

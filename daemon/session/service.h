@@ -97,6 +97,7 @@ class SessionService final : public SessionApi, public AttachApi {
   base::Status check_quota(const AttachRequest& request);
   base::Result<BufferGrant> install(const SessionRef& session, std::unique_ptr<device::HeldMemory> memory,
                                     base::ScopedFd fd);
+  static std::unique_ptr<device::HeldMemory> take_buffer(Session& session, uint32_t buffer_id);
   base::Status remove_buffer(const SessionRef& session, uint32_t buffer_id, uint64_t deadline_ns);
   void form_group(std::unique_ptr<group::Formation> formation);
   base::Status form_member(const group::Formation& formation, const group::Member& member, JoinGrant* grant);

@@ -82,9 +82,28 @@ base::Result<BufferGrant> SessionService::install(const SessionRef& session, std
     }
   }
   // The session itself is kept alive by the task; its tables belong to the loop.
-  EXPERTD_RETURN_IF_ERROR(
-      session->place.loop->run([session, id = grant.buffer_id, mapping] { session->tables.buffers[id] = mapping; }));
+  const base::Status entered =
+      session->place.loop->run([session, id = grant.buffer_id, mapping] { session->tables.buffers[id] = mapping; });
+  if (!entered.is_ok()) {
+    const std::unique_ptr<device::HeldMemory> unused = take_buffer(*session, grant.buffer_id);
+    const std::lock_guard<std::mutex> lock(session->mutex);
+    session->fds.erase(grant.fd_token);
+    return entered;
+  }
   return grant;
+}
+
+// The caller lets it go outside of the session's lock: that may block.
+std::unique_ptr<device::HeldMemory> SessionService::take_buffer(Session& session, uint32_t buffer_id) {
+  const std::lock_guard<std::mutex> lock(session.mutex);
+  const auto found = session.buffers.find(buffer_id);
+  if (found == session.buffers.end()) {
+    return nullptr;
+  }
+  session.buffer_bytes -= found->second.bytes;
+  std::unique_ptr<device::HeldMemory> memory = std::move(found->second.memory);
+  session.buffers.erase(found);
+  return memory;
 }
 
 base::Result<BufferGrant> SessionService::register_ipc(base::SessionId id, const std::string& handle, uint64_t offset,
@@ -189,14 +208,7 @@ base::Status SessionService::remove_buffer(const SessionRef& session, uint32_t b
     }
     std::this_thread::sleep_for(kBusyPoll);
   }
-  std::unique_ptr<device::HeldMemory> memory;  // closed outside the lock: it may block
-  const std::lock_guard<std::mutex> lock(session->mutex);
-  const auto found = session->buffers.find(buffer_id);
-  if (found != session->buffers.end()) {
-    session->buffer_bytes -= found->second.bytes;
-    memory = std::move(found->second.memory);
-    session->buffers.erase(found);
-  }
+  const std::unique_ptr<device::HeldMemory> unused = take_buffer(*session, buffer_id);
   return base::Status::ok();
 }
 

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <future>
 #include <system_error>
 
@@ -19,8 +20,6 @@ namespace {
 
 // The longest sleep: the watchdog hears from an idle loop this often.
 constexpr uint64_t kBeatNs = 500'000'000;
-// A control thread waits this long for a loop before it reports the loop as stuck.
-constexpr std::chrono::seconds kTaskTimeout(5);
 
 // A loop with parts on a GPU spins this long after something moved (longer than any operation takes), then sleeps
 // between looks for an eighth of the time since, within these.
@@ -81,10 +80,13 @@ void DeviceLoop::wake() {
   }
 }
 
-base::Status DeviceLoop::post(std::function<void()> task) {
+base::Status DeviceLoop::post(std::function<void()> task, Room room) {
   {
     const std::lock_guard<std::mutex> lock(tasks_mutex_);
-    if (tasks_.size() >= base::kMaxLoopTasks) {
+    if (tasks_ended_) {
+      return base::Status(EXPERTD_REASON_UNAVAILABLE, "the device loop has ended");
+    }
+    if (room == Room::kBounded && tasks_.size() >= base::kMaxLoopTasks) {
       return base::Status(EXPERTD_REASON_INTERNAL, "a device loop has too many requests waiting");
     }
     tasks_.push_back(std::move(task));
@@ -95,17 +97,29 @@ base::Status DeviceLoop::post(std::function<void()> task) {
 }
 
 base::Status DeviceLoop::run(std::function<void()> task) {
-  // Shared, so that a loop that runs the task after the caller gave up touches nothing of the caller's stack frame
-  // except what the task itself captured; callers therefore treat a timeout as a broken daemon.
-  auto done = std::make_shared<std::promise<void>>();
-  std::future<void> future = done->get_future();
-  EXPERTD_RETURN_IF_ERROR(post([task = std::move(task), done] {
-    task();
-    done->set_value();
-  }));
-  if (future.wait_for(kTaskTimeout) != std::future_status::ready) {
-    return base::Status(EXPERTD_REASON_INTERNAL, "a device loop did not answer within 5 s");
+  // Whoever claims the task first decides: the loop runs it, or the caller gave up and it never runs, so that a caller
+  // may take back whatever the task would have used.
+  struct Ticket {
+    std::atomic<bool> claimed{false};
+    std::promise<void> done;
+  };
+  auto ticket = std::make_shared<Ticket>();
+  std::future<void> done = ticket->done.get_future();
+  EXPERTD_RETURN_IF_ERROR(post(
+      [task = std::move(task), ticket] {
+        if (!ticket->claimed.exchange(true, std::memory_order_acq_rel)) {
+          task();
+          ticket->done.set_value();
+        }
+      },
+      Room::kBounded));
+  if (done.wait_for(std::chrono::nanoseconds(options_.task_timeout_ns)) == std::future_status::ready) {
+    return base::Status::ok();
   }
+  if (!ticket->claimed.exchange(true, std::memory_order_acq_rel)) {
+    return base::Status(EXPERTD_REASON_INTERNAL, "a device loop did not answer in time");
+  }
+  done.wait();  // the loop has just begun it, and tasks are short
   return base::Status::ok();
 }
 
@@ -124,7 +138,8 @@ base::Status DeviceLoop::add_session(session::SessionTables* tables, session::Ri
 }
 
 base::Status DeviceLoop::close_session(base::SessionId session, std::function<void()> drained) {
-  return post([this, session, drained = std::move(drained)] {
+  // Always taken: each session closes once, and its memory may not be given back before the loop has let go of it.
+  const auto task = [this, session, drained = std::move(drained)] {
     const auto found = std::find_if(servers_.begin(), servers_.end(), [&](const std::unique_ptr<RingServer>& server) {
       return server->tables().id == session;
     });
@@ -138,7 +153,8 @@ base::Status DeviceLoop::close_session(base::SessionId session, std::function<vo
     closing_.push_back({std::move(*found), drained});
     servers_.erase(found);
     std::erase(fault_reported_, session);
-  });
+  };
+  return post(task, Room::kAlways);
 }
 
 bool DeviceLoop::uses(base::SessionId session, const engine::Mapping* mapping) {
@@ -176,6 +192,15 @@ bool DeviceLoop::run_tasks() {
     task();
   }
   return !tasks.empty();
+}
+
+// From here on post() refuses, so that nobody waits for a task that nobody runs.
+void DeviceLoop::end_tasks() {
+  {
+    const std::lock_guard<std::mutex> lock(tasks_mutex_);
+    tasks_ended_ = true;
+  }
+  (void)run_tasks();
 }
 
 bool DeviceLoop::poll_rings(uint64_t now_ns) {
@@ -300,7 +325,7 @@ void DeviceLoop::thread_main() {
       sleep_until_work(now_ns, now_ns - last_work_ns);
     }
   }
-  (void)run_tasks();
+  end_tasks();
 }
 
 }  // namespace expertd::transport

@@ -32,6 +32,7 @@ class LoopObserver {
 struct LoopOptions {
   uint64_t spin_ns = 50'000;
   uint64_t default_timeout_ns = 100'000'000'000ULL;
+  uint64_t task_timeout_ns = 5'000'000'000ULL;  // a control thread waits this long before it reports the loop as stuck
 };
 
 class DeviceLoop final : public session::LoopPort {
@@ -74,7 +75,9 @@ class DeviceLoop final : public session::LoopPort {
   void unwatch(const session::RingMemory& ring);
   void set_sleeping(bool sleeping);
   bool anything_to_do();
-  base::Status post(std::function<void()> task);
+  enum class Room { kBounded, kAlways };
+  base::Status post(std::function<void()> task, Room room);
+  void end_tasks();
 
   base::DeviceIndex device_;
   LoopOptions options_;
@@ -93,6 +96,7 @@ class DeviceLoop final : public session::LoopPort {
   std::atomic<uint32_t> tasks_waiting_{0};
   std::mutex tasks_mutex_;
   std::deque<std::function<void()>> tasks_;
+  bool tasks_ended_ = false;  // under tasks_mutex_: the thread is through with them
   std::thread thread_;
 };
 
