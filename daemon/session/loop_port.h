@@ -23,9 +23,9 @@ class LoopPort {
   virtual base::Status close_session(base::SessionId session, std::function<void()> drained) = 0;
   /// Runs `task` on the loop thread and returns when it has run; after an error it has not run and never will.
   virtual base::Status run(std::function<void()> task) = 0;
-  /// Whether an operation in flight of the session names `mapping`; loop thread, inside run().
+  /// Whether an operation in flight of the session, open or closing, names `mapping`; loop thread, inside run().
   virtual bool uses(base::SessionId session, const engine::Mapping* mapping) = 0;
-  /// Whether an operation in flight of the session belongs to the rank; loop thread, inside run().
+  /// Whether an operation in flight of the session, open or closing, belongs to the rank; loop thread, inside run().
   virtual bool uses_group(base::SessionId session, const engine::RankState* rank) = 0;
   /// Raises session flags (draining) in every ring; loop thread, inside run().
   virtual void raise_session_flags(uint32_t flags) = 0;

@@ -157,19 +157,22 @@ base::Status DeviceLoop::close_session(base::SessionId session, std::function<vo
   return post(task, Room::kAlways);
 }
 
+// A session that closes has operations in flight until it has drained, so both lists count.
+template <typename Thing>
+bool DeviceLoop::in_flight(base::SessionId session, const Thing* thing) {
+  const auto names = [&](RingServer& server) {
+    return server.tables().id == session && server.engine_session().uses(thing);
+  };
+  return std::any_of(servers_.begin(), servers_.end(), [&](const auto& server) { return names(*server); }) ||
+         std::any_of(closing_.begin(), closing_.end(), [&](const Closing& closing) { return names(*closing.server); });
+}
+
 bool DeviceLoop::uses(base::SessionId session, const engine::Mapping* mapping) {
-  for (const std::unique_ptr<RingServer>& server : servers_) {
-    if (server->tables().id == session && server->engine_session().uses(mapping)) {
-      return true;
-    }
-  }
-  return false;
+  return in_flight(session, mapping);
 }
 
 bool DeviceLoop::uses_group(base::SessionId session, const engine::RankState* rank) {
-  return std::any_of(servers_.begin(), servers_.end(), [&](const std::unique_ptr<RingServer>& server) {
-    return server->tables().id == session && server->engine_session().uses(rank);
-  });
+  return in_flight(session, rank);
 }
 
 void DeviceLoop::raise_session_flags(uint32_t flags) {

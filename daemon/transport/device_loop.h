@@ -69,6 +69,8 @@ class DeviceLoop final : public session::LoopPort {
   bool run_tasks();
   bool poll_rings(uint64_t now_ns);
   bool finish_closing();
+  template <typename Thing>
+  bool in_flight(base::SessionId session, const Thing* thing);
   void sleep_until_work(uint64_t now_ns, uint64_t idle_ns);
   void wait_for_event(uint64_t timeout_ns);
   base::Status watch(const session::RingMemory& ring);

@@ -70,6 +70,7 @@ class DeviceLoopTest : public testing::Test {
   base::Status add() { return loop_->add_session(&world_.tables, ring_.get(), nullptr); }
   void submit(uint64_t seq, expertd_slot slot) {
     slot.seq = seq;
+    slot.timeout_ns = 100'000'000'000;  // the group's own is for tests that give the time
     ring_->slots()[(seq - 1) % kSlots] = slot;
     __atomic_store_n(&ring_->header()->submit_tail, seq, __ATOMIC_SEQ_CST);
     loop_->wake();
@@ -130,6 +131,45 @@ TEST_F(DeviceLoopTest, ClosingASessionIsTakenHoweverManyTasksWait) {
   EXPECT_FALSE(drained);
   release();
   EXPECT_TRUE(drained);
+}
+
+TEST_F(DeviceLoopTest, AClosingSessionUsesItsMemoryUntilItHasDrained) {
+  start();
+  ASSERT_TRUE(add().is_ok());
+  submit(1, AdmissionWorld::slot(EXPERTD_OP_LAYOUT));
+  await_parts(1);
+  const auto in_use = [&] { return loop_->uses(base::SessionId{5}, &world_.large); };
+  EXPECT_TRUE(ask(in_use));
+  std::promise<void> drained;
+  ASSERT_TRUE(loop_->close_session(base::SessionId{5}, [&] { drained.set_value(); }).is_ok());
+  EXPECT_TRUE(ask(in_use)) << "its part still runs";
+  EXPECT_FALSE(ask([&] { return loop_->uses(base::SessionId{5}, &world_.exact); }));
+  EXPECT_FALSE(ask([&] { return loop_->uses(base::SessionId{6}, &world_.large); }));
+  ASSERT_TRUE(loop_->run([&] { port_.finish(1); }).is_ok());
+  ASSERT_EQ(drained.get_future().wait_for(kPatience), std::future_status::ready);
+  EXPECT_FALSE(ask(in_use));
+}
+
+TEST_F(DeviceLoopTest, AClosingSessionUsesItsGroupsUntilItHasDrained) {
+  start();
+  (void)world_.admit(AdmissionWorld::slot(EXPERTD_OP_BARRIER));
+  const engine::Request other = world_.request;
+  world_.shared.post(1, 0, &other);
+  ASSERT_TRUE(add().is_ok());
+  submit(1, AdmissionWorld::slot(EXPERTD_OP_BARRIER));
+  await_parts(1);
+  const auto in_use = [&] { return loop_->uses_group(base::SessionId{5}, &world_.tables.groups[0].rank); };
+  EXPECT_TRUE(ask(in_use));
+  std::promise<void> drained;
+  ASSERT_TRUE(loop_->close_session(base::SessionId{5}, [&] { drained.set_value(); }).is_ok());
+  EXPECT_TRUE(ask(in_use)) << "its part still runs";
+  ASSERT_TRUE(loop_->run([&] { port_.finish(1); }).is_ok());
+  EXPECT_TRUE(ask(in_use)) << "the other rank's part still runs";
+  world_.shared.part_finished(1);
+  world_.shared.release(1, 0);
+  loop_->wake();
+  ASSERT_EQ(drained.get_future().wait_for(kPatience), std::future_status::ready);
+  EXPECT_FALSE(ask(in_use));
 }
 
 TEST_F(DeviceLoopTest, TakesNothingAfterItsEnd) {
