@@ -18,6 +18,16 @@ namespace {
 constexpr std::chrono::milliseconds kBusyPoll(1);
 constexpr size_t kIpcHandleBytes = 64;
 
+// Admission checks offsets into a buffer, so the buffer itself must begin at an aligned address: kernels access it in
+// units of 16 bytes, and a misaligned one would cost the GPU's context, that is, every session.
+base::Status check_range(uint64_t offset, uint64_t size) {
+  if (size == 0 || offset % 16 != 0) {
+    return base::Status(size == 0 ? EXPERTD_REASON_ARGUMENT_RANGE : EXPERTD_REASON_UNALIGNED,
+                        "offset " + std::to_string(offset) + ", size " + std::to_string(size));
+  }
+  return base::Status::ok();
+}
+
 }  // namespace
 
 base::Result<uint64_t> SessionService::put_fd(base::SessionId id, base::ScopedFd fd) {
@@ -117,10 +127,7 @@ base::Result<BufferGrant> SessionService::register_ipc(base::SessionId id, const
     return base::Status(EXPERTD_REASON_BAD_MESSAGE,
                         "a CUDA IPC handle has 64 bytes, got " + std::to_string(handle.size()));
   }
-  if (size == 0 || offset % 16 != 0) {
-    return base::Status(size == 0 ? EXPERTD_REASON_ARGUMENT_RANGE : EXPERTD_REASON_UNALIGNED,
-                        "offset " + std::to_string(offset) + ", size " + std::to_string(size));
-  }
+  EXPERTD_RETURN_IF_ERROR(check_range(offset, size));
   if (session->identity.local_pid == static_cast<int32_t>(::getpid())) {
     return base::Status(EXPERTD_REASON_IPC_SAME_PID, "client and daemon both have local pid " +
                                                          std::to_string(::getpid()) +
@@ -151,6 +158,7 @@ base::Result<BufferGrant> SessionService::register_fd(base::SessionId id, uint64
     fd = std::move(entry->second.fd);
     session->fds.erase(entry);
   }
+  EXPERTD_RETURN_IF_ERROR(check_range(offset, size));
   base::Result<std::unique_ptr<device::HeldMemory>> memory =
       session->place.device->import_fd(std::move(fd), offset, size, allocation_size);
   if (!memory.is_ok()) {

@@ -194,6 +194,11 @@ TEST_F(RawMemory, SizesPastTheDescriptorsEndAreRefused) {
   EXPECT_TRUE(register_raw_fd(make_memfd(kPage, true), 16, kPage - 16).ok);
 }
 
+TEST_F(RawMemory, AnOffsetThatIsNotAlignedIsRefused) {
+  const RpcEnd end = register_raw_fd(make_memfd(kPage, true), 8, 64);
+  EXPECT_EQ(end.info.reason_name(), "UNALIGNED") << end.message;
+}
+
 TEST_F(RawMemory, ACudaHandleOnAHostDeviceHasTheWrongKind) {
   v1::RegisterBufferRequest request;
   request.set_cuda_ipc_handle(std::string(64, '\x01'));
