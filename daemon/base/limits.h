@@ -17,7 +17,11 @@ inline constexpr uint32_t kMaxTokens = 65536;      // tokens per rank in HT
 inline constexpr uint32_t kMaxLlTokens = 4096;     // tokens per rank in LL
 inline constexpr uint32_t kMaxBuffersPerSession = 1024;
 inline constexpr uint32_t kMaxGroupsPerSession = 16;
-inline constexpr uint32_t kMaxPendingFds = 64;   // descriptors passed over the attach socket and not yet used
+inline constexpr uint32_t kMaxPendingFds = 64;           // descriptors passed over the attach socket and not yet used
+inline constexpr uint32_t kMaxAttachConnections = 2048;  // clients beyond it wait in the socket's backlog
+// Descriptors of clients that wait to be closed; while so many do, the attach listener takes nothing from clients. What
+// the daemon holds already comes on top: a packet's descriptors, pending ones of sessions that end, connections.
+inline constexpr uint32_t kMaxClosingFds = 256;
 inline constexpr uint32_t kMaxLoopTasks = 1024;  // control requests waiting for one device loop
 inline constexpr uint32_t kMaxControlMessageBytes = 64 * 1024;
 

@@ -33,6 +33,7 @@ SessionService::~SessionService() {
 }
 
 base::Status SessionService::start() {
+  EXPERTD_RETURN_IF_ERROR(closer_.start());
   try {
     housekeeper_ = std::thread([this] { housekeeper_main(); });
   } catch (const std::system_error& error) {
@@ -234,18 +235,30 @@ bool SessionService::try_reclaim(const SessionRef& session) {
   if (!session->drained.load(std::memory_order_acquire)) {
     return false;
   }
-  const std::lock_guard<std::mutex> lock(session->mutex);
-  for (const auto& [group, membership] : session->memberships) {
-    if (!membership.group->quiet(membership.rank)) {
-      return false;
+  std::map<uint64_t, Session::Membership> memberships;
+  std::map<uint32_t, Session::Buffer> buffers;
+  std::map<uint64_t, Session::PendingFd> fds;
+  {
+    const std::lock_guard<std::mutex> lock(session->mutex);
+    for (const auto& [group, membership] : session->memberships) {
+      if (!membership.group->quiet(membership.rank)) {
+        return false;
+      }
     }
+    memberships.swap(session->memberships);
+    buffers.swap(session->buffers);
+    fds.swap(session->fds);
   }
-  for (const auto& [group, membership] : session->memberships) {
+  // Devices may block, and whoever looks at sessions takes their locks: none is held from here on.
+  for (const auto& [group, membership] : memberships) {
     session->place.device->destroy_group(base::GroupId{group}, base::Rank{membership.rank});
   }
-  session->memberships.clear();
-  session->buffers.clear();
-  session->fds.clear();
+  buffers.clear();
+  for (auto& [token, pending] : fds) {
+    if (!pending.for_client) {
+      discard_fd(std::move(pending.fd));
+    }
+  }
   session->place.device->close_session(session->id);
   return true;
 }

@@ -20,6 +20,7 @@
 #include "daemon/group/directory.h"
 #include "daemon/session/api.h"
 #include "daemon/session/attach_api.h"
+#include "daemon/session/descriptor_closer.h"
 #include "daemon/session/loop_port.h"
 
 namespace expertd::session {
@@ -69,6 +70,8 @@ class SessionService final : public SessionApi, public AttachApi {
   void session_ended(base::SessionId session, const std::string& cause) override;
   base::Result<uint64_t> put_fd(base::SessionId session, base::ScopedFd fd) override;
   base::Result<TakenFd> take_fd(base::SessionId session, uint64_t token) override;
+  void discard_fd(base::ScopedFd fd) override { closer_.close(std::move(fd)); }
+  bool discards_full() const override { return closer_.full(); }
 
   base::Status open_session(base::SessionId session, const std::string& client_id,
                             const std::string& traceparent) override;
@@ -95,6 +98,7 @@ class SessionService final : public SessionApi, public AttachApi {
   base::Result<SessionRef> find(base::SessionId session);
   base::Result<SessionRef> create_session(const AttachRequest& request, size_t device);
   base::Status check_quota(const AttachRequest& request);
+  base::Result<uint64_t> keep_fd(base::SessionId session, base::ScopedFd* fd);
   base::Result<BufferGrant> install(const SessionRef& session, std::unique_ptr<device::HeldMemory> memory,
                                     base::ScopedFd fd);
   static std::unique_ptr<device::HeldMemory> take_buffer(Session& session, uint32_t buffer_id);
@@ -111,6 +115,7 @@ class SessionService final : public SessionApi, public AttachApi {
   std::vector<DeviceEntry> devices_;
   SessionObserver* observer_;
   group::Directory directory_;
+  DescriptorCloser closer_;
   std::mutex mutex_;
   std::condition_variable housekeeper_signal_;
   std::map<uint64_t, SessionRef> sessions_;

@@ -188,11 +188,14 @@ base::Status SessionService::remove_membership(const SessionRef& session, base::
       std::this_thread::sleep_for(kQuietPoll);
     }
   } while (!*idle);
-  session->place.device->destroy_group(group, base::Rank{rank});
   {
+    // Whoever takes the membership out gives its tables back: another Leave, or the reclaim of a session that ended.
     const std::lock_guard<std::mutex> lock(session->mutex);
-    session->memberships.erase(group.value);
+    if (session->memberships.erase(group.value) == 0) {
+      return base::Status::ok();
+    }
   }
+  session->place.device->destroy_group(group, base::Rank{rank});
   return window == 0 ? base::Status::ok() : remove_buffer(session, window, deadline_ns);
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Memory of sessions: descriptors in passing, registered buffers, windows.
+#include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -18,6 +19,21 @@ namespace {
 constexpr std::chrono::milliseconds kBusyPoll(1);
 constexpr size_t kIpcHandleBytes = 64;
 
+// A device closes what it imports on the caller's thread, so it gets only what cannot make it wait: memory files and,
+// for a GPU, descriptors of NVIDIA's driver, which VMM allocations are. Neither question is put to a file's server.
+base::Status check_importable(bool is_cuda, int fd) {
+  if (!is_cuda) {
+    return DescriptorCloser::is_memory_file(fd) ? base::Status::ok() : base::Status(EXPERTD_REASON_UNSEALED_MEMORY);
+  }
+  constexpr uint32_t kNvidiaMajor = 195;  // registered in the kernel's list of devices
+  struct statx facts {};
+  const bool known = ::statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_TYPE, &facts) == 0;
+  if (!known || !S_ISCHR(facts.stx_mode) || facts.stx_rdev_major != kNvidiaMajor) {
+    return base::Status(EXPERTD_REASON_IPC_OPEN_FAILED, "the descriptor is no exported VMM allocation");
+  }
+  return base::Status::ok();
+}
+
 // Admission checks offsets into a buffer, so the buffer itself must begin at an aligned address: kernels access it in
 // units of 16 bytes, and a misaligned one would cost the GPU's context, that is, every session.
 base::Status check_range(uint64_t offset, uint64_t size) {
@@ -31,18 +47,27 @@ base::Status check_range(uint64_t offset, uint64_t size) {
 }  // namespace
 
 base::Result<uint64_t> SessionService::put_fd(base::SessionId id, base::ScopedFd fd) {
+  base::Result<uint64_t> token = keep_fd(id, &fd);
+  discard_fd(std::move(fd));  // if it was not kept
+  return token;
+}
+
+base::Result<uint64_t> SessionService::keep_fd(base::SessionId id, base::ScopedFd* fd) {
   base::Result<SessionRef> found = find(id);
   if (!found.is_ok()) {
     return found.status();
   }
   Session& session = *found.value();
   const std::lock_guard<std::mutex> lock(session.mutex);
+  if (session.ended) {
+    return base::Status(EXPERTD_REASON_NO_SUCH_SESSION);
+  }
   if (session.fds.size() >= base::kMaxPendingFds) {
     return base::Status(EXPERTD_REASON_BUFFER_LIMIT,
                         "more than " + std::to_string(base::kMaxPendingFds) + " descriptors wait to be used");
   }
   const uint64_t token = session.next_token++;
-  session.fds[token].fd = std::move(fd);
+  session.fds[token].fd = std::move(*fd);
   return token;
 }
 
@@ -158,7 +183,12 @@ base::Result<BufferGrant> SessionService::register_fd(base::SessionId id, uint64
     fd = std::move(entry->second.fd);
     session->fds.erase(entry);
   }
-  EXPERTD_RETURN_IF_ERROR(check_range(offset, size));
+  const base::Status importable = check_importable(session->place.device->info().is_cuda, fd.get());
+  const base::Status range = check_range(offset, size);
+  if (!importable.is_ok() || !range.is_ok()) {
+    discard_fd(std::move(fd));
+    return importable.is_ok() ? range : importable;
+  }
   base::Result<std::unique_ptr<device::HeldMemory>> memory =
       session->place.device->import_fd(std::move(fd), offset, size, allocation_size);
   if (!memory.is_ok()) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // AttachListener: the attach socket and the leases. One thread accepts clients, reads their HELLO, hands over the
 // session's gRPC connection, ring, eventfd and flag page by SCM_RIGHTS, passes descriptors both ways, and takes the end
-// of file of a connection as the end of its session. The protocol is proto/abi/attach_v1.h; every byte is untrusted.
+// of file of a connection as the end of its session. The protocol is proto/abi/attach_v1.h; every byte is untrusted,
+// and so is every descriptor: the thread never closes one that a client sent.
 #pragma once
 
 #include <atomic>
@@ -16,6 +17,7 @@
 #include "daemon/base/fd.h"
 #include "daemon/base/status.h"
 #include "daemon/session/attach_api.h"
+#include "daemon/transport/attach_socket.h"
 
 namespace expertd::transport {
 
@@ -64,8 +66,10 @@ class AttachListener {
   void accept_clients();
   /// False when the connection is over.
   bool serve(Connection& connection);
+  bool answer(Connection& connection, const void* message, Packet* packet);
   bool hello(Connection& connection, const void* message);
-  bool pass_fd(Connection& connection, const void* message, base::ScopedFd fd);
+  bool pass_fd(Connection& connection, const void* message, Packet* packet);
+  void end_connection(base::ScopedFd fd);
   bool refuse(const Connection& connection, const base::Status& status);
   void drop(int fd, const std::string& cause);
   void close_requested();

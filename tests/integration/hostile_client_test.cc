@@ -2,12 +2,18 @@
 // What a client that may attach can do to the daemon and to its neighbours with the descriptors it shares with them.
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
 
+#include "tests/integration/raw_rpc.h"
 #include "tests/support/daemon_process.h"
 #include "tests/support/raw_client.h"
+#include "tests/support/stuck_socket.h"
 
 namespace expertd::support {
 namespace {
@@ -44,7 +50,17 @@ class HostileClient : public ::testing::Test {
     }
   }
 
+  /// Sends a packet with a descriptor whose last close waits for hours, and lets the daemon be the last that has it.
+  void send_stuck(RawClient* client, const void* bytes, size_t size, int fd) {
+    daemon_.pause();
+    EXPECT_TRUE(client->send(bytes, size, fd));
+    ::close(fd);
+    daemon_.resume();
+  }
+  static expertd_attach_fd put_message() { return {EXPERTD_ATTACH_MAGIC, EXPERTD_ATTACH_PUT_FD, 0, 0, 0}; }
+
   DaemonProcess daemon_{1};
+  StuckSocket stuck_;
   RawClient hostile_;
   RawClient neighbour_;
 };
@@ -71,6 +87,77 @@ TEST_F(HostileClient, CannotTakeTheWakeUpsOfItsNeighbours) {
     ASSERT_EQ(taken, 0U) << "the neighbour's wake-up is not this client's to see";
     ASSERT_TRUE(neighbour_.wait(seq).has_value());
   }
+}
+
+TEST_F(HostileClient, CannotHoldTheReclaimWithADescriptorThatDoesNotClose) {
+  ASSERT_TRUE(stuck_.ready());
+  const expertd_attach_fd message = put_message();
+  send_stuck(&hostile_, &message, sizeof(message), stuck_.take());
+  std::vector<int> fds;
+  ASSERT_TRUE(hostile_.receive(&fds, seconds(5)).has_value());
+  hostile_.close();
+  EXPECT_TRUE(daemon_.metric_becomes("expertd_sessions", 1));
+  EXPECT_TRUE(daemon_.metric_becomes("expertd_lease_reap_duration_seconds_count", 1)) << "it is reclaimed all the same";
+  expect_service();
+}
+
+TEST_F(HostileClient, CannotHoldTheListenerWithDescriptorsThatItDoesNotWant) {
+  ASSERT_TRUE(stuck_.ready());
+  // Beside a HELLO, which is refused; in front of the limit of users, so this is open to everybody who may connect.
+  RawClient stranger;
+  ASSERT_TRUE(stranger.connect(daemon_.attach_socket()));
+  const expertd_attach_hello hello = make_hello("host:0");
+  send_stuck(&stranger, &hello, sizeof(hello), stuck_.take());
+  const auto answer = stranger.welcome(seconds(5));
+  ASSERT_TRUE(answer.has_value());
+  EXPECT_EQ(answer->reason, static_cast<uint32_t>(EXPERTD_REASON_BAD_MESSAGE));
+  expect_service();
+}
+
+TEST_F(HostileClient, CannotHoldTheListenerWithPacketsThatItDoesNotRead) {
+  for (const bool empty : {false, true}) {
+    StuckSocket stuck;
+    ASSERT_TRUE(stuck.ready());
+    RawClient stranger;
+    ASSERT_TRUE(stranger.connect(daemon_.attach_socket()));
+    const std::string nonsense = "no message of the protocol";
+    daemon_.pause();
+    ASSERT_TRUE(stranger.send(nonsense.data(), nonsense.size()));
+    const int fd = stuck.take();
+    ASSERT_TRUE(stranger.send(nonsense.data(), empty ? 0 : nonsense.size(), fd));
+    ::close(fd);
+    daemon_.resume();
+    expect_service();
+  }
+}
+
+TEST_F(HostileClient, CannotHoldAControlThreadWithWhatItRegisters) {
+  ASSERT_TRUE(stuck_.ready());
+  RawRpc rpc(&hostile_);
+  expertd_attach_fd message = put_message();
+  send_stuck(&hostile_, &message, sizeof(message), stuck_.take());
+  std::vector<int> fds;
+  const auto reply = hostile_.receive(&fds, seconds(5));
+  ASSERT_TRUE(reply.has_value() && reply->size() == sizeof(message));
+  std::memcpy(&message, reply->data(), sizeof(message));
+  v1::RegisterBufferRequest request;
+  request.set_fd_token(message.token);
+  request.set_size(4096);
+  uint32_t buffer = 0;
+  EXPECT_EQ(rpc.register_buffer(request, &buffer).info.reason_name(), "UNSEALED_MEMORY");
+  EXPECT_NE(rpc.register_memfd(4096), 0U) << "the session's next call is served";
+  expect_service();
+}
+
+TEST_F(HostileClient, ManyDescriptorsInOnePacketEndItsSessionAndAreClosed) {
+  const size_t before = daemon_.open_descriptors();
+  RawClient client;
+  ASSERT_TRUE(client.attach(daemon_.attach_socket(), "host:0"));
+  const expertd_attach_fd message = put_message();
+  ASSERT_TRUE(client.send_many(&message, sizeof(message), std::vector<int>(200, STDIN_FILENO)));
+  EXPECT_TRUE(client.closed_by_peer(seconds(5)));
+  client.close();
+  EXPECT_TRUE(wait_until([&] { return daemon_.open_descriptors() <= before; }, seconds(5)));
 }
 
 }  // namespace
