@@ -22,6 +22,8 @@ namespace {
 
 constexpr uint64_t kHelloNs = 5'000'000'000ULL;  // a connection that says nothing is closed after this
 constexpr int kPollMs = 500;
+// With no descriptor or memory left accept() fails at once while the socket stays readable: look again after this long.
+constexpr int kAcceptPauseMs = 50;
 
 union Message {
   expertd_attach_hello hello;
@@ -89,12 +91,13 @@ void AttachListener::thread_main() {
   while (!stop_.load(std::memory_order_acquire)) {
     // While too many descriptors wait to be closed nothing is read: a hang-up is all that still ends a session.
     const bool reads = !sessions_->discards_full();
-    const bool accepts = reads && connections_.size() < base::kMaxAttachConnections;
+    const bool pauses = base::now_ns() < accept_again_ns_;
+    const bool accepts = reads && !pauses && connections_.size() < base::kMaxAttachConnections;
     entries.assign({{accepts ? listening_.get() : -1, POLLIN, 0}, {wake_.get(), POLLIN, 0}});
     for (const auto& [fd, connection] : connections_) {
       entries.push_back({fd, static_cast<short>(reads ? POLLIN : 0), 0});
     }
-    if (::poll(entries.data(), entries.size(), kPollMs) < 0 && errno != EINTR) {
+    if (::poll(entries.data(), entries.size(), pauses ? kAcceptPauseMs : kPollMs) < 0 && errno != EINTR) {
       continue;
     }
     if (entries[1].revents != 0) {
@@ -151,6 +154,10 @@ void AttachListener::accept_clients() {
   while (connections_.size() < base::kMaxAttachConnections) {
     base::ScopedFd fd(::accept4(listening_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
     if (!fd.valid()) {
+      if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED) {
+        base::log_warn("attach.sock cannot accept", {{"error", std::strerror(errno)}});
+        accept_again_ns_ = base::now_ns() + uint64_t{kAcceptPauseMs} * 1'000'000;
+      }
       return;
     }
     Connection connection;
@@ -297,6 +304,10 @@ bool AttachListener::pass_fd(Connection& connection, const void* bytes, Packet* 
     base::Result<uint64_t> token = sessions_->put_fd(connection.session, std::move(packet->fds.front()));
     reply.reason = token.status().reason();
     reply.token = token.is_ok() ? token.value() : 0;
+    return send_packet(connection.fd.get(), &reply, sizeof(reply), {});
+  }
+  if (message.type == EXPERTD_ATTACH_PUT_FD && packet->fds_missing) {
+    reply.reason = EXPERTD_REASON_SYSTEM;  // this process has no number free for it; the client may try again
     return send_packet(connection.fd.get(), &reply, sizeof(reply), {});
   }
   if (message.type == EXPERTD_ATTACH_GET_FD && packet->fds.empty() && !packet->fds_missing) {

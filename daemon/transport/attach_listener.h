@@ -82,6 +82,7 @@ class AttachListener {
   base::ScopedFd listening_;
   base::ScopedFd wake_;
   std::map<int, Connection> connections_;
+  uint64_t accept_again_ns_ = 0;
   std::mutex close_mutex_;
   std::vector<base::SessionId> close_;
   std::atomic<bool> stop_{false};

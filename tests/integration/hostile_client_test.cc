@@ -149,6 +149,25 @@ TEST_F(HostileClient, CannotHoldAControlThreadWithWhatItRegisters) {
   expect_service();
 }
 
+TEST_F(HostileClient, LacksNothingButItsRequestWhenTheDaemonHasNoDescriptorLeft) {
+  const rlimit usual = daemon_.limit_descriptors(8);  // all of those numbers are in use
+  uint32_t reason = 0;
+  EXPECT_EQ(hostile_.put_fd(STDIN_FILENO, &reason), 0U);
+  EXPECT_EQ(reason, static_cast<uint32_t>(EXPERTD_REASON_SYSTEM));
+  RawClient newcomer;
+  ASSERT_TRUE(newcomer.connect(daemon_.attach_socket()));
+  const expertd_attach_hello hello = make_hello("host:0");
+  ASSERT_TRUE(newcomer.send(&hello, sizeof(hello)));
+  EXPECT_TRUE(
+      wait_until([&] { return daemon_.log().find("attach.sock cannot accept") != std::string::npos; }, seconds(5)));
+  (void)daemon_.limit_descriptors(usual.rlim_cur);
+  const auto answer = newcomer.welcome(seconds(5));
+  ASSERT_TRUE(answer.has_value()) << "it waited until there were descriptors again";
+  EXPECT_EQ(answer->type, static_cast<uint32_t>(EXPERTD_ATTACH_WELCOME));
+  EXPECT_NE(hostile_.put_fd(STDIN_FILENO, &reason), 0U) << "the session is still there";
+  expect_service();
+}
+
 TEST_F(HostileClient, ManyDescriptorsInOnePacketEndItsSessionAndAreClosed) {
   const size_t before = daemon_.open_descriptors();
   RawClient client;
