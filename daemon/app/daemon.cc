@@ -185,8 +185,8 @@ base::Status Daemon::start_sockets() {
   attach.allowed_uids = config.allowed_uids;
   base::Result<std::unique_ptr<transport::AttachListener>> listener = transport::AttachListener::create(
       attach, sessions_.get(),
-      [this](base::ScopedFd fd, base::SessionId session) {
-        return control_->adopt_session_connection(std::move(fd), session);
+      [this](base::ScopedFd fd, base::SessionId session, uint32_t uid) {
+        return control_->adopt_session_connection(std::move(fd), session, uid);
       },
       [this](base::SessionId session) { control_->session_ended(session); });
   if (!listener.is_ok()) {

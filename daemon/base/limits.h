@@ -24,5 +24,9 @@ inline constexpr uint32_t kMaxAttachConnections = 2048;  // clients beyond it wa
 inline constexpr uint32_t kMaxClosingFds = 256;
 inline constexpr uint32_t kMaxLoopTasks = 1024;  // control requests waiting for one device loop
 inline constexpr uint32_t kMaxControlMessageBytes = 64 * 1024;
+inline constexpr uint32_t kMaxCallsPerConnection = 16;      // gRPC streams at a time
+inline constexpr uint32_t kMaxWaitingCallsPerSession = 16;  // control calls behind the one that runs; no more are open
+inline constexpr uint32_t kMaxWaitingCalls = 16 * 1024;     // of all sessions (control.max_sessions is at most 1024)
+inline constexpr uint32_t kMaxOperatorConnections = 64;     // on control.sock
 
 }  // namespace expertd::base

@@ -24,8 +24,8 @@ enum class PeerKind { kSession, kOperator };
 struct Peer {
   PeerKind kind = PeerKind::kOperator;
   base::SessionId session;  // kSession
-  uint32_t uid = 0;         // kOperator
-  uint32_t pid = 0;         // kOperator; 0 when it lives in another pid namespace
+  uint32_t uid = 0;
+  uint32_t pid = 0;  // kOperator; 0 when it lives in another pid namespace
 };
 
 /// Descriptor numbers [first, limit) are the table's; nobody else takes numbers that high by chance.

@@ -165,7 +165,8 @@ class SessionService final : public v1::Session::CallbackService {
       const session::ErrorDetail error = detail_of(work(caller, input, &out));
       call->finish(error, std::move(out));
     };
-    const base::Status queued = services_.session_calls->submit(caller.peer.session.value, std::move(job));
+    const base::Status queued = services_.session_calls->submit(
+        {caller.peer.session.value, caller.peer.uid}, [call] { return call->ended(); }, std::move(job));
     if (!queued.is_ok()) {
       call->finish(detail_of(queued));
     }

@@ -269,7 +269,7 @@ bool AttachListener::hello(Connection& connection, const void* bytes) {
   }
   base::ScopedFd ours(pair[0]);
   base::ScopedFd theirs(pair[1]);
-  if (const base::Status adopted = adopt_(std::move(ours), grant.session); !adopted.is_ok()) {
+  if (const base::Status adopted = adopt_(std::move(ours), grant.session, connection.uid); !adopted.is_ok()) {
     return refuse(connection, adopted);
   }
   expertd_attach_welcome reply{};

@@ -30,8 +30,8 @@ struct ListenerOptions {
 
 class AttachListener {
  public:
-  /// Gives the daemon's end of a session's gRPC connection to the control server.
-  using AdoptConnection = std::function<base::Status(base::ScopedFd fd, base::SessionId session)>;
+  /// Gives the daemon's end of a session's gRPC connection to the control server, with the session's user.
+  using AdoptConnection = std::function<base::Status(base::ScopedFd fd, base::SessionId session, uint32_t uid)>;
   /// Tells the control server that a session is over.
   using SessionOver = std::function<void(base::SessionId session)>;
 

@@ -41,10 +41,11 @@ class AttachListenerTest : public testing::Test {
   AttachListenerTest() {
     transport::ListenerOptions options;
     options.path = directory_.file("attach.sock");
-    listener_ = std::move(transport::AttachListener::create(
-                              options, &sessions_, [](base::ScopedFd, base::SessionId) { return base::Status::ok(); },
-                              [](base::SessionId) {}))
-                    .value();
+    listener_ =
+        std::move(transport::AttachListener::create(
+                      options, &sessions_, [](base::ScopedFd, base::SessionId, uint32_t) { return base::Status::ok(); },
+                      [](base::SessionId) {}))
+            .value();
   }
   bool connect_and_greet(support::RawClient* client) {
     const expertd_attach_hello hello = support::make_hello("host:0");
