@@ -182,7 +182,7 @@ Converted<session::JoinRequest> from_proto(const v1::JoinGroupRequest& message) 
   }
   Converted<session::GroupConfig> config = from_proto(message.config());
   out.error = std::move(config.error);
-  out.value = session::JoinRequest{message.name(), message.rank(), config.value, message.join_timeout_ns()};
+  out.value = session::JoinRequest{message.name(), message.rank(), config.value, message.join_timeout_ns(), nullptr};
   return out;
 }
 

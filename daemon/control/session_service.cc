@@ -89,6 +89,7 @@ class SessionService final : public v1::Session::CallbackService {
       return reactor;
     }
     join.value.timeout_ns = join_timeout(join.value.timeout_ns, admission.caller.deadline_ns);
+    join.value.cancelled = UnaryCall<v1::JoinGroupResponse>::cancelled(call);
     // Waiting for the other ranks holds no thread: the answer comes from theirs.
     api_.join_group(admission.caller.peer.session, join.value,
                     [call](const session::ErrorDetail& error, const session::JoinGrant& grant) {

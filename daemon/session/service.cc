@@ -212,11 +212,7 @@ void SessionService::session_ended(base::SessionId id, const std::string& cause)
       groups.push_back(membership.group);
     }
   }
-  for (const group::Member& member : directory_.session_ended(id)) {
-    ErrorDetail error;
-    error.status = base::Status(EXPERTD_REASON_CANCELLED, "the session ended while it waited for its group");
-    member.done(error, {});
-  }
+  drop_joins(id);
   for (const std::shared_ptr<engine::GroupShared>& group : groups) {
     wake_group(*group);
   }
@@ -280,11 +276,7 @@ void SessionService::housekeeper_main() {
         reclaimed.push_back(session);
       }
     }
-    for (auto& [member, message] : directory_.expire(base::now_ns())) {
-      ErrorDetail error;
-      error.status = base::Status(EXPERTD_REASON_JOIN_TIMEOUT, message);
-      member.done(error, {});
-    }
+    answer_ended_joins();
     lock.lock();
     for (const SessionRef& session : reclaimed) {
       std::erase(ended_, session);

@@ -103,7 +103,11 @@ class SessionService final : public SessionApi, public AttachApi {
                                     base::ScopedFd fd);
   static std::unique_ptr<device::HeldMemory> take_buffer(Session& session, uint32_t buffer_id);
   base::Status remove_buffer(const SessionRef& session, uint32_t buffer_id, uint64_t deadline_ns);
+  base::Status take_ticket(Session& session, uint64_t* ticket);
+  void answer_ended_joins();
+  void drop_joins(base::SessionId session);
   void form_group(std::unique_ptr<group::Formation> formation);
+  static void mark_formed(Session& session, base::GroupId group);
   base::Status form_member(const group::Formation& formation, const group::Member& member, JoinGrant* grant);
   base::Status remove_membership(const SessionRef& session, base::GroupId group, uint64_t deadline_ns);
   void wake_group(const engine::GroupShared& group);
@@ -119,7 +123,7 @@ class SessionService final : public SessionApi, public AttachApi {
   std::mutex mutex_;
   std::condition_variable housekeeper_signal_;
   std::map<uint64_t, SessionRef> sessions_;
-  std::deque<std::unique_ptr<group::Formation>> formations_;  // complete groups to set up; bounded by the joins
+  std::deque<std::unique_ptr<group::Formation>> formations_;  // complete groups to set up; each has a join of a session
   std::deque<SessionRef> ended_;  // waiting for their last operations; bounded by max_sessions
   uint64_t next_session_ = 1;
   bool draining_ = false;

@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 
 #include "daemon/session/service.h"
@@ -23,6 +24,7 @@ struct SessionService::Session {
     std::shared_ptr<engine::GroupShared> group;
     uint32_t rank = 0;
     uint32_t window_buffer = 0;
+    bool formed = false;  // the client was told; until then it can only have guessed the group's id
   };
   struct PendingFd {
     base::ScopedFd fd;
@@ -45,6 +47,8 @@ struct SessionService::Session {
   std::map<uint32_t, Buffer> buffers;
   uint64_t buffer_bytes = 0;
   std::map<uint64_t, Membership> memberships;
+  std::set<uint64_t> joins;  // tickets of those without answer and membership
+  uint64_t next_ticket = 1;
   std::map<uint64_t, PendingFd> fds;
   uint64_t next_token = 1;
   bool ended = false;

@@ -14,6 +14,10 @@ TEST_F(ControlServerTest, LateJoinAnswerAfterTheDeadlineIsDropped) {
   EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
   auto join = sessions_.take_join();
   ASSERT_TRUE(join.has_value());
+  ASSERT_NE(join->first.cancelled, nullptr);
+  while (!*join->first.cancelled) {  // the service takes the rank back by it
+    std::this_thread::yield();
+  }
   join->second({}, {});
   server_.reset();
   join->second({}, {});  // even after the server: nothing happens
