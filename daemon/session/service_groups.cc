@@ -224,7 +224,6 @@ base::Status SessionService::form_member(const group::Formation& formation, cons
 base::Status SessionService::remove_membership(const SessionRef& session, base::GroupId group, uint64_t deadline_ns) {
   std::shared_ptr<engine::GroupShared> shared;
   uint32_t rank = 0;
-  uint32_t window = 0;
   {
     const std::lock_guard<std::mutex> lock(session->mutex);
     const auto found = session->memberships.find(group.value);
@@ -233,7 +232,6 @@ base::Status SessionService::remove_membership(const SessionRef& session, base::
     }
     shared = found->second.group;
     rank = found->second.rank;
-    window = found->second.window_buffer;
   }
   directory_.left(group, rank);
   shared->set_lost(rank);
@@ -257,12 +255,16 @@ base::Status SessionService::remove_membership(const SessionRef& session, base::
       std::this_thread::sleep_for(kQuietPoll);
     }
   } while (!*idle);
+  uint32_t window = 0;
   {
     // Whoever takes the membership out gives its tables back: another Leave, or the reclaim of a session that ended.
     const std::lock_guard<std::mutex> lock(session->mutex);
-    if (session->memberships.erase(group.value) == 0) {
+    const auto found = session->memberships.find(group.value);
+    if (found == session->memberships.end()) {
       return base::Status::ok();
     }
+    window = found->second.window_buffer;
+    session->memberships.erase(found);
   }
   session->place.device->destroy_group(group, base::Rank{rank});
   return window == 0 ? base::Status::ok() : remove_buffer(session, window, deadline_ns);

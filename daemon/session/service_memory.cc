@@ -138,6 +138,11 @@ std::unique_ptr<device::HeldMemory> SessionService::take_buffer(Session& session
   session.buffer_bytes -= found->second.bytes;
   std::unique_ptr<device::HeldMemory> memory = std::move(found->second.memory);
   session.buffers.erase(found);
+  for (auto& [group, membership] : session.memberships) {
+    if (membership.window_buffer == buffer_id) {
+      membership.window_buffer = 0;  // the next buffer of this id is not the group's
+    }
+  }
   return memory;
 }
 
