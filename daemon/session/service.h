@@ -99,8 +99,10 @@ class SessionService final : public SessionApi, public AttachApi {
   base::Result<SessionRef> create_session(const AttachRequest& request, size_t device);
   base::Status check_quota(const AttachRequest& request);
   base::Result<uint64_t> keep_fd(base::SessionId session, base::ScopedFd* fd);
+  /// A window comes with its descriptor and with the bytes that were reserved for it, which end here in any case.
   base::Result<BufferGrant> install(const SessionRef& session, std::unique_ptr<device::HeldMemory> memory,
-                                    base::ScopedFd fd);
+                                    base::ScopedFd fd, uint64_t reserved);
+  base::Status reserve_window(Session& session, uint64_t size);
   static std::unique_ptr<device::HeldMemory> take_buffer(Session& session, uint32_t buffer_id);
   base::Status remove_buffer(const SessionRef& session, uint32_t buffer_id, uint64_t deadline_ns);
   base::Status take_ticket(Session& session, uint64_t* ticket);

@@ -89,12 +89,13 @@ base::Result<TakenFd> SessionService::take_fd(base::SessionId id, uint64_t token
 
 // Gives memory a buffer id in the session's tables; with a descriptor it waits there for the client to fetch it.
 base::Result<BufferGrant> SessionService::install(const SessionRef& session, std::unique_ptr<device::HeldMemory> memory,
-                                                  base::ScopedFd fd) {
+                                                  base::ScopedFd fd, uint64_t reserved) {
   const engine::Mapping* mapping = &memory->mapping();
   BufferGrant grant;
   grant.size = mapping->bytes;
   {
     const std::lock_guard<std::mutex> lock(session->mutex);
+    session->window_bytes -= reserved;
     if (session->ended) {
       return base::Status(EXPERTD_REASON_NO_SUCH_SESSION);
     }
@@ -109,9 +110,10 @@ base::Result<BufferGrant> SessionService::install(const SessionRef& session, std
     while (session->buffers.count(grant.buffer_id) != 0) {
       ++grant.buffer_id;
     }
-    session->buffers[grant.buffer_id] = {std::move(memory), mapping->bytes};
+    session->buffers[grant.buffer_id] = {std::move(memory), mapping->bytes, fd.valid()};
     session->buffer_bytes += mapping->bytes;
     if (fd.valid()) {
+      session->window_bytes += mapping->bytes;
       grant.fd_token = session->next_token++;
       session->fds[grant.fd_token] = {std::move(fd), mapping->bytes, true};
     }
@@ -136,6 +138,7 @@ std::unique_ptr<device::HeldMemory> SessionService::take_buffer(Session& session
     return nullptr;
   }
   session.buffer_bytes -= found->second.bytes;
+  session.window_bytes -= found->second.is_window ? found->second.bytes : 0;
   std::unique_ptr<device::HeldMemory> memory = std::move(found->second.memory);
   session.buffers.erase(found);
   for (auto& [group, membership] : session.memberships) {
@@ -168,7 +171,7 @@ base::Result<BufferGrant> SessionService::register_ipc(base::SessionId id, const
   if (!memory.is_ok()) {
     return memory.status().with_context("registering a CUDA IPC handle");
   }
-  return install(session, std::move(memory).value(), base::ScopedFd());
+  return install(session, std::move(memory).value(), base::ScopedFd(), 0);
 }
 
 base::Result<BufferGrant> SessionService::register_fd(base::SessionId id, uint64_t token, uint64_t offset,
@@ -199,7 +202,19 @@ base::Result<BufferGrant> SessionService::register_fd(base::SessionId id, uint64
   if (!memory.is_ok()) {
     return memory.status().with_context("registering shared memory");
   }
-  return install(session, std::move(memory).value(), base::ScopedFd());
+  return install(session, std::move(memory).value(), base::ScopedFd(), 0);
+}
+
+// Reserved before the device is asked: two windows that are created at a time share the limit.
+base::Status SessionService::reserve_window(Session& session, uint64_t size) {
+  const uint64_t limit = options_.max_window_bytes;
+  const std::lock_guard<std::mutex> lock(session.mutex);
+  if (limit != 0 && (size > limit || session.window_bytes > limit - size)) {
+    return base::Status(EXPERTD_REASON_POOL_EXHAUSTED, "session.max_window_bytes = " + std::to_string(limit) + ", " +
+                                                           std::to_string(session.window_bytes) + " in use");
+  }
+  session.window_bytes += size;
+  return base::Status::ok();
 }
 
 base::Result<BufferGrant> SessionService::create_window(base::SessionId id, uint64_t size) {
@@ -208,19 +223,14 @@ base::Result<BufferGrant> SessionService::create_window(base::SessionId id, uint
     return found.status();
   }
   const SessionRef session = found.value();
-  {
-    const std::lock_guard<std::mutex> lock(session->mutex);
-    const uint64_t limit = options_.max_window_bytes;
-    if (limit != 0 && (size > limit || session->buffer_bytes > limit - size)) {
-      return base::Status(EXPERTD_REASON_POOL_EXHAUSTED, "session.max_window_bytes = " + std::to_string(limit) + ", " +
-                                                             std::to_string(session->buffer_bytes) + " in use");
-    }
-  }
+  EXPERTD_RETURN_IF_ERROR(reserve_window(*session, size));
   base::Result<device::Window> window = session->place.device->create_window(size);
   if (!window.is_ok()) {
+    const std::lock_guard<std::mutex> lock(session->mutex);
+    session->window_bytes -= size;
     return window.status().with_context("creating a window");
   }
-  return install(session, std::move(window.value().memory), std::move(window.value().fd));
+  return install(session, std::move(window.value().memory), std::move(window.value().fd), size);
 }
 
 base::Status SessionService::remove_buffer(const SessionRef& session, uint32_t buffer_id, uint64_t deadline_ns) {

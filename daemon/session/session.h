@@ -19,6 +19,7 @@ struct SessionService::Session {
   struct Buffer {
     std::unique_ptr<device::HeldMemory> memory;
     uint64_t bytes = 0;
+    bool is_window = false;  // the daemon's memory; otherwise registered
   };
   struct Membership {
     std::shared_ptr<engine::GroupShared> group;
@@ -46,6 +47,7 @@ struct SessionService::Session {
   std::string traceparent;
   std::map<uint32_t, Buffer> buffers;
   uint64_t buffer_bytes = 0;
+  uint64_t window_bytes = 0;  // of them windows', and what is reserved for one that is being created
   std::map<uint64_t, Membership> memberships;
   std::set<uint64_t> joins;  // tickets of those without answer and membership
   uint64_t next_ticket = 1;

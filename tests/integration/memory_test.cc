@@ -68,6 +68,16 @@ TEST_F(SessionMemory, WindowBytesAreLimitedAndTheLimitIsNamed) {
   EXPECT_TRUE(create_window(1 << 20, &window).ok()) << "a refusal must not use the limit up";
 }
 
+TEST_F(SessionMemory, RegisteredMemoryDoesNotUseTheLimitOfWindowsUp) {
+  const int fd = make_memfd(15 << 20, true);
+  expertd_buffer_t* buffer = nullptr;
+  ASSERT_TRUE(register_fd(fd, 0, 15 << 20, &buffer).ok());
+  expertd_buffer_t* window = nullptr;
+  EXPECT_TRUE(create_window(10 << 20, &window).ok()) << expertd_last_message();
+  EXPECT_EQ(create_window(10 << 20, &window).status.reason, EXPERTD_REASON_POOL_EXHAUSTED);
+  ::close(fd);
+}
+
 TEST_F(SessionMemory, AWindowOfNoBytesIsRefused) {
   expertd_buffer_t* window = nullptr;
   EXPECT_EQ(create_window(0, &window).status.reason, EXPERTD_REASON_ARGUMENT_RANGE);
