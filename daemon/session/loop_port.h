@@ -27,7 +27,7 @@ class LoopPort {
   virtual bool uses(base::SessionId session, const engine::Mapping* mapping) = 0;
   /// Whether an operation in flight of the session, open or closing, belongs to the rank; loop thread, inside run().
   virtual bool uses_group(base::SessionId session, const engine::RankState* rank) = 0;
-  /// Raises session flags (draining) in every ring; loop thread, inside run().
+  /// Raises session flags (draining) in every ring, also in those to come; loop thread, inside run().
   virtual void raise_session_flags(uint32_t flags) = 0;
   virtual void wake() = 0;
 };

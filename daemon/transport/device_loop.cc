@@ -129,6 +129,9 @@ base::Status DeviceLoop::add_session(session::SessionTables* tables, session::Ri
       std::make_unique<RingServer>(tables, ring, flag_page, options_.default_timeout_ns));
   const base::Status added = run([this, server] {
     engine_->add_session(&(*server)->engine_session());
+    if (raised_flags_ != 0) {
+      (*server)->set_flags(raised_flags_);
+    }
     servers_.push_back(std::move(*server));
   });
   if (!added.is_ok()) {
@@ -176,6 +179,7 @@ bool DeviceLoop::uses_group(base::SessionId session, const engine::RankState* ra
 }
 
 void DeviceLoop::raise_session_flags(uint32_t flags) {
+  raised_flags_ |= flags;
   for (const std::unique_ptr<RingServer>& server : servers_) {
     server->set_flags(flags);
   }

@@ -53,7 +53,7 @@ class DeviceLoop final : public session::LoopPort {
   bool uses(base::SessionId session, const engine::Mapping* mapping) override;
   bool uses_group(base::SessionId session, const engine::RankState* rank) override;
   void wake() override;
-  /// Sets session flags (draining) in every ring; loop thread, inside run().
+  /// Sets session flags (draining) in every ring, also in those to come; loop thread, inside run().
   void raise_session_flags(uint32_t flags) override;
   uint32_t outstanding() const { return outstanding_.load(std::memory_order_relaxed); }
 
@@ -92,6 +92,7 @@ class DeviceLoop final : public session::LoopPort {
   std::vector<std::unique_ptr<RingServer>> servers_;
   std::vector<Closing> closing_;
   std::vector<base::SessionId> fault_reported_;
+  uint32_t raised_flags_ = 0;
   std::atomic<bool> sleeping_{false};
   std::atomic<bool> stop_{false};
   std::atomic<uint32_t> outstanding_{0};

@@ -22,6 +22,7 @@ class RingServer final : public engine::CompletionPort {
   /// The client broke the ring protocol (RING_OVERFLOW); its session is to be closed.
   bool faulted() const { return faulted_; }
   void set_sleeping(bool sleeping);
+  /// With DRAINING the ring takes from here on only what another rank waits for.
   void set_flags(uint32_t session_flags);
 
   void complete(const engine::Request& request, const expertd_completion& completion) override;
@@ -42,6 +43,7 @@ class RingServer final : public engine::CompletionPort {
   uint64_t head_ = 0;
   uint32_t in_flight_ = 0;  // submitted and not completed
   bool faulted_ = false;
+  bool draining_ = false;  // the header's flags are the client's to write
   engine::EngineSession engine_session_;
 };
 

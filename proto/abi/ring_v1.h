@@ -30,7 +30,7 @@
 #define EXPERTD_FLAG_PAGE_BYTES (UINT64_C(2) * EXPERTD_RING_SLOTS_MAX * EXPERTD_FLAG_STRIDE)
 
 enum expertd_ring_session_flag {
-  EXPERTD_SESSION_DRAINING = 1u, /* the daemon takes no new operations; in-flight ones end */
+  EXPERTD_SESSION_DRAINING = 1u, /* operations end that any rank had submitted; new ones are refused with DRAINING */
   EXPERTD_SESSION_CLOSED = 2u    /* the daemon ended the session; every wait returns UNAVAILABLE */
 };
 
