@@ -103,13 +103,15 @@ base::Status Daemon::start_loops() {
     metrics::ThreadCounters& thread = blocks_->add_thread(
         info.is_cuda ? "engine-" + std::to_string(device->index().value) : std::string("engine-host"));
     observers_.push_back(std::make_unique<DeviceObserver>(&block.ops, &thread, beat.value()));
+    watched_.push_back({beat.value(), &thread, 0});
   }
   for (size_t i = 0; i < loops_.size(); ++i) {
-    EXPERTD_RETURN_IF_ERROR(loops_[i]->start(&devices_[i]->port(), this, observers_[i].get(), observers_[i].get(),
-                                             [this](base::SessionId session) {
-                                               base::log_warn("client broke the ring protocol", {{"session", session}});
-                                               listener_->close_session(session);
-                                             }));
+    EXPERTD_RETURN_IF_ERROR(loops_[i]->start(
+        &devices_[i]->port(), this, observers_[i].get(), observers_[i].get(), [this](base::SessionId session) {
+          base::log_warn("client broke the ring protocol",
+                         {{"session", session}, {"reason", EXPERTD_REASON_RING_OVERFLOW}});
+          listener_->close_session(session);
+        }));
   }
   return base::Status::ok();
 }
@@ -226,6 +228,7 @@ base::Status Daemon::start() {
 
 void Daemon::reload() {
   base::Result<config::LoadedConfig> fresh = config::load(request_);
+  view_->set_config_loaded(fresh.is_ok());
   if (!fresh.is_ok()) {
     base::log_error("configuration not reloaded", {{"why", fresh.status().message()}});
     return;
@@ -239,6 +242,16 @@ void Daemon::reload() {
   base::log_info("configuration reloaded", {{"changed", difference.reloadable.size()}});
 }
 
+supervise::Watchdog::Tick Daemon::look_at_threads() {
+  supervise::Watchdog::Tick tick = watchdog_.tick(base::now_ns());
+  for (Watched& watched : watched_) {
+    for (; watched.counted < watched.beat->missed_total(); ++watched.counted) {
+      watched.counters->missed_beat();
+    }
+  }
+  return tick;
+}
+
 bool Daemon::devices_healthy() {
   return std::all_of(devices_.begin(), devices_.end(),
                      [](const std::unique_ptr<device::Device>& device) { return device->info().healthy; });
@@ -248,7 +261,7 @@ RunEnd Daemon::run(supervise::Signals& signals) {
   while (true) {
     base::Result<supervise::SignalEvent> event = signals.wait(kTickNs);
     const supervise::SignalEvent what = event.is_ok() ? event.value() : supervise::SignalEvent::kNone;
-    const supervise::Watchdog::Tick tick = watchdog_.tick(base::now_ns());
+    const supervise::Watchdog::Tick tick = look_at_threads();
     for (const std::string& late : tick.late) {
       base::log_error("thread makes no progress", {{"thread", late}});
     }
@@ -281,7 +294,7 @@ void Daemon::drain(supervise::Signals& signals, uint64_t timeout_ns) {
   while (sessions_->outstanding_operations() != 0 && base::now_ns() < deadline_ns) {
     constexpr uint64_t kLookNs = 5'000'000;
     base::Result<supervise::SignalEvent> event = signals.wait(kLookNs);
-    (void)watchdog_.tick(base::now_ns());
+    (void)look_at_threads();
     if (event.is_ok() && event.value() == supervise::SignalEvent::kStopNow) {
       break;
     }

@@ -44,6 +44,7 @@ class Daemon final : public engine::WakePort {
   base::Status start_sockets();
   void reload();
   bool devices_healthy();
+  supervise::Watchdog::Tick look_at_threads();
   void drain(supervise::Signals& signals, uint64_t timeout_ns);
 
   config::LoadedConfig loaded_;
@@ -54,6 +55,12 @@ class Daemon final : public engine::WakePort {
   supervise::Watchdog watchdog_;
   device::HostGroupDirectory host_groups_;
   std::vector<std::unique_ptr<device::Device>> devices_;
+  struct Watched {
+    supervise::Beat* beat = nullptr;
+    metrics::ThreadCounters* counters = nullptr;
+    uint64_t counted = 0;  // missed beats that the metrics have
+  };
+  std::vector<Watched> watched_;
   std::vector<std::unique_ptr<DeviceObserver>> observers_;
   std::vector<std::unique_ptr<transport::DeviceLoop>> loops_;
   std::unique_ptr<SessionLog> session_log_;

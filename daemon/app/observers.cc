@@ -31,8 +31,11 @@ void DeviceObserver::beat(base::DeviceIndex /*device*/, uint64_t now_ns, uint64_
   thread_->lag(lag_ns);
 }
 
-void DeviceObserver::ring_fill(base::DeviceIndex /*device*/, uint32_t used, uint32_t /*capacity*/) {
+void DeviceObserver::ring_fill(base::DeviceIndex /*device*/, uint32_t used, uint32_t capacity) {
   ops_->ring_used(used);
+  if (used == capacity) {
+    ops_->ring_full();
+  }
 }
 
 void SessionLog::opened(const session::SessionSnapshot& session) {

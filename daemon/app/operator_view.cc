@@ -70,6 +70,7 @@ base::Result<std::string> OperatorView::set_log_level(const std::string& level) 
 metrics::Gauges OperatorView::gauges() {
   metrics::Gauges gauges;
   gauges.state = metrics::kStateNames[static_cast<size_t>(state())];
+  gauges.config_last_load_success = config_loaded_.load(std::memory_order_acquire);
   gauges.drain_in_progress = state() == State::kDraining;
   gauges.log_dropped = base::log_dropped_total();
   for (const session::DeviceSnapshot& device : sessions_->devices()) {
@@ -79,7 +80,7 @@ metrics::Gauges OperatorView::gauges() {
     values.pool_quarantined_bytes = device.quarantined_bytes;
     const uint64_t taken = device.window_bytes + device.quarantined_bytes;
     values.pool_free_bytes = facts_.pool_max_bytes > taken ? facts_.pool_max_bytes - taken : 0;
-    values.ring_slots_capacity = device.sessions * facts_.ring_slots;
+    values.ring_slots_capacity = facts_.ring_slots;
     values.healthy = device.healthy;
     values.mps_active = device.mps_active;
     gauges.sessions += device.sessions;

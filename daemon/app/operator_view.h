@@ -37,6 +37,7 @@ class OperatorView final : public session::OperatorApi, public metrics::GaugeSou
 
   void set_state(State state) { state_.store(state, std::memory_order_release); }
   State state() const { return state_.load(std::memory_order_acquire); }
+  void set_config_loaded(bool loaded) { config_loaded_.store(loaded, std::memory_order_release); }
   void set_metrics_address(const std::string& address) { metrics_address_ = address; }
 
   session::StatusSnapshot status() override;
@@ -53,6 +54,7 @@ class OperatorView final : public session::OperatorApi, public metrics::GaugeSou
   std::function<void(uint64_t timeout_ns)> start_drain_;
   std::string metrics_address_;
   std::atomic<State> state_{State::kStarting};
+  std::atomic<bool> config_loaded_{true};  // without a configuration there is no view
 };
 
 }  // namespace expertd::app

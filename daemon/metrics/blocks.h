@@ -23,7 +23,6 @@ class Blocks {
   struct Device {
     std::string gpu;
     OpCounters ops;
-    Count context_lost{0};
   };
   struct Thread {
     std::string name;

@@ -34,7 +34,7 @@ enum class MetricType { kCounter, kGauge, kHistogram };
     "Operations that reached their deadline, by what was missing.")                                                   \
   X(RingSlotsUsed, "expertd_ring_slots_used", Gauge, "gpu", "Most slots in use on one ring since the last scrape.")   \
   X(RingSlotsCapacity, "expertd_ring_slots_capacity", Gauge, "gpu", "Slots of one ring.")                             \
-  X(RingFull, "expertd_ring_full_total", Counter, "gpu", "Times a ring had no free slot.")                            \
+  X(RingFull, "expertd_ring_full_total", Counter, "gpu", "Times a submission took the last free slot of a ring.")     \
   X(DescriptorInvalid, "expertd_descriptor_invalid_total", Counter, "reason",                                         \
     "Ring descriptors that could not be understood, by Reason.")                                                      \
   X(Sessions, "expertd_sessions", Gauge, "", "Sessions attached.")                                                    \
@@ -43,7 +43,6 @@ enum class MetricType { kCounter, kGauge, kHistogram };
   X(LeaseReapDuration, "expertd_lease_reap_duration_seconds", Histogram, "",                                          \
     "End of a session's lease to everything of it reclaimed.")                                                        \
   X(PoolBytes, "expertd_pool_bytes", Gauge, "gpu,state", "Bytes of the device pool, by state.")                       \
-  X(GpuContextLost, "expertd_gpu_context_lost_total", Counter, "gpu", "GPU contexts lost.")                           \
   X(GpuMpsActive, "expertd_gpu_mps_active", Gauge, "gpu", "1 when an MPS server carries the daemon on this GPU.")     \
   X(GpuHealthy, "expertd_gpu_healthy", Gauge, "gpu", "1 while the device serves.")                                    \
   X(ThreadLoopLag, "expertd_thread_loop_lag_seconds", Gauge, "thread",                                                \

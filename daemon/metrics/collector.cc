@@ -276,7 +276,6 @@ class Page {
 
   void write_devices() {
     FamilyWriter pool = start(Metric::kPoolBytes);
-    FamilyWriter lost = start(Metric::kGpuContextLost);
     FamilyWriter mps = start(Metric::kGpuMpsActive);
     FamilyWriter healthy = start(Metric::kGpuHealthy);
     for (const auto& [gpu, devices] : devices_) {
@@ -284,11 +283,10 @@ class Page {
       pool.put({gpu, "free"}, gauges.pool_free_bytes);
       pool.put({gpu, "used"}, gauges.pool_used_bytes);
       pool.put({gpu, "quarantined"}, gauges.pool_quarantined_bytes);
-      lost.put({gpu}, sum_over(devices, [](const auto& d) { return read(d.context_lost); }));
       mps.put({gpu}, uint64_t{gauges.mps_active});
       healthy.put({gpu}, uint64_t{gauges.healthy});
     }
-    for (FamilyWriter* writer : {&pool, &lost, &mps, &healthy}) {
+    for (FamilyWriter* writer : {&pool, &mps, &healthy}) {
       end(*writer);
     }
   }

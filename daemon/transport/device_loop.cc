@@ -214,7 +214,10 @@ bool DeviceLoop::poll_rings(uint64_t now_ns) {
   bool moved = false;
   uint32_t used = 0;
   for (const std::unique_ptr<RingServer>& server : servers_) {
-    moved |= server->poll(*engine_, now_ns);
+    if (server->poll(*engine_, now_ns)) {
+      moved = true;
+      observer_->ring_fill(device_, server->slots_used(), server->slot_count());
+    }
     used += server->slots_used();
     if (server->faulted() &&
         std::find(fault_reported_.begin(), fault_reported_.end(), server->tables().id) == fault_reported_.end()) {
@@ -223,9 +226,6 @@ bool DeviceLoop::poll_rings(uint64_t now_ns) {
     }
   }
   outstanding_.store(used, std::memory_order_relaxed);
-  if (moved) {
-    observer_->ring_fill(device_, used, static_cast<uint32_t>(servers_.size()) * EXPERTD_RING_SLOTS_MAX);
-  }
   return moved;
 }
 

@@ -26,6 +26,7 @@ class LoopObserver {
  public:
   virtual ~LoopObserver() = default;
   virtual void beat(base::DeviceIndex device, uint64_t now_ns, uint64_t lag_ns) = 0;
+  /// One ring took something: slots that are in use now, of how many.
   virtual void ring_fill(base::DeviceIndex device, uint32_t used, uint32_t capacity) = 0;
 };
 

@@ -254,6 +254,8 @@ TEST_F(BadDescriptor, MoreThanTheRingHoldsEndsOnlyThatSession) {
   EXPECT_TRUE(wait_until([&] { return (client_.header()->session_flags & EXPERTD_SESSION_CLOSED) != 0; }, seconds(5)));
   EXPECT_EQ(expertd_session_state(other.get()).reason, EXPERTD_REASON_NONE);
   EXPECT_TRUE(wait_until([&] { return daemon_.metric("expertd_sessions") == 1; }, seconds(5)));
+  EXPECT_NE(daemon_.log().find("reason=RING_OVERFLOW"), std::string::npos);
+  EXPECT_EQ(daemon_.metric("expertd_sessions_closed_total{cause=\"kicked\"}"), 1);
 }
 
 TEST_F(BadDescriptor, ATailThatGoesBackEndsOnlyThatSession) {

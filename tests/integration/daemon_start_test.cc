@@ -192,6 +192,13 @@ TEST(DaemonConfig, ReloadChangesTheLogLevelAndNamesWhatNeedsARestart) {
   ASSERT_EQ(::kill(daemon.pid(), SIGHUP), 0);
   EXPECT_TRUE(wait_until([&] { return daemon.log().find("configuration reloaded") != std::string::npos; }, seconds(5)));
   EXPECT_TRUE(wait_until([&] { return daemon.log().find("engine.ring_slots") != std::string::npos; }, seconds(5)));
+  EXPECT_EQ(daemon.metric("expertd_config_last_load_success"), 1);
+  write_text(file, "[log]\nlevel = \"loud\"\n");
+  ASSERT_EQ(::kill(daemon.pid(), SIGHUP), 0);
+  EXPECT_TRUE(daemon.metric_becomes("expertd_config_last_load_success", 0));
+  write_text(file, "[log]\nlevel = \"info\"\n");
+  ASSERT_EQ(::kill(daemon.pid(), SIGHUP), 0);
+  EXPECT_TRUE(daemon.metric_becomes("expertd_config_last_load_success", 1));
 }
 
 }  // namespace

@@ -172,6 +172,20 @@ TEST_F(DeviceLoopTest, AClosingSessionUsesItsGroupsUntilItHasDrained) {
   EXPECT_FALSE(ask(in_use));
 }
 
+TEST_F(DeviceLoopTest, TellsHowFullARingIs) {
+  start();
+  ASSERT_TRUE(add().is_ok());
+  for (uint64_t seq = 1; seq <= kSlots; ++seq) {
+    submit(seq, AdmissionWorld::slot(EXPERTD_OP_LAYOUT));
+  }
+  await_parts(kSlots);
+  EXPECT_TRUE(ask([&] { return loop_observer_.most_used == kSlots && loop_observer_.last_capacity == kSlots; }));
+  std::promise<void> drained;
+  ASSERT_TRUE(loop_->close_session(base::SessionId{5}, [&] { drained.set_value(); }).is_ok());
+  ASSERT_TRUE(loop_->run([&] { port_.finish_all(); }).is_ok());
+  ASSERT_EQ(drained.get_future().wait_for(kPatience), std::future_status::ready);
+}
+
 TEST_F(DeviceLoopTest, TakesNothingAfterItsEnd) {
   start();
   loop_->stop();
