@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every bound of the daemon that is not a config key, with its reason. A queue or table without a line here is a bug.
+// Bounds of the daemon that are not config keys, with their reasons. daemon/README.md says under "Limits" where those
+// stand that one file alone knows. A queue or table without a bound is a bug.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // SessionService: every session of the daemon, from attach to reclaim: memory, groups, quotas, state. Control threads
-// and the attach listener call it; it never runs on a device loop. A session that ended is reclaimed by the housekeeper
-// thread only when the engines reported that nothing in flight can touch its memory (daemon/README.md, "Who owns
+// and the attach listener call it; on a device loop run only the short tasks that change a session's tables and the
+// callback that tells of its last operation. The housekeeper thread sets complete groups up, ends joins, and reclaims a
+// session that ended when the engines reported that nothing in flight can touch its memory (daemon/README.md, "Who owns
 // memory").
 #pragma once
 
