@@ -37,6 +37,11 @@ struct FdRange {
 /// The upper half of what RLIMIT_NOFILE leaves, at most 65536 (the kernel's table grows with the highest number).
 base::Result<FdRange> default_fd_range();
 
+/// Has the kernel refuse descriptors that a peer sends over the socket, or over those accepted from it. gRPC asks for
+/// none, so the kernel would close them on gRPC's threads, and a close may wait for hours. Kernels before 6.16 cannot:
+/// false.
+bool refuse_descriptors(int fd);
+
 class PeerTable {
  public:
   explicit PeerTable(FdRange range) : range_(range), next_(range.first) {}

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -89,6 +90,36 @@ TEST(ControlPeerTable, OnlyExactNamesAreFound) {
   }
   EXPECT_NE(fcntl(fd.value().get(), F_GETFL) & O_NONBLOCK, 0);
   EXPECT_NE(fcntl(fd.value().get(), F_GETFD) & FD_CLOEXEC, 0);
+}
+
+/// Sends a byte with a descriptor; 0 or errno.
+int send_descriptor(int socket) {
+  char byte = 'x';
+  iovec data{&byte, 1};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+  msghdr message{};
+  message.msg_iov = &data;
+  message.msg_iovlen = 1;
+  message.msg_control = control;
+  message.msg_controllen = sizeof(control);
+  cmsghdr* const rights = CMSG_FIRSTHDR(&message);
+  rights->cmsg_level = SOL_SOCKET;
+  rights->cmsg_type = SCM_RIGHTS;
+  rights->cmsg_len = CMSG_LEN(sizeof(int));
+  const int sent = STDIN_FILENO;
+  std::memcpy(CMSG_DATA(rights), &sent, sizeof(sent));
+  return sendmsg(socket, &message, MSG_NOSIGNAL) == 1 ? 0 : errno;
+}
+
+TEST(ControlPeerTable, ConnectionsTakeNoDescriptors) {
+  if (!refuse_descriptors(make_pair_of_sockets().ours.get())) {
+    GTEST_SKIP() << "this kernel cannot refuse them";
+  }
+  PeerTable table(FdRange{900, 910});
+  Pair pair = make_pair_of_sockets();
+  auto fd = table.adopt(std::move(pair.ours), Peer{PeerKind::kSession, {1}, 0, 0});
+  ASSERT_TRUE(fd.is_ok());
+  EXPECT_EQ(send_descriptor(pair.theirs.get()), EPERM);
 }
 
 TEST(ControlPeerTable, EndOfSessionShutsItsConnectionsDownOnly) {
