@@ -150,6 +150,19 @@ TEST_F(DeviceLoopTest, AClosingSessionUsesItsMemoryUntilItHasDrained) {
   EXPECT_FALSE(ask(in_use));
 }
 
+TEST_F(DeviceLoopTest, WhatIsStillInTheRingIsInFlight) {
+  start();
+  ASSERT_TRUE(add().is_ok());
+  EXPECT_TRUE(ask([&] {
+    submit(1, AdmissionWorld::slot(EXPERTD_OP_LAYOUT));  // the loop has not looked at the ring since
+    return loop_->uses(base::SessionId{5}, &world_.large);
+  }));
+  std::promise<void> drained;
+  ASSERT_TRUE(loop_->close_session(base::SessionId{5}, [&] { drained.set_value(); }).is_ok());
+  ASSERT_TRUE(loop_->run([&] { port_.finish_all(); }).is_ok());
+  ASSERT_EQ(drained.get_future().wait_for(kPatience), std::future_status::ready);
+}
+
 TEST_F(DeviceLoopTest, AClosingSessionUsesItsGroupsUntilItHasDrained) {
   start();
   (void)world_.admit(AdmissionWorld::slot(EXPERTD_OP_BARRIER));

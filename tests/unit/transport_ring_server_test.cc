@@ -189,6 +189,24 @@ TEST_F(RingServerTest, TakesWhatAnotherRankWaitsForWhileItDrains) {
   EXPECT_EQ(completion(2).reason, static_cast<uint32_t>(EXPERTD_REASON_DRAINING));
 }
 
+TEST_F(RingServerTest, WhatTheClientRefusedCountsForItsRankWhileItDrains) {
+  expertd_slot refused{};
+  refused.seq = 1;
+  refused.op = EXPERTD_OP_BARRIER;
+  refused.flags = EXPERTD_SLOT_REFUSED;
+  refused.group = AdmissionWorld::kGroup;
+  refused.refused_reason = EXPERTD_REASON_WRONG_DTYPE;
+  server_.set_flags(EXPERTD_SESSION_DRAINING);
+  ring_->slots()[0] = refused;
+  EXPECT_TRUE(submit_up_to(1));
+  EXPECT_EQ(world_.shared.not_posted(1), 1U) << "the other rank alone has not submitted";
+  engine::Request other;
+  other.shape.kind = kernels::OpKind::kBarrier;
+  world_.shared.post(1, 0, &other);
+  (void)engine_.run_once(1);
+  EXPECT_EQ(completion(1).reason, static_cast<uint32_t>(EXPERTD_REASON_WRONG_DTYPE)) << "not DRAINING";
+}
+
 TEST_F(RingServerTest, SaysWhenItSleepsAndRaisesFlags) {
   server_.set_sleeping(true);
   EXPECT_EQ(ring_->header()->daemon_sleeping, 1U);
