@@ -111,6 +111,7 @@ class SessionService final : public SessionApi, public AttachApi {
   base::Status take_ticket(Session& session, uint64_t* ticket);
   void answer_ended_joins();
   void drop_joins(base::SessionId session);
+  bool needs_relay(const group::Formation& formation) const;
   void form_group(std::unique_ptr<group::Formation> formation);
   static void mark_formed(Session& session, base::GroupId group);
   base::Status form_member(const group::Formation& formation, const group::Member& member, JoinGrant* grant);

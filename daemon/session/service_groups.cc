@@ -130,8 +130,28 @@ void SessionService::join_group(base::SessionId id, const JoinRequest& request, 
   }
 }
 
+// Whether two of its GPUs do not reach each other, so that their ranks exchange through memory of the host.
+bool SessionService::needs_relay(const group::Formation& formation) const {
+  std::vector<device::DeviceInfo> infos;
+  for (const group::Member& member : formation.members) {
+    infos.push_back(devices_[member.device.value].device->info());
+  }
+  for (size_t from = 0; from < infos.size(); ++from) {
+    for (size_t to = 0; to < infos.size(); ++to) {
+      const bool reaches = (infos[from].peer_access_mask >> formation.members[to].device.value & 1) != 0;
+      if (from != to && infos[from].is_cuda && infos[to].is_cuda && !reaches) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
 void SessionService::form_group(std::unique_ptr<group::Formation> formation) {
   const base::GroupId group = formation->shared->settings().shape.id;
+  if (needs_relay(*formation)) {
+    formation->shared->set_exchange_pages(1);
+  }
   std::vector<JoinGrant> grants(formation->members.size());
   ErrorDetail error;
   for (size_t i = 0; i < formation->members.size() && error.status.is_ok(); ++i) {

@@ -17,17 +17,13 @@ namespace expertd::test {
 
 class FakeDevice final : public device::Device {
  public:
-  explicit FakeDevice(uint32_t index) : index_{index} {}
+  explicit FakeDevice(uint32_t index) : index_{index} { told.uuid = "host:" + std::to_string(index); }
 
   base::DeviceIndex index() const override {
     run(on_index);
     return index_;
   }
-  device::DeviceInfo info() const override {
-    device::DeviceInfo info;
-    info.uuid = "host:" + std::to_string(index_.value);
-    return info;
-  }
+  device::DeviceInfo info() const override { return told; }
   engine::DevicePort& port() override { return fake_port; }
   base::Result<device::Window> create_window(uint64_t bytes) override {
     run(on_create_window);
@@ -57,6 +53,7 @@ class FakeDevice final : public device::Device {
   void destroy_group(base::GroupId /*group*/, base::Rank /*rank*/) override { --groups; }
   uint32_t handle_capacity(base::GroupId /*group*/, base::Rank /*rank*/) const override { return 8; }
 
+  device::DeviceInfo told;   // the test changes it while nobody asks
   FakeDevicePort fake_port;  // of the loop's thread
   std::atomic<int> groups{0};
   std::atomic<int> memory_held{0};

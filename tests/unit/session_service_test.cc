@@ -32,6 +32,45 @@ class SilentObserver final : public session::SessionObserver, public transport::
   std::atomic<int> reclaims{0};
 };
 
+/// Ranks of a group wake each other's loops.
+class LoopWaker final : public engine::WakePort {
+ public:
+  explicit LoopWaker(const std::vector<std::unique_ptr<transport::DeviceLoop>>* loops) : loops_(loops) {}
+  void wake(base::DeviceIndex device) override { (*loops_)[device.value]->wake(); }
+
+ private:
+  const std::vector<std::unique_ptr<transport::DeviceLoop>>* loops_;
+};
+
+/// The client's end of a ring, for barriers.
+class ClientRing {
+ public:
+  explicit ClientRing(const session::AttachGrant& grant)
+      : bytes_(grant.ring_bytes),
+        base_(static_cast<char*>(::mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, grant.ring_fd, 0))) {}
+  ~ClientRing() { ::munmap(base_, bytes_); }
+  ClientRing(const ClientRing&) = delete;
+  ClientRing& operator=(const ClientRing&) = delete;
+
+  void submit_barriers(base::GroupId group, uint64_t count) {
+    auto* const slots = reinterpret_cast<expertd_slot*>(base_ + EXPERTD_RING_HEADER_BYTES);
+    for (uint64_t seq = 1; seq <= count; ++seq) {
+      expertd_slot slot{};
+      slot.seq = seq;
+      slot.op = EXPERTD_OP_BARRIER;
+      slot.group = group.value;
+      slots[seq - 1] = slot;
+    }
+    __atomic_store_n(&header()->submit_tail, count, __ATOMIC_SEQ_CST);
+  }
+  uint64_t taken() const { return __atomic_load_n(&header()->submit_head, __ATOMIC_ACQUIRE); }
+
+ private:
+  expertd_ring_header* header() const { return reinterpret_cast<expertd_ring_header*>(base_); }
+  uint64_t bytes_;
+  char* base_;
+};
+
 /// What a join was answered, once it was.
 class Answer {
  public:
@@ -61,8 +100,9 @@ class SessionServiceTest : public testing::Test {
     for (uint32_t i = 0; i < 2; ++i) {
       devices_.push_back(std::make_unique<FakeDevice>(i));
       loops_.push_back(std::move(transport::DeviceLoop::create(base::DeviceIndex{i}, {})).value());
-      EXPECT_TRUE(
-          loops_[i]->start(&devices_[i]->port(), &wake_, &op_observer_, &observer_, [](base::SessionId) {}).is_ok());
+      EXPECT_TRUE(loops_[i]
+                      ->start(&devices_[i]->port(), &wake_, &op_observers_[i], &observer_, [](base::SessionId) {})
+                      .is_ok());
       entries.push_back({devices_[i].get(), loops_[i].get()});
     }
     session::ServiceOptions options;
@@ -78,13 +118,14 @@ class SessionServiceTest : public testing::Test {
     }
   }
 
-  base::SessionId attach(uint32_t device) {
+  session::AttachGrant attach_with_ring(uint32_t device) {
     session::AttachRequest request;
     request.device = "host:" + std::to_string(device);
     base::Result<session::AttachGrant> grant = service_->attach(request);
     EXPECT_TRUE(grant.is_ok()) << grant.status().message();
-    return grant.value().session;
+    return std::move(grant).value();
   }
+  base::SessionId attach(uint32_t device) { return attach_with_ring(device).session; }
   static session::JoinRequest request(const std::string& name, uint32_t rank, uint32_t ranks) {
     session::JoinRequest join;
     join.name = name;
@@ -115,8 +156,49 @@ class SessionServiceTest : public testing::Test {
     return condition();
   }
 
-  FakeWakePort wake_;
-  FakeObserver op_observer_;
+  size_t launched(uint32_t device) {
+    size_t parts = 0;
+    EXPECT_TRUE(loops_[device]->run([&] { parts = devices_[device]->fake_port.parts().size(); }).is_ok());
+    return parts;
+  }
+  void finish_parts(uint32_t device) {
+    EXPECT_TRUE(loops_[device]->run([&] { devices_[device]->fake_port.finish_all(); }).is_ok());
+    loops_[device]->wake();
+  }
+  /// Two GPUs that reach what these masks say form a group.
+  void make_gpus(uint64_t reached_by_first, uint64_t reached_by_second) {
+    devices_[0]->told.is_cuda = devices_[1]->told.is_cuda = true;
+    devices_[0]->told.peer_access_mask = reached_by_first;
+    devices_[1]->told.peer_access_mask = reached_by_second;
+  }
+  /// Both ranks submit two barriers at once; how many the first launches before any has ended.
+  size_t launched_of_two() {
+    const session::AttachGrant grants[2] = {attach_with_ring(0), attach_with_ring(1)};
+    ClientRing rings[2] = {ClientRing(grants[0]), ClientRing(grants[1])};
+    std::vector<Answer> answers(2);
+    for (uint32_t rank = 0; rank < 2; ++rank) {
+      service_->join_group(grants[rank].session, request("moe", rank, 2), answers[rank].callback());
+    }
+    for (uint32_t rank = 0; rank < 2; ++rank) {
+      EXPECT_EQ(answers[rank].reason(), EXPERTD_REASON_NONE);
+      rings[rank].submit_barriers(answers[rank].grant().group, 2);
+      loops_[rank]->wake();
+    }
+    EXPECT_TRUE(becomes_true([&] { return rings[0].taken() == 2 && rings[1].taken() == 2; }));
+    EXPECT_TRUE(becomes_true([&] { return launched(0) >= 1 && launched(1) >= 1; }));
+    size_t at_once = 0;
+    for (int turn = 0; turn < 20; ++turn) {  // each is at least one turn of both loops with all submissions there
+      at_once = std::max(launched(0), launched(1));
+    }
+    finish_parts(0);
+    EXPECT_EQ(launched(0), at_once) << "the other rank's part still runs";
+    finish_parts(1);
+    EXPECT_TRUE(becomes_true([&] { return launched(0) == 2 && launched(1) == 2; }));
+    return at_once;
+  }
+
+  LoopWaker wake_{&loops_};
+  FakeObserver op_observers_[2];
   SilentObserver observer_;
   std::vector<std::unique_ptr<FakeDevice>> devices_;
   std::vector<std::unique_ptr<transport::DeviceLoop>> loops_;
@@ -200,6 +282,20 @@ TEST_F(SessionServiceTest, AGroupThatIsNotHandedOutCannotBeLeft) {
   EXPECT_EQ(left.reason(), EXPERTD_REASON_NO_SUCH_GROUP);
   EXPECT_TRUE(service_->leave_group(session, base::GroupId{1}, soon()).is_ok());
   EXPECT_EQ(devices_[0]->groups, 0);
+}
+
+TEST_F(SessionServiceTest, GpusThatReachEachOtherHaveSeveralOperationsAtATime) {
+  make_gpus(3, 3);
+  EXPECT_EQ(launched_of_two(), 2U);
+}
+
+TEST_F(SessionServiceTest, GpusWithoutMutualAccessHaveOneOperationAtATime) {
+  make_gpus(3, 2);
+  EXPECT_EQ(launched_of_two(), 1U);
+}
+
+TEST_F(SessionServiceTest, HostDevicesHaveSeveralOperationsAtATimeWhateverTheyReach) {
+  EXPECT_EQ(launched_of_two(), 2U);
 }
 
 TEST_F(SessionServiceTest, LeavingAGroupKeepsALaterBufferOfItsWindowsId) {
