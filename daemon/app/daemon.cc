@@ -184,8 +184,8 @@ base::Status Daemon::start_sockets() {
   attach.allowed_uids = config.allowed_uids;
   base::Result<std::unique_ptr<transport::AttachListener>> listener = transport::AttachListener::create(
       attach, sessions_.get(),
-      [this](base::ScopedFd fd, base::SessionId session) {
-        return control_->adopt_session_connection(std::move(fd), session);
+      [this](base::ScopedFd fd, base::SessionId session, uint32_t uid) {
+        return control_->adopt_session_connection(std::move(fd), session, uid);
       },
       [this](base::SessionId session) { control_->session_ended(session); });
   if (!listener.is_ok()) {
@@ -239,6 +239,14 @@ void Daemon::reload() {
   base::log_info("configuration reloaded", {{"changed", difference.reloadable.size()}});
 }
 
+supervise::Watchdog::Tick Daemon::look_at_threads() {
+  supervise::Watchdog::Tick tick = watchdog_.tick(base::now_ns());
+  for (const std::unique_ptr<DeviceObserver>& observer : observers_) {
+    observer->count_missed_beats();
+  }
+  return tick;
+}
+
 bool Daemon::devices_healthy() {
   return std::all_of(devices_.begin(), devices_.end(),
                      [](const std::unique_ptr<device::Device>& device) { return device->info().healthy; });
@@ -256,12 +264,9 @@ RunEnd Daemon::run(supervise::Signals& signals) {
   while (true) {
     base::Result<supervise::SignalEvent> event = signals.wait(kTickNs);
     const supervise::SignalEvent what = event.is_ok() ? event.value() : supervise::SignalEvent::kNone;
-    const supervise::Watchdog::Tick tick = watchdog_.tick(base::now_ns());
+    const supervise::Watchdog::Tick tick = look_at_threads();
     for (const std::string& late : tick.late) {
       base::log_error("thread makes no progress", {{"thread", late}});
-    }
-    for (const std::unique_ptr<DeviceObserver>& observer : observers_) {
-      observer->count_missed_beats();
     }
     base::log_report_suppressed();
     if (!devices_healthy()) {
@@ -293,7 +298,7 @@ void Daemon::drain(supervise::Signals& signals, uint64_t timeout_ns) {
   while (sessions_->outstanding_operations() != 0 && base::now_ns() < deadline_ns) {
     constexpr uint64_t kLookNs = 5'000'000;
     base::Result<supervise::SignalEvent> event = signals.wait(kLookNs);
-    (void)watchdog_.tick(base::now_ns());
+    (void)look_at_threads();
     if (event.is_ok() && event.value() == supervise::SignalEvent::kStopNow) {
       break;
     }

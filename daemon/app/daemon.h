@@ -45,6 +45,7 @@ class Daemon final : public engine::WakePort {
   void reload();
   bool devices_healthy();
   void count_lost_contexts();
+  supervise::Watchdog::Tick look_at_threads();
   void drain(supervise::Signals& signals, uint64_t timeout_ns);
 
   config::LoadedConfig loaded_;

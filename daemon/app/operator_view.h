@@ -55,7 +55,7 @@ class OperatorView final : public session::OperatorApi, public metrics::GaugeSou
   std::function<void(uint64_t timeout_ns)> start_drain_;
   std::string metrics_address_;
   std::atomic<State> state_{State::kStarting};
-  std::atomic<bool> config_loaded_{true};
+  std::atomic<bool> config_loaded_{true};  // without a configuration there is no view
 };
 
 }  // namespace expertd::app

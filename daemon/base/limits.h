@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every bound of the daemon that is not a config key, with its reason. A queue or table without a line here is a bug.
+// Bounds of the daemon that are not config keys, with their reasons. daemon/README.md says under "Limits" where those
+// stand that one file alone knows. A queue or table without a bound is a bug.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +18,16 @@ inline constexpr uint32_t kMaxTokens = 65536;      // tokens per rank in HT
 inline constexpr uint32_t kMaxLlTokens = 4096;     // tokens per rank in LL
 inline constexpr uint32_t kMaxBuffersPerSession = 1024;
 inline constexpr uint32_t kMaxGroupsPerSession = 16;
-inline constexpr uint32_t kMaxPendingFds = 64;   // descriptors passed over the attach socket and not yet used
+inline constexpr uint32_t kMaxPendingFds = 64;           // descriptors passed over the attach socket and not yet used
+inline constexpr uint32_t kMaxAttachConnections = 2048;  // clients beyond it wait in the socket's backlog
+// Descriptors of clients that wait to be closed; while so many do, the attach listener takes nothing from clients. What
+// the daemon holds already comes on top: a packet's descriptors, pending ones of sessions that end, connections.
+inline constexpr uint32_t kMaxClosingFds = 256;
 inline constexpr uint32_t kMaxLoopTasks = 1024;  // control requests waiting for one device loop
 inline constexpr uint32_t kMaxControlMessageBytes = 64 * 1024;
+inline constexpr uint32_t kMaxCallsPerConnection = 16;      // gRPC streams at a time
+inline constexpr uint32_t kMaxWaitingCallsPerSession = 16;  // control calls behind the one that runs; no more are open
+inline constexpr uint32_t kMaxWaitingCalls = 16 * 1024;     // of all sessions (control.max_sessions is at most 1024)
+inline constexpr uint32_t kMaxOperatorConnections = 64;     // on control.sock
 
 }  // namespace expertd::base

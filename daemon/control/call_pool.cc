@@ -37,18 +37,30 @@ CallPool::~CallPool() {
   }
 }
 
-base::Status CallPool::submit(uint64_t key, std::function<void()> job) {
+size_t CallPool::waiting_of(uint64_t key) const {
+  return static_cast<size_t>(std::ranges::count_if(waiting_, [key](const Job& job) { return job.turn.key == key; }));
+}
+
+base::Status CallPool::submit(const Turn& turn, std::function<bool()> ended, std::function<void()> job) {
   {
     const std::lock_guard lock(mutex_);
     if (closing_) {
       return base::Status(EXPERTD_REASON_UNAVAILABLE);
     }
+    if (waiting_of(turn.key) >= options_.per_key_max || waiting_.size() >= options_.queue_max) {
+      // A cancelled call makes room in gRPC's count of streams, but its job stays here until it is looked at.
+      std::erase_if(waiting_, [](const Job& waiting) { return waiting.ended(); });
+    }
+    if (waiting_of(turn.key) >= options_.per_key_max) {
+      return base::Status(EXPERTD_REASON_CALL_LIMIT,
+                          std::to_string(options_.per_key_max) + " control calls of the session are waiting");
+    }
     if (waiting_.size() >= options_.queue_max) {
       return base::Status(EXPERTD_REASON_UNAVAILABLE, "too many control calls are waiting; try again later");
     }
-    waiting_.push_back(Job{key, std::move(job)});
+    waiting_.push_back(Job{turn, std::move(ended), std::move(job)});
   }
-  changed_.notify_one();
+  changed_.notify_all();
   return base::Status::ok();
 }
 
@@ -60,8 +72,18 @@ bool CallPool::wait_idle(uint64_t deadline_ns) {
   return changed_.wait_for(lock, std::chrono::nanoseconds(left_ns), idle);
 }
 
+bool CallPool::may_run(const Job& job) const {
+  if (running_.contains(job.turn.key)) {
+    return false;
+  }
+  const auto running = running_of_.find(job.turn.owner);
+  const bool last_thread = options_.leave_a_thread && running != running_of_.end() && running->second != 0 &&
+                           running->second + 1 >= options_.threads;
+  return !last_thread;
+}
+
 std::deque<CallPool::Job>::iterator CallPool::next_job() {
-  return std::ranges::find_if(waiting_, [this](const Job& job) { return !running_.contains(job.key); });
+  return std::ranges::find_if(waiting_, [this](const Job& job) { return may_run(job); });
 }
 
 void CallPool::work() {
@@ -74,12 +96,16 @@ void CallPool::work() {
     }
     Job job = std::move(*next);
     waiting_.erase(next);
-    running_.insert(job.key);
+    running_.insert(job.turn.key);
+    ++running_of_[job.turn.owner];
     lock.unlock();
     job.work();
     job.work = nullptr;  // what it captured ends before the key is free
     lock.lock();
-    running_.erase(job.key);
+    running_.erase(job.turn.key);
+    if (--running_of_[job.turn.owner] == 0) {
+      running_of_.erase(job.turn.owner);
+    }
     changed_.notify_all();
   }
 }

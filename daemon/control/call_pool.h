@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A few threads for control calls that may block (memory registration, waiting for operations in flight), so that
-// gRPC's own threads never do. Calls of one key (session) run one after another and in order, so one client cannot hold
-// every thread. Any thread submits; owned by ControlServer. It never drops a job: every one runs, whose duty is to look
+// gRPC's own threads never do. Calls of one key (session) run one after another and in order, and few of them wait;
+// calls of one owner (user) never hold the last thread, however many sessions it has. Any thread submits; owned by
+// ControlServer. A job whose call has ended meanwhile may be dropped; every other one runs, and it is its duty to look
 // at its deadline first.
 #pragma once
 
@@ -12,17 +13,27 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <unordered_map>
 #include <unordered_set>
 #include <vector>
 
+#include "daemon/base/limits.h"
 #include "daemon/base/status.h"
 
 namespace expertd::control {
 
 struct CallPoolOptions {
   uint32_t threads = 4;
-  uint32_t queue_max = 1024;  // jobs waiting; gRPC's stream limit bounds them per connection
+  uint32_t queue_max = base::kMaxWaitingCalls;              // jobs waiting, of all keys
+  uint32_t per_key_max = base::kMaxWaitingCallsPerSession;  // of them of one key
+  bool leave_a_thread = true;                               // that the jobs of one owner alone do not get
   const char* thread_name = "control-call";
+};
+
+/// Whose turn a job takes.
+struct Turn {
+  uint64_t key = 0;
+  uint64_t owner = 0;
 };
 
 class CallPool {
@@ -33,27 +44,32 @@ class CallPool {
   CallPool(const CallPool&) = delete;
   CallPool& operator=(const CallPool&) = delete;
 
-  /// UNAVAILABLE when the queue is full or the pool is closing.
-  base::Status submit(uint64_t key, std::function<void()> job);
+  /// `ended` tells, from any thread and without blocking, that nobody waits for the job any more. CALL_LIMIT when too
+  /// many of the key wait, UNAVAILABLE when the queue is full or the pool is closing.
+  base::Status submit(const Turn& turn, std::function<bool()> ended, std::function<void()> job);
   /// False when jobs are still there at the deadline (absolute, base::now_ns clock).
   bool wait_idle(uint64_t deadline_ns);
 
  private:
   struct Job {
-    uint64_t key = 0;
+    Turn turn;
+    std::function<bool()> ended;
     std::function<void()> work;
   };
 
   explicit CallPool(const CallPoolOptions& options) : options_(options) {}
   void work();
-  /// The first waiting job whose key is not running, or end.
+  bool may_run(const Job& job) const;
+  /// The first waiting job whose turn it is, or end.
   std::deque<Job>::iterator next_job();
+  size_t waiting_of(uint64_t key) const;
 
   const CallPoolOptions options_;
   std::mutex mutex_;
   std::condition_variable changed_;  // with mutex_: everything below
   std::deque<Job> waiting_;
-  std::unordered_set<uint64_t> running_;
+  std::unordered_set<uint64_t> running_;               // keys
+  std::unordered_map<uint64_t, uint32_t> running_of_;  // owner -> jobs
   bool closing_ = false;
   std::vector<std::thread> threads_;
 };

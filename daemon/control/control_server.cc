@@ -33,7 +33,6 @@ namespace {
 
 constexpr size_t kQuotaBytes = 64UL << 20;
 constexpr int kQuotaThreads = 32;
-constexpr int kStreamsPerConnection = 16;
 constexpr int kMetadataBytesMax = 8192;
 constexpr int kPingIntervalMinMs = 10'000;
 constexpr int kPingStrikesMax = 3;
@@ -66,7 +65,7 @@ class ReflectionOption final : public grpc::ServerBuilderOption {
 
 void set_limits(grpc::ServerBuilder* builder) {
   builder->SetMaxReceiveMessageSize(static_cast<int>(base::kMaxControlMessageBytes));
-  builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kStreamsPerConnection);
+  builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, static_cast<int>(base::kMaxCallsPerConnection));
   builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, kMetadataBytesMax);
   builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, kPingIntervalMinMs);
   builder->AddChannelArgument(GRPC_ARG_HTTP2_MAX_PING_STRIKES, kPingStrikesMax);
@@ -154,7 +153,9 @@ base::Result<std::unique_ptr<ControlServer>> ControlServer::create(const Control
   }
   auto parts = std::make_unique<Parts>(options, range.value());
   auto session_calls = CallPool::create({.threads = options.session_threads, .thread_name = "control-session"});
-  auto operator_calls = CallPool::create({.threads = options.operator_threads, .thread_name = "control-operat"});
+  // Operators' calls look and do not wait, so one of them may use every thread.
+  auto operator_calls =
+      CallPool::create({.threads = options.operator_threads, .leave_a_thread = false, .thread_name = "control-operat"});
   if (!session_calls.is_ok() || !operator_calls.is_ok()) {
     return session_calls.is_ok() ? operator_calls.status() : session_calls.status();
   }
@@ -198,8 +199,8 @@ ControlServer::~ControlServer() {
   parts_->operator_calls.reset();
 }
 
-base::Status ControlServer::adopt_session_connection(base::ScopedFd fd, base::SessionId session) {
-  return parts_->adopt(std::move(fd), Peer{PeerKind::kSession, session, 0, 0});
+base::Status ControlServer::adopt_session_connection(base::ScopedFd fd, base::SessionId session, uint32_t uid) {
+  return parts_->adopt(std::move(fd), Peer{PeerKind::kSession, session, uid, 0});
 }
 
 void ControlServer::session_ended(base::SessionId session) {

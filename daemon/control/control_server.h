@@ -12,6 +12,7 @@
 
 #include "daemon/base/fd.h"
 #include "daemon/base/ids.h"
+#include "daemon/base/limits.h"
 #include "daemon/base/status.h"
 #include "daemon/session/api.h"
 
@@ -25,9 +26,9 @@ struct ControlOptions {
   bool enable_reflection = false;
   uint64_t call_deadline_max_ns = 3'600'000'000'000;
   std::string version;            // of the daemon, for OpenSession
-  uint32_t session_threads = 4;   // for session calls that wait; calls of one session never hold more than one
+  uint32_t session_threads = 4;   // for session calls that wait: one session holds at most one, one user all but one
   uint32_t operator_threads = 2;  // for operator calls
-  uint32_t operator_connections_max = 64;
+  uint32_t operator_connections_max = base::kMaxOperatorConnections;
 };
 
 enum class Serving { kNotReady, kReady };
@@ -44,8 +45,8 @@ class ControlServer {
   ControlServer(const ControlServer&) = delete;
   ControlServer& operator=(const ControlServer&) = delete;
 
-  /// Takes the daemon's end of a connected stream socket; every call on it is this session's.
-  base::Status adopt_session_connection(base::ScopedFd fd, base::SessionId session);
+  /// Takes the daemon's end of a connected stream socket; every call on it is this session's, of this user.
+  base::Status adopt_session_connection(base::ScopedFd fd, base::SessionId session, uint32_t uid);
   /// Ends the session's connections and the calls on them.
   void session_ended(base::SessionId session);
 

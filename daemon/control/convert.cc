@@ -148,7 +148,7 @@ Converted<session::GroupConfig> from_proto(const v1::GroupConfig& message) {
   out.error = check_enum("mode", message.mode(),
                          v1::GroupMode_IsValid(message.mode()) && message.mode() != v1::GROUP_MODE_UNSPECIFIED);
   if (out.error.status.is_ok()) {
-    // Unspecified is left for the domain to default.
+    // Unspecified passes here: the domain refuses it with the allowed range, as any number out of range.
     out.error = check_enum("on_rank_loss", message.on_rank_loss(), v1::OnRankLoss_IsValid(message.on_rank_loss()));
   }
   if (!out.error.status.is_ok()) {
@@ -185,7 +185,7 @@ Converted<session::JoinRequest> from_proto(const v1::JoinGroupRequest& message) 
   }
   Converted<session::GroupConfig> config = from_proto(message.config());
   out.error = std::move(config.error);
-  out.value = session::JoinRequest{message.name(), message.rank(), config.value, message.join_timeout_ns()};
+  out.value = session::JoinRequest{message.name(), message.rank(), config.value, message.join_timeout_ns(), nullptr};
   return out;
 }
 

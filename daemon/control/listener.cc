@@ -119,6 +119,7 @@ base::Status Listener::bind_and_listen() {
   if (!socket_.valid()) {
     return base::errno_status("socket");
   }
+  (void)refuse_descriptors(socket_.get());
   if (bind(socket_.get(), as_sockaddr(address.value()), sizeof(sockaddr_un)) != 0) {
     return errno == EADDRINUSE ? in_use(options_.path, "another process took it just now")
                                : base::errno_status("binding " + options_.path);

@@ -114,7 +114,8 @@ class OperatorService final : public v1::Control::CallbackService {
     };
     // A key of its own for each call: operators do not wait for one another.
     const uint64_t key = next_key_.fetch_add(1, std::memory_order_relaxed);
-    const base::Status queued = services_.operator_calls->submit(key, std::move(job));
+    const base::Status queued = services_.operator_calls->submit(
+        {key, admission.caller.peer.uid}, [call] { return call->ended(); }, std::move(job));
     if (!queued.is_ok()) {
       call->finish(session::ErrorDetail{queued, -1, {}, {}, {}});
     }

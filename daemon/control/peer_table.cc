@@ -21,6 +21,9 @@ constexpr size_t kSweepAbove = 256;
 
 constexpr std::string_view kPeerPrefix = "fd:";
 
+// The headers of most systems are older.
+constexpr int kSoPassRights = 83;
+
 }  // namespace
 
 base::Result<FdRange> default_fd_range() {
@@ -34,6 +37,11 @@ base::Result<FdRange> default_fd_range() {
     return base::Status(EXPERTD_REASON_SYSTEM, "the descriptor limit is too low; raise LimitNOFILE to 1024 or more");
   }
   return range;
+}
+
+bool refuse_descriptors(int fd) {
+  const int off = 0;
+  return setsockopt(fd, SOL_SOCKET, kSoPassRights, &off, sizeof(off)) == 0;
 }
 
 base::Result<base::ScopedFd> PeerTable::duplicate(int fd) {
@@ -61,6 +69,7 @@ base::Result<base::ScopedFd> PeerTable::adopt(base::ScopedFd fd, const Peer& pee
   if (flags < 0 || fcntl(fd.get(), F_SETFL, flags | O_NONBLOCK) != 0) {
     return base::errno_status("making a connection non-blocking");
   }
+  (void)refuse_descriptors(fd.get());
   struct stat info {};
   if (fstat(fd.get(), &info) != 0) {
     return base::errno_status("fstat of a connection");

@@ -24,8 +24,8 @@ enum class PeerKind { kSession, kOperator };
 struct Peer {
   PeerKind kind = PeerKind::kOperator;
   base::SessionId session;  // kSession
-  uint32_t uid = 0;         // kOperator
-  uint32_t pid = 0;         // kOperator; 0 when it lives in another pid namespace
+  uint32_t uid = 0;
+  uint32_t pid = 0;  // kOperator; 0 when it lives in another pid namespace
 };
 
 /// Descriptor numbers [first, limit) are the table's; nobody else takes numbers that high by chance.
@@ -36,6 +36,11 @@ struct FdRange {
 
 /// The upper half of what RLIMIT_NOFILE leaves, at most 65536 (the kernel's table grows with the highest number).
 base::Result<FdRange> default_fd_range();
+
+/// Has the kernel refuse descriptors that a peer sends over the socket, or over those accepted from it. gRPC asks for
+/// none, so the kernel would close them on gRPC's threads, and a close may wait for hours. Kernels before 6.16 cannot:
+/// false.
+bool refuse_descriptors(int fd);
 
 class PeerTable {
  public:

@@ -89,6 +89,7 @@ class SessionService final : public v1::Session::CallbackService {
       return reactor;
     }
     join.value.timeout_ns = join_timeout(join.value.timeout_ns, admission.caller.deadline_ns);
+    join.value.cancelled = UnaryCall<v1::JoinGroupResponse>::cancelled(call);
     // Waiting for the other ranks holds no thread: the answer comes from theirs.
     api_.join_group(admission.caller.peer.session, join.value,
                     [call](const session::ErrorDetail& error, const session::JoinGrant& grant) {
@@ -165,7 +166,8 @@ class SessionService final : public v1::Session::CallbackService {
       const session::ErrorDetail error = detail_of(work(caller, input, &out));
       call->finish(error, std::move(out));
     };
-    const base::Status queued = services_.session_calls->submit(caller.peer.session.value, std::move(job));
+    const base::Status queued = services_.session_calls->submit(
+        {caller.peer.session.value, caller.peer.uid}, [call] { return call->ended(); }, std::move(job));
     if (!queued.is_ok()) {
       call->finish(detail_of(queued));
     }

@@ -7,6 +7,7 @@
 #include <grpcpp/server_context.h>
 #include <grpcpp/support/server_callback.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <utility>
@@ -41,6 +42,11 @@ class UnaryCall {
     return reactor_;
   }
 
+  /// True once the client took the call back or its deadline passed; keeps the call.
+  static std::shared_ptr<const std::atomic<bool>> cancelled(const std::shared_ptr<UnaryCall>& call) {
+    return {call, &call->cancelled_};
+  }
+
   bool ended() {
     const std::lock_guard lock(mutex_);
     return reactor_ == nullptr;
@@ -65,6 +71,7 @@ class UnaryCall {
 
    private:
     void OnCancel() override {
+      call_->cancelled_.store(true, std::memory_order_release);
       session::ErrorDetail error;
       error.status = base::Status(EXPERTD_REASON_CANCELLED, "the call was cancelled or its deadline passed");
       call_->finish(error);
@@ -79,6 +86,7 @@ class UnaryCall {
     return std::exchange(reactor_, nullptr);
   }
 
+  std::atomic<bool> cancelled_{false};
   std::mutex mutex_;
   grpc::ServerUnaryReactor* reactor_ = nullptr;  // under mutex_; null: ended
   Response* response_ = nullptr;                 // touched by the one who claimed

@@ -75,6 +75,9 @@ class GroupShared {
   explicit GroupShared(const GroupSettings& settings);
 
   const GroupSettings& settings() const { return settings_; }
+  /// For whoever knows how the devices of the ranks reach each other. Only before the first operation, while no loop
+  /// has the group: they read the settings without locks.
+  void set_exchange_pages(uint32_t pages) { settings_.exchange_pages = pages; }
   uint32_t ranks() const { return settings_.shape.ranks; }
   uint64_t all_ranks() const;
   uint64_t lost() const { return lost_.load(std::memory_order_seq_cst); }

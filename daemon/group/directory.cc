@@ -67,9 +67,41 @@ session::ErrorDetail Directory::join(const session::JoinRequest& request, Member
     return refused(EXPERTD_REASON_ARGUMENT_RANGE,
                    "group name of " + std::to_string(request.name.size()) + " characters, allowed 1..64", -1);
   }
-  std::unique_lock<std::mutex> lock(mutex_);
-  const auto found = pending_.find(request.name);
+  std::vector<EndedJoin> ended;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    error = place(request, std::move(member), formation, &ended);
+  }
+  for (const EndedJoin& join : ended) {
+    join.member.done(refused(join.status.reason(), join.status.message(), static_cast<int32_t>(join.member.rank)), {});
+  }
+  return error;
+}
+
+void Directory::take_cancelled(std::map<uint32_t, Member>* members, std::vector<EndedJoin>* ended) {
+  for (auto member = members->begin(); member != members->end();) {
+    if (!member->second.is_cancelled()) {
+      ++member;
+      continue;
+    }
+    ended->push_back({std::move(member->second), base::Status(EXPERTD_REASON_CANCELLED, "the join was cancelled")});
+    member = members->erase(member);
+  }
+}
+
+// Under the lock; `ended` are answered without it.
+session::ErrorDetail Directory::place(const session::JoinRequest& request, Member&& member,
+                                      std::unique_ptr<Formation>* formation, std::vector<EndedJoin>* ended) {
+  auto found = pending_.find(request.name);
+  if (found != pending_.end()) {
+    take_cancelled(&found->second.members, ended);
+    if (found->second.members.empty()) {
+      pending_.erase(found);
+      found = pending_.end();
+    }
+  }
   Pending* pending = found == pending_.end() ? nullptr : &found->second;
+  session::ErrorDetail error;
   if (pending != nullptr) {
     error = compare_configs(pending->config, request.config);
     error.rank = error.status.is_ok() ? -1 : static_cast<int32_t>(request.rank);
@@ -86,21 +118,16 @@ session::ErrorDetail Directory::join(const session::JoinRequest& request, Member
     pending->config = request.config;
   }
   member.rank = request.rank;
-  session::JoinCallback superseded;
   if (const auto earlier = pending->members.find(request.rank); earlier != pending->members.end()) {
-    superseded = std::move(earlier->second.done);
+    ended->push_back(
+        {std::move(earlier->second),
+         base::Status(EXPERTD_REASON_CANCELLED, "a later join of the same rank took the place of this one")});
   }
   pending->members[request.rank] = std::move(member);
   if (pending->members.size() == request.config.expert_parallel_size) {
     Pending complete = std::move(*pending);
     pending_.erase(request.name);
     *formation = form(request.name, std::move(complete));
-  }
-  lock.unlock();
-  if (superseded) {
-    superseded(refused(EXPERTD_REASON_CANCELLED, "a later join of the same rank took the place of this one",
-                       static_cast<int32_t>(request.rank)),
-               {});
   }
   return {};
 }
@@ -180,24 +207,26 @@ std::vector<Member> Directory::session_ended(base::SessionId session) {
   return dropped;
 }
 
-std::vector<std::pair<Member, std::string>> Directory::expire(uint64_t now_ns) {
-  std::vector<std::pair<Member, std::string>> expired;
+std::vector<EndedJoin> Directory::expire(uint64_t now_ns) {
+  std::vector<EndedJoin> ended;
   const std::lock_guard<std::mutex> lock(mutex_);
   for (auto entry = pending_.begin(); entry != pending_.end();) {
     std::map<uint32_t, Member>& members = entry->second.members;
+    take_cancelled(&members, &ended);
     const std::string missing = missing_ranks(members, entry->second.config.expert_parallel_size);
     for (auto member = members.begin(); member != members.end();) {
       if (member->second.deadline_ns > now_ns) {
         ++member;
         continue;
       }
-      expired.emplace_back(std::move(member->second),
-                           "group \"" + entry->first + "\": rank(s) " + missing + " had not joined at the deadline");
+      ended.push_back({std::move(member->second),
+                       base::Status(EXPERTD_REASON_JOIN_TIMEOUT, "group \"" + entry->first + "\": rank(s) " + missing +
+                                                                     " had not joined at the deadline")});
       member = members.erase(member);
     }
     entry = members.empty() ? pending_.erase(entry) : std::next(entry);
   }
-  return expired;
+  return ended;
 }
 
 std::vector<session::GroupSnapshot> Directory::snapshot() const {

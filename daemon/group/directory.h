@@ -4,6 +4,7 @@
 // own and calls back outside of it. Times are arguments.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -22,6 +23,15 @@ struct Member {
   uint32_t rank = 0;
   session::JoinCallback done;
   uint64_t deadline_ns = 0;
+  uint64_t ticket = 0;                                           // the service's name for the join
+  std::shared_ptr<const std::atomic<bool>> cancelled = nullptr;  // as in JoinRequest
+  bool is_cancelled() const { return cancelled != nullptr && cancelled->load(std::memory_order_acquire); }
+};
+
+/// A join that did not become a group, and why.
+struct EndedJoin {
+  Member member;
+  base::Status status;
 };
 
 /// A group whose ranks are all here, in rank order, ready to be formed.
@@ -47,13 +57,14 @@ class Directory {
   explicit Directory(const Defaults& defaults) : defaults_(defaults) {}
 
   /// Adds a rank. An error is returned here (done is not called); otherwise `formation` is filled when the group became
-  /// complete, and empty while ranks are missing. A rank that asks again replaces its own earlier request.
+  /// complete, and empty while ranks are missing. A rank that asks again replaces its own earlier request, and places
+  /// of cancelled joins are free.
   session::ErrorDetail join(const session::JoinRequest& request, Member member, std::unique_ptr<Formation>* formation);
   /// A session ended: its formed ranks are marked lost; its pending joins are dropped and returned to be answered.
   [[nodiscard]] std::vector<Member> session_ended(base::SessionId session);
   void left(base::GroupId group, uint32_t rank);
-  /// Takes out the joins whose deadline passed; the caller answers them with JOIN_TIMEOUT and the message.
-  std::vector<std::pair<Member, std::string>> expire(uint64_t now_ns);
+  /// Takes out the joins that were cancelled or whose deadline passed; the caller answers them.
+  [[nodiscard]] std::vector<EndedJoin> expire(uint64_t now_ns);
   std::vector<session::GroupSnapshot> snapshot() const;
 
  private:
@@ -69,6 +80,9 @@ class Directory {
   };
   session::ErrorDetail check_place(const session::JoinRequest& request, const Member& member, const Pending* pending);
   std::unique_ptr<Formation> form(const std::string& name, Pending&& pending);
+  static void take_cancelled(std::map<uint32_t, Member>* members, std::vector<EndedJoin>* ended);
+  session::ErrorDetail place(const session::JoinRequest& request, Member&& member,
+                             std::unique_ptr<Formation>* formation, std::vector<EndedJoin>* ended);
 
   Defaults defaults_;
   mutable std::mutex mutex_;

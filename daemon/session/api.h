@@ -4,8 +4,10 @@
 // for other ranks come through a callback, exactly once, from another thread.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -41,6 +43,8 @@ struct JoinRequest {
   uint32_t rank = 0;
   GroupConfig config;
   uint64_t timeout_ns = 0;
+  /// Becomes true when nobody waits for the answer any more: the join is then taken back. Null: it never does.
+  std::shared_ptr<const std::atomic<bool>> cancelled = nullptr;
 };
 
 struct JoinGrant {

@@ -45,10 +45,14 @@ class AttachApi {
   virtual base::Result<AttachGrant> attach(const AttachRequest& request) = 0;
   /// The lease ended: everything of the session is stopped and, once quiet, given back. Returns at once.
   virtual void session_ended(base::SessionId session, const std::string& cause) = 0;
-  /// A descriptor from the client, kept until register_fd names its token.
+  /// A descriptor from the client, kept until register_fd names its token; discarded when it is refused.
   virtual base::Result<uint64_t> put_fd(base::SessionId session, base::ScopedFd fd) = 0;
   /// The descriptor of a window that was created for the session.
   virtual base::Result<TakenFd> take_fd(base::SessionId session, uint64_t token) = 0;
+  /// Closes a descriptor that came from a client, or holds some that did, on a thread of its own: that may take hours.
+  virtual void discard_fd(base::ScopedFd fd) = 0;
+  /// Too many of them wait: nothing more may be taken from clients until this is over.
+  virtual bool discards_full() const = 0;
 };
 
 }  // namespace expertd::session

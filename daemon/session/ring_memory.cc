@@ -2,6 +2,7 @@
 #include "daemon/session/ring_memory.h"
 
 #include <fcntl.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -18,6 +19,10 @@ base::Result<std::unique_ptr<RingMemory>> RingMemory::create(base::SessionId ses
   if (::ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0 ||
       ::fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
     return base::errno_status("sizing a ring");
+  }
+  base::ScopedFd wake_fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (!wake_fd.valid()) {
+    return base::errno_status("eventfd of a ring");
   }
   void* base = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd.get(), 0);
   if (base == MAP_FAILED) {
@@ -36,7 +41,7 @@ base::Result<std::unique_ptr<RingMemory>> RingMemory::create(base::SessionId ses
   header->slots_offset = EXPERTD_RING_HEADER_BYTES;
   header->completions_offset = EXPERTD_RING_HEADER_BYTES + uint64_t{slot_count} * EXPERTD_SLOT_BYTES;
   header->total_bytes = bytes;
-  return std::unique_ptr<RingMemory>(new RingMemory(std::move(fd), base, bytes, slot_count));
+  return std::unique_ptr<RingMemory>(new RingMemory(std::move(fd), std::move(wake_fd), base, bytes, slot_count));
 }
 
 RingMemory::~RingMemory() {

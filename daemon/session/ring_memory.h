@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // RingMemory: the memfd of one session's ring, created, formatted and mapped by the daemon (layout:
-// proto/abi/ring_v1.h). Sealed, so that the client can neither shrink it under the daemon nor grow it.
+// proto/abi/ring_v1.h), and the eventfd that wakes its loop. The memory is sealed, so that the client can neither
+// shrink it under the daemon nor grow it. Counter and flags of the eventfd belong to whoever holds a descriptor of it,
+// so each session has one of its own and the daemon only watches it.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +24,7 @@ class RingMemory {
   RingMemory& operator=(const RingMemory&) = delete;
 
   int fd() const { return fd_.get(); }
+  int wake_fd() const { return wake_fd_.get(); }
   uint64_t bytes() const { return bytes_; }
   uint32_t slot_count() const { return slot_count_; }
   expertd_ring_header* header() const { return static_cast<expertd_ring_header*>(base_); }
@@ -34,10 +37,11 @@ class RingMemory {
   }
 
  private:
-  RingMemory(base::ScopedFd fd, void* base, uint64_t bytes, uint32_t slot_count)
-      : fd_(std::move(fd)), base_(base), bytes_(bytes), slot_count_(slot_count) {}
+  RingMemory(base::ScopedFd fd, base::ScopedFd wake_fd, void* base, uint64_t bytes, uint32_t slot_count)
+      : fd_(std::move(fd)), wake_fd_(std::move(wake_fd)), base_(base), bytes_(bytes), slot_count_(slot_count) {}
 
   base::ScopedFd fd_;
+  base::ScopedFd wake_fd_;
   void* base_;
   uint64_t bytes_;
   uint32_t slot_count_;  // the daemon's own copy: the header's is writable by the client

@@ -33,6 +33,7 @@ SessionService::~SessionService() {
 }
 
 base::Status SessionService::start() {
+  EXPERTD_RETURN_IF_ERROR(closer_.start());
   try {
     housekeeper_ = std::thread([this] { housekeeper_main(); });
   } catch (const std::system_error& error) {
@@ -158,7 +159,7 @@ base::Result<AttachGrant> SessionService::attach(const AttachRequest& request) {
     status = session->place.loop->add_session(&session->tables, session->ring.get(),
                                               session->place.device->session_flag_page(session->id));
     if (!status.is_ok()) {
-      session->place.device->close_session(session->id);
+      session->place.device->close_session(session->id);  // the loop has not taken the session and never will
     }
   }
   if (!status.is_ok()) {
@@ -174,7 +175,7 @@ base::Result<AttachGrant> SessionService::attach(const AttachRequest& request) {
   grant.is_cuda = info.is_cuda;
   grant.mps_active = info.mps_active;
   grant.ring_fd = session->ring->fd();
-  grant.wake_fd = session->place.loop->wake_fd();
+  grant.wake_fd = session->ring->wake_fd();
   grant.ring_bytes = session->ring->bytes();
   grant.flag_page_fd = std::move(opened.value().flag_page_fd);
   grant.flag_page_bytes = opened.value().flag_page_bytes;
@@ -211,11 +212,7 @@ void SessionService::session_ended(base::SessionId id, const std::string& cause)
       groups.push_back(membership.group);
     }
   }
-  for (const group::Member& member : directory_.session_ended(id)) {
-    ErrorDetail error;
-    error.status = base::Status(EXPERTD_REASON_CANCELLED, "the session ended while it waited for its group");
-    member.done(error, {});
-  }
+  drop_joins(id);
   for (const std::shared_ptr<engine::GroupShared>& group : groups) {
     wake_group(*group);
   }
@@ -224,7 +221,7 @@ void SessionService::session_ended(base::SessionId id, const std::string& cause)
     housekeeper_signal_.notify_all();
   });
   if (!closing.is_ok()) {
-    session->drained.store(true, std::memory_order_release);  // the loop is gone: nothing runs any more
+    session->drained.store(true, std::memory_order_release);  // the loop has ended: nothing runs any more
   }
   observer_->ended(id, cause);
 }
@@ -234,18 +231,30 @@ bool SessionService::try_reclaim(const SessionRef& session) {
   if (!session->drained.load(std::memory_order_acquire)) {
     return false;
   }
-  const std::lock_guard<std::mutex> lock(session->mutex);
-  for (const auto& [group, membership] : session->memberships) {
-    if (!membership.group->quiet(membership.rank)) {
-      return false;
+  std::map<uint64_t, Session::Membership> memberships;
+  std::map<uint32_t, Session::Buffer> buffers;
+  std::map<uint64_t, Session::PendingFd> fds;
+  {
+    const std::lock_guard<std::mutex> lock(session->mutex);
+    for (const auto& [group, membership] : session->memberships) {
+      if (!membership.group->quiet(membership.rank)) {
+        return false;
+      }
     }
+    memberships.swap(session->memberships);
+    buffers.swap(session->buffers);
+    fds.swap(session->fds);
   }
-  for (const auto& [group, membership] : session->memberships) {
+  // Devices may block, and whoever looks at sessions takes their locks: none is held from here on.
+  for (const auto& [group, membership] : memberships) {
     session->place.device->destroy_group(base::GroupId{group}, base::Rank{membership.rank});
   }
-  session->memberships.clear();
-  session->buffers.clear();
-  session->fds.clear();
+  buffers.clear();
+  for (auto& [token, pending] : fds) {
+    if (!pending.for_client) {
+      discard_fd(std::move(pending.fd));
+    }
+  }
   session->place.device->close_session(session->id);
   return true;
 }
@@ -267,11 +276,7 @@ void SessionService::housekeeper_main() {
         reclaimed.push_back(session);
       }
     }
-    for (auto& [member, message] : directory_.expire(base::now_ns())) {
-      ErrorDetail error;
-      error.status = base::Status(EXPERTD_REASON_JOIN_TIMEOUT, message);
-      member.done(error, {});
-    }
+    answer_ended_joins();
     lock.lock();
     for (const SessionRef& session : reclaimed) {
       std::erase(ended_, session);

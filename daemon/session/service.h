@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // SessionService: every session of the daemon, from attach to reclaim: memory, groups, quotas, state. Control threads
-// and the attach listener call it; it never runs on a device loop. A session that ended is reclaimed by the housekeeper
-// thread only when the engines reported that nothing in flight can touch its memory (daemon/README.md, "Who owns
+// and the attach listener call it; on a device loop run only the short tasks that change a session's tables and the
+// callback that tells of its last operation. The housekeeper thread sets complete groups up, ends joins, and reclaims a
+// session that ended when the engines reported that nothing in flight can touch its memory (daemon/README.md, "Who owns
 // memory").
 #pragma once
 
@@ -20,6 +21,7 @@
 #include "daemon/group/directory.h"
 #include "daemon/session/api.h"
 #include "daemon/session/attach_api.h"
+#include "daemon/session/descriptor_closer.h"
 #include "daemon/session/loop_port.h"
 
 namespace expertd::session {
@@ -70,6 +72,8 @@ class SessionService final : public SessionApi, public AttachApi {
   void session_ended(base::SessionId session, const std::string& cause) override;
   base::Result<uint64_t> put_fd(base::SessionId session, base::ScopedFd fd) override;
   base::Result<TakenFd> take_fd(base::SessionId session, uint64_t token) override;
+  void discard_fd(base::ScopedFd fd) override { closer_.close(std::move(fd)); }
+  bool discards_full() const override { return closer_.full(); }
 
   base::Status open_session(base::SessionId session, const std::string& client_id,
                             const std::string& traceparent) override;
@@ -96,11 +100,20 @@ class SessionService final : public SessionApi, public AttachApi {
   base::Result<SessionRef> find(base::SessionId session);
   base::Result<SessionRef> create_session(const AttachRequest& request, size_t device);
   base::Status check_quota(const AttachRequest& request);
+  base::Result<uint64_t> keep_fd(base::SessionId session, base::ScopedFd* fd);
+  /// A window comes with its descriptor and with the bytes that were reserved for it, which end here in any case.
   base::Result<BufferGrant> install(const SessionRef& session, std::unique_ptr<device::HeldMemory> memory,
-                                    base::ScopedFd fd);
+                                    base::ScopedFd fd, uint64_t reserved);
   base::Status check_registered(const Session& session, uint64_t bytes) const;
+  base::Status reserve_window(Session& session, uint64_t size);
+  static std::unique_ptr<device::HeldMemory> take_buffer(Session& session, uint32_t buffer_id);
   base::Status remove_buffer(const SessionRef& session, uint32_t buffer_id, uint64_t deadline_ns);
+  base::Status take_ticket(Session& session, uint64_t* ticket);
+  void answer_ended_joins();
+  void drop_joins(base::SessionId session);
+  bool needs_relay(const group::Formation& formation) const;
   void form_group(std::unique_ptr<group::Formation> formation);
+  static void mark_formed(Session& session, base::GroupId group);
   base::Status form_member(const group::Formation& formation, const group::Member& member, JoinGrant* grant);
   base::Status remove_membership(const SessionRef& session, base::GroupId group, uint64_t deadline_ns);
   void wake_group(const engine::GroupShared& group);
@@ -112,10 +125,11 @@ class SessionService final : public SessionApi, public AttachApi {
   std::vector<DeviceEntry> devices_;
   SessionObserver* observer_;
   group::Directory directory_;
+  DescriptorCloser closer_;
   std::mutex mutex_;
   std::condition_variable housekeeper_signal_;
   std::map<uint64_t, SessionRef> sessions_;
-  std::deque<std::unique_ptr<group::Formation>> formations_;  // complete groups to set up; bounded by the joins
+  std::deque<std::unique_ptr<group::Formation>> formations_;  // complete groups to set up; each has a join of a session
   std::deque<SessionRef> ended_;  // waiting for their last operations; bounded by max_sessions
   uint64_t next_session_ = 1;
   bool draining_ = false;

@@ -43,6 +43,37 @@ base::Result<GroupPlan> SessionService::plan_group(const GroupConfig& config) {
   return plan;
 }
 
+// Joins that wait count like groups: each holds a place in the directory until its deadline.
+base::Status SessionService::take_ticket(Session& session, uint64_t* ticket) {
+  const std::lock_guard<std::mutex> lock(session.mutex);
+  if (session.ended) {
+    return base::Status(EXPERTD_REASON_NO_SUCH_SESSION);
+  }
+  if (session.memberships.size() + session.joins.size() >= std::min(options_.max_groups, base::kMaxGroupsPerSession)) {
+    return base::Status(EXPERTD_REASON_GROUP_LIMIT, "session.max_groups = " + std::to_string(options_.max_groups) +
+                                                        " groups are joined or being joined");
+  }
+  *ticket = session.next_ticket++;
+  session.joins.insert(*ticket);
+  return base::Status::ok();
+}
+
+void SessionService::answer_ended_joins() {
+  for (const group::EndedJoin& join : directory_.expire(base::now_ns())) {
+    ErrorDetail error;
+    error.status = join.status;
+    join.member.done(error, {});
+  }
+}
+
+void SessionService::drop_joins(base::SessionId id) {
+  for (const group::Member& member : directory_.session_ended(id)) {
+    ErrorDetail error;
+    error.status = base::Status(EXPERTD_REASON_CANCELLED, "the session ended while it waited for its group");
+    member.done(error, {});
+  }
+}
+
 void SessionService::join_group(base::SessionId id, const JoinRequest& request, JoinCallback done) {
   ErrorDetail error;
   base::Result<SessionRef> found = find(id);
@@ -52,27 +83,44 @@ void SessionService::join_group(base::SessionId id, const JoinRequest& request, 
     return;
   }
   const SessionRef session = found.value();
-  {
-    const std::lock_guard<std::mutex> lock(session->mutex);
-    if (session->memberships.size() >= std::min(options_.max_groups, base::kMaxGroupsPerSession)) {
-      error.status =
-          base::Status(EXPERTD_REASON_GROUP_LIMIT, "session.max_groups = " + std::to_string(options_.max_groups));
-    }
+  uint64_t ticket = 0;
+  error.status = take_ticket(*session, &ticket);
+  if (error.status.reason() == EXPERTD_REASON_GROUP_LIMIT) {
+    answer_ended_joins();  // the session may have cancelled some just now
+    error.status = take_ticket(*session, &ticket);
   }
   if (!error.status.is_ok()) {
     done(error, {});
     return;
   }
+  const JoinCallback answer = [session, ticket, done = std::move(done)](const ErrorDetail& end,
+                                                                        const JoinGrant& grant) {
+    {
+      const std::lock_guard<std::mutex> lock(session->mutex);
+      session->joins.erase(ticket);
+    }
+    done(end, grant);
+  };
   group::Member member;
   member.session = id;
   member.device = session->place.device->index();
   member.deadline_ns = base::now_ns() + (request.timeout_ns != 0 ? request.timeout_ns : kDefaultJoinNs);
-  member.done = done;
+  member.done = answer;
+  member.ticket = ticket;
+  member.cancelled = request.cancelled;
   std::unique_ptr<group::Formation> formation;
   error = directory_.join(request, std::move(member), &formation);
   if (!error.status.is_ok()) {
-    done(error, {});
+    answer(error, {});
     return;
+  }
+  bool ended = false;
+  {
+    const std::lock_guard<std::mutex> lock(session->mutex);
+    ended = session->ended;
+  }
+  if (ended) {
+    drop_joins(id);  // its end was through with the directory before this join came there
   }
   if (formation != nullptr) {
     // Tables and windows take a while on a GPU; the caller's thread must not wait for them.
@@ -82,24 +130,60 @@ void SessionService::join_group(base::SessionId id, const JoinRequest& request, 
   }
 }
 
+// Whether two of its GPUs do not reach each other, so that their ranks exchange through memory of the host.
+bool SessionService::needs_relay(const group::Formation& formation) const {
+  std::vector<device::DeviceInfo> infos;
+  for (const group::Member& member : formation.members) {
+    infos.push_back(devices_[member.device.value].device->info());
+  }
+  for (size_t from = 0; from < infos.size(); ++from) {
+    for (size_t to = 0; to < infos.size(); ++to) {
+      const bool reaches = (infos[from].peer_access_mask >> formation.members[to].device.value & 1) != 0;
+      if (from != to && infos[from].is_cuda && infos[to].is_cuda && !reaches) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
 void SessionService::form_group(std::unique_ptr<group::Formation> formation) {
+  const base::GroupId group = formation->shared->settings().shape.id;
+  if (needs_relay(*formation)) {
+    formation->shared->set_exchange_pages(1);
+  }
   std::vector<JoinGrant> grants(formation->members.size());
   ErrorDetail error;
   for (size_t i = 0; i < formation->members.size() && error.status.is_ok(); ++i) {
     error.status = form_member(*formation, formation->members[i], &grants[i]);
     error.rank = error.status.is_ok() ? -1 : static_cast<int32_t>(formation->members[i].rank);
   }
-  if (!error.status.is_ok()) {
-    // All or none: a rank that could not be set up leaves a group that nobody may use.
-    for (const group::Member& member : formation->members) {
-      base::Result<SessionRef> found = find(member.session);
-      if (found.is_ok()) {
-        (void)remove_membership(found.value(), formation->shared->settings().shape.id, base::now_ns()).is_ok();
-      }
+  for (size_t i = 0; i < formation->members.size(); ++i) {
+    const group::Member& member = formation->members[i];
+    const base::Result<SessionRef> found = find(member.session);
+    // All or none: a rank that could not be set up leaves a group that nobody may use. A rank whose join was cancelled
+    // meanwhile would never submit anything: its peers are to see a lost rank at once.
+    if (!found.is_ok()) {
+      member.done(error, grants[i]);  // the session's connection is over as well
+    } else if (!error.status.is_ok()) {
+      (void)remove_membership(found.value(), group, base::now_ns()).is_ok();
+      member.done(error, {});
+    } else if (member.is_cancelled()) {
+      (void)remove_membership(found.value(), group, base::now_ns()).is_ok();
+      ErrorDetail cancelled;
+      cancelled.status = base::Status(EXPERTD_REASON_CANCELLED, "the join was cancelled");
+      member.done(cancelled, {});
+    } else {
+      mark_formed(*found.value(), group);
+      member.done(error, grants[i]);
     }
   }
-  for (size_t i = 0; i < formation->members.size(); ++i) {
-    formation->members[i].done(error, error.status.is_ok() ? grants[i] : JoinGrant{});
+}
+
+void SessionService::mark_formed(Session& session, base::GroupId group) {
+  const std::lock_guard<std::mutex> lock(session.mutex);
+  if (const auto entry = session.memberships.find(group.value); entry != session.memberships.end()) {
+    entry->second.formed = true;
   }
 }
 
@@ -117,7 +201,8 @@ base::Status SessionService::form_member(const group::Formation& formation, cons
   EXPERTD_RETURN_IF_ERROR(session->place.device->create_group(shape, options_.handles_per_session));
   {
     const std::lock_guard<std::mutex> lock(session->mutex);
-    session->memberships[shape.id.value] = {formation.shared, member.rank, 0};
+    session->joins.erase(member.ticket);  // the membership takes its place
+    session->memberships[shape.id.value] = {formation.shared, member.rank, 0, false};
   }
   if (const uint64_t bytes = window_bytes_of(formation.config); bytes != 0) {
     base::Result<BufferGrant> window = create_window(member.session, bytes);
@@ -126,7 +211,11 @@ base::Status SessionService::form_member(const group::Formation& formation, cons
     }
     grant->window = window.value();
     const std::lock_guard<std::mutex> lock(session->mutex);
-    session->memberships[shape.id.value].window_buffer = grant->window.buffer_id;
+    const auto entry = session->memberships.find(shape.id.value);
+    if (entry == session->memberships.end()) {
+      return base::Status(EXPERTD_REASON_NO_SUCH_GROUP);
+    }
+    entry->second.window_buffer = grant->window.buffer_id;
   }
   grant->group = shape.id;
   grant->epoch = formation.shared->epoch();
@@ -155,7 +244,6 @@ base::Status SessionService::form_member(const group::Formation& formation, cons
 base::Status SessionService::remove_membership(const SessionRef& session, base::GroupId group, uint64_t deadline_ns) {
   std::shared_ptr<engine::GroupShared> shared;
   uint32_t rank = 0;
-  uint32_t window = 0;
   {
     const std::lock_guard<std::mutex> lock(session->mutex);
     const auto found = session->memberships.find(group.value);
@@ -164,7 +252,6 @@ base::Status SessionService::remove_membership(const SessionRef& session, base::
     }
     shared = found->second.group;
     rank = found->second.rank;
-    window = found->second.window_buffer;
   }
   directory_.left(group, rank);
   shared->set_lost(rank);
@@ -188,11 +275,18 @@ base::Status SessionService::remove_membership(const SessionRef& session, base::
       std::this_thread::sleep_for(kQuietPoll);
     }
   } while (!*idle);
-  session->place.device->destroy_group(group, base::Rank{rank});
+  uint32_t window = 0;
   {
+    // Whoever takes the membership out gives its tables back: another Leave, or the reclaim of a session that ended.
     const std::lock_guard<std::mutex> lock(session->mutex);
-    session->memberships.erase(group.value);
+    const auto found = session->memberships.find(group.value);
+    if (found == session->memberships.end()) {
+      return base::Status::ok();
+    }
+    window = found->second.window_buffer;
+    session->memberships.erase(found);
   }
+  session->place.device->destroy_group(group, base::Rank{rank});
   return window == 0 ? base::Status::ok() : remove_buffer(session, window, deadline_ns);
 }
 
@@ -200,6 +294,13 @@ base::Status SessionService::leave_group(base::SessionId id, base::GroupId group
   base::Result<SessionRef> found = find(id);
   if (!found.is_ok()) {
     return found.status();
+  }
+  {
+    const std::lock_guard<std::mutex> lock(found.value()->mutex);
+    const auto entry = found.value()->memberships.find(group.value);
+    if (entry == found.value()->memberships.end() || !entry->second.formed) {
+      return base::Status(EXPERTD_REASON_NO_SUCH_GROUP, "group " + std::to_string(group.value));
+    }
   }
   return remove_membership(found.value(), group, deadline_ns);
 }

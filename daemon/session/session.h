@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 
 #include "daemon/session/service.h"
@@ -23,6 +24,7 @@ struct SessionService::Session {
     std::shared_ptr<engine::GroupShared> group;
     uint32_t rank = 0;
     uint32_t window_buffer = 0;
+    bool formed = false;  // the client was told; until then it can only have guessed the group's id
   };
   struct PendingFd {
     base::ScopedFd fd;
@@ -43,9 +45,13 @@ struct SessionService::Session {
   std::string client_id;
   std::string traceparent;
   std::map<uint32_t, Buffer> buffers;
-  uint64_t window_bytes = 0;  // sums over buffers
+  // Sums over buffers, by whose memory it is. Those of windows have besides what is reserved for one that is being
+  // made.
+  uint64_t window_bytes = 0;
   uint64_t registered_bytes = 0;
   std::map<uint64_t, Membership> memberships;
+  std::set<uint64_t> joins;  // tickets of those without answer and membership
+  uint64_t next_ticket = 1;
   std::map<uint64_t, PendingFd> fds;
   uint64_t next_token = 1;
   bool ended = false;

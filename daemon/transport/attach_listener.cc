@@ -7,11 +7,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <system_error>
 
 #include "daemon/base/clock.h"
-#include "daemon/transport/attach_socket.h"
+#include "daemon/base/limits.h"
+#include "daemon/base/log.h"
 #include "proto/abi/attach_v1.h"
 
 namespace expertd::transport {
@@ -19,8 +21,9 @@ namespace expertd::transport {
 namespace {
 
 constexpr uint64_t kHelloNs = 5'000'000'000ULL;  // a connection that says nothing is closed after this
-constexpr size_t kMaxConnections = 2048;
 constexpr int kPollMs = 500;
+// With no descriptor or memory left accept() fails at once while the socket stays readable: look again after this long.
+constexpr int kAcceptPauseMs = 50;
 
 union Message {
   expertd_attach_hello hello;
@@ -86,11 +89,15 @@ void AttachListener::close_session(base::SessionId session) {
 void AttachListener::thread_main() {
   std::vector<pollfd> entries;
   while (!stop_.load(std::memory_order_acquire)) {
-    entries.assign({{listening_.get(), POLLIN, 0}, {wake_.get(), POLLIN, 0}});
+    // While too many descriptors wait to be closed nothing is read: a hang-up is all that still ends a session.
+    const bool reads = !sessions_->discards_full();
+    const bool pauses = base::now_ns() < accept_again_ns_;
+    const bool accepts = reads && !pauses && connections_.size() < base::kMaxAttachConnections;
+    entries.assign({{accepts ? listening_.get() : -1, POLLIN, 0}, {wake_.get(), POLLIN, 0}});
     for (const auto& [fd, connection] : connections_) {
-      entries.push_back({fd, POLLIN, 0});
+      entries.push_back({fd, static_cast<short>(reads ? POLLIN : 0), 0});
     }
-    if (::poll(entries.data(), entries.size(), kPollMs) < 0 && errno != EINTR) {
+    if (::poll(entries.data(), entries.size(), pauses ? kAcceptPauseMs : kPollMs) < 0 && errno != EINTR) {
       continue;
     }
     if (entries[1].revents != 0) {
@@ -100,14 +107,16 @@ void AttachListener::thread_main() {
     }
     for (size_t i = 2; i < entries.size(); ++i) {
       const auto found = connections_.find(entries[i].fd);
-      if (entries[i].revents != 0 && found != connections_.end() && !serve(found->second)) {
+      if (entries[i].revents != 0 && found != connections_.end() && (!reads || !serve(found->second))) {
         drop(entries[i].fd, "eof");
       }
     }
     if (entries[0].revents != 0) {
       accept_clients();
     }
-    expire_silent(base::now_ns());
+    if (reads) {
+      expire_silent(base::now_ns());
+    }
   }
   while (!connections_.empty()) {
     drop(connections_.begin()->first, "drain");
@@ -142,18 +151,20 @@ void AttachListener::close_requested() {
 }
 
 void AttachListener::accept_clients() {
-  while (true) {
+  while (connections_.size() < base::kMaxAttachConnections) {
     base::ScopedFd fd(::accept4(listening_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
     if (!fd.valid()) {
+      if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED) {
+        base::log_warn("attach.sock cannot accept", {{"error", std::strerror(errno)}});
+        accept_again_ns_ = base::now_ns() + uint64_t{kAcceptPauseMs} * 1'000'000;
+      }
       return;
-    }
-    if (connections_.size() >= kMaxConnections) {
-      continue;  // closing tells the client; nothing of it was taken
     }
     Connection connection;
     ucred credentials{};
     socklen_t size = sizeof(credentials);
     if (::getsockopt(fd.get(), SOL_SOCKET, SO_PEERCRED, &credentials, &size) != 0) {
+      end_connection(std::move(fd));
       continue;
     }
     connection.uid = credentials.uid;
@@ -171,6 +182,7 @@ void AttachListener::drop(int fd, const std::string& cause) {
     return;
   }
   const base::SessionId session = found->second.session;
+  end_connection(std::move(found->second.fd));
   connections_.erase(found);
   if (session.value != 0) {
     sessions_->session_ended(session, cause);
@@ -178,27 +190,38 @@ void AttachListener::drop(int fd, const std::string& cause) {
   }
 }
 
+// Packets that nobody read hold descriptors, which a close would close on this thread.
+void AttachListener::end_connection(base::ScopedFd fd) {
+  if (end_with_unread(fd.get())) {
+    sessions_->discard_fd(std::move(fd));
+  }
+}
+
 bool AttachListener::serve(Connection& connection) {
   Message message{};
   Packet packet = receive_packet(connection.fd.get(), &message, sizeof(message));
-  if (packet.nothing) {
-    return true;
+  const bool goes_on = packet.nothing || answer(connection, &message, &packet);
+  for (base::ScopedFd& fd : packet.fds) {
+    sessions_->discard_fd(std::move(fd));
   }
-  if (packet.end_of_file) {
+  return goes_on;
+}
+
+bool AttachListener::answer(Connection& connection, const void* bytes, Packet* packet) {
+  const auto& message = *static_cast<const Message*>(bytes);
+  if (packet->end_of_file) {
     return false;
   }
   if (connection.session.value == 0) {
-    if (packet.bytes != sizeof(expertd_attach_hello) || message.hello.magic != EXPERTD_ATTACH_MAGIC ||
-        message.hello.type != EXPERTD_ATTACH_HELLO) {
+    const bool has_fds = !packet->fds.empty() || packet->fds_missing;
+    if (packet->bytes != sizeof(expertd_attach_hello) || message.hello.magic != EXPERTD_ATTACH_MAGIC ||
+        message.hello.type != EXPERTD_ATTACH_HELLO || has_fds) {
       return refuse(connection, base::Status(EXPERTD_REASON_BAD_MESSAGE));
     }
     return hello(connection, &message);
   }
-  const bool well_formed = packet.bytes == sizeof(expertd_attach_fd) && message.fd.magic == EXPERTD_ATTACH_MAGIC;
-  if (!well_formed || packet.fds.size() > 1) {
-    return false;
-  }
-  return pass_fd(connection, &message, packet.fds.empty() ? base::ScopedFd() : std::move(packet.fds.front()));
+  const bool well_formed = packet->bytes == sizeof(expertd_attach_fd) && message.fd.magic == EXPERTD_ATTACH_MAGIC;
+  return well_formed && packet->fds.size() <= 1 && pass_fd(connection, &message, packet);
 }
 
 bool AttachListener::refuse(const Connection& connection, const base::Status& status) {
@@ -246,7 +269,7 @@ bool AttachListener::hello(Connection& connection, const void* bytes) {
   }
   base::ScopedFd ours(pair[0]);
   base::ScopedFd theirs(pair[1]);
-  if (const base::Status adopted = adopt_(std::move(ours), grant.session); !adopted.is_ok()) {
+  if (const base::Status adopted = adopt_(std::move(ours), grant.session, connection.uid); !adopted.is_ok()) {
     return refuse(connection, adopted);
   }
   expertd_attach_welcome reply{};
@@ -272,18 +295,22 @@ bool AttachListener::hello(Connection& connection, const void* bytes) {
   return send_packet(connection.fd.get(), &reply, sizeof(reply), fds);
 }
 
-bool AttachListener::pass_fd(Connection& connection, const void* bytes, base::ScopedFd fd) {
+bool AttachListener::pass_fd(Connection& connection, const void* bytes, Packet* packet) {
   const auto& message = *static_cast<const expertd_attach_fd*>(bytes);
   expertd_attach_fd reply{};
   reply.magic = EXPERTD_ATTACH_MAGIC;
   reply.type = EXPERTD_ATTACH_FD_REPLY;
-  if (message.type == EXPERTD_ATTACH_PUT_FD && fd.valid()) {
-    base::Result<uint64_t> token = sessions_->put_fd(connection.session, std::move(fd));
+  if (message.type == EXPERTD_ATTACH_PUT_FD && !packet->fds.empty()) {
+    base::Result<uint64_t> token = sessions_->put_fd(connection.session, std::move(packet->fds.front()));
     reply.reason = token.status().reason();
     reply.token = token.is_ok() ? token.value() : 0;
     return send_packet(connection.fd.get(), &reply, sizeof(reply), {});
   }
-  if (message.type == EXPERTD_ATTACH_GET_FD && !fd.valid()) {
+  if (message.type == EXPERTD_ATTACH_PUT_FD && packet->fds_missing) {
+    reply.reason = EXPERTD_REASON_SYSTEM;  // this process has no number free for it; the client may try again
+    return send_packet(connection.fd.get(), &reply, sizeof(reply), {});
+  }
+  if (message.type == EXPERTD_ATTACH_GET_FD && packet->fds.empty() && !packet->fds_missing) {
     base::Result<session::TakenFd> taken = sessions_->take_fd(connection.session, message.token);
     reply.reason = taken.status().reason();
     reply.token = message.token;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // AttachListener: the attach socket and the leases. One thread accepts clients, reads their HELLO, hands over the
 // session's gRPC connection, ring, eventfd and flag page by SCM_RIGHTS, passes descriptors both ways, and takes the end
-// of file of a connection as the end of its session. The protocol is proto/abi/attach_v1.h; every byte is untrusted.
+// of file of a connection as the end of its session. The protocol is proto/abi/attach_v1.h; every byte is untrusted,
+// and so is every descriptor: the thread never closes one that a client sent.
 #pragma once
 
 #include <atomic>
@@ -16,6 +17,7 @@
 #include "daemon/base/fd.h"
 #include "daemon/base/status.h"
 #include "daemon/session/attach_api.h"
+#include "daemon/transport/attach_socket.h"
 
 namespace expertd::transport {
 
@@ -28,8 +30,8 @@ struct ListenerOptions {
 
 class AttachListener {
  public:
-  /// Gives the daemon's end of a session's gRPC connection to the control server.
-  using AdoptConnection = std::function<base::Status(base::ScopedFd fd, base::SessionId session)>;
+  /// Gives the daemon's end of a session's gRPC connection to the control server, with the session's user.
+  using AdoptConnection = std::function<base::Status(base::ScopedFd fd, base::SessionId session, uint32_t uid)>;
   /// Tells the control server that a session is over.
   using SessionOver = std::function<void(base::SessionId session)>;
 
@@ -64,8 +66,10 @@ class AttachListener {
   void accept_clients();
   /// False when the connection is over.
   bool serve(Connection& connection);
+  bool answer(Connection& connection, const void* message, Packet* packet);
   bool hello(Connection& connection, const void* message);
-  bool pass_fd(Connection& connection, const void* message, base::ScopedFd fd);
+  bool pass_fd(Connection& connection, const void* message, Packet* packet);
+  void end_connection(base::ScopedFd fd);
   bool refuse(const Connection& connection, const base::Status& status);
   void drop(int fd, const std::string& cause);
   void close_requested();
@@ -78,6 +82,7 @@ class AttachListener {
   base::ScopedFd listening_;
   base::ScopedFd wake_;
   std::map<int, Connection> connections_;
+  uint64_t accept_again_ns_ = 0;
   std::mutex close_mutex_;
   std::vector<base::SessionId> close_;
   std::atomic<bool> stop_{false};

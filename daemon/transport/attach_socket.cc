@@ -14,7 +14,9 @@ namespace expertd::transport {
 
 namespace {
 
-constexpr size_t kMaxFds = 8;
+// SCM_MAX_FD of the kernel: with room for all that one packet can carry it closes none of them on the receiving thread.
+constexpr size_t kMaxReceivedFds = 253;
+constexpr size_t kMaxSentFds = 4;
 constexpr int kBacklog = 128;
 
 base::Status check_stale(const std::string& path, const sockaddr_un& address) {
@@ -69,7 +71,7 @@ base::Result<base::ScopedFd> listen_seqpacket(const std::string& path, uint32_t 
 
 Packet receive_packet(int fd, void* buffer, size_t capacity) {
   Packet packet;
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * kMaxFds)];
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * kMaxReceivedFds)];
   iovec data{buffer, capacity};
   msghdr message{};
   message.msg_iov = &data;
@@ -84,6 +86,7 @@ Packet receive_packet(int fd, void* buffer, size_t capacity) {
   }
   packet.bytes = static_cast<size_t>(received);
   packet.end_of_file = received == 0;
+  packet.fds_missing = (message.msg_flags & MSG_CTRUNC) != 0;
   for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr; header = CMSG_NXTHDR(&message, header)) {
     if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) {
       continue;
@@ -98,8 +101,23 @@ Packet receive_packet(int fd, void* buffer, size_t capacity) {
   return packet;
 }
 
+bool end_with_unread(int fd) {
+  ::shutdown(fd, SHUT_RDWR);
+  // Every packet comes with its sender's credentials then, also one of no bytes, which would look like the end of file:
+  // room for none of them shows as MSG_CTRUNC, and peeking leaves the packet and its descriptors where they are.
+  const int on = 1;
+  (void)::setsockopt(fd, SOL_SOCKET, SO_PASSCRED, &on, sizeof(on));
+  char byte = 0;
+  iovec data{&byte, 1};
+  msghdr message{};
+  message.msg_iov = &data;
+  message.msg_iovlen = 1;
+  const ssize_t seen = ::recvmsg(fd, &message, MSG_PEEK | MSG_DONTWAIT);
+  return seen > 0 || (seen == 0 && (message.msg_flags & MSG_CTRUNC) != 0);
+}
+
 bool send_packet(int fd, const void* message_bytes, size_t bytes, const std::vector<int>& fds) {
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * kMaxFds)] = {};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * kMaxSentFds)] = {};
   iovec data{const_cast<void*>(message_bytes), bytes};
   msghdr message{};
   message.msg_iov = &data;

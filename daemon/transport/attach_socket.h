@@ -19,9 +19,13 @@ struct Packet {
   size_t bytes = 0;
   bool end_of_file = false;
   bool nothing = false;             // would block
-  std::vector<base::ScopedFd> fds;  // at most one is expected; more are closed by whoever drops the packet
+  bool fds_missing = false;         // descriptors came for which the process has no number free
+  std::vector<base::ScopedFd> fds;  // of the sender: AttachApi::discard_fd closes them
 };
 Packet receive_packet(int fd, void* buffer, size_t capacity);
+/// Takes no packet more from the peer and says whether some were not read, whose descriptors a close would close as
+/// well.
+bool end_with_unread(int fd);
 /// False when the packet could not be sent whole at once: the peer is gone or does not read.
 bool send_packet(int fd, const void* message, size_t bytes, const std::vector<int>& fds);
 

@@ -3,10 +3,12 @@
 
 #include <poll.h>
 #include <pthread.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <future>
 #include <system_error>
 
@@ -18,8 +20,6 @@ namespace {
 
 // The longest sleep: the watchdog hears from an idle loop this often.
 constexpr uint64_t kBeatNs = 500'000'000;
-// A control thread waits this long for a loop before it reports the loop as stuck.
-constexpr std::chrono::seconds kTaskTimeout(5);
 
 // A loop with parts on a GPU spins this long after something moved (longer than any operation takes), then sleeps
 // between looks for an eighth of the time since, within these.
@@ -38,7 +38,11 @@ base::Result<std::unique_ptr<DeviceLoop>> DeviceLoop::create(base::DeviceIndex d
   if (!event.valid()) {
     return base::errno_status("eventfd of a device loop");
   }
-  return std::unique_ptr<DeviceLoop>(new DeviceLoop(device, options, std::move(event)));
+  base::ScopedFd rings(::epoll_create1(EPOLL_CLOEXEC));
+  if (!rings.valid()) {
+    return base::errno_status("epoll set of a device loop");
+  }
+  return std::unique_ptr<DeviceLoop>(new DeviceLoop(device, options, std::move(event), std::move(rings)));
 }
 
 DeviceLoop::~DeviceLoop() {
@@ -76,10 +80,13 @@ void DeviceLoop::wake() {
   }
 }
 
-base::Status DeviceLoop::post(std::function<void()> task) {
+base::Status DeviceLoop::post(std::function<void()> task, Room room) {
   {
     const std::lock_guard<std::mutex> lock(tasks_mutex_);
-    if (tasks_.size() >= base::kMaxLoopTasks) {
+    if (tasks_ended_) {
+      return base::Status(EXPERTD_REASON_UNAVAILABLE, "the device loop has ended");
+    }
+    if (room == Room::kBounded && tasks_.size() >= base::kMaxLoopTasks) {
       return base::Status(EXPERTD_REASON_INTERNAL, "a device loop has too many requests waiting");
     }
     tasks_.push_back(std::move(task));
@@ -90,31 +97,52 @@ base::Status DeviceLoop::post(std::function<void()> task) {
 }
 
 base::Status DeviceLoop::run(std::function<void()> task) {
-  // Shared, so that a loop that runs the task after the caller gave up touches nothing of the caller's stack frame
-  // except what the task itself captured; callers therefore treat a timeout as a broken daemon.
-  auto done = std::make_shared<std::promise<void>>();
-  std::future<void> future = done->get_future();
-  EXPERTD_RETURN_IF_ERROR(post([task = std::move(task), done] {
-    task();
-    done->set_value();
-  }));
-  if (future.wait_for(kTaskTimeout) != std::future_status::ready) {
-    return base::Status(EXPERTD_REASON_INTERNAL, "a device loop did not answer within 5 s");
+  // Whoever claims the task first decides: the loop runs it, or the caller gave up and it never runs, so that a caller
+  // may take back whatever the task would have used.
+  struct Ticket {
+    std::atomic<bool> claimed{false};
+    std::promise<void> done;
+  };
+  auto ticket = std::make_shared<Ticket>();
+  std::future<void> done = ticket->done.get_future();
+  EXPERTD_RETURN_IF_ERROR(post(
+      [task = std::move(task), ticket] {
+        if (!ticket->claimed.exchange(true, std::memory_order_acq_rel)) {
+          task();
+          ticket->done.set_value();
+        }
+      },
+      Room::kBounded));
+  if (done.wait_for(std::chrono::nanoseconds(options_.task_timeout_ns)) == std::future_status::ready) {
+    return base::Status::ok();
   }
+  if (!ticket->claimed.exchange(true, std::memory_order_acq_rel)) {
+    return base::Status(EXPERTD_REASON_INTERNAL, "a device loop did not answer in time");
+  }
+  done.wait();  // the loop has just begun it, and tasks are short
   return base::Status::ok();
 }
 
 base::Status DeviceLoop::add_session(session::SessionTables* tables, session::RingMemory* ring, void* flag_page) {
+  EXPERTD_RETURN_IF_ERROR(watch(*ring));
   auto server = std::make_shared<std::unique_ptr<RingServer>>(
       std::make_unique<RingServer>(tables, ring, flag_page, options_.default_timeout_ns));
-  return run([this, server] {
+  const base::Status added = run([this, server] {
     engine_->add_session(&(*server)->engine_session());
+    if (raised_flags_ != 0) {
+      (*server)->set_flags(raised_flags_);
+    }
     servers_.push_back(std::move(*server));
   });
+  if (!added.is_ok()) {
+    unwatch(*ring);
+  }
+  return added;
 }
 
 base::Status DeviceLoop::close_session(base::SessionId session, std::function<void()> drained) {
-  return post([this, session, drained = std::move(drained)] {
+  // Always taken: each session closes once, and its memory may not be given back before the loop has let go of it.
+  const auto task = [this, session, drained = std::move(drained)] {
     const auto found = std::find_if(servers_.begin(), servers_.end(), [&](const std::unique_ptr<RingServer>& server) {
       return server->tables().id == session;
     });
@@ -123,36 +151,46 @@ base::Status DeviceLoop::close_session(base::SessionId session, std::function<vo
       return;
     }
     (*found)->set_flags(EXPERTD_SESSION_CLOSED);
+    unwatch((*found)->ring());
     engine_->close_session(&(*found)->engine_session(), base::now_ns());
     closing_.push_back({std::move(*found), drained});
     servers_.erase(found);
     std::erase(fault_reported_, session);
-  });
+  };
+  return post(task, Room::kAlways);
 }
 
 // What a client submitted before it asked is in its ring already, but perhaps not in the engine: a loop that wakes for
 // both runs tasks first. It is taken in here, so that it counts as in flight.
-engine::EngineSession* DeviceLoop::find_caught_up(base::SessionId session) {
+void DeviceLoop::catch_up(base::SessionId session) {
   for (const std::unique_ptr<RingServer>& server : servers_) {
     if (server->tables().id == session) {
       (void)server->poll(*engine_, base::now_ns());
-      return &server->engine_session();
     }
   }
-  return nullptr;
+}
+
+// A session that closes has operations in flight until it has drained, so both lists count.
+template <typename Thing>
+bool DeviceLoop::in_flight(base::SessionId session, const Thing* thing) {
+  catch_up(session);
+  const auto names = [&](RingServer& server) {
+    return server.tables().id == session && server.engine_session().uses(thing);
+  };
+  return std::any_of(servers_.begin(), servers_.end(), [&](const auto& server) { return names(*server); }) ||
+         std::any_of(closing_.begin(), closing_.end(), [&](const Closing& closing) { return names(*closing.server); });
 }
 
 bool DeviceLoop::uses(base::SessionId session, const engine::Mapping* mapping) {
-  const engine::EngineSession* found = find_caught_up(session);
-  return found != nullptr && found->uses(mapping);
+  return in_flight(session, mapping);
 }
 
 bool DeviceLoop::uses_group(base::SessionId session, const engine::RankState* rank) {
-  const engine::EngineSession* found = find_caught_up(session);
-  return found != nullptr && found->uses(rank);
+  return in_flight(session, rank);
 }
 
 void DeviceLoop::raise_session_flags(uint32_t flags) {
+  raised_flags_ |= flags;
   for (const std::unique_ptr<RingServer>& server : servers_) {
     server->set_flags(flags);
   }
@@ -172,6 +210,15 @@ bool DeviceLoop::run_tasks() {
     task();
   }
   return !tasks.empty();
+}
+
+// From here on post() refuses, so that nobody waits for a task that nobody runs.
+void DeviceLoop::end_tasks() {
+  {
+    const std::lock_guard<std::mutex> lock(tasks_mutex_);
+    tasks_ended_ = true;
+  }
+  (void)run_tasks();
 }
 
 bool DeviceLoop::poll_rings(uint64_t now_ns) {
@@ -233,15 +280,43 @@ void DeviceLoop::sleep_until_work(uint64_t now_ns, uint64_t idle_ns) {
   if (!anything_to_do() && !engine_->run_once(now_ns)) {
     const uint64_t look_ns = port_->polls() ? std::clamp(idle_ns / 8, kPollNsMin, kPollNsMax) : kBeatNs;
     const uint64_t until_ns = std::min(engine_->next_deadline_ns(), now_ns + look_ns);
-    const uint64_t timeout_ns = until_ns > now_ns ? until_ns - now_ns : 0;
-    pollfd entry{event_.get(), POLLIN, 0};
-    const timespec timeout{static_cast<time_t>(timeout_ns / 1'000'000'000),
-                           static_cast<long>(timeout_ns % 1'000'000'000)};
-    (void)::ppoll(&entry, 1, &timeout, nullptr);
+    wait_for_event(until_ns > now_ns ? until_ns - now_ns : 0);
   }
   set_sleeping(false);
-  uint64_t drained = 0;
-  (void)!::read(event_.get(), &drained, sizeof(drained));
+}
+
+void DeviceLoop::wait_for_event(uint64_t timeout_ns) {
+  pollfd entries[2] = {{event_.get(), POLLIN, 0}, {rings_.get(), POLLIN, 0}};
+  const timespec timeout{static_cast<time_t>(timeout_ns / 1'000'000'000),
+                         static_cast<long>(timeout_ns % 1'000'000'000)};
+  if (::ppoll(entries, 2, &timeout, nullptr) <= 0) {
+    return;
+  }
+  if (entries[0].revents != 0) {
+    uint64_t drained = 0;
+    (void)!::read(event_.get(), &drained, sizeof(drained));  // nobody else has this one, so it cannot block
+  }
+  if (entries[1].revents != 0) {
+    // Takes the edges out of the set; what is left over wakes the next sleep. Every ring is looked at in any case.
+    constexpr int kEdges = 16;
+    epoll_event edges[kEdges];
+    (void)::epoll_wait(rings_.get(), edges, kEdges, 0);
+  }
+}
+
+base::Status DeviceLoop::watch(const session::RingMemory& ring) {
+  epoll_event event{};
+  event.events = EPOLLIN | EPOLLET;
+  if (::epoll_ctl(rings_.get(), EPOLL_CTL_ADD, ring.wake_fd(), &event) != 0) {
+    return base::errno_status("watching the eventfd of a ring");
+  }
+  return base::Status::ok();
+}
+
+// Closing the daemon's descriptor would not take it out of the set while the client has one of the same eventfd.
+void DeviceLoop::unwatch(const session::RingMemory& ring) {
+  epoll_event unused{};
+  (void)::epoll_ctl(rings_.get(), EPOLL_CTL_DEL, ring.wake_fd(), &unused);
 }
 
 void DeviceLoop::thread_main() {
@@ -270,7 +345,7 @@ void DeviceLoop::thread_main() {
       sleep_until_work(now_ns, now_ns - last_work_ns);
     }
   }
-  (void)run_tasks();
+  end_tasks();
 }
 
 }  // namespace expertd::transport

@@ -23,6 +23,23 @@ void store_release(uint64_t* word, uint64_t value) {
   __atomic_store_n(word, value, __ATOMIC_RELEASE);
 }
 
+/// Whether another rank has submitted the rank's next operation, which then ends only with this rank's part.
+bool is_awaited(const engine::RankState* rank) {
+  if (rank == nullptr) {
+    return false;
+  }
+  const engine::GroupShared& group = *rank->group;
+  return group.not_posted(rank->next_number) != (group.all_ranks() & ~(group.lost() | group.excluded()));
+}
+
+void refuse_for_drain(engine::Request* request) {
+  request->rejected_reason = EXPERTD_REASON_DRAINING;
+  request->rejected_argument = EXPERTD_ARGUMENT_NONE;
+  request->rejected_value = 0;
+  request->rejected_minimum = 0;
+  request->rejected_maximum = 0;
+}
+
 }  // namespace
 
 RingServer::RingServer(session::SessionTables* tables, session::RingMemory* ring, void* flag_page,
@@ -59,6 +76,9 @@ bool RingServer::poll(engine::Engine& engine, uint64_t now_ns) {
     std::memcpy(&slot, ring_->slots() + index, sizeof(slot));  // the one copy; the client may write on
     const AdmitContext context{index, head_ + 1, now_ns, default_timeout_ns_};
     engine::RankState* rank = admit(slot, context, tables_, &engine_session_.request(index));
+    if (draining_ && engine_session_.request(index).rejected_reason == 0 && !is_awaited(rank)) {
+      refuse_for_drain(&engine_session_.request(index));
+    }
     if (engine_session_.request(index).rejected_reason != 0) {
       tables_->stats.rejected.fetch_add(1, std::memory_order_relaxed);
     }
@@ -77,6 +97,7 @@ void RingServer::set_sleeping(bool sleeping) {
 }
 
 void RingServer::set_flags(uint32_t session_flags) {
+  draining_ |= (session_flags & EXPERTD_SESSION_DRAINING) != 0;
   __atomic_fetch_or(&ring_->header()->session_flags, session_flags, __ATOMIC_ACQ_REL);
   wake_client();
 }

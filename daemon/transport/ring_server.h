@@ -22,12 +22,14 @@ class RingServer final : public engine::CompletionPort {
   /// The client broke the ring protocol (RING_OVERFLOW); its session is to be closed.
   bool faulted() const { return faulted_; }
   void set_sleeping(bool sleeping);
+  /// With DRAINING the ring takes from here on only what another rank waits for.
   void set_flags(uint32_t session_flags);
 
   void complete(const engine::Request& request, const expertd_completion& completion) override;
 
   engine::EngineSession& engine_session() { return engine_session_; }
   session::SessionTables& tables() { return *tables_; }
+  session::RingMemory& ring() { return *ring_; }
   uint32_t slots_used() const { return engine_session_.outstanding(); }
   uint32_t slot_count() const { return slot_count_; }
 
@@ -41,6 +43,7 @@ class RingServer final : public engine::CompletionPort {
   uint64_t head_ = 0;
   uint32_t in_flight_ = 0;  // submitted and not completed
   bool faulted_ = false;
+  bool draining_ = false;  // the header's flags are the client's to write
   engine::EngineSession engine_session_;
 };
 

@@ -44,6 +44,7 @@ enum expertd_code {
   X(MIG_UNSUPPORTED, 26, UNIMPLEMENTED, 0, "MIG instances cannot be used: peer access needs whole GPUs")          \
   X(NO_GPU, 27, UNAVAILABLE, 0, "a GPU was asked for and none can be used here")                                  \
   X(FORKED, 28, FAILED_PRECONDITION, 0, "the session belongs to the parent process; attach again after fork")     \
+  X(CALL_LIMIT, 29, RESOURCE_EXHAUSTED, 1, "too many control calls of the session wait; let earlier ones end")    \
   X(DESCRIPTOR_MALFORMED, 40, INVALID_ARGUMENT, 0, "a ring descriptor has an unknown operation or a bad field")   \
   X(RING_OVERFLOW, 41, RESOURCE_EXHAUSTED, 1, "more operations were submitted than the ring has slots")           \
   X(NO_SUCH_BUFFER, 42, NOT_FOUND, 0, "the buffer id is not one of this session's")                               \

@@ -31,7 +31,7 @@
 #define EXPERTD_FLAG_PAGE_BYTES (UINT64_C(2) * EXPERTD_RING_SLOTS_MAX * EXPERTD_FLAG_STRIDE)
 
 enum expertd_ring_session_flag {
-  EXPERTD_SESSION_DRAINING = 1u, /* the daemon takes no new operations; in-flight ones end */
+  EXPERTD_SESSION_DRAINING = 1u, /* operations end that any rank had submitted; new ones are refused with DRAINING */
   EXPERTD_SESSION_CLOSED = 2u    /* the daemon ended the session; every wait returns UNAVAILABLE */
 };
 
@@ -57,7 +57,7 @@ struct expertd_ring_header {
   /* 256: written by the daemon: slots ever copied out. */
   uint64_t submit_head;
   uint8_t reserved2[120];
-  /* 384: daemon: 1 while its loop sleeps; the client writes the wake eventfd after submitting when it reads 1. */
+  /* 384: daemon: 1 while its loop sleeps; the client writes its wake eventfd after submitting when it reads 1. */
   uint32_t daemon_sleeping;
   uint8_t reserved3[124];
   /* 512: client: number of threads sleeping on completion_futex. */

@@ -310,6 +310,8 @@ TEST_F(BadDescriptor, MoreThanTheRingHoldsEndsOnlyThatSession) {
   EXPECT_EQ(daemon_.metric("expertd_op_rejected_total{gpu=\"host\",reason=\"RING_OVERFLOW\"}"), 1);
   EXPECT_TRUE(wait_until([&] { return daemon_.log().find("reason=RING_OVERFLOW") != std::string::npos; }, seconds(5)));
   EXPECT_TRUE(wait_until([&] { return daemon_.metric("expertd_sessions") == 1; }, seconds(5)));
+  EXPECT_NE(daemon_.log().find("reason=RING_OVERFLOW"), std::string::npos);
+  EXPECT_EQ(daemon_.metric("expertd_sessions_closed_total{cause=\"kicked\"}"), 1);
 }
 
 TEST_F(BadDescriptor, ATailThatGoesBackEndsOnlyThatSession) {

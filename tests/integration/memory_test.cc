@@ -84,6 +84,16 @@ TEST_F(SessionMemory, RegisteredBytesAreLimitedAndTheLimitIsNamed) {
   ::close(fd);
 }
 
+TEST_F(SessionMemory, RegisteredMemoryDoesNotUseTheLimitOfWindowsUp) {
+  const int fd = make_memfd(15 << 20, true);
+  expertd_buffer_t* buffer = nullptr;
+  ASSERT_TRUE(register_fd(fd, 0, 15 << 20, &buffer).ok());
+  expertd_buffer_t* window = nullptr;
+  EXPECT_TRUE(create_window(10 << 20, &window).ok()) << expertd_last_message();
+  EXPECT_EQ(create_window(10 << 20, &window).status.reason, EXPERTD_REASON_POOL_EXHAUSTED);
+  ::close(fd);
+}
+
 TEST_F(SessionMemory, AWindowOfNoBytesIsRefused) {
   expertd_buffer_t* window = nullptr;
   EXPECT_EQ(create_window(0, &window).status.reason, EXPERTD_REASON_ARGUMENT_RANGE);
@@ -227,6 +237,11 @@ TEST_F(RawMemory, SizesPastTheDescriptorsEndAreRefused) {
   EXPECT_FALSE(register_raw_fd(make_memfd(kPage, true), UINT64_MAX - 15, 32).ok);
   EXPECT_FALSE(register_raw_fd(make_memfd(kPage, true), 16, UINT64_MAX - 8).ok);
   EXPECT_TRUE(register_raw_fd(make_memfd(kPage, true), 16, kPage - 16).ok);
+}
+
+TEST_F(RawMemory, AnOffsetThatIsNotAlignedIsRefused) {
+  const RpcEnd end = register_raw_fd(make_memfd(kPage, true), 8, 64);
+  EXPECT_EQ(end.info.reason_name(), "UNALIGNED") << end.message;
 }
 
 TEST_F(RawMemory, ACudaHandleOnAHostDeviceHasTheWrongKind) {

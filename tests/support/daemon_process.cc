@@ -219,6 +219,14 @@ size_t DaemonProcess::mappings() const {
   return static_cast<size_t>(std::count(maps.begin(), maps.end(), '\n'));
 }
 
+rlimit DaemonProcess::limit_descriptors(rlim_t limit) const {
+  rlimit before{};
+  (void)::prlimit(pid_, RLIMIT_NOFILE, nullptr, &before);
+  const rlimit after{limit, before.rlim_max};
+  (void)::prlimit(pid_, RLIMIT_NOFILE, &after, nullptr);
+  return before;
+}
+
 std::string http_get(uint16_t port, const std::string& path) {
   const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
   sockaddr_in address{};

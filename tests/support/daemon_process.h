@@ -3,6 +3,7 @@
 // printed when the test has failed. One thread; a daemon that is still there is killed with the object. Tests only.
 #pragma once
 
+#include <sys/resource.h>
 #include <sys/types.h>
 
 #include <cstdint>
@@ -71,6 +72,8 @@ class DaemonProcess {
   /// Open descriptors and mappings of the daemon's process.
   size_t open_descriptors() const;
   size_t mappings() const;
+  /// Sets the limit of its descriptor numbers while it runs; the limit before.
+  rlimit limit_descriptors(rlim_t limit) const;
 
  private:
   bool ready();

@@ -86,19 +86,23 @@ bool RawClient::attach(const std::string& socket, const std::string& device) {
 }
 
 bool RawClient::send(const void* bytes, size_t size, int fd) {
+  return send_many(bytes, size, fd >= 0 ? std::vector<int>{fd} : std::vector<int>());
+}
+
+bool RawClient::send_many(const void* bytes, size_t size, const std::vector<int>& fds) {
   iovec part{const_cast<void*>(bytes), size};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+  std::vector<char> control(CMSG_SPACE(fds.size() * sizeof(int)));
   msghdr message{};
   message.msg_iov = &part;
   message.msg_iovlen = 1;
-  if (fd >= 0) {
-    message.msg_control = control;
-    message.msg_controllen = sizeof(control);
+  if (!fds.empty()) {
+    message.msg_control = control.data();
+    message.msg_controllen = control.size();
     cmsghdr* rights = CMSG_FIRSTHDR(&message);
     rights->cmsg_level = SOL_SOCKET;
     rights->cmsg_type = SCM_RIGHTS;
-    rights->cmsg_len = CMSG_LEN(sizeof(int));
-    std::memcpy(CMSG_DATA(rights), &fd, sizeof(int));
+    rights->cmsg_len = CMSG_LEN(fds.size() * sizeof(int));
+    std::memcpy(CMSG_DATA(rights), fds.data(), fds.size() * sizeof(int));
   }
   return ::sendmsg(socket_, &message, MSG_NOSIGNAL) == static_cast<ssize_t>(size);
 }

@@ -30,6 +30,7 @@ class RawClient {
   bool attach(const std::string& socket, const std::string& device);
   /// Sends bytes as one packet, with a descriptor when fd >= 0.
   bool send(const void* bytes, size_t size, int fd = -1);
+  bool send_many(const void* bytes, size_t size, const std::vector<int>& fds);
   /// Receives one packet with its descriptors; nothing at end of file or after the time.
   std::optional<std::vector<uint8_t>> receive(std::vector<int>* fds, std::chrono::milliseconds limit);
   /// Reads the answer to a HELLO: REFUSED, or WELCOME, after which the ring is mapped.
@@ -52,6 +53,8 @@ class RawClient {
   /// The completion, nothing when it does not come in time.
   std::optional<expertd_completion> wait(uint64_t seq, std::chrono::milliseconds limit = std::chrono::seconds(5));
 
+  /// The eventfd that wakes the daemon's loop; stays this object's.
+  int wake_fd() const { return wake_; }
   /// The session's gRPC connection; the caller owns it afterwards.
   int take_rpc_fd();
 

@@ -7,12 +7,17 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <future>
+#include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "daemon/base/clock.h"
@@ -87,6 +92,36 @@ TEST(ControlPeerTable, OnlyExactNamesAreFound) {
   EXPECT_NE(fcntl(fd.value().get(), F_GETFD) & FD_CLOEXEC, 0);
 }
 
+/// Sends a byte with a descriptor; 0 or errno.
+int send_descriptor(int socket) {
+  char byte = 'x';
+  iovec data{&byte, 1};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+  msghdr message{};
+  message.msg_iov = &data;
+  message.msg_iovlen = 1;
+  message.msg_control = control;
+  message.msg_controllen = sizeof(control);
+  cmsghdr* const rights = CMSG_FIRSTHDR(&message);
+  rights->cmsg_level = SOL_SOCKET;
+  rights->cmsg_type = SCM_RIGHTS;
+  rights->cmsg_len = CMSG_LEN(sizeof(int));
+  const int sent = STDIN_FILENO;
+  std::memcpy(CMSG_DATA(rights), &sent, sizeof(sent));
+  return sendmsg(socket, &message, MSG_NOSIGNAL) == 1 ? 0 : errno;
+}
+
+TEST(ControlPeerTable, ConnectionsTakeNoDescriptors) {
+  if (!refuse_descriptors(make_pair_of_sockets().ours.get())) {
+    GTEST_SKIP() << "this kernel cannot refuse them";
+  }
+  PeerTable table(FdRange{900, 910});
+  Pair pair = make_pair_of_sockets();
+  auto fd = table.adopt(std::move(pair.ours), Peer{PeerKind::kSession, {1}, 0, 0});
+  ASSERT_TRUE(fd.is_ok());
+  EXPECT_EQ(send_descriptor(pair.theirs.get()), EPERM);
+}
+
 TEST(ControlPeerTable, EndOfSessionShutsItsConnectionsDownOnly) {
   PeerTable table(FdRange{900, 910});
   Pair first = make_pair_of_sockets();
@@ -113,57 +148,108 @@ TEST(ControlPeerTable, ClosedConnectionsAreNotCounted) {
   EXPECT_EQ(table.count_open(PeerKind::kOperator), 0U);
 }
 
-TEST(ControlCallPool, JobsOfOneKeyRunInOrderAndLeaveThreadsToOthers) {
-  auto pool = CallPool::create({.threads = 2, .queue_max = 16});
-  ASSERT_TRUE(pool.is_ok());
-  std::promise<void> release;
-  std::shared_future<void> released = release.get_future().share();
+/// A pool whose first jobs wait for the test.
+class ControlCallPool : public ::testing::Test {
+ protected:
+  ~ControlCallPool() override { release(); }
+  void create(const CallPoolOptions& options) { pool_ = std::move(CallPool::create(options)).value(); }
+  /// Returns when the job has begun and holds its thread until release().
+  void hold_thread(const Turn& turn) {
+    std::promise<void> started;
+    ASSERT_TRUE(submit(turn, [&] {
+                  started.set_value();
+                  released_.wait();
+                }).is_ok());
+    ASSERT_EQ(started.get_future().wait_for(kPatience), std::future_status::ready);
+  }
+  base::Status submit(const Turn& turn, std::function<void()> job) {
+    return pool_->submit(
+        turn, [] { return false; }, std::move(job));
+  }
+  void release() {
+    if (!std::exchange(is_released_, true)) {
+      release_.set_value();
+    }
+    pool_.reset();  // runs what waits
+  }
+
+  std::promise<void> release_;
+  std::shared_future<void> released_ = release_.get_future().share();
+  bool is_released_ = false;
+  std::unique_ptr<CallPool> pool_;
+};
+
+TEST_F(ControlCallPool, JobsOfOneKeyRunInOrderAndLeaveThreadsToOthers) {
+  create({.threads = 2});
   std::mutex mutex;
   std::vector<int> order;
-  const auto note = [&](int value) {
-    const std::lock_guard lock(mutex);
-    order.push_back(value);
-  };
+  hold_thread({1, 1});
   for (int i = 0; i < 4; ++i) {
-    ASSERT_TRUE(pool.value()
-                    ->submit(1,
-                             [&, i] {
-                               released.wait();
-                               note(i);
-                             })
-                    .is_ok());
+    ASSERT_TRUE(submit({1, 1}, [&, i] {
+                  const std::lock_guard lock(mutex);
+                  order.push_back(i);
+                }).is_ok());
   }
   std::promise<void> other;
-  ASSERT_TRUE(pool.value()->submit(2, [&] { other.set_value(); }).is_ok());
+  ASSERT_TRUE(submit({2, 2}, [&] { other.set_value(); }).is_ok());
   EXPECT_EQ(other.get_future().wait_for(kPatience), std::future_status::ready);
-  EXPECT_FALSE(pool.value()->wait_idle(base::now_ns()));
-  release.set_value();
-  EXPECT_TRUE(pool.value()->wait_idle(base::now_ns() + 20 * kSecond));
+  EXPECT_FALSE(pool_->wait_idle(base::now_ns()));
+  release();
   EXPECT_EQ(order, (std::vector<int>{0, 1, 2, 3}));
 }
 
-TEST(ControlCallPool, FullQueueIsRefusedAndClosingRunsWhatWaits) {
-  std::promise<void> release;
-  std::shared_future<void> released = release.get_future().share();
-  int ran = 0;
-  {
-    auto pool = CallPool::create({.threads = 1, .queue_max = 2});
-    ASSERT_TRUE(pool.is_ok());
-    std::promise<void> started;
-    ASSERT_TRUE(pool.value()
-                    ->submit(1,
-                             [&] {
-                               started.set_value();
-                               released.wait();
-                             })
-                    .is_ok());
-    ASSERT_EQ(started.get_future().wait_for(kPatience), std::future_status::ready);
-    ASSERT_TRUE(pool.value()->submit(1, [&] { ++ran; }).is_ok());
-    ASSERT_TRUE(pool.value()->submit(2, [&] { ++ran; }).is_ok());
-    EXPECT_EQ(pool.value()->submit(3, [] {}).reason(), EXPERTD_REASON_UNAVAILABLE);
-    release.set_value();
-  }
+TEST_F(ControlCallPool, OneOwnerLeavesAThreadHoweverManyKeysItHas) {
+  create({.threads = 3});
+  hold_thread({1, 7});
+  hold_thread({2, 7});
+  std::atomic<bool> ran{false};
+  ASSERT_TRUE(submit({3, 7}, [&] { ran = true; }).is_ok());
+  std::promise<void> other;
+  ASSERT_TRUE(submit({4, 8}, [&] { other.set_value(); }).is_ok());
+  EXPECT_EQ(other.get_future().wait_for(kPatience), std::future_status::ready);
+  EXPECT_FALSE(ran) << "it would have held the last thread";
+  release();
+  EXPECT_TRUE(ran);
+}
+
+TEST_F(ControlCallPool, WhereNothingWaitsOneOwnerMayUseEveryThread) {
+  create({.threads = 2, .leave_a_thread = false});
+  hold_thread({1, 7});
+  hold_thread({2, 7});
+}
+
+TEST_F(ControlCallPool, FullQueueIsRefusedAndClosingRunsWhatWaits) {
+  std::atomic<int> ran{0};
+  create({.threads = 1, .queue_max = 2});
+  hold_thread({1, 1});
+  ASSERT_TRUE(submit({1, 1}, [&] { ++ran; }).is_ok());
+  ASSERT_TRUE(submit({2, 2}, [&] { ++ran; }).is_ok());
+  EXPECT_EQ(submit({3, 3}, [] {}).reason(), EXPERTD_REASON_UNAVAILABLE);
+  release();
   EXPECT_EQ(ran, 2);
+}
+
+TEST_F(ControlCallPool, FewJobsOfOneKeyWaitAndEndedOnesMakeRoom) {
+  create({.threads = 2, .per_key_max = 3});
+  hold_thread({1, 1});
+  std::atomic<bool> ended{false};
+  std::atomic<int> ran{0};
+  for (int i = 0; i < 3; ++i) {
+    ASSERT_TRUE(pool_
+                    ->submit(
+                        {1, 1}, [&ended, i] { return i != 1 && ended; }, [&, i] { ran += i == 1 ? 1 : 100; })
+                    .is_ok());
+  }
+  const base::Status refused = submit({1, 1}, [] {});
+  EXPECT_EQ(refused.reason(), EXPERTD_REASON_CALL_LIMIT);
+  EXPECT_EQ(refused.code(), base::Code::kResourceExhausted);
+  EXPECT_TRUE(submit({2, 2}, [] {}).is_ok()) << "the other session's calls have their own room";
+  ended = true;  // as when the client cancels its calls and makes new ones
+  EXPECT_TRUE(submit({1, 1}, [] {}).is_ok());
+  EXPECT_TRUE(submit({1, 1}, [] {}).is_ok());
+  EXPECT_EQ(submit({1, 1}, [] {}).reason(), EXPERTD_REASON_CALL_LIMIT);
+  release();
+  EXPECT_EQ(ran, 1);
 }
 
 int connect_to(const std::string& path) {

@@ -34,6 +34,7 @@
 namespace expertd::control {
 
 inline constexpr uint64_t kSecond = 1'000'000'000;
+inline constexpr uint32_t kUser = 1000;  // of every session
 inline constexpr std::chrono::seconds kPatience(20);
 
 /// Records calls; answers are fields of it. Joins wait for the test.
@@ -160,10 +161,10 @@ class ControlServerTest : public ::testing::Test {
     server_ = std::move(server).value();
   }
 
-  std::shared_ptr<grpc::Channel> attach(uint64_t session) {
+  std::shared_ptr<grpc::Channel> attach(uint64_t session, uint32_t uid = kUser) {
     int fds[2] = {-1, -1};
     EXPECT_EQ(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, fds), 0);
-    EXPECT_TRUE(server_->adopt_session_connection(base::ScopedFd(fds[0]), {session}).is_ok());
+    EXPECT_TRUE(server_->adopt_session_connection(base::ScopedFd(fds[0]), {session}, uid).is_ok());
     return grpc::CreateInsecureChannelFromFd("expertd", fds[1]);
   }
   std::shared_ptr<grpc::Channel> connect_operator() {

@@ -32,9 +32,9 @@ TEST(HostGroup, HoldsAsManyHandlesAsAskedForOrFit) {
   ASSERT_TRUE(device.create_group(shape_of(64, 65536), 512).is_ok());
   const uint64_t bytes = 4 * (65536ULL * (64 + 64) + 64 * (64 + 256 + 4));
   EXPECT_EQ(device.handle_capacity(base::GroupId{5}, base::Rank{0}), kMaxHandleTableBytes / bytes);
-  EXPECT_EQ(device.info().context_bytes, kMaxHandleTableBytes / bytes * bytes);
+  EXPECT_EQ(device.info().pool_used_bytes, kMaxHandleTableBytes / bytes * bytes);
   device.destroy_group(base::GroupId{5}, base::Rank{0});
-  EXPECT_EQ(device.info().context_bytes, 0U);
+  EXPECT_EQ(device.info().pool_used_bytes, 0U);
 }
 
 TEST(HostGroup, HandlesHaveTablesOfTheirOwnUpToTheCapacity) {

@@ -2,8 +2,11 @@
 // The rendezvous of a node: joining, refusing, expiring, leaving and joining again.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "daemon/group/directory.h"
 
@@ -31,12 +34,18 @@ class DirectoryTest : public testing::Test {
     member.session = base::SessionId{session == 0 ? rank + 1 : session};
     member.device = base::DeviceIndex{device == ~0U ? rank : device};
     member.deadline_ns = 100 + rank;
+    member.cancelled = cancelled_;
+    member.done = [this](const session::ErrorDetail& ended, const session::JoinGrant&) {
+      answers_.push_back(ended.status.reason());
+    };
     formation_.reset();
-    return directory_.join({"moe", rank, config, 0}, std::move(member), &formation_);
+    return directory_.join({"moe", rank, config, 0, nullptr}, std::move(member), &formation_);
   }
 
   Directory directory_{Defaults{70, 90}};
   std::unique_ptr<Formation> formation_;
+  std::shared_ptr<std::atomic<bool>> cancelled_;  // of the next join
+  std::vector<base::Reason> answers_;
 };
 
 TEST_F(DirectoryTest, FormsAGroupWhenItsLastRankJoins) {
@@ -175,7 +184,8 @@ TEST_F(DirectoryTest, NamesTheMissingRanksWhenAJoinExpires) {
   EXPECT_TRUE(directory_.expire(100).empty());
   auto expired = directory_.expire(102);
   ASSERT_EQ(expired.size(), 2U);
-  EXPECT_NE(expired[0].second.find("rank(s) 0, 3"), std::string::npos) << expired[0].second;
+  EXPECT_EQ(expired[0].status.reason(), EXPERTD_REASON_JOIN_TIMEOUT);
+  EXPECT_NE(expired[0].status.message().find("rank(s) 0, 3"), std::string::npos) << expired[0].status.message();
   EXPECT_TRUE(directory_.expire(1'000).empty());
 }
 
@@ -186,6 +196,39 @@ TEST_F(DirectoryTest, KeepsTheJoinsWhoseDeadlineHasNotPassed) {
   (void)join(0, config_of(3));
   EXPECT_TRUE(join(1, config_of(3)).status.is_ok());
   EXPECT_NE(formation_, nullptr);
+}
+
+TEST_F(DirectoryTest, TheFlagOfACancelledJoinFreesItsPlaceForAnother) {
+  cancelled_ = std::make_shared<std::atomic<bool>>(false);
+  (void)join(0, config_of(2));
+  const auto flag = std::exchange(cancelled_, nullptr);
+  EXPECT_EQ(join(0, config_of(2), 9, 5).status.reason(), EXPERTD_REASON_DUPLICATE_RANK);
+  *flag = true;
+  session::GroupConfig other = config_of(2);
+  other.top_k = 2;
+  EXPECT_TRUE(join(0, other, 9, 5).status.is_ok()) << "nothing of the cancelled join is left, nor its configuration";
+  EXPECT_EQ(answers_, std::vector<base::Reason>{EXPERTD_REASON_CANCELLED});
+}
+
+TEST_F(DirectoryTest, ACancelledJoinDoesNotCompleteAGroup) {
+  cancelled_ = std::make_shared<std::atomic<bool>>(false);
+  (void)join(0, config_of(3));
+  const auto flag = std::exchange(cancelled_, nullptr);
+  (void)join(1, config_of(3));
+  *flag = true;
+  EXPECT_TRUE(join(2, config_of(3)).status.is_ok());
+  EXPECT_EQ(formation_, nullptr);
+  EXPECT_TRUE(join(0, config_of(3)).status.is_ok());
+  EXPECT_NE(formation_, nullptr);
+}
+
+TEST_F(DirectoryTest, CancelledJoinsEndBeforeTheirDeadline) {
+  cancelled_ = std::make_shared<std::atomic<bool>>(true);
+  (void)join(0, config_of(2));
+  const auto ended = directory_.expire(1);
+  ASSERT_EQ(ended.size(), 1U);
+  EXPECT_EQ(ended[0].status.reason(), EXPERTD_REASON_CANCELLED);
+  EXPECT_TRUE(directory_.expire(1'000).empty());
 }
 
 TEST_F(DirectoryTest, DropsThePendingJoinsOfASessionThatEnds) {

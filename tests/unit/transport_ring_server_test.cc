@@ -156,6 +156,57 @@ TEST_F(RingServerTest, LeavesTheCountsBehindTheLastEntryAlone) {
   EXPECT_EQ(completion(1).expert_counts[2], 77U);
 }
 
+TEST_F(RingServerTest, RefusesNewOperationsWhileItDrains) {
+  write_slot(1);
+  EXPECT_TRUE(submit_up_to(1));
+  server_.set_flags(EXPERTD_SESSION_DRAINING);
+  ring_->header()->session_flags = 0;  // what the client makes of the word changes nothing
+  write_slot(2);
+  EXPECT_TRUE(submit_up_to(2));
+  finish_all();
+  EXPECT_EQ(completion(1).reason, 0U) << "it was admitted before";
+  EXPECT_EQ(completion(2).reason, static_cast<uint32_t>(EXPERTD_REASON_DRAINING));
+}
+
+TEST_F(RingServerTest, TakesWhatAnotherRankWaitsForWhileItDrains) {
+  expertd_slot barrier = AdmissionWorld::slot(EXPERTD_OP_BARRIER);
+  barrier.timeout_ns = 1'000'000;
+  (void)world_.admit(barrier);
+  const engine::Request other = world_.request;
+  world_.shared.post(1, 0, &other);
+  server_.set_flags(EXPERTD_SESSION_DRAINING);
+  for (const uint64_t seq : {1, 2}) {
+    barrier.seq = seq;
+    ring_->slots()[(seq - 1) % kSlots] = barrier;
+  }
+  EXPECT_TRUE(submit_up_to(2));
+  (void)engine_.run_once(1);
+  ASSERT_EQ(port_.parts().size(), 1U) << "the first was submitted by the other rank, the second by nobody";
+  EXPECT_EQ(port_.parts()[0].spec.group_op, 1U);
+  world_.shared.post(2, 0, &other);
+  finish_all();
+  EXPECT_EQ(completion(1).reason, 0U);
+  EXPECT_EQ(completion(2).reason, static_cast<uint32_t>(EXPERTD_REASON_DRAINING));
+}
+
+TEST_F(RingServerTest, WhatTheClientRefusedCountsForItsRankWhileItDrains) {
+  expertd_slot refused{};
+  refused.seq = 1;
+  refused.op = EXPERTD_OP_BARRIER;
+  refused.flags = EXPERTD_SLOT_REFUSED;
+  refused.group = AdmissionWorld::kGroup;
+  refused.refused_reason = EXPERTD_REASON_WRONG_DTYPE;
+  server_.set_flags(EXPERTD_SESSION_DRAINING);
+  ring_->slots()[0] = refused;
+  EXPECT_TRUE(submit_up_to(1));
+  EXPECT_EQ(world_.shared.not_posted(1), 1U) << "the other rank alone has not submitted";
+  engine::Request other;
+  other.shape.kind = kernels::OpKind::kBarrier;
+  world_.shared.post(1, 0, &other);
+  (void)engine_.run_once(1);
+  EXPECT_EQ(completion(1).reason, static_cast<uint32_t>(EXPERTD_REASON_WRONG_DTYPE)) << "not DRAINING";
+}
+
 TEST_F(RingServerTest, SaysWhenItSleepsAndRaisesFlags) {
   server_.set_sleeping(true);
   EXPECT_EQ(ring_->header()->daemon_sleeping, 1U);
