@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # The CTestTestfile.cmake of the install tree: `ctest -L gpu` in its folder runs the GPU tests on a machine without the
 # source tree. Asks the binaries for their cases each time, as the build tree does; a tree without them has no cases.
+# ctest sets no variable with the place of this file, but works in it.
+execute_process(COMMAND pwd OUTPUT_VARIABLE here OUTPUT_STRIP_TRAILING_WHITESPACE)
 foreach(program expertd_gpu_tests expertd_gpu_process_tests)
-  set(binary "${CMAKE_CURRENT_LIST_DIR}/../../../bin/${program}")
+  set(binary "${here}/../../../bin/${program}")
   if(NOT EXISTS "${binary}")
     continue()
   endif()

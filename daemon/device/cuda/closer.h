@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Closer: closes IPC mappings and frees pinned memory when no stream that it could hang behind is parked. Measured on
-// H200 (tests/device/facts.cu): while a stream waits for a word, cudaFree and cuMemFreeHost hang, and the copy that
-// would release the stream does not get through; closing an IPC mapping is taken to be of that kind. So a close first
+// Closer: closes IPC mappings and frees pinned memory when no stream that it could hang behind is parked. Measured
+// (tests/device/facts.cu): while a stream waits for a word, cudaFree, cuMemFreeHost and cuIpcCloseMemHandle wait for
+// it, and neither launches of other threads nor the copy that would release the stream get through. So a close first
 // holds back launches on the device (pinned memory: on all devices), waits until no part is in flight, closes, and lets
 // launches go on. A thread of its own, because that may take as long as a parked part's deadline; shared by the devices
 // of the process.
