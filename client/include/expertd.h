@@ -369,6 +369,7 @@ EXPERTD_API expertd_status_t expertd_ll_combine(expertd_group_t* group, const ex
 /* Outputs of the ll_dispatch that left `handle`, valid until the second ll_dispatch after it. */
 EXPERTD_API expertd_status_t expertd_ll_handle_outputs(expertd_group_t* group, expertd_handle_t handle,
                                                        expertd_ll_outputs_t* outputs);
+/* A dispatch that fails leaves no handle: what is submitted with it afterwards is refused with STALE_HANDLE. */
 /* Frees the handle's place (handles_max per session, HANDLE_LIMIT beyond). Low-latency handles are freed in turn. */
 EXPERTD_API expertd_status_t expertd_handle_free(expertd_group_t* group, expertd_handle_t handle);
 

@@ -102,7 +102,24 @@ void RingServer::set_flags(uint32_t session_flags) {
   wake_client();
 }
 
+// The routing of a dispatch that failed is not whole, so nothing may be combined with it. Before the completion is
+// seen: what is submitted after it must be refused.
+void RingServer::drop_handle(const engine::Request& request) {
+  const bool makes_one = (request.shape.kind == kernels::OpKind::kDispatch && request.shape.cached == 0) ||
+                         request.shape.kind == kernels::OpKind::kLlDispatch;
+  if (!makes_one || request.handle_index >= tables_->handles.size()) {
+    return;
+  }
+  session::HandleState& handle = tables_->handles[request.handle_index];
+  if (handle.generation == request.handle_generation) {
+    handle.generation = 0;
+  }
+}
+
 void RingServer::complete(const engine::Request& request, const expertd_completion& completion) {
+  if (completion.reason != EXPERTD_REASON_NONE) {
+    drop_handle(request);
+  }
   expertd_completion* slot = ring_->completions() + request.slot;
   constexpr size_t kSeqBytes = sizeof(completion.seq);
   const size_t bytes = offsetof(expertd_completion, expert_counts) +

@@ -34,6 +34,7 @@ class RingServer final : public engine::CompletionPort {
   uint32_t slot_count() const { return slot_count_; }
 
  private:
+  void drop_handle(const engine::Request& request);
   void wake_client();
 
   session::SessionTables* tables_;

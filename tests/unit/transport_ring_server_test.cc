@@ -59,6 +59,19 @@ TEST_F(RingServerTest, TakesWhatWasSubmittedAndWritesItsCompletion) {
   EXPECT_EQ(world_.tables.stats.completed.load(), 1U);
 }
 
+TEST_F(RingServerTest, LeavesNoHandleOfADispatchThatFailed) {
+  expertd_slot slot = AdmissionWorld::slot(EXPERTD_OP_DISPATCH);
+  slot.seq = 1;
+  ring_->slots()[0] = slot;
+  ASSERT_TRUE(submit_up_to(1));
+  ASSERT_EQ(world_.tables.handles[slot.handle_index].generation, slot.handle_generation);
+  (void)engine_.run_once(~uint64_t{0} >> 1);  // far past its deadline
+  (void)engine_.run_once(~uint64_t{0} >> 1);
+  ASSERT_EQ(completion(1).seq, 1U);
+  EXPECT_NE(completion(1).reason, 0U);
+  EXPECT_EQ(world_.tables.handles[slot.handle_index].generation, 0U);
+}
+
 TEST_F(RingServerTest, TakesNothingTwice) {
   write_slot(1);
   EXPECT_TRUE(submit_up_to(1));
