@@ -184,7 +184,23 @@ void DaemonProcess::kill() {
 
 void DaemonProcess::pause() {
   ::kill(pid_, SIGSTOP);
+  // The signal stops one thread after the other; each of them might still answer.
+  const std::string tasks = "/proc/" + std::to_string(pid_) + "/task";
+  note_wait("every thread of the daemon to stop");
+  (void)wait_until(
+      [&] {
+        std::error_code gone;
+        bool stopped = true;
+        for (const auto& task : std::filesystem::directory_iterator(tasks, gone)) {
+          const std::string stat = read_text(task.path() / "stat");
+          const size_t name_end = stat.rfind(')');  // the state is the letter behind the name
+          stopped = stopped && name_end != std::string::npos && stat.compare(name_end, 3, ") T") == 0;
+        }
+        return stopped;
+      },
+      std::chrono::seconds(5));
 }
+
 void DaemonProcess::resume() {
   ::kill(pid_, SIGCONT);
 }

@@ -52,7 +52,7 @@ class DaemonProcess {
   /// The exit code once it has ended by itself, -1 when it does not in time or was ended by a signal.
   int wait_exit(std::chrono::milliseconds limit);
   void kill();
-  void pause();   // SIGSTOP
+  void pause();   // SIGSTOP; returns when every thread has stopped
   void resume();  // SIGCONT
 
   bool running();
