@@ -81,6 +81,7 @@ void put_group(const session::GroupSnapshot& group, v1::GroupStatus* message) {
   message->set_joined(group.joined);
   message->set_lost(group.lost);
   message->set_ops(group.ops);
+  message->set_dispatch_dtypes(group.config.dispatch_dtypes);
 }
 
 void put_session(const session::SessionSnapshot& session, v1::SessionStatus* message) {
@@ -163,6 +164,7 @@ Converted<session::GroupConfig> from_proto(const v1::GroupConfig& message) {
   out.value.on_rank_loss = static_cast<session::OnRankLoss>(message.on_rank_loss());
   out.value.op_timeout_ns = message.op_timeout_ns();
   out.value.first_op_timeout_ns = message.first_op_timeout_ns();
+  out.value.dispatch_dtypes = message.dispatch_dtypes();
   return out;
 }
 

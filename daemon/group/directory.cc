@@ -151,6 +151,7 @@ std::unique_ptr<Formation> Directory::form(const std::string& name, Pending&& pe
                                                                  : defaults_.first_op_timeout_ns;
   settings.normal = config.mode != session::GroupMode::kInference;
   settings.inference = config.mode != session::GroupMode::kNormal;
+  settings.dispatch_dtypes = config.dispatch_dtypes;
   for (auto& [rank, member] : pending.members) {
     settings.shape.devices[rank] = member.device;
     by_session_[member.session.value].emplace_back(settings.shape.id.value, rank);

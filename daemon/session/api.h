@@ -35,6 +35,7 @@ struct GroupConfig {
   OnRankLoss on_rank_loss = OnRankLoss::kUnspecified;
   uint64_t op_timeout_ns = 0;
   uint64_t first_op_timeout_ns = 0;
+  uint32_t dispatch_dtypes = 0;  // set of expertd_payload; 0: any
   friend bool operator==(const GroupConfig&, const GroupConfig&) = default;
 };
 

@@ -16,13 +16,16 @@ namespace {
 constexpr uint64_t kDefaultJoinNs = 60'000'000'000ULL;
 constexpr std::chrono::milliseconds kQuietPoll(1);
 
+// The window is where ll_dispatch leaves its results, and ll_combine finds its input, when the caller gives no memory
+// of its own. It has room for the payloads that the group carries, and exists whatever they are: only an operation
+// tells whether its caller gives memory.
 uint64_t window_bytes_of(const GroupConfig& config) {
   if (config.mode == GroupMode::kNormal) {
     return 0;
   }
   const expertd_ll_window_shape shape{config.expert_parallel_size, config.num_experts, config.hidden,
                                       config.max_tokens};
-  return expertd_ll_window_place_all(&shape, 0).total_bytes;
+  return expertd_ll_window_place_payloads(&shape, config.dispatch_dtypes, 0).total_bytes;
 }
 
 }  // namespace
