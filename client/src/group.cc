@@ -27,6 +27,7 @@ expertd_v1_GroupConfig to_proto(const GroupConfig& config) {
   message.on_rank_loss = static_cast<expertd_v1_OnRankLoss>(config.on_rank_loss);
   message.op_timeout_ns = config.op_timeout_ns;
   message.first_op_timeout_ns = config.first_op_timeout_ns;
+  message.dispatch_dtypes = config.dispatch_dtypes;
   return message;
 }
 
@@ -110,7 +111,7 @@ Status Group::adopt_resources() {
   if (granted_window_ == 0) {
     return {};
   }
-  const uint64_t needed = ll_window_layout(config_.window_shape(), 0).total_bytes;
+  const uint64_t needed = config_.window_layout(0).total_bytes;
   if (granted_bytes_ < needed || needed == 0) {
     return error(EXPERTD_REASON_BAD_MESSAGE, "the group's window has %llu bytes, its layout needs %llu",
                  static_cast<unsigned long long>(granted_bytes_), static_cast<unsigned long long>(needed));

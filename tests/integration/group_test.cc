@@ -149,6 +149,8 @@ const Mismatch kMismatches[] = {
     {"on_rank_loss", "1", "2", [](expertd_group_options_t* o) { o->on_rank_loss = EXPERTD_RANK_LOSS_MASK; }},
     {"op_timeout_ns", "0", "77", [](expertd_group_options_t* o) { o->op_timeout_ns = 77; }},
     {"first_op_timeout_ns", "0", "78", [](expertd_group_options_t* o) { o->first_op_timeout_ns = 78; }},
+    {"dispatch_dtypes", "0", "5",
+     [](expertd_group_options_t* o) { o->dispatch_dtypes = EXPERTD_DISPATCH_BF16 | EXPERTD_DISPATCH_FP8; }},
 };
 
 class GroupMismatch : public Group, public ::testing::WithParamInterface<Mismatch> {};
@@ -196,6 +198,7 @@ const BadOption kBadOptions[] = {
     {"hidden", [](expertd_group_options_t* o) { o->hidden = 100; }},
     {"top_k", [](expertd_group_options_t* o) { o->top_k = 33; }},
     {"max_tokens", [](expertd_group_options_t* o) { o->max_tokens = 5000; }},
+    {"dispatch_dtypes", [](expertd_group_options_t* o) { o->dispatch_dtypes = 8; }},
 };
 
 class GroupRange : public Group, public ::testing::WithParamInterface<BadOption> {};
