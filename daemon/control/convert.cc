@@ -218,6 +218,8 @@ void to_proto(const session::GroupPlan& plan, v1::PlanGroupResponse* message) {
   message->set_table_bytes(plan.table_bytes);
   message->set_handle_bytes(plan.handle_bytes);
   message->set_worst_rows(plan.worst_rows);
+  message->set_handles(plan.handles);
+  message->set_pinned_bytes(plan.pinned_bytes);
 }
 
 void to_proto(const session::StatusSnapshot& snapshot, const ProcessFacts& process, v1::GetStatusResponse* message) {
