@@ -183,13 +183,18 @@ typedef struct expertd_group_options {
 
 typedef struct expertd_group_plan_s {
   size_t struct_size;
-  uint64_t window_bytes; /* low-latency window per rank */
-  uint64_t table_bytes;  /* the daemon's tables per rank */
-  uint64_t handle_bytes; /* handles per rank */
+  uint64_t window_bytes; /* low-latency window per rank, on the device of the session as everything but pinned_bytes */
+  uint64_t table_bytes;  /* the daemon's tables per rank; host devices: once for all ranks of the group */
+  uint64_t handle_bytes; /* all handles per rank */
   uint64_t worst_rows;   /* rows of a dispatch output that can never overflow (R * max_tokens) */
+  uint64_t handles;      /* that a rank may have at once (HANDLE_LIMIT beyond): fewer for large groups */
+  uint64_t
+      pinned_bytes; /* of the host per rank, if a rank is on a GPU that this GPU does not reach; 0: there is none */
 } expertd_group_plan_t;
 
-/* What the group would take; nothing is allocated. */
+/* What a rank of the group would take on the session's device, to the byte as it is allocated; nothing is.
+ * ARGUMENT_RANGE where a join would be refused with it. A struct_size that ends before `handles` gets the members in
+ * front of it. */
 EXPERTD_API expertd_status_t expertd_group_plan(expertd_session_t* session, const expertd_group_options_t* options,
                                                 expertd_group_plan_t* plan);
 /* Blocks until every rank has joined. CONFIG_MISMATCH names field and both values; DUPLICATE_RANK; JOIN_TIMEOUT. */

@@ -169,7 +169,7 @@ expertd_status_t expertd_group_plan(expertd_session_t* session, const expertd_gr
                                     expertd_group_plan_t* plan) {
   client::GroupConfig config;
   Status status = client::both(check_given(session, "session"), config_of(options, &config));
-  status = client::both(std::move(status), client::check_struct(plan, "plan"));
+  status = client::both(std::move(status), client::check_struct(plan, "plan", offsetof(expertd_group_plan_t, handles)));
   if (!status.ok()) {
     return publish(status);
   }

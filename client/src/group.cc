@@ -2,6 +2,7 @@
 #include "client/src/group.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <utility>
 
@@ -41,10 +42,15 @@ Status Group::plan(Session* session, const GroupConfig& config, expertd_group_pl
   Status status = session->connection()->call("PlanGroup", {expertd_v1_PlanGroupRequest_fields, &request},
                                               {expertd_v1_PlanGroupResponse_fields, &response}, kControlTimeoutNs);
   if (status.ok()) {
-    plan->window_bytes = response.window_bytes;
-    plan->table_bytes = response.table_bytes;
-    plan->handle_bytes = response.handle_bytes;
-    plan->worst_rows = response.worst_rows;
+    expertd_group_plan_t filled{};
+    filled.struct_size = plan->struct_size;
+    filled.window_bytes = response.window_bytes;
+    filled.table_bytes = response.table_bytes;
+    filled.handle_bytes = response.handle_bytes;
+    filled.worst_rows = response.worst_rows;
+    filled.handles = response.handles;
+    filled.pinned_bytes = response.pinned_bytes;
+    std::memcpy(plan, &filled, std::min(filled.struct_size, sizeof(filled)));
   }
   return status;
 }

@@ -456,6 +456,8 @@ class FakeDaemon : public v1::Session::Service {
   grpc::Status PlanGroup(grpc::ServerContext*, const v1::PlanGroupRequest* request,
                          v1::PlanGroupResponse* response) override {
     response->set_worst_rows(uint64_t{request->config().expert_parallel_size()} * request->config().max_tokens());
+    response->set_handles(9);
+    response->set_pinned_bytes(1ULL << 33);
     return grpc::Status::OK;
   }
 
