@@ -62,7 +62,8 @@ void add_options(CLI::App* app, Typed* typed, BenchOptions* options) {
   app->add_option("--timeout", typed->timeout, "Of attaching, joining and each operation")
       ->capture_default_str()
       ->type_name("DURATION");
-  app->add_flag("--plan", options->plan, "Print the memory that the groups would take per rank, and end");
+  app->add_flag("--plan", options->plan,
+                "Print the memory that a rank of the groups would take on the first device, and end");
   app->add_flag("--json", options->json, "Print JSON in place of the table");
   app->add_option("--json-file", options->json_file, "Write the JSON to a file as well")->type_name("FILE");
   app->footer(kFooter);

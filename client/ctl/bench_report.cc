@@ -113,10 +113,13 @@ std::string plan_table(const std::vector<BenchPlan>& plans) {
                {"WINDOW", Align::kRight},
                {"TABLES", Align::kRight},
                {"HANDLES", Align::kRight},
+               {"HANDLE MEMORY", Align::kRight},
+               {"PINNED ON HOST", Align::kRight},
                {"WORST ROWS", Align::kRight}});
   for (const BenchPlan& it : plans) {
     table.add({it.mode, size_text(it.plan.window_bytes), size_text(it.plan.table_bytes),
-               size_text(it.plan.handle_bytes), std::to_string(it.plan.worst_rows)});
+               std::to_string(it.plan.handles), size_text(it.plan.handle_bytes), size_text(it.plan.pinned_bytes),
+               std::to_string(it.plan.worst_rows)});
   }
   return table.text();
 }
@@ -127,7 +130,9 @@ std::string plan_json(const std::vector<BenchPlan>& plans) {
     document.push_back({{"mode", it.mode},
                         {"window_bytes", it.plan.window_bytes},
                         {"table_bytes", it.plan.table_bytes},
+                        {"handles", it.plan.handles},
                         {"handle_bytes", it.plan.handle_bytes},
+                        {"pinned_bytes", it.plan.pinned_bytes},
                         {"worst_rows", it.plan.worst_rows}});
   }
   return document.dump(2) + "\n";

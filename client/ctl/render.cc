@@ -3,8 +3,11 @@
 
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "client/ctl/format.h"
+#include "proto/abi/ring_v1.h"
 
 namespace expertd::ctl {
 
@@ -80,6 +83,28 @@ std::string memory_text(const v1::GetStatusResponse& status) {
   return table.text();
 }
 
+std::vector<std::string> dtype_names(const v1::GroupStatus& group) {
+  if (group.dispatch_dtypes() == 0) {
+    return {"any"};
+  }
+  std::vector<std::string> names;
+#define EXPERTD_PAYLOAD_NAMED(name, bit, text)  \
+  if ((group.dispatch_dtypes() & (bit)) != 0) { \
+    names.emplace_back(text);                   \
+  }
+  EXPERTD_PAYLOADS(EXPERTD_PAYLOAD_NAMED)
+#undef EXPERTD_PAYLOAD_NAMED
+  return names;
+}
+
+std::string dtypes_text(const v1::GroupStatus& group) {
+  std::string text;
+  for (const std::string& name : dtype_names(group)) {
+    text += (text.empty() ? "" : ",") + name;
+  }
+  return text;
+}
+
 std::string groups_text(const v1::GetStatusResponse& status) {
   Table table({{"GROUP"},
                {"MODE"},
@@ -88,6 +113,7 @@ std::string groups_text(const v1::GetStatusResponse& status) {
                {"HIDDEN", Align::kRight},
                {"TOP-K", Align::kRight},
                {"TOKENS", Align::kRight},
+               {"DTYPES"},
                {"EPOCH", Align::kRight},
                {"OPS", Align::kRight},
                {"JOINED"},
@@ -95,8 +121,8 @@ std::string groups_text(const v1::GetStatusResponse& status) {
   for (const v1::GroupStatus& group : status.groups()) {
     table.add({group.name(), group.mode(), std::to_string(group.expert_parallel_size()),
                std::to_string(group.num_experts()), std::to_string(group.hidden()), std::to_string(group.top_k()),
-               std::to_string(group.max_tokens()), std::to_string(group.epoch()), std::to_string(group.ops()),
-               mask_text(group.joined()), mask_text(group.lost())});
+               std::to_string(group.max_tokens()), dtypes_text(group), std::to_string(group.epoch()),
+               std::to_string(group.ops()), mask_text(group.joined()), mask_text(group.lost())});
   }
   return table.text();
 }
@@ -133,6 +159,7 @@ json group_json(const v1::GroupStatus& group) {
           {"hidden", group.hidden()},
           {"top_k", group.top_k()},
           {"max_tokens", group.max_tokens()},
+          {"dispatch_dtypes", dtype_names(group)},
           {"mode", group.mode()},
           {"epoch", group.epoch()},
           {"joined_mask", group.joined()},

@@ -154,6 +154,13 @@ typedef enum expertd_group_mode {
  * and well on another, after which every rank goes on with the operation that follows it. */
 typedef enum expertd_on_rank_loss { EXPERTD_RANK_LOSS_FAIL = 1, EXPERTD_RANK_LOSS_MASK = 2 } expertd_on_rank_loss_t;
 
+/* What the rows of a dispatch are. Rows that come back (combine, ll_combine) are BF16 always. */
+typedef enum expertd_dispatch_dtype {
+  EXPERTD_DISPATCH_BF16 = 1,  /* EXPERTD_BF16 */
+  EXPERTD_DISPATCH_BYTES = 2, /* EXPERTD_BYTES */
+  EXPERTD_DISPATCH_FP8 = 4    /* EXPERTD_BF16 with EXPERTD_USE_FP8: quantised on the way, ll_dispatch only */
+} expertd_dispatch_dtype_t;
+
 typedef struct expertd_group_options {
   size_t struct_size;
   const char* name;                    /* the same on every rank; 1..64 characters */
@@ -168,17 +175,26 @@ typedef struct expertd_group_options {
   uint64_t op_timeout_ns;              /* 0: 100 s */
   uint64_t first_op_timeout_ns;        /* 0: 30 min */
   uint64_t join_timeout_ns;            /* 0: 60 s */
+  /* Set of expertd_dispatch_dtype that the group will carry; 0: any. A dispatch of another one ends with WRONG_DTYPE,
+   * and the low-latency window has no room for it: FP8 alone takes about a quarter less than any. With NORMAL it cannot
+   * be FP8 alone. A struct_size that ends before this member means 0. */
+  uint32_t dispatch_dtypes;
 } expertd_group_options_t;
 
 typedef struct expertd_group_plan_s {
   size_t struct_size;
-  uint64_t window_bytes; /* low-latency window per rank */
-  uint64_t table_bytes;  /* the daemon's tables per rank */
-  uint64_t handle_bytes; /* handles per rank */
+  uint64_t window_bytes; /* low-latency window per rank, on the device of the session as everything but pinned_bytes */
+  uint64_t table_bytes;  /* the daemon's tables per rank; host devices: once for all ranks of the group */
+  uint64_t handle_bytes; /* all handles per rank */
   uint64_t worst_rows;   /* rows of a dispatch output that can never overflow (R * max_tokens) */
+  uint64_t handles;      /* that a rank may have at once (HANDLE_LIMIT beyond): fewer for large groups */
+  uint64_t
+      pinned_bytes; /* of the host per rank, if a rank is on a GPU that this GPU does not reach; 0: there is none */
 } expertd_group_plan_t;
 
-/* What the group would take; nothing is allocated. */
+/* What a rank of the group would take on the session's device, to the byte as it is allocated; nothing is.
+ * ARGUMENT_RANGE where a join would be refused with it. A struct_size that ends before `handles` gets the members in
+ * front of it. */
 EXPERTD_API expertd_status_t expertd_group_plan(expertd_session_t* session, const expertd_group_options_t* options,
                                                 expertd_group_plan_t* plan);
 /* Blocks until every rank has joined. CONFIG_MISMATCH names field and both values; DUPLICATE_RANK; JOIN_TIMEOUT. */
@@ -344,7 +360,7 @@ typedef struct expertd_ll_combine_args {
 typedef struct expertd_ll_outputs {
   size_t struct_size;
   void* recv_x;
-  void* recv_scales;
+  void* recv_scales; /* NULL when the group carries BF16 only */
   int32_t* expert_counts;
   int32_t* recv_src_info;
   int64_t* layout_range;

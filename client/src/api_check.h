@@ -9,15 +9,16 @@
 namespace expertd::client {
 
 /// A struct that is older than the oldest known is refused by size; a newer one is read as far as this library knows
-/// it.
+/// it. `oldest` is the size of the first version, for structs that have grown since: members behind it are there only
+/// when struct_size says so.
 template <typename Struct>
-Status check_struct(const Struct* given, const char* name) {
+Status check_struct(const Struct* given, const char* name, size_t oldest = sizeof(Struct)) {
   if (given == nullptr) {
     return missing_argument(name);
   }
-  if (given->struct_size < sizeof(Struct)) {
+  if (given->struct_size < oldest) {
     return error(EXPERTD_REASON_ARGUMENT_RANGE, "%s.struct_size = %zu, allowed %zu and more", name, given->struct_size,
-                 sizeof(Struct));
+                 oldest);
   }
   return {};
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The C interface: groups and operations. Callers' threads; one thread per group issues operations.
+#include <cstddef>
 #include <cstring>
 
 #include "client/src/api_check.h"
@@ -18,6 +19,10 @@ using client::unwrap;
 
 namespace {
 
+#define EXPERTD_SAME_PAYLOAD(name, bit, text) static_assert(int{EXPERTD_DISPATCH_##name} == int{bit});
+EXPERTD_PAYLOADS(EXPERTD_SAME_PAYLOAD)
+#undef EXPERTD_SAME_PAYLOAD
+
 constexpr uint64_t kLeaveTimeoutNs = 10'000'000'000;
 
 /// One call of an operation, as far as its refusal needs it.
@@ -33,7 +38,7 @@ Issue issue_of(uint32_t op, const Args* args, expertd_stream_t stream) {
 }
 
 Status config_of(const expertd_group_options_t* options, client::GroupConfig* config) {
-  Status status = client::check_struct(options, "options");
+  Status status = client::check_struct(options, "options", offsetof(expertd_group_options_t, dispatch_dtypes));
   if (status.ok()) {
     status = check_given(options->name, "options.name");
   }
@@ -53,6 +58,7 @@ Status config_of(const expertd_group_options_t* options, client::GroupConfig* co
   config->op_timeout_ns = options->op_timeout_ns;
   config->first_op_timeout_ns = options->first_op_timeout_ns;
   config->join_timeout_ns = options->join_timeout_ns;
+  config->dispatch_dtypes = options->struct_size >= sizeof(*options) ? options->dispatch_dtypes : 0;
   return {};
 }
 
@@ -163,7 +169,7 @@ expertd_status_t expertd_group_plan(expertd_session_t* session, const expertd_gr
                                     expertd_group_plan_t* plan) {
   client::GroupConfig config;
   Status status = client::both(check_given(session, "session"), config_of(options, &config));
-  status = client::both(std::move(status), client::check_struct(plan, "plan"));
+  status = client::both(std::move(status), client::check_struct(plan, "plan", offsetof(expertd_group_plan_t, handles)));
   if (!status.ok()) {
     return publish(status);
   }

@@ -2,6 +2,7 @@
 #include "client/src/group.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <utility>
 
@@ -27,6 +28,7 @@ expertd_v1_GroupConfig to_proto(const GroupConfig& config) {
   message.on_rank_loss = static_cast<expertd_v1_OnRankLoss>(config.on_rank_loss);
   message.op_timeout_ns = config.op_timeout_ns;
   message.first_op_timeout_ns = config.first_op_timeout_ns;
+  message.dispatch_dtypes = config.dispatch_dtypes;
   return message;
 }
 
@@ -40,10 +42,15 @@ Status Group::plan(Session* session, const GroupConfig& config, expertd_group_pl
   Status status = session->connection()->call("PlanGroup", {expertd_v1_PlanGroupRequest_fields, &request},
                                               {expertd_v1_PlanGroupResponse_fields, &response}, kControlTimeoutNs);
   if (status.ok()) {
-    plan->window_bytes = response.window_bytes;
-    plan->table_bytes = response.table_bytes;
-    plan->handle_bytes = response.handle_bytes;
-    plan->worst_rows = response.worst_rows;
+    expertd_group_plan_t filled{};
+    filled.struct_size = plan->struct_size;
+    filled.window_bytes = response.window_bytes;
+    filled.table_bytes = response.table_bytes;
+    filled.handle_bytes = response.handle_bytes;
+    filled.worst_rows = response.worst_rows;
+    filled.handles = response.handles;
+    filled.pinned_bytes = response.pinned_bytes;
+    std::memcpy(plan, &filled, std::min(filled.struct_size, sizeof(filled)));
   }
   return status;
 }
@@ -110,7 +117,7 @@ Status Group::adopt_resources() {
   if (granted_window_ == 0) {
     return {};
   }
-  const uint64_t needed = ll_window_layout(config_.window_shape(), 0).total_bytes;
+  const uint64_t needed = config_.window_layout(0).total_bytes;
   if (granted_bytes_ < needed || needed == 0) {
     return error(EXPERTD_REASON_BAD_MESSAGE, "the group's window has %llu bytes, its layout needs %llu",
                  static_cast<unsigned long long>(granted_bytes_), static_cast<unsigned long long>(needed));

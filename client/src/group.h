@@ -32,11 +32,17 @@ struct GroupConfig {
   uint64_t op_timeout_ns = 0;
   uint64_t first_op_timeout_ns = 0;
   uint64_t join_timeout_ns = 0;
+  uint32_t dispatch_dtypes = 0;  // set of expertd_payload; 0: any
 
   uint32_t local_experts() const { return ranks == 0 ? 0 : num_experts / ranks; }
   uint64_t worst_rows() const { return uint64_t{ranks} * max_tokens; }
   bool low_latency() const { return mode != EXPERTD_MODE_NORMAL; }
-  LlWindowShape window_shape() const { return {ranks, num_experts, hidden, max_tokens}; }
+  /// Of set `set` of the low-latency window.
+  LlWindowLayout window_layout(uint32_t set) const {
+    return ll_window_layout({ranks, num_experts, hidden, max_tokens}, dispatch_dtypes, set);
+  }
+  /// Whether dispatches may have this expertd_payload.
+  bool carries(uint32_t payload) const { return dispatch_dtypes == 0 || (dispatch_dtypes & payload) != 0; }
 };
 
 class Group {

@@ -10,8 +10,9 @@ namespace expertd::client {
 using LlWindowShape = expertd_ll_window_shape;
 using LlWindowLayout = expertd_ll_window_layout;
 
-inline LlWindowLayout ll_window_layout(const LlWindowShape& shape, uint32_t set) {
-  return expertd_ll_window_place_all(&shape, set);
+/// Of the window of a group that carries `payloads`: a set of expertd_payload, 0 for any.
+inline LlWindowLayout ll_window_layout(const LlWindowShape& shape, uint32_t payloads, uint32_t set) {
+  return expertd_ll_window_place_payloads(&shape, payloads, set);
 }
 
 }  // namespace expertd::client

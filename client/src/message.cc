@@ -33,9 +33,21 @@ std::string rejected_text(const expertd_completion& completion) {
   return text;
 }
 
+std::string payload_names(int64_t payloads) {
+  std::string text;
+#define EXPERTD_PAYLOAD_NAMED(name, bit, word) text += (payloads & (bit)) == 0 ? "" : text.empty() ? word : ", " word;
+  EXPERTD_PAYLOADS(EXPERTD_PAYLOAD_NAMED)
+#undef EXPERTD_PAYLOAD_NAMED
+  return text;
+}
+
 // "tokens = 300, allowed 0..256"; the range is left out where the daemon gave none.
 std::string argument_text(const expertd_completion& completion) {
   std::string text = argument_name(completion.argument);
+  if (completion.argument == EXPERTD_ARGUMENT_DISPATCH_DTYPE) {
+    return text + " = " + payload_names(completion.value) + ", allowed " + payload_names(completion.maximum) +
+           " (dispatch_dtypes of the group)";
+  }
   text += format(" = %lld", static_cast<long long>(completion.value));
   if (completion.minimum != 0 || completion.maximum != 0) {
     text += format(", allowed %lld..%lld", static_cast<long long>(completion.minimum),

@@ -273,19 +273,28 @@ Status ll_outputs(const Group& group, uint32_t set, expertd_ll_outputs_t* output
   if (group.window() == nullptr) {
     return no_window(group);
   }
-  const LlWindowLayout layout = ll_window_layout(group.config().window_shape(), set);
+  const GroupConfig& config = group.config();
+  const LlWindowLayout layout = config.window_layout(set);
   char* base = static_cast<char*>(group.window()->data);
   outputs->recv_x = base + layout.recv_x;
-  outputs->recv_scales = base + layout.recv_scales;
+  outputs->recv_scales =
+      expertd_ll_window_scale_bytes(config.hidden, config.dispatch_dtypes) == 0 ? nullptr : base + layout.recv_scales;
   outputs->expert_counts = reinterpret_cast<int32_t*>(base + layout.expert_counts);
   outputs->recv_src_info = reinterpret_cast<int32_t*>(base + layout.src_info);
   outputs->layout_range = reinterpret_cast<int64_t*>(base + layout.layout_range);
   outputs->combine_x = base + layout.combine_x;
-  outputs->rows_per_expert = static_cast<uint32_t>(group.config().worst_rows());
+  outputs->rows_per_expert = static_cast<uint32_t>(config.worst_rows());
   return {};
 }
 
 namespace {
+
+uint32_t payload_of(const expertd_slot& slot) {
+  if (slot.dtype == EXPERTD_DTYPE_BYTES) {
+    return EXPERTD_PAYLOAD_BYTES;
+  }
+  return (slot.flags & EXPERTD_SLOT_QUANTISE_FP8) != 0 ? EXPERTD_PAYLOAD_FP8 : EXPERTD_PAYLOAD_BF16;
+}
 
 // Null outputs become places in the window; what cannot fit there is refused, because it would overrun its region.
 Status fill_ll_outputs(const Group& group, uint32_t set, uint64_t side_row, expertd_ll_dispatch_args_t* args) {
@@ -352,7 +361,9 @@ Status build_ll_dispatch(const Group& group, const expertd_ll_dispatch_args_t& g
   set_payload(args, request);
   slot.topk_idx_bytes = idx_bytes(args.idx_type);
   const uint64_t side_row = ll_side_row_bytes(slot);
-  status = fill_ll_outputs(group, set, side_row, &args);
+  if (config.carries(payload_of(slot))) {  // others have no room in the window, and the daemon refuses them
+    status = fill_ll_outputs(group, set, side_row, &args);
+  }
   if (!status.ok()) {
     return status;
   }

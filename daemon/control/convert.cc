@@ -81,6 +81,7 @@ void put_group(const session::GroupSnapshot& group, v1::GroupStatus* message) {
   message->set_joined(group.joined);
   message->set_lost(group.lost);
   message->set_ops(group.ops);
+  message->set_dispatch_dtypes(group.config.dispatch_dtypes);
 }
 
 void put_session(const session::SessionSnapshot& session, v1::SessionStatus* message) {
@@ -163,6 +164,7 @@ Converted<session::GroupConfig> from_proto(const v1::GroupConfig& message) {
   out.value.on_rank_loss = static_cast<session::OnRankLoss>(message.on_rank_loss());
   out.value.op_timeout_ns = message.op_timeout_ns();
   out.value.first_op_timeout_ns = message.first_op_timeout_ns();
+  out.value.dispatch_dtypes = message.dispatch_dtypes();
   return out;
 }
 
@@ -216,6 +218,8 @@ void to_proto(const session::GroupPlan& plan, v1::PlanGroupResponse* message) {
   message->set_table_bytes(plan.table_bytes);
   message->set_handle_bytes(plan.handle_bytes);
   message->set_worst_rows(plan.worst_rows);
+  message->set_handles(plan.handles);
+  message->set_pinned_bytes(plan.pinned_bytes);
 }
 
 void to_proto(const session::StatusSnapshot& snapshot, const ProcessFacts& process, v1::GetStatusResponse* message) {

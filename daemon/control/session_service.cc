@@ -118,9 +118,10 @@ class SessionService final : public v1::Session::CallbackService {
 
   grpc::ServerUnaryReactor* PlanGroup(grpc::CallbackServerContext* context, const v1::PlanGroupRequest* request,
                                       v1::PlanGroupResponse* response) override {
-    return run(context, *request, response, [this](const Caller&, const session::GroupConfig& config, auto* out) {
-      return answer(api_.plan_group(config), out);
-    });
+    return run(context, *request, response,
+               [this](const Caller& caller, const session::GroupConfig& config, auto* out) {
+                 return answer(api_.plan_group(caller.peer.session, config), out);
+               });
   }
 
  private:

@@ -56,6 +56,14 @@ struct DeviceInfo {
   bool healthy = true;
 };
 
+/// What a rank of a group takes, to the byte as it is allocated.
+struct GroupMemory {
+  uint64_t table_bytes = 0;   // on the device, beside the handles, rounding included. Host devices: once for all ranks
+  uint64_t handle_bytes = 0;  // on the device: all handles
+  uint32_t handle_count = 0;  // handle_capacity() will say the same
+  uint64_t pinned_bytes = 0;  // of the host, besides
+};
+
 class Device {
  public:
   virtual ~Device() = default;
@@ -64,6 +72,8 @@ class Device {
   virtual engine::DevicePort& port() = 0;
 
   virtual base::Result<Window> create_window(uint64_t bytes) = 0;
+  /// Bytes that create_window(bytes) would take: rounded up as the device does it. Nothing is allocated.
+  virtual base::Result<uint64_t> window_size(uint64_t bytes) const = 0;
   /// A descriptor of the client: sealed memfd (host) or VMM allocation of allocation_bytes (CUDA).
   virtual base::Result<std::unique_ptr<HeldMemory>> import_fd(base::ScopedFd fd, uint64_t offset, uint64_t bytes,
                                                               uint64_t allocation_bytes) = 0;
@@ -79,6 +89,11 @@ class Device {
   /// Tables of one rank of a group: count matrices of kExchangePages pages, handles. Called for every local rank on its
   /// own device before the group's first launch. destroy_group after the last part of the group ended.
   virtual base::Status create_group(const engine::GroupShape& shape, uint32_t handle_limit) = 0;
+  /// What create_group() would take for one rank; nothing is allocated. Which devices the other ranks are on is not
+  /// asked for (shape.devices is not read): pinned_bytes is what it takes when one of them is a GPU of the daemon that
+  /// this GPU does not reach, and 0 when there is none such or no other rank. ARGUMENT_RANGE for shapes that
+  /// create_group() refuses.
+  virtual base::Result<GroupMemory> plan_group(const engine::GroupShape& shape, uint32_t handle_limit) const = 0;
   virtual void destroy_group(base::GroupId group, base::Rank rank) = 0;
   /// Handles that the rank's tables hold: what create_group was asked for, or fewer for large groups; 0 if unknown.
   virtual uint32_t handle_capacity(base::GroupId group, base::Rank rank) const = 0;

@@ -61,8 +61,9 @@ struct GroupSettings {
   bool mask_on_loss = false;
   uint64_t op_timeout_ns = 0;
   uint64_t first_op_timeout_ns = 0;
-  bool normal = true;     // HT operations allowed
-  bool inference = true;  // LL operations allowed
+  bool normal = true;            // HT operations allowed
+  bool inference = true;         // LL operations allowed
+  uint32_t dispatch_dtypes = 0;  // set of expertd_payload that dispatches may carry; 0: any
   /// How many operations may be launched at once. 1 where ranks exchange through memory that the next operation writes
   /// again (the relay of GPUs without peer access): a rank whose part was aborted would write under a late reader.
   uint32_t exchange_pages = kExchangePages;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "daemon/base/limits.h"
 #include "daemon/group/directory.h"
+#include "proto/abi/ring_v1.h"
 
 namespace expertd::group {
 
@@ -37,6 +38,7 @@ session::ErrorDetail check_config(const session::GroupConfig& config, uint32_t r
       {"max_tokens", config.max_tokens, 1, inference ? base::kMaxLlTokens : base::kMaxTokens},
       {"mode", static_cast<uint64_t>(config.mode), 1, 3},
       {"on_rank_loss", static_cast<uint64_t>(config.on_rank_loss), 1, 2},
+      {"dispatch_dtypes", config.dispatch_dtypes, 0, EXPERTD_PAYLOADS_ALL},
   };
   for (const Range& range : ranges) {
     if (range.value < range.minimum || range.value > range.maximum) {
@@ -54,6 +56,12 @@ session::ErrorDetail check_config(const session::GroupConfig& config, uint32_t r
   }
   if (config.hidden % 128 != 0) {
     return out_of_range("hidden", std::to_string(config.hidden), "multiples of 128");
+  }
+  if (!inference && config.dispatch_dtypes == EXPERTD_PAYLOAD_FP8) {
+    // Only ll_dispatch quantises: such a group could never dispatch anything.
+    return out_of_range("dispatch_dtypes", std::to_string(config.dispatch_dtypes),
+                        "sets with bf16 (" + std::to_string(EXPERTD_PAYLOAD_BF16) + ") or bytes (" +
+                            std::to_string(EXPERTD_PAYLOAD_BYTES) + ") in mode normal, or 0");
   }
   return {};
 }
@@ -73,6 +81,7 @@ session::ErrorDetail compare_configs(const session::GroupConfig& first, const se
       {"on_rank_loss", static_cast<uint64_t>(first.on_rank_loss), static_cast<uint64_t>(other.on_rank_loss)},
       {"op_timeout_ns", first.op_timeout_ns, other.op_timeout_ns},
       {"first_op_timeout_ns", first.first_op_timeout_ns, other.first_op_timeout_ns},
+      {"dispatch_dtypes", first.dispatch_dtypes, other.dispatch_dtypes},
   };
   session::ErrorDetail error;
   for (const auto& row : rows) {

@@ -24,6 +24,16 @@ std::string missing_ranks(const std::map<uint32_t, Member>& members, uint32_t ra
 
 }  // namespace
 
+engine::GroupShape shape_of(const session::GroupConfig& config) {
+  engine::GroupShape shape;
+  shape.ranks = config.expert_parallel_size;
+  shape.experts = config.num_experts;
+  shape.hidden = config.hidden;
+  shape.top_k = config.top_k;
+  shape.max_tokens = config.max_tokens;
+  return shape;
+}
+
 session::ErrorDetail Directory::check_place(const session::JoinRequest& request, const Member& member,
                                             const Pending* pending) {
   const int32_t rank = static_cast<int32_t>(request.rank);
@@ -138,12 +148,8 @@ std::unique_ptr<Formation> Directory::form(const std::string& name, Pending&& pe
   formation->config = pending.config;
   session::GroupConfig& config = formation->config;
   engine::GroupSettings settings;
+  settings.shape = shape_of(config);
   settings.shape.id = base::GroupId{next_group_++};
-  settings.shape.ranks = config.expert_parallel_size;
-  settings.shape.experts = config.num_experts;
-  settings.shape.hidden = config.hidden;
-  settings.shape.top_k = config.top_k;
-  settings.shape.max_tokens = config.max_tokens;
   settings.mask_on_loss = config.on_rank_loss == session::OnRankLoss::kMask;
   settings.op_timeout_ns = config.op_timeout_ns != 0 ? config.op_timeout_ns : defaults_.op_timeout_ns;
   settings.first_op_timeout_ns = config.first_op_timeout_ns != 0 ? config.first_op_timeout_ns
@@ -151,6 +157,7 @@ std::unique_ptr<Formation> Directory::form(const std::string& name, Pending&& pe
                                                                  : defaults_.first_op_timeout_ns;
   settings.normal = config.mode != session::GroupMode::kInference;
   settings.inference = config.mode != session::GroupMode::kNormal;
+  settings.dispatch_dtypes = config.dispatch_dtypes;
   for (auto& [rank, member] : pending.members) {
     settings.shape.devices[rank] = member.device;
     by_session_[member.session.value].emplace_back(settings.shape.id.value, rank);

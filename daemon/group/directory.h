@@ -47,6 +47,8 @@ struct Defaults {
   uint64_t first_op_timeout_ns = 0;
 };
 
+/// The sizes of a checked configuration; who the ranks are and where is left open.
+engine::GroupShape shape_of(const session::GroupConfig& config);
 /// Limits of semantics.md; names the first field out of range.
 session::ErrorDetail check_config(const session::GroupConfig& config, uint32_t rank);
 /// Field by field; an empty field when equal.

@@ -35,6 +35,7 @@ struct GroupConfig {
   OnRankLoss on_rank_loss = OnRankLoss::kUnspecified;
   uint64_t op_timeout_ns = 0;
   uint64_t first_op_timeout_ns = 0;
+  uint32_t dispatch_dtypes = 0;  // set of expertd_payload; 0: any
   friend bool operator==(const GroupConfig&, const GroupConfig&) = default;
 };
 
@@ -70,11 +71,14 @@ struct MaskReply {
   uint64_t excluded = 0;
 };
 
+/// What a join takes for its rank, as it will be allocated (device/device.h: GroupMemory).
 struct GroupPlan {
   uint64_t window_bytes = 0;
   uint64_t table_bytes = 0;
   uint64_t handle_bytes = 0;
   uint64_t worst_rows = 0;
+  uint32_t handles = 0;
+  uint64_t pinned_bytes = 0;
 };
 
 using JoinCallback = std::function<void(const ErrorDetail& error, const JoinGrant& grant)>;
@@ -96,7 +100,8 @@ class SessionApi {
   virtual base::Status leave_group(base::SessionId session, base::GroupId group, uint64_t deadline_ns) = 0;
   virtual base::Result<MaskReply> group_mask(base::SessionId session, base::GroupId group, uint64_t exclude,
                                              uint64_t readmit) = 0;
-  virtual base::Result<GroupPlan> plan_group(const GroupConfig& config) = 0;
+  /// Asks the session's device; nothing is allocated. ARGUMENT_RANGE where a join would be refused with it.
+  virtual base::Result<GroupPlan> plan_group(base::SessionId session, const GroupConfig& config) = 0;
 };
 
 struct DeviceSnapshot {

@@ -87,7 +87,7 @@ class SessionService final : public SessionApi, public AttachApi {
   base::Status leave_group(base::SessionId session, base::GroupId group, uint64_t deadline_ns) override;
   base::Result<MaskReply> group_mask(base::SessionId session, base::GroupId group, uint64_t exclude,
                                      uint64_t readmit) override;
-  base::Result<GroupPlan> plan_group(const GroupConfig& config) override;
+  base::Result<GroupPlan> plan_group(base::SessionId session, const GroupConfig& config) override;
 
   std::vector<SessionSnapshot> sessions();
   std::vector<GroupSnapshot> groups() const { return directory_.snapshot(); }

@@ -16,30 +16,45 @@ namespace {
 constexpr uint64_t kDefaultJoinNs = 60'000'000'000ULL;
 constexpr std::chrono::milliseconds kQuietPoll(1);
 
+// The window is where ll_dispatch leaves its results, and ll_combine finds its input, when the caller gives no memory
+// of its own. It has room for the payloads that the group carries, and exists whatever they are: only an operation
+// tells whether its caller gives memory.
 uint64_t window_bytes_of(const GroupConfig& config) {
   if (config.mode == GroupMode::kNormal) {
     return 0;
   }
   const expertd_ll_window_shape shape{config.expert_parallel_size, config.num_experts, config.hidden,
                                       config.max_tokens};
-  return expertd_ll_window_place_all(&shape, 0).total_bytes;
+  return expertd_ll_window_place_payloads(&shape, config.dispatch_dtypes, 0).total_bytes;
 }
 
 }  // namespace
 
-base::Result<GroupPlan> SessionService::plan_group(const GroupConfig& config) {
-  const ErrorDetail error = group::check_config(config, 0);
-  if (!error.status.is_ok()) {
-    return error.status;
+base::Result<GroupPlan> SessionService::plan_group(base::SessionId id, const GroupConfig& config) {
+  base::Result<SessionRef> found = find(id);
+  if (!found.is_ok()) {
+    return found.status();
   }
-  const uint64_t ranks = config.expert_parallel_size;
-  const uint64_t matrix_bytes = ranks * kernels::count_row_ints(config.expert_parallel_size, config.num_experts) * 4;
+  EXPERTD_RETURN_IF_ERROR(group::check_config(config, 0).status);
+  const device::Device& device = *found.value()->place.device;
+  const base::Result<device::GroupMemory> memory =
+      device.plan_group(group::shape_of(config), options_.handles_per_session);
+  if (!memory.is_ok()) {
+    return memory.status();
+  }
   GroupPlan plan;
-  plan.window_bytes = window_bytes_of(config);
-  plan.table_bytes = matrix_bytes * engine::kExchangePages;
-  plan.handle_bytes =
-      (uint64_t{config.max_tokens} * (ranks + 2ULL * config.top_k) * 4 + matrix_bytes) * options_.handles_per_session;
-  plan.worst_rows = ranks * config.max_tokens;
+  if (const uint64_t bytes = window_bytes_of(config); bytes != 0) {
+    const base::Result<uint64_t> window = device.window_size(bytes);
+    if (!window.is_ok()) {
+      return window.status();
+    }
+    plan.window_bytes = window.value();
+  }
+  plan.table_bytes = memory.value().table_bytes;
+  plan.handle_bytes = memory.value().handle_bytes;
+  plan.handles = memory.value().handle_count;
+  plan.pinned_bytes = memory.value().pinned_bytes;
+  plan.worst_rows = uint64_t{config.expert_parallel_size} * config.max_tokens;
   return plan;
 }
 

@@ -39,6 +39,7 @@ class Admission {
   bool ll_combine(const engine::GroupShared& group);
   bool common(const engine::GroupShared& group);
   bool payload(uint32_t hidden, bool fp8_allowed);
+  bool carried(const engine::GroupShared& group);
   bool side_input();
   bool routing_inputs();
   bool new_handle(bool low_latency);
@@ -185,6 +186,17 @@ bool Admission::payload(uint32_t hidden, bool fp8_allowed) {
   return true;
 }
 
+// Of a dispatch, whose payload is known: the group may have been joined for others only.
+bool Admission::carried(const engine::GroupShared& group) {
+  const uint32_t allowed = group.settings().dispatch_dtypes;
+  const Payload payload = request_->shape.payload;
+  const uint32_t own = payload == Payload::kFp8     ? EXPERTD_PAYLOAD_FP8
+                       : payload == Payload::kBytes ? EXPERTD_PAYLOAD_BYTES
+                                                    : EXPERTD_PAYLOAD_BF16;
+  return allowed == 0 || (allowed & own) != 0 ||
+         check_.refuse(EXPERTD_REASON_WRONG_DTYPE, EXPERTD_ARGUMENT_DISPATCH_DTYPE, own, 0, allowed);
+}
+
 bool Admission::side_input() {
   kernels::OpShape& shape = request_->shape;
   if (slot_.side_elements == 0) {
@@ -324,7 +336,7 @@ bool Admission::dispatch(const engine::GroupShared& group) {
   if (shape.expanded != 0 && slot_.tensors[EXPERTD_IN_TOKEN_RANK_MASK].buffer != 0) {
     return check_.refuse(EXPERTD_REASON_UNSUPPORTED, EXPERTD_ARGUMENT_IN_TOKEN_RANK_MASK, 1, 0, 0);
   }
-  if (!payload(shape.hidden, false) || !side_input() ||
+  if (!payload(shape.hidden, false) || !carried(group) || !side_input() ||
       !check_.input(EXPERTD_IN_X, uint64_t{slot_.tokens} * shape.row_bytes, true)) {
     return false;
   }
@@ -374,7 +386,7 @@ bool Admission::ll_dispatch(const engine::GroupShared& group) {
   const uint64_t per_expert = uint64_t{shape.ranks} * shape.max_tokens;
   const uint64_t rows = per_expert * shape.local_experts;
   shape.slots_per_expert = static_cast<uint32_t>(per_expert);
-  if (!payload(shape.hidden, true) || !side_input() ||
+  if (!payload(shape.hidden, true) || !carried(group) || !side_input() ||
       !check_.input(EXPERTD_IN_X, uint64_t{slot_.tokens} * shape.row_bytes, true)) {
     return false;
   }

@@ -107,6 +107,21 @@ enum expertd_dtype {
   EXPERTD_DTYPE_COUNT = 8
 };
 
+/* What the rows of a dispatch or ll_dispatch are, as bits: BF16 and BYTES are the dtypes of these names, FP8 is BF16
+ * with EXPERTD_SLOT_QUANTISE_FP8. A group may be joined with a set of them (0: any), which its dispatches are held to.
+ */
+#define EXPERTD_PAYLOADS(X) \
+  X(BF16, 1, "bf16")        \
+  X(BYTES, 2, "bytes")      \
+  X(FP8, 4, "fp8")
+
+enum expertd_payload {
+#define EXPERTD_PAYLOAD_ENUM(name, bit, text) EXPERTD_PAYLOAD_##name = bit,
+  EXPERTD_PAYLOADS(EXPERTD_PAYLOAD_ENUM)
+#undef EXPERTD_PAYLOAD_ENUM
+      EXPERTD_PAYLOADS_ALL = 7
+};
+
 /* Index into expertd_slot.tensors. R ranks, E experts, L = E/R, T tokens, K top-k, H hidden, N = R * max_tokens,
  * C = capacity_rows, S = side_elements. Element types in brackets; idx = int32 or int64 by topk_idx_bytes. */
 enum expertd_tensor {
@@ -214,7 +229,8 @@ struct expertd_completion {
   uint8_t reserved_tail[768];
 };
 
-/* Names of the arguments a Reason can be about; numbers are stable. */
+/* Names of the arguments a Reason can be about; numbers are stable. Of DISPATCH_DTYPE the value is the operation's
+ * expertd_payload, and the maximum the set of them that its group was joined with. */
 #define EXPERTD_ARGUMENTS(X)                      \
   X(NONE, 0, "argument")                          \
   X(OP, 1, "op")                                  \
@@ -241,6 +257,7 @@ struct expertd_completion {
   X(RECV_ROWS, 22, "received rows")               \
   X(REFUSED_REASON, 23, "refused_reason")         \
   X(REFUSED_ARGUMENT, 24, "refused_argument")     \
+  X(DISPATCH_DTYPE, 25, "dispatch dtype")         \
   X(IN_X, 32, "x")                                \
   X(IN_TOPK_IDX, 33, "topk_idx")                  \
   X(IN_TOPK_WEIGHTS, 34, "topk_weights")          \

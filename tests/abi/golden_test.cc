@@ -297,11 +297,12 @@ TEST(Golden, KeepsTheNumbersOfEveryOperationFlagAndDtype) {
           << EXPERTD_SLOT_QUANTISE_FP8 << " " << EXPERTD_SLOT_ROUND_SCALE << " " << EXPERTD_SLOT_UE8M0 << " "
           << EXPERTD_SLOT_RUNG << " " << EXPERTD_SLOT_REFUSED << " " << EXPERTD_SLOT_FLAGS_ALL << "\ndtypes "
           << EXPERTD_DTYPE_NONE << EXPERTD_DTYPE_BF16 << EXPERTD_DTYPE_BYTES << EXPERTD_DTYPE_FP8_E4M3
-          << EXPERTD_DTYPE_F32 << EXPERTD_DTYPE_I32 << EXPERTD_DTYPE_I64 << EXPERTD_DTYPE_U8 << "\nmissing "
-          << EXPERTD_MISSING_NONE << EXPERTD_MISSING_SUBMISSION << EXPERTD_MISSING_DOORBELL << EXPERTD_MISSING_COUNTS
-          << EXPERTD_MISSING_ROWS << "\nattach " << EXPERTD_ATTACH_HELLO << EXPERTD_ATTACH_WELCOME
-          << EXPERTD_ATTACH_REFUSED << EXPERTD_ATTACH_PUT_FD << EXPERTD_ATTACH_GET_FD << EXPERTD_ATTACH_FD_REPLY
-          << "\n";
+          << EXPERTD_DTYPE_F32 << EXPERTD_DTYPE_I32 << EXPERTD_DTYPE_I64 << EXPERTD_DTYPE_U8 << "\npayloads "
+          << EXPERTD_PAYLOAD_BF16 << " " << EXPERTD_PAYLOAD_BYTES << " " << EXPERTD_PAYLOAD_FP8 << " "
+          << EXPERTD_PAYLOADS_ALL << "\nmissing " << EXPERTD_MISSING_NONE << EXPERTD_MISSING_SUBMISSION
+          << EXPERTD_MISSING_DOORBELL << EXPERTD_MISSING_COUNTS << EXPERTD_MISSING_ROWS << "\nattach "
+          << EXPERTD_ATTACH_HELLO << EXPERTD_ATTACH_WELCOME << EXPERTD_ATTACH_REFUSED << EXPERTD_ATTACH_PUT_FD
+          << EXPERTD_ATTACH_GET_FD << EXPERTD_ATTACH_FD_REPLY << "\n";
   EXPECT_EQ(current.str(), golden("enums_v1.txt", current.str()));
 }
 
@@ -329,20 +330,37 @@ TEST(Golden, GivesTheTensorsTheArgumentsOfTheirNames) {
   static_assert(EXPERTD_OUT_TOKEN_RANK_MASK + 1 == EXPERTD_TENSOR_COUNT);
 }
 
+constexpr expertd_ll_window_shape kWindowShapes[] = {
+    {1, 1, 128, 1}, {2, 6, 384, 7}, {8, 256, 7168, 128}, {64, 2048, 16384, 4096}};
+
+std::string layout_line(const expertd_ll_window_shape& shape, uint32_t set, const expertd_ll_window_layout& layout) {
+  std::ostringstream line;
+  line << "R" << shape.ranks << " E" << shape.num_experts << " H" << shape.hidden << " M" << shape.max_tokens << " set "
+       << set << ": " << layout.recv_x << " " << layout.recv_scales << " " << layout.combine_x << " " << layout.src_info
+       << " " << layout.layout_range << " " << layout.expert_counts << " " << layout.set_bytes << " "
+       << layout.total_bytes << "\n";
+  return line.str();
+}
+
 TEST(Golden, KeepsTheLayoutOfLowLatencyWindows) {
-  const expertd_ll_window_shape shapes[] = {
-      {1, 1, 128, 1}, {2, 6, 384, 7}, {8, 256, 7168, 128}, {64, 2048, 16384, 4096}};
-  std::ostringstream current;
-  for (const expertd_ll_window_shape& shape : shapes) {
+  std::string current;
+  for (const expertd_ll_window_shape& shape : kWindowShapes) {
     for (const uint32_t set : {0U, 1U}) {
-      const expertd_ll_window_layout layout = expertd_ll_window_place_all(&shape, set);
-      current << "R" << shape.ranks << " E" << shape.num_experts << " H" << shape.hidden << " M" << shape.max_tokens
-              << " set " << set << ": " << layout.recv_x << " " << layout.recv_scales << " " << layout.combine_x << " "
-              << layout.src_info << " " << layout.layout_range << " " << layout.expert_counts << " " << layout.set_bytes
-              << " " << layout.total_bytes << "\n";
+      current += layout_line(shape, set, expertd_ll_window_place_all(&shape, set));
     }
   }
-  EXPECT_EQ(current.str(), golden("ll_window_v1.txt", current.str()));
+  EXPECT_EQ(current, golden("ll_window_v1.txt", current));
+}
+
+TEST(Golden, KeepsTheLayoutOfLowLatencyWindowsOfCertainPayloads) {
+  std::string current;
+  for (const expertd_ll_window_shape& shape : kWindowShapes) {
+    for (uint32_t payloads = 1; payloads <= EXPERTD_PAYLOADS_ALL; ++payloads) {
+      current += "payloads " + std::to_string(payloads) + " " +
+                 layout_line(shape, 1, expertd_ll_window_place_payloads(&shape, payloads, 1));
+    }
+  }
+  EXPECT_EQ(current, golden("ll_window_payloads_v1.txt", current));
 }
 
 }  // namespace

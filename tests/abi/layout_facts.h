@@ -166,7 +166,8 @@ struct expertd_test_field {
 
 /* As the C compiler sees them; a null structure ends the list. */
 const struct expertd_test_field* expertd_test_c_fields(void);
-struct expertd_ll_window_layout expertd_test_c_window(struct expertd_ll_window_shape shape, uint32_t set);
+struct expertd_ll_window_layout expertd_test_c_window(struct expertd_ll_window_shape shape, uint32_t payloads,
+                                                      uint32_t set);
 
 #ifdef __cplusplus
 }

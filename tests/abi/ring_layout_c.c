@@ -9,6 +9,7 @@ const struct expertd_test_field* expertd_test_c_fields(void) {
   return kFields;
 }
 
-struct expertd_ll_window_layout expertd_test_c_window(struct expertd_ll_window_shape shape, uint32_t set) {
-  return expertd_ll_window_place_all(&shape, set);
+struct expertd_ll_window_layout expertd_test_c_window(struct expertd_ll_window_shape shape, uint32_t payloads,
+                                                      uint32_t set) {
+  return expertd_ll_window_place_payloads(&shape, payloads, set);
 }

@@ -135,39 +135,67 @@ struct Region {
   uint64_t bytes;
 };
 
-std::vector<Region> regions_of(const expertd_ll_window_shape& shape, uint32_t set) {
-  const expertd_ll_window_layout layout = expertd_ll_window_place_all(&shape, set);
+std::vector<Region> regions_of(const expertd_ll_window_shape& shape, uint32_t payloads, uint32_t set) {
+  const expertd_ll_window_layout layout = expertd_ll_window_place_payloads(&shape, payloads, set);
   const uint64_t local = shape.num_experts / shape.ranks;
   const uint64_t rows = local * shape.ranks * shape.max_tokens;
-  return {{layout.recv_x, rows * 2 * shape.hidden},       {layout.recv_scales, rows * (shape.hidden / 128) * 4},
-          {layout.combine_x, rows * 2 * shape.hidden},    {layout.src_info, rows * 4},
-          {layout.layout_range, local * shape.ranks * 8}, {layout.expert_counts, local * 4}};
+  const uint64_t row = payloads == EXPERTD_PAYLOAD_FP8 ? shape.hidden : 2 * shape.hidden;
+  const uint64_t scales = payloads == EXPERTD_PAYLOAD_BF16 ? 0 : shape.hidden / 128 * 4;
+  return {{layout.recv_x, rows * row},
+          {layout.recv_scales, rows * scales},
+          {layout.combine_x, rows * 2 * shape.hidden},
+          {layout.src_info, rows * 4},
+          {layout.layout_range, local * shape.ranks * 8},
+          {layout.expert_counts, local * 4}};
 }
 
 class LlWindow : public testing::TestWithParam<expertd_ll_window_shape> {};
 
 TEST_P(LlWindow, KeepsItsRegionsApartAlignedAndInside) {
   const expertd_ll_window_shape shape = GetParam();
-  const uint64_t total = expertd_ll_window_place_all(&shape, 0).total_bytes;
-  std::vector<Region> regions = regions_of(shape, 0);
-  const std::vector<Region> second = regions_of(shape, 1);
-  regions.insert(regions.end(), second.begin(), second.end());
-  std::sort(regions.begin(), regions.end(), [](const Region& a, const Region& b) { return a.offset < b.offset; });
-  uint64_t end = 0;
-  for (const Region& region : regions) {
-    EXPECT_EQ(region.offset % EXPERTD_LL_WINDOW_ALIGNMENT, 0U);
-    EXPECT_GE(region.offset, end);
-    end = region.offset + region.bytes;
+  for (uint32_t payloads = 0; payloads <= EXPERTD_PAYLOADS_ALL; ++payloads) {
+    SCOPED_TRACE(payloads);
+    const uint64_t total = expertd_ll_window_place_payloads(&shape, payloads, 0).total_bytes;
+    std::vector<Region> regions = regions_of(shape, payloads, 0);
+    const std::vector<Region> second = regions_of(shape, payloads, 1);
+    regions.insert(regions.end(), second.begin(), second.end());
+    // A region without bytes shares its place with the one behind it.
+    std::sort(regions.begin(), regions.end(), [](const Region& a, const Region& b) {
+      return std::pair(a.offset, a.bytes) < std::pair(b.offset, b.bytes);
+    });
+    uint64_t end = 0;
+    for (const Region& region : regions) {
+      EXPECT_EQ(region.offset % EXPERTD_LL_WINDOW_ALIGNMENT, 0U);
+      EXPECT_GE(region.offset, end);
+      end = region.offset + region.bytes;
+    }
+    EXPECT_LE(end, total);
+    EXPECT_LE(total, expertd_ll_window_place_all(&shape, 0).total_bytes);
+    EXPECT_LT(total, 1ULL << 43);
   }
-  EXPECT_LE(end, total);
-  EXPECT_LT(total, 1ULL << 43);
+}
+
+TEST(LlWindowPayloads, SpareWhatTheGroupDoesNotCarry) {
+  const expertd_ll_window_shape shape{8, 256, 7168, 128};
+  const uint64_t rows = 256 * 128;
+  const uint64_t any = expertd_ll_window_place_all(&shape, 0).total_bytes;
+  const auto spared = [&](uint32_t payloads) {
+    return any - expertd_ll_window_place_payloads(&shape, payloads, 0).total_bytes;
+  };
+  EXPECT_EQ(spared(EXPERTD_PAYLOAD_FP8), 2 * rows * 7168) << "half of each row";
+  EXPECT_EQ(spared(EXPERTD_PAYLOAD_BF16), 2 * rows * 7168 / 128 * 4) << "the scales";
+  EXPECT_EQ(spared(EXPERTD_PAYLOAD_BYTES), 0U) << "the size of these rows is not known";
+  EXPECT_EQ(spared(EXPERTD_PAYLOAD_BF16 | EXPERTD_PAYLOAD_FP8), 0U);
+  EXPECT_EQ(spared(EXPERTD_PAYLOADS_ALL), 0U);
 }
 
 TEST_P(LlWindow, IsTheSameInC11AndInCpp20) {
-  for (uint32_t set = 0; set <= EXPERTD_LL_WINDOW_SETS; ++set) {
+  for (uint32_t i = 0; i < (EXPERTD_LL_WINDOW_SETS + 1) * (EXPERTD_PAYLOADS_ALL + 1); ++i) {
+    const uint32_t set = i / (EXPERTD_PAYLOADS_ALL + 1);
+    const uint32_t payloads = i % (EXPERTD_PAYLOADS_ALL + 1);
     const expertd_ll_window_shape shape = GetParam();
-    const expertd_ll_window_layout ours = expertd_ll_window_place_all(&shape, set);
-    const expertd_ll_window_layout theirs = expertd_test_c_window(shape, set);
+    const expertd_ll_window_layout ours = expertd_ll_window_place_payloads(&shape, payloads, set);
+    const expertd_ll_window_layout theirs = expertd_test_c_window(shape, payloads, set);
     EXPECT_EQ(ours.recv_x, theirs.recv_x);
     EXPECT_EQ(ours.recv_scales, theirs.recv_scales);
     EXPECT_EQ(ours.combine_x, theirs.combine_x);

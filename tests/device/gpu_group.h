@@ -121,7 +121,7 @@ class GpuGroup {
       for (uint32_t j = 0; j < ranks_; ++j) {
         group.devices[j] = devices_[j]->index();
       }
-      EXPERTD_RETURN_IF_ERROR(devices_[r]->create_group(group, 4));
+      EXPERTD_RETURN_IF_ERROR(create_as_planned(devices_[r].get(), group));
     }
     return base::Status::ok();
   }
@@ -219,6 +219,19 @@ class GpuGroup {
   uint64_t seq() const { return seq_; }
 
  private:
+  /// Creates the rank's part of a group and expects that it takes what its plan said.
+  static base::Status create_as_planned(device::Device* device, const engine::GroupShape& group) {
+    constexpr uint32_t kHandles = 4;
+    const auto plan = device->plan_group(group, kHandles);
+    if (!plan.is_ok()) {
+      return plan.status();
+    }
+    const uint64_t before = device->info().pool_used_bytes;
+    EXPERTD_RETURN_IF_ERROR(device->create_group(group, kHandles));
+    EXPECT_EQ(device->info().pool_used_bytes - before, plan.value().table_bytes + plan.value().handle_bytes);
+    EXPECT_EQ(device->handle_capacity(group.id, {group.rank}), plan.value().handle_count);
+    return base::Status::ok();
+  }
   struct Bell {
     cudaStream_t stream = nullptr;
     uint64_t* value = nullptr;  // pinned

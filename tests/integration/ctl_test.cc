@@ -53,6 +53,12 @@ TEST_F(Ctl, BenchPlansWithoutTakingAnything) {
   ASSERT_EQ(plans.size(), 2U) << result.output;
   EXPECT_EQ(plans[0]["window_bytes"], 0) << "normal mode has no window";
   EXPECT_GT(plans[1]["window_bytes"], 0);
+  for (const json& plan : plans) {
+    EXPECT_GT(plan["table_bytes"], 0);
+    EXPECT_GT(plan["handles"], 0);
+    EXPECT_GE(plan["handle_bytes"], plan["handles"]);
+    EXPECT_EQ(plan["pinned_bytes"], 0) << "host devices reach each other";
+  }
   EXPECT_EQ(daemon_.metric("expertd_pool_bytes{gpu=\"host\","), 0);
 }
 

@@ -149,6 +149,8 @@ const Mismatch kMismatches[] = {
     {"on_rank_loss", "1", "2", [](expertd_group_options_t* o) { o->on_rank_loss = EXPERTD_RANK_LOSS_MASK; }},
     {"op_timeout_ns", "0", "77", [](expertd_group_options_t* o) { o->op_timeout_ns = 77; }},
     {"first_op_timeout_ns", "0", "78", [](expertd_group_options_t* o) { o->first_op_timeout_ns = 78; }},
+    {"dispatch_dtypes", "0", "5",
+     [](expertd_group_options_t* o) { o->dispatch_dtypes = EXPERTD_DISPATCH_BF16 | EXPERTD_DISPATCH_FP8; }},
 };
 
 class GroupMismatch : public Group, public ::testing::WithParamInterface<Mismatch> {};
@@ -196,6 +198,7 @@ const BadOption kBadOptions[] = {
     {"hidden", [](expertd_group_options_t* o) { o->hidden = 100; }},
     {"top_k", [](expertd_group_options_t* o) { o->top_k = 33; }},
     {"max_tokens", [](expertd_group_options_t* o) { o->max_tokens = 5000; }},
+    {"dispatch_dtypes", [](expertd_group_options_t* o) { o->dispatch_dtypes = 8; }},
 };
 
 class GroupRange : public Group, public ::testing::WithParamInterface<BadOption> {};
@@ -289,13 +292,50 @@ TEST_F(Group, PlanSaysWhatAJoinTakes) {
   ASSERT_TRUE(outcome_of(expertd_group_plan(session.get(), &options, &plan)).ok()) << expertd_last_message();
   EXPECT_EQ(plan.worst_rows, 16u);
   EXPECT_GT(plan.table_bytes, 0u);
-  EXPECT_GT(plan.handle_bytes, 0u);
+  EXPECT_EQ(plan.handles, session.info().handles_max);
+  EXPECT_EQ(plan.pinned_bytes, 0u);
   EXPECT_EQ(daemon_.metric(used), 0) << "a plan takes nothing";
   expertd_group_t* group = nullptr;
   ASSERT_TRUE(outcome_of(expertd_group_join(session.get(), &options, &group)).ok());
-  const double planned = static_cast<double>(plan.window_bytes + plan.handle_bytes);
-  EXPECT_GE(daemon_.metric(used), planned);
-  EXPECT_LT(daemon_.metric(used), planned + 4096) << "no more than a window is rounded by";
+  EXPECT_EQ(daemon_.metric(used), static_cast<double>(plan.window_bytes + plan.handle_bytes));
+}
+
+TEST_F(Group, PlanSaysHowManyHandlesALargeGroupHas) {
+  const std::string used = "expertd_pool_bytes{gpu=\"host\",state=\"used\"}";
+  const ClientSession session = attach("host:0");
+  expertd_group_options_t options = small_group("large", 0, 1);
+  options.mode = EXPERTD_MODE_NORMAL;
+  options.num_experts = 64;
+  options.top_k = 32;
+  options.max_tokens = 65536;
+  expertd_group_plan_t plan = EXPERTD_INIT(expertd_group_plan_t);
+  ASSERT_TRUE(outcome_of(expertd_group_plan(session.get(), &options, &plan)).ok()) << expertd_last_message();
+  EXPECT_EQ(plan.window_bytes, 0u);
+  EXPECT_GE(plan.handles, 1u);
+  EXPECT_LT(plan.handles, session.info().handles_max);
+  EXPECT_LE(plan.handle_bytes, 256u << 20);
+  expertd_group_t* group = nullptr;
+  ASSERT_TRUE(outcome_of(expertd_group_join(session.get(), &options, &group)).ok()) << expertd_last_message();
+  EXPECT_EQ(daemon_.metric(used), static_cast<double>(plan.handle_bytes));
+  for (uint64_t number = 0; number <= plan.handles; ++number) {
+    expertd_dispatch_args_t args = EXPERTD_INIT(expertd_dispatch_args_t);
+    args.dtype = EXPERTD_BF16;
+    args.idx_type = EXPERTD_I64;
+    expertd_handle_t handle{};
+    expertd_event_t event{};
+    ASSERT_TRUE(outcome_of(expertd_dispatch(group, &args, nullptr, &handle, &event)).ok()) << expertd_last_message();
+    EXPECT_EQ(finish(event).outcome.status.reason, number < plan.handles ? 0 : EXPERTD_REASON_HANDLE_LIMIT) << number;
+  }
+}
+
+TEST_F(Group, PlanRefusesWhatAJoinRefuses) {
+  const ClientSession session = attach("host:0");
+  expertd_group_options_t options = small_group("wrong", 0, 1);
+  options.hidden = 100;
+  expertd_group_plan_t plan = EXPERTD_INIT(expertd_group_plan_t);
+  const Outcome outcome = outcome_of(expertd_group_plan(session.get(), &options, &plan));
+  EXPECT_EQ(outcome.status.reason, EXPERTD_REASON_ARGUMENT_RANGE) << describe(outcome);
+  EXPECT_NE(outcome.message.find("hidden"), std::string::npos) << outcome.message;
 }
 
 TEST_F(Group, LowLatencyOperationsNeedAGroupOfThatMode) {

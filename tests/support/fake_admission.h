@@ -14,7 +14,8 @@ struct AdmissionWorld {
   static constexpr uint32_t kExact = 2;   // of a size that the test sets
   static constexpr uint64_t kNow = 1'000;
 
-  AdmissionWorld() : shared(settings()), tables(base::SessionId{5}, 8) {
+  /// The group carries a set of expertd_payload; 0: any.
+  explicit AdmissionWorld(uint32_t payloads = 0) : shared(settings(payloads)), tables(base::SessionId{5}, 8) {
     large.bytes = 1U << 24;
     tables.buffers[kBuffer] = &large;
     tables.buffers[kExact] = &exact;
@@ -22,8 +23,9 @@ struct AdmissionWorld {
     tables.groups[0].rank = {&shared, 1, 1};
   }
 
-  static engine::GroupSettings settings() {
+  static engine::GroupSettings settings(uint32_t payloads = 0) {
     engine::GroupSettings made = group_settings(2, false);
+    made.dispatch_dtypes = payloads;
     made.shape.hidden = 512;
     made.op_timeout_ns = 50;
     made.first_op_timeout_ns = 90;

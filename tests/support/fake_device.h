@@ -33,6 +33,7 @@ class FakeDevice final : public device::Device {
     window.bytes = bytes;
     return window;
   }
+  base::Result<uint64_t> window_size(uint64_t bytes) const override { return bytes; }
   base::Result<std::unique_ptr<device::HeldMemory>> import_fd(base::ScopedFd /*fd*/, uint64_t /*offset*/,
                                                               uint64_t bytes, uint64_t /*allocation*/) override {
     return make_memory(bytes);
@@ -50,11 +51,18 @@ class FakeDevice final : public device::Device {
     ++groups;
     return base::Status::ok();
   }
+  base::Result<device::GroupMemory> plan_group(const engine::GroupShape& shape, uint32_t handle_limit) const override {
+    device::GroupMemory memory = told_memory;
+    memory.table_bytes += shape.ranks;
+    memory.handle_count = handle_limit - 1;
+    return memory;
+  }
   void destroy_group(base::GroupId /*group*/, base::Rank /*rank*/) override { --groups; }
   uint32_t handle_capacity(base::GroupId /*group*/, base::Rank /*rank*/) const override { return 8; }
 
-  device::DeviceInfo told;   // the test changes it while nobody asks
-  FakeDevicePort fake_port;  // of the loop's thread
+  device::DeviceInfo told;          // the test changes it while nobody asks
+  device::GroupMemory told_memory;  // likewise; plan_group() adds the ranks to the tables, and a handle is missing
+  FakeDevicePort fake_port;         // of the loop's thread
   std::atomic<int> groups{0};
   std::atomic<int> memory_held{0};
   std::function<void()> on_index;

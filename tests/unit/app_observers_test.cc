@@ -88,6 +88,7 @@ class ToldDevice final : public device::Device {
   device::DeviceInfo info() const override { return told; }
   engine::DevicePort& port() override { std::abort(); }
   base::Result<device::Window> create_window(uint64_t) override { return nothing(); }
+  base::Result<uint64_t> window_size(uint64_t) const override { return nothing(); }
   base::Result<std::unique_ptr<device::HeldMemory>> import_fd(base::ScopedFd, uint64_t, uint64_t, uint64_t) override {
     return nothing();
   }
@@ -98,6 +99,7 @@ class ToldDevice final : public device::Device {
   void close_session(base::SessionId) override {}
   void* session_flag_page(base::SessionId) override { return nullptr; }
   base::Status create_group(const engine::GroupShape&, uint32_t) override { return nothing(); }
+  base::Result<device::GroupMemory> plan_group(const engine::GroupShape&, uint32_t) const override { return nothing(); }
   void destroy_group(base::GroupId, base::Rank) override {}
   uint32_t handle_capacity(base::GroupId, base::Rank) const override { return 0; }
 

@@ -31,6 +31,7 @@ class ClientCpp : public ::testing::Test {
     options.hidden = 128;
     options.top_k = 1;
     options.max_tokens = 8;
+    options.dispatch_dtypes = EXPERTD_DISPATCH_BF16;
     return session->join(options);
   }
 
@@ -72,6 +73,7 @@ TEST_F(ClientCpp, RunsOperationsOfAGroup) {
   ASSERT_TRUE(session.ok()) << session.error().text();
   auto group = join(&*session);
   ASSERT_TRUE(group.ok()) << group.error().text();
+  EXPECT_EQ(1u, daemon_.config().dispatch_dtypes());
   auto barrier = group->barrier();
   ASSERT_TRUE(barrier.ok()) << barrier.error().text();
   ASSERT_TRUE(barrier->wait().ok());

@@ -107,6 +107,11 @@ class FakeDaemon : public v1::Session::Service {
     const std::lock_guard lock(mutex_);
     return seen_;
   }
+  // Of the last join.
+  v1::GroupConfig config() {
+    const std::lock_guard lock(mutex_);
+    return config_;
+  }
   // Of the sessions that attach from now on.
   void set_abi_minor(uint16_t minor) { abi_minor_ = minor; }
   size_t buffer_count() {
@@ -406,11 +411,11 @@ class FakeDaemon : public v1::Session::Service {
     response->set_epoch(1);
     response->set_op_timeout_ns(2'000'000'000);
     response->set_first_op_timeout_ns(4'000'000'000);
-    if (request->config().mode() != v1::GROUP_MODE_NORMAL) {
-      const v1::GroupConfig& config = request->config();
-      const expertd_ll_window_shape shape = {config.expert_parallel_size(), config.num_experts(), config.hidden(),
-                                             config.max_tokens()};
-      const uint64_t bytes = expertd_ll_window_place_all(&shape, 0).total_bytes;
+    config_ = request->config();
+    if (config_.mode() != v1::GROUP_MODE_NORMAL) {
+      const expertd_ll_window_shape shape = {config_.expert_parallel_size(), config_.num_experts(), config_.hidden(),
+                                             config_.max_tokens()};
+      const uint64_t bytes = expertd_ll_window_place_payloads(&shape, config_.dispatch_dtypes(), 0).total_bytes;
       const int fd = make_memfd(bytes);
       response->set_window_buffer_id(grant_locked(fd, 0, bytes));
       response->set_window_size(bytes);
@@ -451,6 +456,8 @@ class FakeDaemon : public v1::Session::Service {
   grpc::Status PlanGroup(grpc::ServerContext*, const v1::PlanGroupRequest* request,
                          v1::PlanGroupResponse* response) override {
     response->set_worst_rows(uint64_t{request->config().expert_parallel_size()} * request->config().max_tokens());
+    response->set_handles(9);
+    response->set_pinned_bytes(1ULL << 33);
     return grpc::Status::OK;
   }
 
@@ -481,6 +488,7 @@ class FakeDaemon : public v1::Session::Service {
   std::vector<expertd_slot> seen_;
   Script script_;
   std::pair<int32_t, std::string> refusal_;
+  v1::GroupConfig config_;
   v1::ErrorInfo join_error_;
   std::string join_error_text_;
 };

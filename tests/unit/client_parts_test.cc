@@ -60,6 +60,15 @@ TEST(ClientMessage, NamesArgumentValueAndRange) {
   EXPECT_EQ("CAPACITY_EXCEEDED: received rows = 40, allowed 0..32 (rank 2)", message_of(completion));
 }
 
+TEST(ClientMessage, NamesTheDtypeAndThoseOfTheGroup) {
+  expertd_completion completion = completion_of(EXPERTD_REASON_WRONG_DTYPE);
+  completion.argument = EXPERTD_ARGUMENT_DISPATCH_DTYPE;
+  completion.value = EXPERTD_PAYLOAD_FP8;
+  completion.maximum = EXPERTD_PAYLOAD_BF16 | EXPERTD_PAYLOAD_BYTES;
+  EXPECT_EQ("WRONG_DTYPE: dispatch dtype = fp8, allowed bf16, bytes (dispatch_dtypes of the group)",
+            message_of(completion));
+}
+
 TEST(ClientMessage, NamesTheRankAndWhatWasMissing) {
   expertd_completion completion = completion_of(EXPERTD_REASON_TIMEOUT);
   completion.rank = 1;
@@ -246,8 +255,8 @@ TEST(ClientDescriptor, RefusesUnknownFlagsAndTypes) {
 
 TEST(ClientLlWindow, PlacesRegionsBehindEachOther) {
   const LlWindowShape shape = {2, 8, 256, 3};
-  const LlWindowLayout first = ll_window_layout(shape, 0);
-  const LlWindowLayout second = ll_window_layout(shape, 1);
+  const LlWindowLayout first = ll_window_layout(shape, 0, 0);
+  const LlWindowLayout second = ll_window_layout(shape, 0, 1);
   const uint64_t rows = 4 * 2 * 3;
   EXPECT_EQ(0u, first.recv_x);
   EXPECT_EQ(rows * 512, first.recv_scales);
@@ -258,10 +267,14 @@ TEST(ClientLlWindow, PlacesRegionsBehindEachOther) {
   EXPECT_EQ(first.expert_counts + 128, first.set_bytes);
   EXPECT_EQ(2 * first.set_bytes, first.total_bytes);
   EXPECT_EQ(first.combine_x + first.set_bytes, second.combine_x);
+  const LlWindowLayout quantised = ll_window_layout(shape, EXPERTD_PAYLOAD_FP8, 0);
+  EXPECT_EQ(rows * 256, quantised.recv_scales) << "one byte a channel";
+  const LlWindowLayout plain = ll_window_layout(shape, EXPERTD_PAYLOAD_BF16, 0);
+  EXPECT_EQ(plain.recv_scales, plain.combine_x) << "no scales";
   const LlWindowShape wrong = {3, 8, 256, 3};
-  EXPECT_EQ(0u, ll_window_layout(wrong, 0).total_bytes);
+  EXPECT_EQ(0u, ll_window_layout(wrong, 0, 0).total_bytes);
   const LlWindowShape largest = {64, 2048, 16384, 4096};
-  EXPECT_LT(ll_window_layout(largest, 0).total_bytes, uint64_t{1} << 46);
+  EXPECT_LT(ll_window_layout(largest, 0, 0).total_bytes, uint64_t{1} << 46);
 }
 
 class ClientFdExchange : public ::testing::Test {

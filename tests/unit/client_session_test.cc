@@ -117,6 +117,23 @@ TEST_F(ClientSession, UsesAllocatedTensorsWithoutACopy) {
   EXPECT_NE(std::string::npos, message().find("OUT_OF_BOUNDS: out = 4096 bytes")) << message();
 }
 
+TEST_F(ClientSession, GivesAPlanAsFarAsTheCallersStructReaches) {
+  const expertd_group_options_t options = group_options();
+  expertd_group_plan_t plan = EXPERTD_INIT(expertd_group_plan_t);
+  ASSERT_EQ(0, expertd_group_plan(session_, &options, &plan).reason) << message();
+  EXPECT_EQ(kMaxTokens, plan.worst_rows);
+  EXPECT_EQ(9u, plan.handles);
+  EXPECT_EQ(uint64_t{1} << 33, plan.pinned_bytes);
+  expertd_group_plan_t older{};
+  older.struct_size = offsetof(expertd_group_plan_t, handles);
+  older.handles = 77;
+  ASSERT_EQ(0, expertd_group_plan(session_, &options, &older).reason) << message();
+  EXPECT_EQ(kMaxTokens, older.worst_rows);
+  EXPECT_EQ(77u, older.handles) << "behind the end of the caller's struct";
+  older.struct_size -= 1;
+  EXPECT_EQ(EXPERTD_REASON_ARGUMENT_RANGE, expertd_group_plan(session_, &options, &older).reason);
+}
+
 TEST_F(ClientSession, TurnsLowLatencyOutputsOverBetweenTwoSets) {
   expertd_group_t* group = join();
   DispatchTensors tensors;

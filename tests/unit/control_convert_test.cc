@@ -20,6 +20,7 @@ v1::GroupConfig good_config() {
   config.set_on_rank_loss(v1::ON_RANK_LOSS_MASK);
   config.set_op_timeout_ns(11);
   config.set_first_op_timeout_ns(12);
+  config.set_dispatch_dtypes(5);
   return config;
 }
 
@@ -34,7 +35,8 @@ TEST(ControlConvert, GroupConfigKeepsEveryField) {
                                   .mode = session::GroupMode::kInference,
                                   .on_rank_loss = session::OnRankLoss::kMask,
                                   .op_timeout_ns = 11,
-                                  .first_op_timeout_ns = 12};
+                                  .first_op_timeout_ns = 12,
+                                  .dispatch_dtypes = 5};
   EXPECT_EQ(out.value, want);
 }
 
@@ -113,6 +115,7 @@ TEST(ControlConvert, StatusCarriesDevicesGroupsAndProcess) {
   snapshot.devices[1].peer_access_mask = 1;
   snapshot.groups.resize(1);
   snapshot.groups[0].config.mode = session::GroupMode::kAuto;
+  snapshot.groups[0].config.dispatch_dtypes = 6;
   snapshot.groups[0].joined = 3;
   v1::GetStatusResponse message;
   to_proto(snapshot, ProcessFacts{.pid = 7, .resident_bytes = 4096}, &message);
@@ -120,6 +123,7 @@ TEST(ControlConvert, StatusCarriesDevicesGroupsAndProcess) {
   ASSERT_EQ(message.devices_size(), 2);
   EXPECT_EQ(message.devices(1).uuid(), "GPU-1");
   EXPECT_EQ(message.groups(0).mode(), "auto");
+  EXPECT_EQ(message.groups(0).dispatch_dtypes(), 6U);
   EXPECT_EQ(message.groups(0).joined(), 3U);
   EXPECT_EQ(message.pid(), 7U);
   EXPECT_EQ(message.resident_bytes(), 4096U);

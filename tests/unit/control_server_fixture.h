@@ -75,8 +75,9 @@ class FakeSessions final : public session::SessionApi {
   base::Result<session::MaskReply> group_mask(base::SessionId, base::GroupId, uint64_t exclude, uint64_t) override {
     return session::MaskReply{2, 1, exclude};
   }
-  base::Result<session::GroupPlan> plan_group(const session::GroupConfig& config) override {
-    return session::GroupPlan{1, 2, 3, uint64_t{config.expert_parallel_size} * config.max_tokens};
+  base::Result<session::GroupPlan> plan_group(base::SessionId session, const session::GroupConfig& config) override {
+    const uint64_t worst_rows = uint64_t{config.expert_parallel_size} * config.max_tokens;
+    return session::GroupPlan{1, 2, 3, worst_rows, 4, 40 + session.value};
   }
 
   std::optional<std::pair<session::JoinRequest, session::JoinCallback>> take_join() {

@@ -57,6 +57,8 @@ TEST_F(ControlServerTest, SessionCallsReachTheApi) {
   v1::PlanGroupResponse planned;
   EXPECT_TRUE(call([&](auto* c) { return stub->PlanGroup(c, plan, &planned); }).ok());
   EXPECT_EQ(planned.worst_rows(), 32U);
+  EXPECT_EQ(planned.handles(), 4U);
+  EXPECT_EQ(planned.pinned_bytes(), 41U) << "the session that asks";
   v1::LeaveGroupResponse left;
   const grpc::Status missing = call([&](auto* c) { return stub->LeaveGroup(c, {}, &left); });
   EXPECT_EQ(missing.error_code(), grpc::StatusCode::NOT_FOUND);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The memory of devices as `expertctl status` shows it: what is not known is never shown as zero.
+// What `expertctl status` shows: of the memory of devices, where what is not known is never shown as zero, and of
+// groups what their dispatches carry.
 #include "client/ctl/render.h"
 
 #include <gtest/gtest.h>
@@ -71,6 +72,27 @@ TEST(RenderMemory, OfAHostDeviceHasNoContext) {
   EXPECT_EQ(row_below(status_text(status), "HELD"), "0 0 B - 0 B 32.0 MiB 64.0 MiB 8.0 MiB");
   EXPECT_EQ(status_json(status)["devices"][0]["held_bytes"], 0);
   EXPECT_TRUE(status_json(status)["devices"][0]["context_bytes"].is_null());
+}
+
+v1::GetStatusResponse status_of_group(uint32_t dispatch_dtypes) {
+  v1::GetStatusResponse status;
+  v1::GroupStatus& group = *status.add_groups();
+  group.set_name("decode");
+  group.set_mode("auto");
+  group.set_max_tokens(128);
+  group.set_dispatch_dtypes(dispatch_dtypes);
+  return status;
+}
+
+TEST(RenderGroup, NamesTheDtypesThatItCarries) {
+  EXPECT_EQ(row_below(status_text(status_of_group(5)), "DTYPES").substr(0, 33), "decode auto 0 0 0 0 128 bf16,fp8 ");
+  EXPECT_EQ(status_json(status_of_group(5))["groups"][0]["dispatch_dtypes"], nlohmann::json({"bf16", "fp8"}));
+  EXPECT_EQ(status_json(status_of_group(2))["groups"][0]["dispatch_dtypes"], nlohmann::json({"bytes"}));
+}
+
+TEST(RenderGroup, SaysThatItCarriesAny) {
+  EXPECT_EQ(row_below(status_text(status_of_group(0)), "DTYPES").substr(0, 28), "decode auto 0 0 0 0 128 any ");
+  EXPECT_EQ(status_json(status_of_group(0))["groups"][0]["dispatch_dtypes"], nlohmann::json({"any"}));
 }
 
 }  // namespace

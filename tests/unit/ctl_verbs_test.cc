@@ -35,7 +35,9 @@ class NoSessions final : public session::SessionApi {
   base::Result<session::MaskReply> group_mask(base::SessionId, base::GroupId, uint64_t, uint64_t) override {
     return nothing();
   }
-  base::Result<session::GroupPlan> plan_group(const session::GroupConfig&) override { return nothing(); }
+  base::Result<session::GroupPlan> plan_group(base::SessionId, const session::GroupConfig&) override {
+    return nothing();
+  }
 
  private:
   static base::Status nothing() { return base::Status(EXPERTD_REASON_UNSUPPORTED); }

@@ -3,6 +3,7 @@
 // the rank.
 #include <gtest/gtest.h>
 
+#include <string>
 #include <vector>
 
 #include "daemon/device/host/host_device.h"
@@ -20,6 +21,42 @@ engine::GroupShape shape_of(uint32_t ranks, uint32_t max_tokens) {
   shape.top_k = 32;
   shape.max_tokens = max_tokens;
   return shape;
+}
+
+TEST(HostGroup, TakesWhatItsPlanSays) {
+  HostGroupDirectory groups;
+  test::FakeWakePort wake;
+  HostDevice device(base::DeviceIndex{0}, 0, &groups, &wake, 0);
+  for (const uint32_t handles : {0U, 1U, 512U}) {
+    for (const engine::GroupShape& shape : {shape_of(1, 1), shape_of(2, 64), shape_of(64, 65536)}) {
+      SCOPED_TRACE(std::to_string(handles) + " handles, " + std::to_string(shape.ranks) + " ranks");
+      const auto plan = device.plan_group(shape, handles);
+      ASSERT_TRUE(plan.is_ok());
+      EXPECT_EQ(device.info().pool_used_bytes, 0U) << "a plan takes nothing";
+      ASSERT_TRUE(device.create_group(shape, handles).is_ok());
+      EXPECT_EQ(plan.value().handle_count, device.handle_capacity(shape.id, base::Rank{0}));
+      EXPECT_EQ(plan.value().handle_bytes, device.info().pool_used_bytes);
+      EXPECT_LE(plan.value().handle_bytes, kMaxHandleTableBytes);
+      EXPECT_EQ(plan.value().table_bytes, uint64_t{shape.ranks} * (shape.ranks * 5 + 4) * 4 * engine::kExchangePages);
+      EXPECT_EQ(plan.value().pinned_bytes, 0U);
+      device.destroy_group(shape.id, base::Rank{0});
+    }
+  }
+}
+
+TEST(HostGroup, WindowsHaveTheSizeThatIsToldBefore) {
+  HostGroupDirectory groups;
+  test::FakeWakePort wake;
+  HostDevice device(base::DeviceIndex{0}, 0, &groups, &wake, 0);
+  for (const uint64_t bytes : {1ULL, 4096ULL, 4097ULL}) {
+    const auto size = device.window_size(bytes);
+    ASSERT_TRUE(size.is_ok());
+    const auto window = device.create_window(bytes);
+    ASSERT_TRUE(window.is_ok());
+    EXPECT_EQ(size.value(), window.value().bytes);
+    EXPECT_EQ(size.value(), device.info().window_bytes);
+  }
+  EXPECT_EQ(device.window_size(0).status().reason(), EXPERTD_REASON_ARGUMENT_RANGE);
 }
 
 TEST(HostGroup, HoldsAsManyHandlesAsAskedForOrFit) {

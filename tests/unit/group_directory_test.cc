@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "daemon/group/directory.h"
+#include "proto/abi/ring_v1.h"
 
 namespace expertd::group {
 namespace {
@@ -108,7 +109,8 @@ INSTANTIATE_TEST_SUITE_P(
                     Difference{"mode", [](auto& c) { c.mode = session::GroupMode::kNormal; }, "3", "1"},
                     Difference{"on_rank_loss", [](auto& c) { c.on_rank_loss = session::OnRankLoss::kMask; }, "1", "2"},
                     Difference{"op_timeout_ns", [](auto& c) { c.op_timeout_ns = 9; }, "0", "9"},
-                    Difference{"first_op_timeout_ns", [](auto& c) { c.first_op_timeout_ns = 9; }, "0", "9"}),
+                    Difference{"first_op_timeout_ns", [](auto& c) { c.first_op_timeout_ns = 9; }, "0", "9"},
+                    Difference{"dispatch_dtypes", [](auto& c) { c.dispatch_dtypes = 5; }, "0", "5"}),
     [](const auto& row) { return std::string(row.param.field); });
 
 struct Limit {
@@ -143,8 +145,27 @@ INSTANTIATE_TEST_SUITE_P(
                     Limit{"max_tokens__none", [](auto& c) { c.max_tokens = 0; }},
                     Limit{"max_tokens__many", [](auto& c) { c.max_tokens = 4097; }},
                     Limit{"mode", [](auto& c) { c.mode = session::GroupMode::kUnspecified; }},
-                    Limit{"on_rank_loss", [](auto& c) { c.on_rank_loss = session::OnRankLoss::kUnspecified; }}),
+                    Limit{"on_rank_loss", [](auto& c) { c.on_rank_loss = session::OnRankLoss::kUnspecified; }},
+                    Limit{"dispatch_dtypes", [](auto& c) { c.dispatch_dtypes = 8; }},
+                    Limit{"dispatch_dtypes__none_of_the_mode",
+                          [](auto& c) {
+                            c.mode = session::GroupMode::kNormal;
+                            c.dispatch_dtypes = EXPERTD_PAYLOAD_FP8;
+                          }}),
     [](const auto& row) { return std::string(row.param.field); });
+
+TEST_F(DirectoryTest, GivesTheGroupTheDtypesOfItsConfiguration) {
+  (void)join(0, config_of(1));
+  EXPECT_EQ(formation_->shared->settings().dispatch_dtypes, 0U);
+  formation_.reset();
+  session::GroupConfig config = config_of(1);
+  config.mode = session::GroupMode::kNormal;
+  config.dispatch_dtypes = EXPERTD_PAYLOAD_FP8 | EXPERTD_PAYLOAD_BF16;  // FP8 finds no use there, and does no harm
+  (void)join(0, config);
+  ASSERT_NE(formation_, nullptr);
+  EXPECT_EQ(formation_->shared->settings().dispatch_dtypes, 5U);
+  EXPECT_EQ(directory_.snapshot().front().config.dispatch_dtypes, 5U);
+}
 
 TEST_F(DirectoryTest, RefusesARankBeyondTheGroup) {
   EXPECT_EQ(join(2, config_of(2)).field, "rank");

@@ -298,6 +298,24 @@ TEST_F(SessionServiceTest, HostDevicesHaveSeveralOperationsAtATimeWhateverTheyRe
   EXPECT_EQ(launched_of_two(), 2U);
 }
 
+TEST_F(SessionServiceTest, APlanIsWhatTheDeviceOfTheSessionSays) {
+  const base::SessionId session = attach(1);
+  devices_[1]->told_memory = {.table_bytes = 100, .handle_bytes = 20, .pinned_bytes = 3};
+  session::JoinRequest join = request("moe", 0, 2);
+  base::Result<session::GroupPlan> plan = service_->plan_group(session, join.config);
+  ASSERT_TRUE(plan.is_ok()) << plan.status().message();
+  EXPECT_EQ(plan.value().table_bytes, 102U);
+  EXPECT_EQ(plan.value().handle_bytes, 20U);
+  EXPECT_EQ(plan.value().handles, session::ServiceOptions{}.handles_per_session - 1);
+  EXPECT_EQ(plan.value().pinned_bytes, 3U);
+  EXPECT_EQ(plan.value().worst_rows, uint64_t{2} * join.config.max_tokens);
+  EXPECT_GT(plan.value().window_bytes, 0U);
+  EXPECT_EQ(devices_[1]->groups, 0);
+  join.config.hidden = 100;
+  EXPECT_EQ(service_->plan_group(session, join.config).status().reason(), EXPERTD_REASON_ARGUMENT_RANGE);
+  EXPECT_EQ(service_->plan_group(base::SessionId{99}, join.config).status().reason(), EXPERTD_REASON_NO_SUCH_SESSION);
+}
+
 TEST_F(SessionServiceTest, LeavingAGroupKeepsALaterBufferOfItsWindowsId) {
   const base::SessionId session = attach(0);
   Answer joined;

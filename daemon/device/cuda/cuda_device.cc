@@ -207,6 +207,11 @@ base::Result<Window> CudaDevice::create_window(uint64_t bytes) {
   return window;
 }
 
+base::Result<uint64_t> CudaDevice::window_size(uint64_t bytes) const {
+  const ScopedContext context(driver_, gpu_.view.context);
+  return VmmMemory::allocation_bytes(reach(false), bytes);
+}
+
 base::Result<std::unique_ptr<HeldMemory>> CudaDevice::import_fd(base::ScopedFd fd, uint64_t offset, uint64_t bytes,
                                                                 uint64_t allocation_bytes) {
   const std::lock_guard<std::mutex> lock(control_mutex_);
@@ -312,6 +317,10 @@ bool CudaDevice::take_progress(GroupEntry* entry) {
   return true;
 }
 
+bool CudaDevice::reaches(const GpuFacts& other) const {
+  return ((gpu_.peer_mask >> other.view.index.value) & 1) != 0 && ((other.peer_mask >> gpu_.view.index.value) & 1) != 0;
+}
+
 base::Result<uint64_t> CudaDevice::relay_ranks(const engine::GroupShape& shape) const {
   uint64_t ranks = 0;
   for (uint32_t r = 0; r < shape.ranks; ++r) {
@@ -323,9 +332,7 @@ base::Result<uint64_t> CudaDevice::relay_ranks(const engine::GroupShape& shape) 
                                                           std::to_string(device.value) +
                                                           ", which is no GPU: a group has one kind of device");
     }
-    const bool reach =
-        ((gpu_.peer_mask >> device.value) & 1) != 0 && ((other->peer_mask >> gpu_.view.index.value) & 1) != 0;
-    ranks |= reach ? 0 : uint64_t{1} << r;
+    ranks |= reaches(*other) ? 0 : uint64_t{1} << r;
   }
   return ranks;
 }
@@ -340,7 +347,7 @@ base::Status CudaDevice::allocate_tables(GroupEntry* entry) {
   if (entry->relay_ranks == 0) {
     return base::Status::ok();
   }
-  const uint64_t bytes = entry->layout.shared_bytes + entry->layout.relay_bytes;
+  const uint64_t bytes = pinned_bytes(entry->layout);
   auto shared = PinnedMemory::create(driver_, gpu_.view.context, bytes, &registry_->closer);
   if (!shared.is_ok()) {
     return shared.status().with_context("relay of the group");
@@ -350,6 +357,19 @@ base::Status CudaDevice::allocate_tables(GroupEntry* entry) {
       "GPUs without peer access exchange through pinned host memory",
       {{"group", entry->shape.id}, {"rank", entry->shape.rank}, {"peers", entry->relay_ranks}, {"bytes", bytes}});
   return base::Status::ok();
+}
+
+base::Result<GroupMemory> CudaDevice::plan_group(const engine::GroupShape& shape, uint32_t handle_limit) const {
+  EXPERTD_RETURN_IF_ERROR(check_shape(shape));
+  const GroupLayout layout = group_layout(shape, handle_limit);
+  const ScopedContext context(driver_, gpu_.view.context);
+  const auto allocated = VmmMemory::allocation_bytes(reach(false), layout.total_bytes);
+  if (!allocated.is_ok()) {
+    return allocated.status();
+  }
+  const bool relayed = shape.ranks > 1 &&
+                       !std::all_of(all_.begin(), all_.end(), [this](const GpuFacts& other) { return reaches(other); });
+  return group_memory(layout, allocated.value(), relayed);
 }
 
 base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t handle_limit) {

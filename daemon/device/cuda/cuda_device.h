@@ -60,6 +60,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   DeviceInfo info() const override;
   engine::DevicePort& port() override { return *this; }
   base::Result<Window> create_window(uint64_t bytes) override;
+  base::Result<uint64_t> window_size(uint64_t bytes) const override;
   base::Result<std::unique_ptr<HeldMemory>> import_fd(base::ScopedFd fd, uint64_t offset, uint64_t bytes,
                                                       uint64_t allocation_bytes) override;
   base::Result<std::unique_ptr<HeldMemory>> import_ipc(const void* handle, uint64_t offset, uint64_t bytes) override;
@@ -67,6 +68,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   void close_session(base::SessionId session) override;
   void* session_flag_page(base::SessionId session) override;
   base::Status create_group(const engine::GroupShape& shape, uint32_t handle_limit) override;
+  base::Result<GroupMemory> plan_group(const engine::GroupShape& shape, uint32_t handle_limit) const override;
   void destroy_group(base::GroupId group, base::Rank rank) override;
   /// Handles that the rank's tables hold: at most what create_group() asked for, fewer for large groups; 0 if unknown.
   uint32_t handle_capacity(base::GroupId group, base::Rank rank) const override;
@@ -111,6 +113,8 @@ class CudaDevice : public Device, public engine::DevicePort {
   Reach reach(bool peers) const;
   base::Status zero(const VmmMemory& memory);
   bool take_progress(GroupEntry* entry);
+  /// Whether this GPU and the other one reach each other's memory.
+  bool reaches(const GpuFacts& other) const;
   /// The ranks of a group whose GPUs and this one do not reach each other. UNSUPPORTED when one is no GPU of the
   /// daemon.
   base::Result<uint64_t> relay_ranks(const engine::GroupShape& shape) const;

@@ -19,17 +19,27 @@ CUmemAllocationProp allocation_properties(const GpuView& home) {
 
 }  // namespace
 
-base::Result<std::unique_ptr<VmmMemory>> VmmMemory::create(const Reach& reach, uint64_t bytes, Pool* pool) {
+base::Result<uint64_t> VmmMemory::allocation_bytes(const Reach& reach, uint64_t bytes) {
   const Driver& driver = *reach.driver;
   const CUmemAllocationProp properties = allocation_properties(reach.home);
   size_t granularity = 0;
   EXPERTD_DRIVER_CALL(driver,
                       cuMemGetAllocationGranularity(&granularity, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED));
   const uint64_t limit = uint64_t{1} << 46;  // beyond any GPU; keeps the rounding from wrapping
-  const uint64_t rounded = (std::clamp<uint64_t>(bytes, 1, limit) + granularity - 1) / granularity * granularity;
   if (bytes > limit) {
     return base::Status(EXPERTD_REASON_POOL_EXHAUSTED, "no GPU has " + std::to_string(bytes) + " bytes");
   }
+  return (std::max<uint64_t>(bytes, 1) + granularity - 1) / granularity * granularity;
+}
+
+base::Result<std::unique_ptr<VmmMemory>> VmmMemory::create(const Reach& reach, uint64_t bytes, Pool* pool) {
+  const Driver& driver = *reach.driver;
+  const CUmemAllocationProp properties = allocation_properties(reach.home);
+  const auto wanted = allocation_bytes(reach, bytes);
+  if (!wanted.is_ok()) {
+    return wanted.status();
+  }
+  const uint64_t rounded = wanted.value();
   EXPERTD_RETURN_IF_ERROR(pool->take(rounded));
   std::unique_ptr<VmmMemory> memory(new VmmMemory());
   memory->driver_ = &driver;

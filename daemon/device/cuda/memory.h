@@ -38,6 +38,9 @@ struct Reach {
 /// A VMM allocation mapped at one address for all GPUs of `reach`.
 class VmmMemory : public HeldMemory {
  public:
+  /// What create() of `bytes` allocates: rounded up to the granularity of the home device. POOL_EXHAUSTED for more than
+  /// any GPU has, CUDA.
+  static base::Result<uint64_t> allocation_bytes(const Reach& reach, uint64_t bytes);
   /// Allocates at least `bytes` (rounded up to the granularity), not zeroed. POOL_EXHAUSTED, CUDA.
   static base::Result<std::unique_ptr<VmmMemory>> create(const Reach& reach, uint64_t bytes, Pool* pool);
   /// Maps a client's allocation of allocation_bytes; the mapping is [offset, offset + bytes) of it.

@@ -10,6 +10,7 @@
 #include <memory>
 
 #include "daemon/base/limits.h"
+#include "daemon/device/cuda/group_layout.h"
 #include "daemon/device/cuda/memory.h"
 #include "daemon/engine/ports.h"
 #include "daemon/kernels/cuda/part_params.h"
@@ -22,7 +23,6 @@ inline constexpr uint32_t kEntriesPerPart = 16;     // the longest chain: doorbe
 // As many as the streams hold: with fewer, parts on two devices could each hold the place that the other's peer needs.
 inline constexpr uint32_t kMaxPartsInFlight = kMaxArmedStreams * (kMaxStreamEntries / kEntriesPerPart);
 inline constexpr uint32_t kMaxGroupsPerDevice = 256;
-inline constexpr uint64_t kMaxHandleTableBytes = 256ull << 20;  // per rank of a group
 
 /// Fixed table from a 64-bit key to an object. find() from any thread, insert() and erase() by one thread at a time.
 template <typename T, uint32_t kSize>
@@ -70,24 +70,6 @@ struct SessionEntry {
   CUstream stream = nullptr;
   uint32_t queued_entries = 0;  // loop thread only
 };
-
-/// Offsets inside one rank's table memory; one function yields all of them. What peers write (sync pages and counts)
-/// comes first: behind the relay that part lies in pinned memory of the host, with the relay after it.
-struct GroupLayout {
-  uint64_t sync_pages = 0;
-  uint64_t counts = 0;
-  uint64_t counts_page_bytes = 0;
-  uint64_t shared_bytes = 0;  // sync pages and counts
-  uint64_t relay_bytes = 0;
-  uint64_t plan = 0;
-  uint64_t chunk_counts = 0;
-  uint64_t chunk_errors = 0;
-  uint64_t handles = 0;
-  uint64_t handle_bytes = 0;
-  uint32_t handle_count = 0;
-  uint64_t total_bytes = 0;
-};
-GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit);
 
 struct GroupEntry {
   engine::GroupShape shape;

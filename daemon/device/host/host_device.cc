@@ -31,6 +31,10 @@ base::Result<Window> HostDevice::create_window(uint64_t bytes) {
   return create_host_window(bytes, index_, &pool_);
 }
 
+base::Result<uint64_t> HostDevice::window_size(uint64_t bytes) const {
+  return host_window_size(bytes);
+}
+
 base::Result<std::unique_ptr<HeldMemory>> HostDevice::import_fd(base::ScopedFd fd, uint64_t offset, uint64_t bytes,
                                                                 uint64_t /*allocation_bytes*/) {
   return import_host_fd(std::move(fd), offset, bytes, index_);
@@ -54,6 +58,10 @@ base::Status HostDevice::create_group(const engine::GroupShape& shape, uint32_t 
   handle_table_bytes_.fetch_add(groups_->handle_table_bytes(shape.id, base::Rank{shape.rank}),
                                 std::memory_order_relaxed);
   return base::Status::ok();
+}
+
+base::Result<GroupMemory> HostDevice::plan_group(const engine::GroupShape& shape, uint32_t handle_limit) const {
+  return host_group_memory(shape, handle_limit);
 }
 
 void HostDevice::destroy_group(base::GroupId group, base::Rank rank) {

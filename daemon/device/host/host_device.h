@@ -28,6 +28,7 @@ class HostDevice final : public Device, public engine::DevicePort {
   DeviceInfo info() const override;
   engine::DevicePort& port() override { return *this; }
   base::Result<Window> create_window(uint64_t bytes) override;
+  base::Result<uint64_t> window_size(uint64_t bytes) const override;
   base::Result<std::unique_ptr<HeldMemory>> import_fd(base::ScopedFd fd, uint64_t offset, uint64_t bytes,
                                                       uint64_t allocation_bytes) override;
   base::Result<std::unique_ptr<HeldMemory>> import_ipc(const void* handle, uint64_t offset, uint64_t bytes) override;
@@ -35,6 +36,7 @@ class HostDevice final : public Device, public engine::DevicePort {
   void close_session(base::SessionId session) override;
   void* session_flag_page(base::SessionId session) override;
   base::Status create_group(const engine::GroupShape& shape, uint32_t handle_limit) override;
+  base::Result<GroupMemory> plan_group(const engine::GroupShape& shape, uint32_t handle_limit) const override;
   void destroy_group(base::GroupId group, base::Rank rank) override;
   uint32_t handle_capacity(base::GroupId group, base::Rank rank) const override;
 

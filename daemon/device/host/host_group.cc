@@ -21,7 +21,29 @@ void touch(volatile int32_t* ints, uint64_t count) {
   }
 }
 
+uint64_t matrix_ints_of(const engine::GroupShape& shape) {
+  return uint64_t{shape.ranks} * kernels::count_row_ints(shape.ranks, shape.experts);
+}
+
+uint64_t handle_ints_of(const engine::GroupShape& shape) {
+  return uint64_t{shape.max_tokens} * (uint64_t{shape.ranks} + uint64_t{shape.top_k} * 2) + matrix_ints_of(shape);
+}
+
+uint32_t handles_that_fit(uint64_t handle_bytes, uint32_t limit) {
+  const uint64_t fitting = std::max<uint64_t>(kMaxHandleTableBytes / handle_bytes, 1);
+  return static_cast<uint32_t>(std::min<uint64_t>(std::max(limit, 1U), fitting));
+}
+
 }  // namespace
+
+GroupMemory host_group_memory(const engine::GroupShape& shape, uint32_t handle_limit) {
+  const uint64_t handle_bytes = handle_ints_of(shape) * sizeof(int32_t);
+  GroupMemory memory;
+  memory.table_bytes = matrix_ints_of(shape) * engine::kExchangePages * sizeof(int32_t);
+  memory.handle_count = handles_that_fit(handle_bytes, handle_limit);
+  memory.handle_bytes = memory.handle_count * handle_bytes;
+  return memory;
+}
 
 HostGroupTables::HostGroupTables(const engine::GroupShape& shape)
     : id_(shape.id),
@@ -29,7 +51,8 @@ HostGroupTables::HostGroupTables(const engine::GroupShape& shape)
       experts_(shape.experts),
       top_k_(shape.top_k),
       max_tokens_(shape.max_tokens),
-      matrix_ints_(uint64_t{shape.ranks} * kernels::count_row_ints(shape.ranks, shape.experts)),
+      matrix_ints_(matrix_ints_of(shape)),
+      handle_ints_(handle_ints_of(shape)),
       counts_(allocate(matrix_ints_ * engine::kExchangePages)),
       per_rank_(shape.ranks) {}
 
@@ -42,13 +65,8 @@ std::unique_ptr<HostGroupTables> HostGroupTables::create(const engine::GroupShap
   return tables == nullptr || tables->counts_ == nullptr ? nullptr : std::move(tables);
 }
 
-uint64_t HostGroupTables::handle_ints() const {
-  return uint64_t{max_tokens_} * ranks_ + uint64_t{max_tokens_} * top_k_ * 2 + matrix_ints_;
-}
-
 base::Status HostGroupTables::add_rank(uint32_t rank, uint32_t handle_limit) {
-  const uint64_t fitting = std::max<uint64_t>(kMaxHandleTableBytes / handle_bytes(), 1);
-  const uint64_t handles = std::min<uint64_t>(std::max(handle_limit, 1U), fitting);
+  const uint64_t handles = handles_that_fit(handle_bytes(), handle_limit);
   RankTables tables{allocate(handles * handle_ints()), {}};
   if (tables.handles == nullptr) {
     return base::Status(EXPERTD_REASON_POOL_EXHAUSTED, "no memory for " + std::to_string(handles) + " handles of " +

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "daemon/base/status.h"
+#include "daemon/device/device.h"
 #include "daemon/engine/ports.h"
 #include "daemon/kernels/op_params.h"
 
@@ -21,6 +22,9 @@ namespace expertd::device {
 /// Bytes of the handles that one rank of a group may hold: as many as on a GPU, so that a group that fits there fits
 /// here. Large groups get fewer handles (handle_capacity), never none.
 inline constexpr uint64_t kMaxHandleTableBytes = 256ULL << 20;
+
+/// What a rank of a group of this shape takes, and the counts that its ranks share. Pure.
+GroupMemory host_group_memory(const engine::GroupShape& shape, uint32_t handle_limit);
 
 /// Which dispatch left a handle's tables; generation 0: none that succeeded.
 struct HandleUse {
@@ -65,7 +69,7 @@ class HostGroupTables {
   };
   explicit HostGroupTables(const engine::GroupShape& shape);
   static Ints allocate(uint64_t ints);
-  uint64_t handle_ints() const;
+  uint64_t handle_ints() const { return handle_ints_; }
 
   base::GroupId id_;
   uint32_t ranks_;
@@ -73,6 +77,7 @@ class HostGroupTables {
   uint32_t top_k_;
   uint32_t max_tokens_;
   uint64_t matrix_ints_;
+  uint64_t handle_ints_;
   Ints counts_;
   std::vector<RankTables> per_rank_;
 };

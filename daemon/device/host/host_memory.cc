@@ -86,11 +86,19 @@ base::Result<Window> create_window_of(uint64_t rounded, base::DeviceIndex home) 
 
 }  // namespace
 
-base::Result<Window> create_host_window(uint64_t bytes, base::DeviceIndex home, Pool* pool) {
+base::Result<uint64_t> host_window_size(uint64_t bytes) {
   if (bytes == 0 || bytes > (1ULL << 46)) {
     return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "window size " + std::to_string(bytes) + ", allowed 1..2^46");
   }
-  const uint64_t rounded = (bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
+  return (bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
+}
+
+base::Result<Window> create_host_window(uint64_t bytes, base::DeviceIndex home, Pool* pool) {
+  const base::Result<uint64_t> size = host_window_size(bytes);
+  if (!size.is_ok()) {
+    return size.status();
+  }
+  const uint64_t rounded = size.value();
   EXPERTD_RETURN_IF_ERROR(pool->take(rounded));
   base::Result<Window> window = create_window_of(rounded, home);
   if (!window.is_ok()) {

@@ -13,6 +13,8 @@
 
 namespace expertd::device {
 
+/// Bytes of the window that create_host_window(bytes) makes: whole pages. ARGUMENT_RANGE outside 1..2^46.
+base::Result<uint64_t> host_window_size(uint64_t bytes);
 /// A new memfd of `bytes` (rounded up to whole pages), sealed against resizing, mapped and zero; `pool` counts it while
 /// its memory lives.
 base::Result<Window> create_host_window(uint64_t bytes, base::DeviceIndex home, Pool* pool);

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "daemon/device/cuda/group_layout.h"
+
+#include <algorithm>
+
+#include "daemon/kernels/cuda/part_params.h"
+
+namespace expertd::device::cuda {
+namespace {
+
+constexpr uint64_t kAlign = 256;
+
+uint64_t align_up(uint64_t value) {
+  return (value + kAlign - 1) / kAlign * kAlign;
+}
+
+uint64_t matrix_bytes(const engine::GroupShape& shape) {
+  return uint64_t{shape.ranks} * kernels::count_row_ints(shape.ranks, shape.experts) * sizeof(int32_t);
+}
+
+}  // namespace
+
+GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit) {
+  GroupLayout layout;
+  const uint64_t chunks = kernels::cuda::route_chunks(shape.max_tokens);
+  uint64_t at = 0;
+  const auto place = [&at](uint64_t bytes) {
+    const uint64_t begin = at;
+    at = align_up(at + bytes);
+    return begin;
+  };
+  layout.sync_pages = place(engine::kExchangePages * sizeof(kernels::cuda::SyncPage));
+  layout.counts_page_bytes = align_up(matrix_bytes(shape));
+  layout.counts = place(engine::kExchangePages * layout.counts_page_bytes);
+  layout.shared_bytes = at;
+  kernels::OpShape widest;
+  widest.ranks = shape.ranks;
+  widest.hidden = shape.hidden;
+  widest.max_tokens = shape.max_tokens;
+  layout.relay_bytes = kernels::cuda::relay_bytes(widest, shape.top_k);
+  layout.plan = place(sizeof(kernels::cuda::Plan));
+  layout.chunk_counts = place(chunks * (uint64_t{shape.ranks} + shape.experts) * sizeof(int32_t));
+  layout.chunk_errors = place(chunks * sizeof(uint32_t));
+  const uint64_t per_token = (shape.ranks + 2ull * shape.top_k) * sizeof(int32_t);
+  layout.handle_rows = align_up(matrix_bytes(shape));
+  layout.handle_bytes = align_up(layout.handle_rows + shape.max_tokens * per_token);
+  const uint64_t fitting = std::max<uint64_t>(kMaxHandleTableBytes / layout.handle_bytes, 1);
+  layout.handle_count = static_cast<uint32_t>(std::min<uint64_t>(std::max(handle_limit, 1u), fitting));
+  layout.handles = place(layout.handle_count * layout.handle_bytes);
+  layout.total_bytes = at;
+  return layout;
+}
+
+uint64_t pinned_bytes(const GroupLayout& layout) {
+  return layout.shared_bytes + layout.relay_bytes;
+}
+
+GroupMemory group_memory(const GroupLayout& layout, uint64_t allocated_bytes, bool relayed) {
+  GroupMemory memory;
+  memory.handle_bytes = layout.handle_count * layout.handle_bytes;
+  memory.handle_count = layout.handle_count;
+  memory.table_bytes = allocated_bytes - memory.handle_bytes;
+  memory.pinned_bytes = relayed ? pinned_bytes(layout) : 0;
+  return memory;
+}
+
+}  // namespace expertd::device::cuda

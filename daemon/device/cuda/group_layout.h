@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// How large the tables of one rank of a group are on a GPU and where each lies. Pure functions without CUDA, so that
+// they are built and tested everywhere; any thread.
+#pragma once
+
+#include <cstdint>
+
+#include "daemon/device/device.h"
+#include "daemon/engine/ports.h"
+
+namespace expertd::device::cuda {
+
+inline constexpr uint64_t kMaxHandleTableBytes = 256ull << 20;  // per rank of a group
+
+/// Offsets inside one rank's table memory; one function yields all of them. What peers write (sync pages and counts)
+/// comes first: behind the relay that part lies in pinned memory of the host, with the relay after it.
+struct GroupLayout {
+  uint64_t sync_pages = 0;
+  uint64_t counts = 0;
+  uint64_t counts_page_bytes = 0;
+  uint64_t shared_bytes = 0;  // sync pages and counts
+  uint64_t relay_bytes = 0;
+  uint64_t plan = 0;
+  uint64_t chunk_counts = 0;
+  uint64_t chunk_errors = 0;
+  uint64_t handles = 0;
+  uint64_t handle_bytes = 0;
+  uint64_t handle_rows = 0;  // inside a handle: behind its count matrix
+  uint32_t handle_count = 0;
+  uint64_t total_bytes = 0;
+};
+/// Pure; at least one handle, and no more than fit kMaxHandleTableBytes.
+GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit);
+/// Bytes of pinned host memory that takes the place of the shared tables behind the relay.
+uint64_t pinned_bytes(const GroupLayout& layout);
+/// What a rank takes. All its tables lie in one allocation of `allocated_bytes`, at least layout.total_bytes; what the
+/// device rounds up counts as tables. `relayed`: a GPU of the group does not reach the rank's.
+GroupMemory group_memory(const GroupLayout& layout, uint64_t allocated_bytes, bool relayed);
+
+}  // namespace expertd::device::cuda
