@@ -77,7 +77,8 @@ uint64_t mask_ranks(const OpParams& params, uint32_t token) {
 /// The first id of these tokens that is neither -1 nor an expert; false when there is none.
 bool find_bad_id(const OpParams& params, uint32_t token_begin, uint32_t token_end, int64_t* bad) {
   const size_t end = size_t{token_end} * params.shape.top_k;
-  for (size_t lane = size_t{token_begin} * params.shape.top_k; lane < end; ++lane) {
+  const size_t begin = size_t{token_begin} * params.shape.top_k;
+  for (size_t lane = begin; lane < end; ++lane) {
     const int64_t id = read_expert_id(params, lane);
     if (id < -1 || id >= static_cast<int64_t>(params.shape.experts)) {
       *bad = id;
