@@ -81,7 +81,8 @@ HostPart* HostDevice::find(engine::PartId part) {
 // The session's latest part in flight; 0 for none.
 engine::PartId HostDevice::last_part(base::SessionId session) const {
   engine::PartId last = 0;
-  for (const Place& place : places_) {
+  for (uint32_t i = 0; i < kMaxParts && used_ != 0; ++i) {
+    const Place& place = places_[i];
     last = place.session == session.value ? std::max(last, place.part) : last;
   }
   return last;
@@ -101,6 +102,7 @@ bool HostDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords&
   HostPart& part = parts_[id % kMaxParts];
   part.begin(spec, index_, groups_, id, last_part(session));
   places_[id % kMaxParts] = {session.value, id};
+  ++used_;
   runnable_ += part.runs() ? 1 : 0;
   *part_id = id;
   return true;
@@ -110,7 +112,9 @@ bool HostDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords&
 // the one behind then waits for what this one waited for.
 void HostDevice::end(HostPart& part) {
   Place& ended = places_[part.id() % kMaxParts];
-  for (const Place& place : places_) {
+  --used_;
+  for (uint32_t i = 0; i < kMaxParts && used_ != 0; ++i) {
+    const Place& place = places_[i];
     HostPart& behind = parts_[place.part % kMaxParts];
     if (place.part == 0 || place.session != ended.session || behind.behind() != part.id()) {
       continue;

@@ -68,6 +68,7 @@ class HostDevice final : public Device, public engine::DevicePort {
   std::atomic<uint64_t> handle_table_bytes_{0};
   std::vector<HostPart> parts_;
   std::array<Place, kMaxParts> places_{};
+  uint32_t used_ = 0;  // places; alone on its device a part is not looked for in all of them
   uint64_t next_serial_ = 1;
   uint32_t runnable_ = 0;  // parts that can advance without an event
 };
