@@ -51,7 +51,7 @@ struct DeviceConfig {
   uint64_t pool_max_bytes = 0;         // 0: no cap
   bool peer_access = false;
   Kernels kernels = Kernels::kAuto;
-  uint32_t link_sms = 0;  // 0: as many as help
+  uint32_t link_sms = 0;
 };
 
 struct EngineConfig {

@@ -173,17 +173,17 @@ constexpr Key kKeys[] = {
      .type = Type::kChoice,
      .default_text = "auto",
      .choices = "auto|generic",
-     .sentence = "Kernels to launch: \"auto\" takes the specialised one where there is one (none yet), "
-                 "\"generic\" never does.",
+     .sentence = "Kernels to launch: \"auto\" takes those that the GPU has special units for, \"generic\" never does.",
      .short_environment = "EXPERTD_KERNELS",
      .set = [](Config& c, const Value& v) { c.device.kernels = static_cast<Kernels>(v.integer); }},
     {.section = "device",
      .name = "link_sms",
      .type = Type::kInteger,
+     .min = 1,
      .max = 256,
-     .default_text = "0",
-     .sentence =
-         "Multiprocessors that the kernels moving rows take on GPUs of compute capability 9 or more; 0 takes all.",
+     .default_text = "24",
+     .sentence = "Multiprocessors that the kernels moving rows over the links take on GPUs of compute capability 9 or "
+                 "more.",
      .set = [](Config& c, const Value& v) { c.device.link_sms = static_cast<uint32_t>(v.integer); }},
 
     {.section = "engine",

@@ -54,17 +54,27 @@ EXPERTD_HOST_DEVICE inline float bf16_to_float(uint16_t value) {
   return bits_to_float(static_cast<uint32_t>(value) << 16);
 }
 
-/// Round to nearest even; a NaN stays a NaN of the same sign, made quiet so that dropping bits cannot turn it into inf.
+/// Round to nearest even; every NaN becomes 0x7fff, as the GPU's conversion has it.
 EXPERTD_HOST_DEVICE inline uint16_t float_to_bf16(float value) {
+#if defined(__CUDA_ARCH__)
+  uint16_t rounded = 0;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
+  return rounded;
+#else
   const uint32_t bits = float_to_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t nan = (bits >> 16) | 0x40u;
   const bool is_nan = static_cast<int32_t>(bits & 0x7fffffffu) > 0x7f800000;
-  return static_cast<uint16_t>(is_nan ? nan : rounded);
+  return static_cast<uint16_t>(is_nan ? 0x7fffu : rounded);
+#endif
 }
 
 /// Round to nearest even, saturating at +-448 (infinity too); NaN gives 0x7f whatever its sign.
 EXPERTD_HOST_DEVICE inline uint8_t float_to_e4m3(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t pair = 0;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(value));
+  return static_cast<uint8_t>(pair);
+#else
   const uint32_t bits = float_to_bits(value);
   const auto magnitude = static_cast<int32_t>(bits & 0x7fffffffu);
   const int32_t limited =
@@ -81,6 +91,7 @@ EXPERTD_HOST_DEVICE inline uint8_t float_to_e4m3(float value) {
   const auto sign = static_cast<int32_t>((bits >> 24) & 0x80u);
   const int32_t code = (subnormal & is_small) | (normal & ~is_small) | sign;
   return static_cast<uint8_t>((code & ~is_nan) | (0x7f & is_nan));
+#endif
 }
 
 EXPERTD_HOST_DEVICE inline float e4m3_to_float(uint8_t code) {

@@ -12,14 +12,14 @@
 
 namespace expertd::device_test {
 
-template <bool kPeerAccess, uint32_t kLinkSms = 0>
+template <bool kPeerAccess, bool kGeneric = false>
 class GpuTestWith : public testing::Test {
  protected:
   static void SetUpTestSuite() {
     group_ = std::make_unique<GpuGroup>();
     device::cuda::CudaOptions options;
     options.peer_access = kPeerAccess;
-    options.link_sms = kLinkSms;
+    options.kernels = kGeneric ? "generic" : "auto";
     if (const char* kernels = std::getenv("EXPERTD_KERNELS"); kernels != nullptr) {
       options.kernels = kernels;  // "generic": the kernels of sm_80 on any GPU
     }

@@ -9,6 +9,17 @@
 //   wait moved[s] >= n for every other active rank s
 //   finish: tails, report, result word, completion word, `done`
 //
+// Where the link kernels serve the operation, two kernels do all of that and wait for the flags themselves as long as
+// the ranks are together (exchange_steps.cuh); what stands behind the stream's waits is there for ranks that are late:
+//
+//   wait doorbell
+//   dispatch without a handle: link_route                (announces routed; else the next kernel does)
+//   link_dispatch or link_combine                        (waits for routed, moves, announces and waits for moved, ends)
+//   wait routed; the same kernel                         (only if the first one did not wait that long)
+//   wait moved; finish                                   (the end if nobody wrote it yet; `done` in any case)
+//
+// A barrier is one kernel, wait routed, finish.
+//
 // Order and visibility. (1) Inputs: a rank signals routed behind its doorbell, so a peer that saw the flag may read
 // that rank's inputs and write its outputs. (2) Rows and count rows: the storing kernels end with a system-scope
 // fence in every thread and the signal kernel, later in the stream, stores its flag with release at system scope;
@@ -122,6 +133,18 @@ bool is_combine(const OpShape& shape) {
   return shape.kind == OpKind::kCombine || shape.kind == OpKind::kLlCombine;
 }
 
+/// What a peer lets this device read of its dispatch.
+void fill_pull(TensorReader* tensors, kernels::cuda::PullPeer* pull) {
+  const OpShape& shape = tensors->request.shape;
+  pull->x = tensors->at<const char>(EXPERTD_IN_X);
+  pull->side = tensors->at<const char>(EXPERTD_IN_SIDE);
+  pull->topk_idx = tensors->at<const void>(EXPERTD_IN_TOPK_IDX);
+  pull->topk_weights = tensors->at<const float>(EXPERTD_IN_TOPK_WEIGHTS);
+  pull->side_row_stride = shape.side_row_stride;
+  pull->side_element_stride = shape.side_element_stride;
+  pull->tokens = shape.tokens;
+}
+
 /// What a peer lets this device touch, by the kind of the operation.
 void fill_view(const OpShape& shape, TensorReader* tensors, kernels::PeerView* view) {
   if (is_combine(shape)) {
@@ -173,6 +196,12 @@ bool CudaDevice::fill_peers(const LaunchSpec& spec, const Part& part, PartParams
     } else {
       TensorReader tensors{*spec.requests[j], gpu_.view.index};
       fill_view(params->op.shape, &tensors, &params->peers.views[j]);
+      if (part.links && is_dispatch(params->op.shape)) {
+        fill_pull(&tensors, &params->pulls.peers[j]);
+        const uint32_t handle = spec.requests[j]->handle_index;
+        const bool cached = params->op.shape.cached != 0 && handle < group->layout.handle_count;
+        params->pulls.peers[j].rows = cached ? group->routing(handle).token_rank : group->scratch().rows;
+      }
       if (!tensors.ok) {
         return false;
       }
@@ -184,7 +213,8 @@ bool CudaDevice::fill_peers(const LaunchSpec& spec, const Part& part, PartParams
   return true;
 }
 
-bool CudaDevice::fill_params(const LaunchSpec& spec, const Part& part, PartParams* params) const {
+bool CudaDevice::fill_params(const LaunchSpec& spec, Part* taken, PartParams* params) const {
+  const Part& part = *taken;
   OpShape& shape = params->op.shape;
   shape = spec.own->shape;
   shape.capacity_rows = usable_rows(shape.capacity_rows);
@@ -229,6 +259,7 @@ bool CudaDevice::fill_params(const LaunchSpec& spec, const Part& part, PartParam
       return false;  // rows of bytes far longer than the group's hidden
     }
   }
+  taken->links = part.group->linked && kernels::cuda::serves_link(*params);
   return tensors.ok && fill_peers(spec, part, params) && kernels::cuda::validate(*params) == nullptr;
 }
 
@@ -255,13 +286,7 @@ bool CudaDevice::enqueue_move(const Part& part, const PartParams& params) {
   using namespace kernels::cuda;
   CUstream stream = part.session->stream;
   const OpShape& shape = params.op.shape;
-  if (!enqueue_exchange_wait(part, false)) {
-    return false;
-  }
-  if (shape.kind == OpKind::kBarrier) {
-    return true;
-  }
-  if (launch_plan(params, stream) != cudaSuccess ||
+  if (!enqueue_exchange_wait(part, false) || launch_plan(params, stream) != cudaSuccess ||
       (is_dispatch(shape) ? launch_dispatch_move(params, stream) : launch_combine_pull(params, stream)) !=
           cudaSuccess) {
     return false;
@@ -293,6 +318,28 @@ bool CudaDevice::enqueue_route(const Part& part, const PartParams& params) {
          launch_signal(params, SignalStep::kRouted, stream) == cudaSuccess;
 }
 
+/// The chain of the link kernels.
+bool CudaDevice::enqueue_link(const Part& part, const PartParams& params) {
+  using namespace kernels::cuda;
+  CUstream stream = part.session->stream;
+  const OpShape& shape = params.op.shape;
+  const auto move = is_dispatch(shape) ? launch_link_dispatch : launch_link_combine;
+  if (is_dispatch(shape) && shape.cached == 0 && launch_link_route(params, stream) != cudaSuccess) {
+    return false;
+  }
+  return move(params, Entry::kWaits, stream) == cudaSuccess && enqueue_exchange_wait(part, false) &&
+         move(params, Entry::kBehindWait, stream) == cudaSuccess && enqueue_exchange_wait(part, true) &&
+         launch_finish(params, stream) == cudaSuccess;
+}
+
+/// A barrier: one exchange.
+bool CudaDevice::enqueue_barrier(const Part& part, const PartParams& params) {
+  using namespace kernels::cuda;
+  CUstream stream = part.session->stream;
+  return launch_meet(params, stream) == cudaSuccess && enqueue_exchange_wait(part, false) &&
+         launch_finish(params, stream) == cudaSuccess;
+}
+
 bool CudaDevice::enqueue_chain(const Part& part, const PartParams& params) {
   using namespace kernels::cuda;
   CUstream stream = part.session->stream;
@@ -307,6 +354,12 @@ bool CudaDevice::enqueue_chain(const Part& part, const PartParams& params) {
   if (shape.kind == OpKind::kLayout) {
     return launch_layout_clear(params, stream) == cudaSuccess && launch_layout_count(params, stream) == cudaSuccess &&
            launch_finish(params, stream) == cudaSuccess;
+  }
+  if (shape.kind == OpKind::kBarrier) {
+    return enqueue_barrier(part, params);
+  }
+  if (part.links) {
+    return enqueue_link(part, params);
   }
   return enqueue_route(part, params) && enqueue_move(part, params) && launch_finish(params, stream) == cudaSuccess;
 }

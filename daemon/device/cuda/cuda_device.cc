@@ -337,6 +337,17 @@ base::Result<uint64_t> CudaDevice::relay_ranks(const engine::GroupShape& shape) 
   return ranks;
 }
 
+bool CudaDevice::is_linked(const engine::GroupShape& shape) const {
+  uint64_t members = 0;
+  for (uint32_t r = 0; r < shape.ranks; ++r) {
+    members |= uint64_t{1} << shape.devices[r].value;
+  }
+  return bulk_copies_ && std::all_of(all_.begin(), all_.end(), [members](const GpuFacts& gpu) {
+           const bool member = ((members >> gpu.view.index.value) & 1) != 0;
+           return !member || (gpu.has_bulk_copies && (gpu.peer_mask & members) == members);
+         });
+}
+
 base::Status CudaDevice::allocate_tables(GroupEntry* entry) {
   auto memory = VmmMemory::create(reach(true), entry->layout.total_bytes, &pool_);
   if (!memory.is_ok()) {
@@ -387,6 +398,7 @@ base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t 
   entry->shape = shape;
   entry->layout = group_layout(shape, handle_limit);
   entry->relay_ranks = relayed.value();
+  entry->linked = is_linked(shape);
   EXPERTD_RETURN_IF_ERROR(allocate_tables(entry.get()));
   if (!take_progress(entry.get())) {
     return base::Status(EXPERTD_REASON_GROUP_LIMIT,

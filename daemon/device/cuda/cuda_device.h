@@ -93,6 +93,7 @@ class CudaDevice : public Device, public engine::DevicePort {
     bool words_owed = false;  // ended but for the caller's words, which settle() writes
     bool words_sent = false;
     bool waits_doorbell = false;
+    bool links = false;    // its chain is that of the link kernels
     uint32_t entries = 0;  // counted against its stream
     uint64_t launch_ns = 0;
     uint64_t group_op = 0;
@@ -118,15 +119,20 @@ class CudaDevice : public Device, public engine::DevicePort {
   /// The ranks of a group whose GPUs and this one do not reach each other. UNSUPPORTED when one is no GPU of the
   /// daemon.
   base::Result<uint64_t> relay_ranks(const engine::GroupShape& shape) const;
+  /// Whether the link kernels serve the group: the same answer on all its devices.
+  bool is_linked(const engine::GroupShape& shape) const;
   base::Status allocate_tables(GroupEntry* entry);
   base::Status warm_up(CUstream stream);
 
   Part* take_part();
-  bool fill_params(const engine::LaunchSpec& spec, const Part& part, kernels::cuda::PartParams* params) const;
+  /// Also decides whether the part takes the chain of the link kernels.
+  bool fill_params(const engine::LaunchSpec& spec, Part* taken, kernels::cuda::PartParams* params) const;
   bool fill_peers(const engine::LaunchSpec& spec, const Part& part, kernels::cuda::PartParams* params) const;
   bool enqueue_route(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_chain(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_exchange_wait(const Part& part, bool moved);
+  bool enqueue_link(const Part& part, const kernels::cuda::PartParams& params);
+  bool enqueue_barrier(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_move(const Part& part, const kernels::cuda::PartParams& params);
   void fail_launch(Part* part, uint32_t reason);
   void send_rescue(Part* part);

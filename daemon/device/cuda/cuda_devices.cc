@@ -159,8 +159,7 @@ base::Result<std::vector<std::unique_ptr<CudaDevice>>> make_devices(const Driver
     setup.all = *gpus;
     setup.registry = registry;
     setup.pool_max_bytes = options.pool_max_bytes;
-    // With all multiprocessors the plain kernels are as fast or faster; bulk copies need fewer of them.
-    setup.bulk_copies = (*gpus)[i].has_bulk_copies && options.kernels != "generic" && options.link_sms != 0;
+    setup.bulk_copies = (*gpus)[i].has_bulk_copies && options.kernels != "generic";
     setup.link_sms = options.link_sms;
     auto device = CudaDevice::create(std::move(setup));
     if (!device.is_ok()) {

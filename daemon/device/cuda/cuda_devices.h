@@ -20,8 +20,8 @@ struct CudaOptions {
   base::DeviceIndex first_index;  // of the first device made; the others follow
   uint64_t pool_max_bytes = 0;    // per device; 0: no cap
   bool peer_access = true;        // false: groups over several GPUs exchange through pinned memory
-  std::string kernels = "auto";   // "auto": bulk copies where link_sms asks for few; "generic": never
-  uint32_t link_sms = 0;          // multiprocessors for the kernels that move rows; 0: all
+  std::string kernels = "auto";   // "auto": bulk copies where the GPU has them; "generic": never
+  uint32_t link_sms = 24;         // multiprocessors for the kernels with bulk copies, at least 1
 };
 
 struct CudaVersions {

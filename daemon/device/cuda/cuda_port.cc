@@ -112,7 +112,7 @@ bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords&
     slot->page = slot->group->sync_page(spec.page);
   }
   kernels::cuda::PartParams params{};
-  if (!fill_params(spec, *slot, &params)) {
+  if (!fill_params(spec, slot, &params)) {
     fail_launch(slot, EXPERTD_REASON_UNSUPPORTED);
     return true;
   }

@@ -41,6 +41,9 @@ GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit)
   layout.plan = place(sizeof(kernels::cuda::Plan));
   layout.chunk_counts = place(chunks * (uint64_t{shape.ranks} + shape.experts) * sizeof(int32_t));
   layout.chunk_errors = place(chunks * sizeof(uint32_t));
+  layout.plan_work = place(sizeof(kernels::cuda::PlanWork));
+  layout.block_rows = place(kernels::cuda::kMostLinkSms * sizeof(kernels::cuda::BlockRows));
+  layout.rows = place(uint64_t{shape.max_tokens} * shape.ranks * sizeof(int32_t));
   const uint64_t per_token = (shape.ranks + 2ull * shape.top_k) * sizeof(int32_t);
   layout.handle_rows = align_up(matrix_bytes(shape));
   layout.handle_bytes = align_up(layout.handle_rows + shape.max_tokens * per_token);

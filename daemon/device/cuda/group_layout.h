@@ -23,6 +23,9 @@ struct GroupLayout {
   uint64_t plan = 0;
   uint64_t chunk_counts = 0;
   uint64_t chunk_errors = 0;
+  uint64_t plan_work = 0;
+  uint64_t block_rows = 0;
+  uint64_t rows = 0;
   uint64_t handles = 0;
   uint64_t handle_bytes = 0;
   uint64_t handle_rows = 0;  // inside a handle: behind its count matrix

@@ -18,6 +18,9 @@ kernels::cuda::PartScratch GroupEntry::scratch() const {
   scratch.plan = reinterpret_cast<kernels::cuda::Plan*>(memory->address() + layout.plan);
   scratch.chunk_counts = reinterpret_cast<int32_t*>(memory->address() + layout.chunk_counts);
   scratch.chunk_errors = reinterpret_cast<uint32_t*>(memory->address() + layout.chunk_errors);
+  scratch.plan_work = reinterpret_cast<kernels::cuda::PlanWork*>(memory->address() + layout.plan_work);
+  scratch.block_rows = reinterpret_cast<kernels::cuda::BlockRows*>(memory->address() + layout.block_rows);
+  scratch.rows = reinterpret_cast<int32_t*>(memory->address() + layout.rows);
   return scratch;
 }
 

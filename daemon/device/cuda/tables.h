@@ -76,6 +76,7 @@ struct GroupEntry {
   GroupLayout layout;
   std::unique_ptr<VmmMemory> memory;
   uint64_t relay_ranks = 0;              // ranks whose GPUs and this one do not reach each other
+  bool linked = false;                   // all GPUs of the group reach each other and have the link kernels
   std::unique_ptr<PinnedMemory> shared;  // with relay_ranks: sync pages, counts, relay
   uint32_t progress_index = 0;           // of the device's pinned progress words
   kernels::cuda::Progress* host_progress = nullptr;

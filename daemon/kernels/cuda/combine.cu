@@ -50,18 +50,9 @@ __global__ __launch_bounds__(kPullThreads) void combine_pull(const __grid_consta
   fence_sys();
 }
 
-/// Rows behind the relay lie in memory of the host, and LL has few rows per block.
-bool pulls_in_bulk(const PartParams& params) {
-  const OpShape& shape = params.op.shape;
-  return params.bulk_copies != 0 && shape.kind == OpKind::kCombine && params.relay.ranks == 0 && shape.hidden != 0;
-}
-
 }  // namespace
 
 cudaError_t launch_combine_pull(const PartParams& params, cudaStream_t stream) {
-  if (pulls_in_bulk(params)) {
-    return launch_combine_bulk(params, stream);
-  }
   const uint32_t most = params.multiprocessors * kBlocksPerMultiprocessor;
   const uint32_t tokens = params.op.shape.tokens == 0 ? 1 : params.op.shape.tokens;
   const uint32_t blocks = tokens > most ? most : tokens;

@@ -188,13 +188,8 @@ __device__ inline void start_sum(const PartParams& p, uint64_t piece, float* sum
 }
 
 __device__ inline uint4 rounded(const float* sum) {
-  uint32_t words[4];
-#pragma unroll
-  for (uint32_t i = 0; i < 4; ++i) {
-    words[i] = static_cast<uint32_t>(float_to_bf16(sum[2 * i])) | static_cast<uint32_t>(float_to_bf16(sum[2 * i + 1]))
-                                                                      << 16;
-  }
-  return {words[0], words[1], words[2], words[3]};
+  return {pack_bf16x2(sum[0], sum[1]), pack_bf16x2(sum[2], sum[3]), pack_bf16x2(sum[4], sum[5]),
+          pack_bf16x2(sum[6], sum[7])};
 }
 
 /// The weights that a rank gave beside its rows, null for none.

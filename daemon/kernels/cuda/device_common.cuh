@@ -92,6 +92,12 @@ __device__ __forceinline__ uint32_t lanes_below() {
   return (1u << (threadIdx.x & 31)) - 1u;
 }
 
+/// The threads that share one piece of work: a grid, a block or one warp.
+struct Crew {
+  uint32_t first;  // this thread
+  uint32_t step;   // all of them
+};
+
 /// Where row `i` of a block that moves rows of `row_bytes` in bulk lies in shared memory: at i times this.
 __host__ __device__ constexpr uint32_t bulk_row_stride(uint32_t row_bytes) {
   return (row_bytes + 127) / 128 * 128;

@@ -2,8 +2,6 @@
 // The move step of dispatch and ll_dispatch: pushes this rank's rows to their final places in the outputs of every
 // destination that its GPU reaches, its own included, and moves the rows that the others published in the relay.
 // Definitions: daemon/kernels/README.md.
-#include <algorithm>
-
 #include "daemon/kernels/cuda/dispatch_rows.cuh"
 #include "daemon/kernels/cuda/launch.h"
 
@@ -11,12 +9,6 @@ namespace expertd::kernels::cuda {
 namespace {
 
 constexpr uint32_t kBlocksPerMultiprocessor = 4;
-
-/// Threads that quantise need the row in registers, so FP8 on the way has no bulk form.
-bool moves_in_bulk(const PartParams& params) {
-  const OpShape& shape = params.op.shape;
-  return params.bulk_copies != 0 && shape.payload != Payload::kFp8 && shape.row_bytes != 0;
-}
 
 /// Rows of sources below `rank` in column `column` of the count matrix; 0 for a cached dispatch, whose numbers are
 /// final.
@@ -114,71 +106,6 @@ __global__ __launch_bounds__(kMoveThreads) void dispatch_move(const __grid_const
   fence_sys();
 }
 
-// dispatch_move_bulk. The same as dispatch_move for rows that only move, on sm_90. Grid: one block per multiprocessor,
-// as many as fill the link (all of them where rows are per expert and memory is the bound); a block has as many warps
-// as rows fit into its shared memory. A warp takes one token at a time: the copy unit loads the row while the warp
-// collects the targets, then each lane with a target lets the copy unit store the row there; side, indices and weights
-// are stored by the lanes meanwhile. The next load starts when the stores have read the row. Reads no flag of another
-// rank. Bytes and bound as dispatch_move.
-__global__ __launch_bounds__(kBulkRows * 32, 1) void dispatch_move_bulk(const __grid_constant__ PartParams p) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  extern __shared__ __align__(128) char rows[];
-  __shared__ MoveShared shared[kBulkRows];
-  __shared__ uint64_t loaded[kBulkRows];
-  if (block_is_gated(p) || p.op.in.x == nullptr || p.scratch.plan->reason != 0) {
-    return;
-  }
-  const OpShape& shape = p.op.shape;
-  const uint32_t warp = threadIdx.x / 32;
-  const uint32_t lane = threadIdx.x & 31;
-  char* row = rows + warp * bulk_row_stride(shape.row_bytes);
-  MoveShared& s = shared[warp];
-  if (lane == 0) {
-    barrier_init(&loaded[warp], 1);
-  }
-  uint32_t parity = 0;
-  const uint32_t step = gridDim.x * (blockDim.x / 32);
-  for (uint32_t token = warp * gridDim.x + blockIdx.x; token < shape.tokens; token += step) {
-    const TokenSource source = own_token(p, token);
-    bulk_wait_read();
-    __syncwarp();  // every lane's stores have read the row, and nobody reads the last targets any more
-    if (lane == 0) {
-      barrier_expect(&loaded[warp], shape.row_bytes);
-      bulk_load(row, source.x, shape.row_bytes, &loaded[warp]);
-    }
-    collect_targets(p, token, &s);
-    __syncwarp();
-    barrier_wait(&loaded[warp], parity);
-    parity ^= 1;
-    if (lane < s.count) {
-      const Target& target = s.targets[lane];
-      bulk_store(static_cast<char*>(p.peers.views[target.rank].out_x) + target.row * shape.out_row_bytes, row,
-                 shape.row_bytes);
-      bulk_commit();
-    }
-    push_side(p, source, s, {lane, 32});
-    if (shape.cached == 0) {
-      push_meta(p, token, source.weights, s, {lane, 32});
-    }
-  }
-  bulk_wait_written();
-  fence_sys();
-#endif
-}
-
-cudaError_t allow_move_bulk() {
-  return cudaFuncSetAttribute(dispatch_move_bulk, cudaFuncAttributeMaxDynamicSharedMemorySize, kBulkSharedBytes);
-}
-
-cudaError_t launch_move_bulk(const PartParams& params, cudaStream_t stream) {
-  const OpShape& shape = params.op.shape;
-  const uint32_t row_bytes = params.null_operation != 0 ? 16 : shape.row_bytes;
-  const uint32_t warps = bulk_rows(row_bytes);
-  const uint32_t blocks = std::clamp(shape.tokens, 1u, std::clamp(params.link_sms, 1u, params.multiprocessors));
-  dispatch_move_bulk<<<blocks, warps * 32, warps * bulk_row_stride(row_bytes), stream>>>(params);
-  return cudaGetLastError();
-}
-
 }  // namespace
 
 cudaError_t launch_relay_move(const PartParams& params, cudaStream_t stream) {
@@ -187,16 +114,6 @@ cudaError_t launch_relay_move(const PartParams& params, cudaStream_t stream) {
 }
 
 cudaError_t launch_dispatch_move(const PartParams& params, cudaStream_t stream) {
-  if (params.null_operation != 0 && params.bulk_copies != 0) {
-    if (const cudaError_t error = allow_move_bulk(); error != cudaSuccess) {
-      return error;
-    }
-    if (const cudaError_t error = launch_move_bulk(params, stream); error != cudaSuccess) {
-      return error;
-    }
-  } else if (moves_in_bulk(params)) {
-    return launch_move_bulk(params, stream);
-  }
   const uint32_t most = params.multiprocessors * kBlocksPerMultiprocessor;
   const uint32_t tokens = params.op.shape.tokens == 0 ? 1 : params.op.shape.tokens;
   const uint32_t blocks = tokens > most ? most : tokens;

@@ -19,12 +19,6 @@ struct Target {
   uint32_t slot_row;  // LL: row inside the expert's slots
 };
 
-/// The threads that share one token: the whole block, or one warp.
-struct Crew {
-  uint32_t first;  // this thread
-  uint32_t step;   // all of them
-};
-
 struct MoveShared {
   Target targets[base::kMaxTopK];
   int32_t experts[base::kMaxTopK];  // global expert of each lane, -1 for none

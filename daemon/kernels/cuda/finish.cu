@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The last step of every part: what only this rank can write after all rows arrived, the report, and the words that end
-// the operation for the caller's stream and for the daemon. Definitions: daemon/kernels/README.md.
-#include "daemon/kernels/cuda/device_common.cuh"
+// The last kernel of every part. Definitions: daemon/kernels/README.md.
+#include "daemon/kernels/cuda/finish_part.cuh"
 #include "daemon/kernels/cuda/launch.h"
-#include "proto/abi/expertd_reason.h"
-#include "proto/abi/ring_v1.h"
 
 namespace expertd::kernels::cuda {
 namespace {
@@ -12,245 +9,25 @@ namespace {
 constexpr uint32_t kFinishThreads = 256;
 constexpr uint32_t kMostFinishBlocks = 64;
 
-__device__ bool is_dispatch(const OpShape& shape) {
-  return shape.kind == OpKind::kDispatch || shape.kind == OpKind::kLlDispatch;
-}
-
-/// Go or aborted, decided once per part by the first block that asks; the same answer for every block.
-__device__ bool decide_go(const PartParams& p) {
-  __shared__ uint64_t verdict;
-  if (threadIdx.x == 0) {
-    auto* word = reinterpret_cast<unsigned long long*>(&p.words.state->verdict);
-    const bool aborted = ld_acquire_sys(&p.words.state->aborted_part) == p.words.part;
-    const unsigned long long mine = p.words.part * 4 + (aborted ? kVerdictAborted : kVerdictGo);
-    unsigned long long seen = atomicCAS(word, 0ull, 0ull);
-    if (seen / 4 != p.words.part) {
-      // Only blocks of this part write the word now, so it holds an older part's verdict or one of this part.
-      const unsigned long long before = atomicCAS(word, seen, mine);
-      seen = before == seen ? mine : before;
-    }
-    verdict = seen % 4;
-  }
-  __syncthreads();
-  return verdict == kVerdictGo;
-}
-
-__device__ uint32_t global_thread() {
-  return blockIdx.x * kFinishThreads + threadIdx.x;
-}
-
-__device__ uint32_t global_threads() {
-  return gridDim.x * kFinishThreads;
-}
-
-/// Index -1 and weight 0 for rows [begin, end) of the own outputs, by all threads of the grid.
-__device__ void clear_rows(const PartParams& p, uint64_t begin, uint64_t end) {
-  const OpShape& shape = p.op.shape;
-  const uint64_t width = shape.expanded != 0 ? 1 : shape.top_k;
-  const uint64_t last = end < shape.capacity_rows ? end : shape.capacity_rows;
-  for (uint64_t i = begin * width + global_thread(); i < last * width; i += global_threads()) {
-    if (p.op.out.topk_idx != nullptr) {
-      store_id(p.op.out.topk_idx, shape.topk_idx_bytes, i, -1);
-    }
-    if (p.op.out.topk_weights != nullptr) {
-      p.op.out.topk_weights[i] = 0.0f;
-    }
-  }
-}
-
-/// Whether the caller's stream had reached the operation, as a kernel saw before the part was aborted. Else the memory
-/// of the outputs still belongs to what that stream runs before it, and nothing may be written.
-__device__ bool caller_is_there(const PartParams& p) {
-  return ld_acquire_sys(&p.words.facts->start_ns) != 0;
-}
-
-/// Outputs of a failed part: HT indices -1, LL counts 0, where given.
-__device__ void fail_outputs(const PartParams& p) {
-  const OpShape& shape = p.op.shape;
-  if (shape.kind == OpKind::kDispatch && shape.cached == 0 && p.op.out.topk_idx != nullptr) {
-    const uint64_t width = shape.expanded != 0 ? 1 : shape.top_k;
-    for (uint64_t i = global_thread(); i < shape.capacity_rows * width; i += global_threads()) {
-      store_id(p.op.out.topk_idx, shape.topk_idx_bytes, i, -1);
-    }
-  }
-  if (is_dispatch(shape) && p.op.out.expert_counts != nullptr) {
-    for (uint32_t e = global_thread(); e < shape.local_experts; e += global_threads()) {
-      p.op.out.expert_counts[e] = 0;
-    }
-  }
-}
-
-/// Where each source's rows of each local expert stand, the cumulative statistics, the inclusive prefix.
-__device__ void store_tables(const PartParams& p) {
-  const OpShape& shape = p.op.shape;
-  const int32_t* matrix = shape.cached != 0 ? p.op.routing.counts : p.op.counts;
-  const uint32_t row = matrix_row_ints(shape);
-  const bool low_latency = shape.kind == OpKind::kLlDispatch;
-  for (uint32_t e = global_thread(); e < shape.local_experts; e += global_threads()) {
-    const uint32_t column = shape.ranks + shape.rank * shape.local_experts + e;
-    uint64_t begin = 0;
-    for (uint32_t s = 0; s < shape.ranks; ++s) {
-      const auto count = static_cast<uint32_t>(matrix[uint64_t{s} * row + column]);
-      if (low_latency && p.op.out.layout_range != nullptr) {
-        p.op.out.layout_range[uint64_t{e} * shape.ranks + s] = static_cast<int64_t>(begin << 32 | count);
-      }
-      begin += count;
-    }
-    if (p.op.out.expert_counts != nullptr) {
-      p.op.out.expert_counts[e] = static_cast<int32_t>(begin);
-    }
-    if (low_latency && p.op.out.stats != nullptr) {
-      p.op.out.stats[e] += static_cast<int32_t>(begin);
-    }
-  }
-  if (p.op.out.rank_prefix != nullptr) {
-    for (uint32_t j = global_thread(); j < shape.ranks; j += global_threads()) {
-      int32_t sum = 0;
-      for (uint32_t s = 0; s < shape.ranks; ++s) {
-        sum += matrix[uint64_t{s} * row + j];
-        p.op.out.rank_prefix[s * shape.ranks + j] = sum;
-      }
-    }
-  }
-}
-
-/// Nanoseconds by which each rank's flags came after the own ones, added to the caller's statistics.
-__device__ void store_waits(const PartParams& p) {
-  const OpShape& shape = p.op.shape;
-  if (p.op.out.wait_stats == nullptr || p.peers.pages[shape.rank] == nullptr) {
-    return;
-  }
-  const SyncPage& page = *p.peers.pages[shape.rank];
-  for (uint32_t s = global_thread(); s < shape.ranks; s += global_threads()) {
-    if (!rank_active(shape, s)) {
-      continue;
-    }
-    const uint64_t times[2][2] = {{page.routed_time_ns[s], page.routed_time_ns[shape.rank]},
-                                  {page.moved_time_ns[s], page.moved_time_ns[shape.rank]}};
-    uint64_t waited = 0;
-    for (uint32_t i = 0; i < 2; ++i) {
-      waited += times[i][0] > times[i][1] ? times[i][0] - times[i][1] : 0;
-    }
-    p.op.out.wait_stats[s] += static_cast<int64_t>(waited);
-  }
-}
-
-__device__ void finish_outputs(const PartParams& p) {
-  const OpShape& shape = p.op.shape;
-  const Plan& plan = *p.scratch.plan;
-  store_tables(p);
-  if (shape.cached != 0 || shape.kind != OpKind::kDispatch) {
-    return;  // the first dispatch wrote the indices, and they still hold
-  }
-  for (uint32_t e = 0; shape.expanded != 0 && e < shape.local_experts; ++e) {
-    const uint64_t start = static_cast<uint32_t>(plan.local_start[e]);
-    clear_rows(p, start + static_cast<uint32_t>(plan.local_count[e]),
-               start + static_cast<uint32_t>(plan.local_rounded[e]));
-  }
-  if (shape.worst_tokens != 0) {
-    clear_rows(p, plan.recv_rows, shape.capacity_rows);
-  }
-}
-
-__device__ uint64_t landed_row_bytes(const OpShape& shape) {
-  if (shape.payload == Payload::kFp8) {
-    const uint64_t groups = shape.hidden / kScaleGroup;
-    return shape.out_row_bytes + (shape.scale == ScaleForm::kUe8m0 ? groups : groups * sizeof(float));
-  }
-  return shape.out_row_bytes + uint64_t{shape.side_elements} * shape.side_element_bytes;
-}
-
-/// The Reason that the plan, or for layout its own check, found. Zero for kinds without one.
-__device__ uint32_t found_reason(const PartParams& p) {
-  const OpShape& shape = p.op.shape;
-  if (shape.kind == OpKind::kLayout) {
-    return p.words.state->layout_error != 0xffffffffu ? EXPERTD_REASON_EXPERT_OUT_OF_RANGE : EXPERTD_REASON_NONE;
-  }
-  return is_dispatch(shape) ? p.scratch.plan->reason : EXPERTD_REASON_NONE;
-}
-
-__device__ void report_reason(const PartParams& p, uint32_t reason, OpReport* report) {
-  const OpShape& shape = p.op.shape;
-  report->reason = reason;
-  report->rank = -1;
-  if (shape.kind == OpKind::kLayout) {
-    report->argument = EXPERTD_ARGUMENT_EXPERT_ID;
-    report->value = load_id(p.op.in.topk_idx, shape.topk_idx_bytes, p.words.state->layout_error);
-    report->maximum = static_cast<int64_t>(shape.experts) - 1;
-  } else {
-    const Plan& plan = *p.scratch.plan;
-    report->argument = plan.argument;
-    report->value = plan.value;
-    report->maximum = plan.maximum;
-    report->rank = plan.rank;
-  }
-  report->minimum = reason == EXPERTD_REASON_EXPERT_OUT_OF_RANGE ? -1 : 0;
-}
-
-/// Fills the report in the host's facts; all threads of the last block.
-__device__ void write_report(const PartParams& p, uint32_t reason) {
-  const OpShape& shape = p.op.shape;
-  OpReport* report = &p.words.facts->report;
-  if (reason != EXPERTD_REASON_NONE) {
-    if (threadIdx.x == 0) {
-      report_reason(p, reason, report);
-    }
-    return;
-  }
-  const bool dispatch = is_dispatch(shape);
-  const bool combine = shape.kind == OpKind::kCombine || shape.kind == OpKind::kLlCombine;
-  if (threadIdx.x == 0) {
-    report->reason = EXPERTD_REASON_NONE;
-    report->rank = -1;
-    if (dispatch) {
-      const Plan& plan = *p.scratch.plan;
-      report->recv_rows = plan.recv_rows;
-      report->local_bytes = plan.sent_local_rows * landed_row_bytes(shape);
-      report->remote_bytes = plan.sent_remote_rows * landed_row_bytes(shape);
-      report->expert_count_entries = shape.local_experts;
-    } else if (combine) {
-      report->local_bytes = p.scratch.plan->pulled_local_rows * shape.hidden * 2;
-      report->remote_bytes = p.scratch.plan->pulled_remote_rows * shape.hidden * 2;
-    }
-  }
-  for (uint32_t e = threadIdx.x; dispatch && e < shape.local_experts; e += kFinishThreads) {
-    report->expert_counts[e] = static_cast<uint32_t>(p.scratch.plan->local_rounded[e]);
-  }
-}
-
-/// The words that end the part, by one thread, after everything else was written. An aborted part's caller words are
-/// left to the rescue stream, which first puts the doorbell and the exchange words in order.
-__device__ void write_words(const PartParams& p, bool go, uint32_t reason) {
-  fence_sys();
-  if (go && p.words.completion != nullptr) {
-    st_relaxed_sys(p.words.result, reason);
-    st_release_sys(p.words.completion, p.words.seq);
-  }
-  st_relaxed_sys(&p.words.facts->end_ns, global_timer_ns());
-  st_relaxed_sys(&p.words.facts->verdict, go ? kVerdictGo : kVerdictAborted);
-  st_release_sys(&p.words.facts->done, p.words.part);
-}
-
 // finish. Grid: up to 64 blocks of 256 threads by the size of the tails. Every block asks for the verdict (an aborted
 // part becomes a failure here and nowhere later), all threads write tails, counts, prefix, ranges and statistics, or
-// the outputs of a failure (of an aborted part only if its caller was there); the last block to end writes the report,
-// then result and completion word, then `done`. Runs after the wait for every moved flag; reads no flag. Bytes: 4 or 8
-// per index of a tail row.
+// the outputs of a failure; the last block to end writes the report, then result and completion word, then `done`.
+// Where the kernel before has ended the part itself, only `done` is left to write. Runs after the wait for every moved
+// flag; reads no flag. Bytes: 4 or 8 per index of a tail row.
 __global__ __launch_bounds__(kFinishThreads) void finish(const __grid_constant__ PartParams p) {
   __shared__ bool last;
   if (p.null_operation != 0) {
     return;
   }
+  if (has_passed(p, SignalStep::kMoved)) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      st_release_sys(&p.words.facts->done, p.words.part);
+    }
+    return;
+  }
   const bool go = decide_go(p);
   const uint32_t reason = go ? found_reason(p) : 0;
-  if (reason != 0 || (!go && caller_is_there(p))) {
-    fail_outputs(p);
-  } else if (is_dispatch(p.op.shape)) {
-    finish_outputs(p);
-  }
-  if (go && reason == 0) {
-    store_waits(p);
-  }
+  write_outputs(p, go, reason, {blockIdx.x * kFinishThreads + threadIdx.x, gridDim.x * kFinishThreads});
   fence_sys();
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -262,13 +39,14 @@ __global__ __launch_bounds__(kFinishThreads) void finish(const __grid_constant__
   if (!last) {
     return;
   }
-  if (go) {
-    write_report(p, reason);
+  if (threadIdx.x == 0) {
+    release_caller(p, go, reason);
   }
+  write_facts(p, go, reason);
   fence_sys();
   __syncthreads();
   if (threadIdx.x == 0) {
-    write_words(p, go, reason);
+    st_release_sys(&p.words.facts->done, p.words.part);
   }
 }
 

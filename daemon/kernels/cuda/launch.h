@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The launchers of the CUDA kernels: each enqueues one kernel of one part on a stream and returns. Called by
-// device/cuda on the loop thread with the device's context current; none waits, allocates or synchronises, and no
-// kernel waits.
+// device/cuda on the loop thread with the device's context current; none waits, allocates or synchronises. Kernels wait
+// for other ranks only for a bounded time (exchange_steps.cuh).
 // The order of a part is in device/cuda/chain.cc. Errors are CUDA runtime error numbers, 0 for success.
 #pragma once
 
@@ -12,6 +12,9 @@
 namespace expertd::kernels::cuda {
 
 enum class SignalStep : uint32_t { kRouted = 0, kMoved = 1 };
+/// Where a kernel that needs an exchange stands in the chain: it waits for the flags itself, or it runs behind the
+/// stream's wait for them and does what the first one left.
+enum class Entry : uint32_t { kWaits = 0, kBehindWait = 1 };
 
 /// First kernels of an uncached dispatch: rows per chunk and column; the prefix over chunks and the count row to every
 /// active rank; after the signal, the numbers of this rank's rows.
@@ -20,12 +23,20 @@ cudaError_t launch_route_scan(const PartParams& params, cudaStream_t stream);
 cudaError_t launch_route_number(const PartParams& params, cudaStream_t stream);
 /// Tells every active rank that this rank's step of the operation is done.
 cudaError_t launch_signal(const PartParams& params, SignalStep step, cudaStream_t stream);
+/// The whole of a barrier, but for what it leaves to finish.
+cudaError_t launch_meet(const PartParams& params, cudaStream_t stream);
+/// The link kernels, for GPUs that all reach each other and have bulk copies (sm_90): link_route numbers this rank's
+/// rows and announces them; the others then fetch every row that belongs to this rank straight into its final place, or
+/// sum, and end the part.
+cudaError_t launch_link_route(const PartParams& params, cudaStream_t stream);
+cudaError_t launch_link_dispatch(const PartParams& params, Entry entry, cudaStream_t stream);
+cudaError_t launch_link_combine(const PartParams& params, Entry entry, cudaStream_t stream);
+/// Whether they serve this operation. The same on all ranks of a group.
+bool serves_link(const PartParams& params);
 /// Bases, sizes and the decision whether anything moves, from the whole count matrix.
 cudaError_t launch_plan(const PartParams& params, cudaStream_t stream);
 cudaError_t launch_dispatch_move(const PartParams& params, cudaStream_t stream);
 cudaError_t launch_combine_pull(const PartParams& params, cudaStream_t stream);
-/// The same for HT by bulk copies, on sm_90; launch_combine_pull() chooses it.
-cudaError_t launch_combine_bulk(const PartParams& params, cudaStream_t stream);
 /// The way through the relay, for ranks whose GPUs do not reach each other: where the experts' rows lie packed
 /// (combine); what this rank publishes, before its routed flag; the rows that others published for this rank
 /// (dispatch).

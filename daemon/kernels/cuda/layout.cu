@@ -169,12 +169,17 @@ cudaError_t launch_all_null(bool bulk_copies, cudaStream_t stream) {
   null.null_operation = 1;
   null.bulk_copies = bulk_copies ? 1 : 0;
   using Launcher = cudaError_t (*)(const PartParams&, cudaStream_t);
-  constexpr Launcher kLaunchers[] = {launch_route_count,  launch_route_scan,    launch_route_number,
-                                     launch_plan,         launch_dispatch_move, launch_combine_pull,
-                                     launch_relay_plan,   launch_relay_publish, launch_relay_move,
-                                     launch_layout_clear, launch_layout_count,  launch_finish};
+  constexpr Launcher kLaunchers[] = {
+      launch_route_count,  launch_route_scan, launch_route_number,  launch_plan,       launch_dispatch_move,
+      launch_combine_pull, launch_relay_plan, launch_relay_publish, launch_relay_move, launch_layout_clear,
+      launch_layout_count, launch_meet,       launch_finish};
   if (bulk_copies) {
-    if (const cudaError_t error = launch_combine_bulk(null, stream); error != cudaSuccess) {
+    for (const auto launcher : {launch_link_dispatch, launch_link_combine}) {
+      if (const cudaError_t error = launcher(null, Entry::kWaits, stream); error != cudaSuccess) {
+        return error;
+      }
+    }
+    if (const cudaError_t error = launch_link_route(null, stream); error != cudaSuccess) {
       return error;
     }
   }

@@ -32,12 +32,19 @@ struct PartState {
   uint64_t verdict;        // part * 4 + 1 (go) or + 2 (aborted): decided once, by the first block of finish
   uint32_t finish_blocks;  // atomicInc wraps to 0 with the last block
   uint32_t layout_error;   // layout: position of the first bad id, reset by its first kernel
-  uint64_t reserved[13];
+  // By exchange (SignalStep): part * 4 + kPassed or kLeft, decided once for all blocks of the kernel that waits for the
+  // exchange itself. What it leaves is done by the kernel behind the stream's wait for the same exchange.
+  uint64_t passed[2];
+  uint32_t blocks_done;  // of the kernel that moves rows; wraps to 0 with the last one
+  uint32_t reserved_half;
+  uint64_t reserved[10];
 };
 static_assert(sizeof(PartState) == 128);
 
 inline constexpr uint64_t kVerdictGo = 1;
 inline constexpr uint64_t kVerdictAborted = 2;
+inline constexpr uint64_t kPassed = 1;
+inline constexpr uint64_t kLeft = 2;
 
 /// Facts of one part in pinned host memory. The host zeroes them before launch and reads the rest after `done`.
 struct PartFacts {
@@ -81,6 +88,17 @@ struct Plan {
   int32_t packed_start[base::kMaxExperts];
 };
 
+/// What is between the matrix and the plan; in shared memory, or in scratch where one warp plans beside others that
+/// move.
+struct PlanWork {
+  int64_t rank_rows[base::kMaxGpuRanks];      // Nr
+  int64_t expanded_rows[base::kMaxGpuRanks];  // Ne
+  int32_t first_over_slots[base::kMaxGpuRanks];
+  int32_t expert_count[base::kMaxExperts];
+  int32_t expert_before[base::kMaxExperts];  // rows of lower sources
+  int64_t expert_start[base::kMaxExperts];
+};
+
 /// The relay is memory of the host that every GPU of a group reaches: what a rank publishes in it is read by the ranks
 /// whose GPU cannot reach its memory. Dispatch publishes inputs and row numbers, and the destination moves the rows;
 /// combine publishes the experts' rows, packed. All offsets are from the start of a rank's relay, where x lies.
@@ -108,6 +126,22 @@ struct RelayTable {
   RelayPeer peers[base::kMaxGpuRanks];
 };
 
+/// What a rank lets its peers read of a dispatch whose rows they fetch. Pointers are valid on the device that executes.
+struct PullPeer {
+  const char* x = nullptr;
+  const char* side = nullptr;  // null: none travels
+  const void* topk_idx = nullptr;
+  const float* topk_weights = nullptr;
+  const int32_t* rows = nullptr;  // [tokens, R]: of this rank's rows at each rank (cached: all), -1 for none
+  int64_t side_row_stride = 0;    // bytes
+  int64_t side_element_stride = 0;
+  uint64_t tokens = 0;
+};
+
+struct PullTable {
+  PullPeer peers[base::kMaxGpuRanks];
+};
+
 struct PeerTable {
   PeerView views[base::kMaxGpuRanks];
   SyncPage* pages[base::kMaxGpuRanks];  // each rank's page of this operation; null for inactive ranks
@@ -124,15 +158,25 @@ struct PartWords {
   uint64_t* result = nullptr;
 };
 
+/// Rows that one block of a combine pulled, for the report.
+struct BlockRows {
+  uint64_t local;
+  uint64_t remote;
+};
+
 struct PartScratch {
   Plan* plan = nullptr;
+  PlanWork* plan_work = nullptr;
+  BlockRows* block_rows = nullptr;   // [kMostLinkSms]
   int32_t* chunk_counts = nullptr;   // [chunks, R + E]
   uint32_t* chunk_errors = nullptr;  // [chunks]: first bad (token, lane) position, ~0 for none
+  int32_t* rows = nullptr;  // [M, R]: what link_route numbers, relative to this rank's first row; peers read it
 };
 
 struct PartParams {
   OpParams op;
   PeerTable peers{};
+  PullTable pulls{};
   RelayTable relay{};
   PartWords words;
   PartScratch scratch;
@@ -140,8 +184,8 @@ struct PartParams {
   uint32_t refused_reason = 0;  // this rank's routing counts as an error with this Reason
   uint32_t null_operation = 0;  // the launch at start that loads the kernel: returns at once
   uint32_t multiprocessors = 1;
-  uint32_t bulk_copies = 0;  // the kernels with them are used, on link_sms multiprocessors
-  uint32_t link_sms = 0;
+  uint32_t bulk_copies = 0;  // the context has the kernels with them
+  uint32_t link_sms = 0;     // multiprocessors for the link kernels
 };
 static_assert(std::is_trivially_copyable_v<PartParams>);
 static_assert(sizeof(PartParams) <= 4096 - 64, "kernel parameters are limited to 4 KiB on sm_80");
@@ -152,6 +196,8 @@ inline constexpr uint32_t route_chunks(uint32_t tokens) {
 
 /// Bytes of dynamic shared memory that the kernels with bulk copies ask for at most: 227 KiB less their static part.
 inline constexpr uint32_t kBulkSharedBytes = 208 * 1024;
+/// Blocks of a link kernel at most.
+inline constexpr uint32_t kMostLinkSms = 256;
 /// Rows in flight per block of those kernels.
 inline constexpr uint32_t kBulkRows = 16;
 

@@ -45,7 +45,20 @@ __device__ __forceinline__ uint64_t global_timer_ns() {
   return now;
 }
 
+/// Two floats rounded to nearest even as bf16, `low` in the low half; a NaN becomes 0x7fff.
+__device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
+  uint32_t packed = 0;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+/// What this thread knows of memory through ordinary accesses also holds for the copies that it starts from here on:
+/// the copy unit is another proxy than the threads.
+__device__ __forceinline__ void fence_copy_unit() {
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: Apache-2.0
+// The move step of HT combine on sm_90, by bulk copies, with both exchanges in the kernel. Definitions:
+// daemon/kernels/README.md.
+#include <algorithm>
+
+#include "daemon/kernels/cuda/combine_rows.cuh"
+#include "daemon/kernels/cuda/finish_part.cuh"
+
+namespace expertd::kernels::cuda {
+namespace {
+
+constexpr uint32_t kMostSumThreads = 512;  // beside one warp that loads
+constexpr uint32_t kWidePieces = 4;        // 16-byte pieces per thread of the widest rows
+static_assert(base::kMaxHidden / 8 <= kWidePieces * kMostSumThreads);
+
+/// Threads that sum, in whole warps: each owns kPieces pieces of the row.
+constexpr uint32_t sum_threads(uint32_t hidden, uint32_t pieces_each) {
+  return (hidden / 8 + pieces_each * 32 - 1) / (pieces_each * 32) * 32;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+constexpr uint32_t kTokensAhead = 8;  // tokens whose rows are being loaded or summed
+
+/// What the summing warps are told of one token: which ranks' rows come, in this order.
+struct PulledToken {
+  uint32_t ranks;
+  int32_t rows[base::kMaxGpuRanks];
+};
+
+/// What the loading warp and the summing warps of one block share. A barrier of the first kind is completed by the
+/// loading warp (and the bytes it announced), one of the second by every summing warp.
+struct PullPipeline {
+  PulledToken tokens[kTokensAhead];
+  uint64_t token_there[kTokensAhead];
+  uint64_t token_free[kTokensAhead];
+  uint64_t row_there[kBulkRows];
+  uint64_t row_free[kBulkRows];
+};
+
+/// A place in a ring of barriers and the parity of its next phase.
+struct RingPlace {
+  uint32_t size;
+  uint32_t index = 0;
+  uint32_t parity = 0;
+  /// By at most `size` steps.
+  __device__ void advance(uint32_t steps) {
+    index += steps;
+    if (index >= size) {
+      index -= size;
+      parity ^= 1;
+    }
+  }
+  __device__ void next() { advance(1); }
+};
+
+/// The row that a token has at the lane's rank; -1 where it has none that the rank gave.
+__device__ int32_t row_at_rank(const PartParams& p, uint32_t token) {
+  const OpShape& shape = p.op.shape;
+  const uint32_t lane = threadIdx.x & 31;
+  if (token >= shape.tokens || lane >= shape.ranks || !rank_active(shape, lane)) {
+    return -1;
+  }
+  const int32_t row = p.op.routing.token_rank[uint64_t{token} * shape.ranks + lane];
+  const PeerView& peer = p.peers.views[lane];
+  return row >= 0 && peer.in_x != nullptr && static_cast<uint32_t>(row) < peer.in_rows ? row : -1;
+}
+
+/// Rows that the loading warp has started.
+struct Loaded {
+  uint32_t local = 0;
+  uint32_t remote = 0;
+};
+
+/// The loads of one token: lane j starts that of rank j's row. `row_place` moves on by the token's rows, which go in
+/// turns of as many as there are places, because a barrier tells only neighbouring phases apart.
+__device__ void load_token(const PartParams& p, int32_t row, PullPipeline* pipeline, char* rows, RingPlace* row_place) {
+  const uint32_t bytes = p.op.shape.hidden * 2;
+  const uint32_t lane = threadIdx.x & 31;
+  const uint32_t ranks = __ballot_sync(kFullWarp, row >= 0);
+  const uint32_t count = __popc(ranks);
+  const uint32_t position = __popc(ranks & lanes_below());
+  for (uint32_t done = 0; done < count; done += row_place->size) {
+    const uint32_t turn = min(count - done, row_place->size);
+    if (row >= 0 && position >= done && position < done + turn) {
+      RingPlace place = *row_place;
+      place.advance(position - done);
+      // A fresh barrier counts as one whose phase of parity 1 is over, so the first round does not wait.
+      barrier_wait(&pipeline->row_free[place.index], place.parity ^ 1);
+      barrier_expect(&pipeline->row_there[place.index], bytes);
+      bulk_load(rows + place.index * bulk_row_stride(bytes),
+                static_cast<const char*>(p.peers.views[lane].in_x) + static_cast<uint64_t>(row) * bytes, bytes,
+                &pipeline->row_there[place.index]);
+    }
+    __syncwarp();
+    row_place->advance(turn);
+  }
+}
+
+/// The loading warp: tokens strided over blocks; row numbers are read kAhead tokens before they are used.
+__device__ Loaded load_rows(const PartParams& p, PullPipeline* pipeline, char* rows, uint32_t places) {
+  constexpr uint32_t kAhead = 8;
+  const OpShape& shape = p.op.shape;
+  const uint32_t lane = threadIdx.x & 31;
+  RingPlace token_place{kTokensAhead};
+  RingPlace row_place{places};
+  Loaded loaded;
+  for (uint32_t first = blockIdx.x; first < shape.tokens; first += kAhead * gridDim.x) {
+    int32_t ahead[kAhead];
+#pragma unroll
+    for (uint32_t i = 0; i < kAhead; ++i) {
+      ahead[i] = row_at_rank(p, first + i * gridDim.x);
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kAhead; ++i) {
+      if (first + i * gridDim.x >= shape.tokens) {
+        break;
+      }
+      const int32_t row = ahead[i];
+      const uint32_t ranks = __ballot_sync(kFullWarp, row >= 0);
+      barrier_wait(&pipeline->token_free[token_place.index], token_place.parity ^ 1);
+      PulledToken& token = pipeline->tokens[token_place.index];
+      if (lane < shape.ranks) {
+        token.rows[lane] = row;
+      }
+      if (lane == 0) {
+        token.ranks = ranks;
+      }
+      __syncwarp();
+      if (lane == 0) {
+        barrier_arrive(&pipeline->token_there[token_place.index]);
+      }
+      load_token(p, row, pipeline, rows, &row_place);
+      token_place.next();
+      loaded.local += (ranks >> shape.rank) & 1u;
+      loaded.remote += __popc(ranks & ~(1u << shape.rank));
+    }
+  }
+  return loaded;
+}
+
+/// Weights come back summed like the rows; one thread per lane of the top-k.
+__device__ void sum_weights(const PartParams& p, uint32_t token, uint32_t k, const PulledToken& pulled) {
+  const OpShape& shape = p.op.shape;
+  if (p.op.out.topk_weights == nullptr || k >= shape.top_k) {
+    return;
+  }
+  float sum = 0.0f;
+  for (uint32_t ranks = pulled.ranks; ranks != 0; ranks &= ranks - 1) {
+    const uint32_t rank = __ffs(static_cast<int>(ranks)) - 1;
+    const float* weights = p.peers.views[rank].in_topk_weights;
+    if (weights != nullptr) {
+      sum = __fadd_rn(sum, weights[static_cast<uint64_t>(pulled.rows[rank]) * shape.top_k + k]);
+    }
+  }
+  p.op.out.topk_weights[uint64_t{token} * shape.top_k + k] = sum;
+}
+
+/// Waits for the rows of one token and adds them in rank order; `row_place` moves on by the token's rows.
+template <uint32_t kPieces>
+__device__ void add_rows(const PartParams& p, uint32_t ranks, PullPipeline* pipeline, const char* rows,
+                         RingPlace* row_place, float (*sum)[8]) {
+  const uint32_t thread = threadIdx.x - 32;
+  const uint32_t threads = blockDim.x - 32;
+  const uint32_t pieces = p.op.shape.hidden / 8;
+  for (uint32_t left = __popc(ranks); left != 0; --left) {
+    barrier_wait(&pipeline->row_there[row_place->index], row_place->parity);
+    const auto* in = reinterpret_cast<const uint4*>(rows + row_place->index * bulk_row_stride(p.op.shape.hidden * 2));
+#pragma unroll
+    for (uint32_t i = 0; i < kPieces; ++i) {
+      if (thread + i * threads < pieces) {
+        const Bf16x8 values = to_bf16x8(in[thread + i * threads]);
+#pragma unroll
+        for (uint32_t c = 0; c < 8; ++c) {
+          sum[i][c] = __fadd_rn(sum[i][c], element(values, c));
+        }
+      }
+    }
+    __syncwarp();
+    if ((thread & 31) == 0) {
+      barrier_arrive(&pipeline->row_free[row_place->index]);
+    }
+    row_place->next();
+  }
+}
+
+/// The summing warps: every thread owns kPieces pieces of the token's row.
+template <uint32_t kPieces>
+__device__ void sum_rows(const PartParams& p, PullPipeline* pipeline, const char* rows, uint32_t places) {
+  const OpShape& shape = p.op.shape;
+  const uint32_t thread = threadIdx.x - 32;
+  const uint32_t threads = blockDim.x - 32;
+  const uint32_t pieces = shape.hidden / 8;
+  RingPlace token_place{kTokensAhead};
+  RingPlace row_place{places};
+  for (uint32_t token = blockIdx.x; token < shape.tokens; token += gridDim.x) {
+    float sum[kPieces][8] = {};
+#pragma unroll
+    for (uint32_t i = 0; i < kPieces; ++i) {
+      if (thread + i * threads < pieces) {
+        start_sum(p, uint64_t{token} * pieces + thread + i * threads, sum[i]);
+      }
+    }
+    barrier_wait(&pipeline->token_there[token_place.index], token_place.parity);
+    const PulledToken& pulled = pipeline->tokens[token_place.index];
+    add_rows<kPieces>(p, pulled.ranks, pipeline, rows, &row_place, sum);
+    sum_weights(p, token, thread, pulled);
+    __syncwarp();
+    if ((thread & 31) == 0) {
+      barrier_arrive(&pipeline->token_free[token_place.index]);
+    }
+    token_place.next();
+#pragma unroll
+    for (uint32_t i = 0; i < kPieces; ++i) {
+      if (thread + i * threads < pieces && p.op.out.x != nullptr) {
+        static_cast<uint4*>(p.op.out.x)[uint64_t{token} * pieces + thread + i * threads] = rounded(sum[i]);
+      }
+    }
+  }
+}
+
+/// Tells the plan how many rows all blocks pulled. The last block.
+__device__ void add_block_rows(const PartParams& p) {
+  if (threadIdx.x == 0) {
+    BlockRows sum{};
+    for (uint32_t b = 0; b < gridDim.x; ++b) {
+      sum.local += __ldcg(&p.scratch.block_rows[b].local);
+      sum.remote += __ldcg(&p.scratch.block_rows[b].remote);
+    }
+    p.scratch.plan->pulled_local_rows = sum.local;
+    p.scratch.plan->pulled_remote_rows = sum.remote;
+  }
+  __syncthreads();
+}
+
+template <uint32_t kPieces>
+__device__ void pull_and_sum(const PartParams& p, char* rows, PullPipeline* pipeline) {
+  const uint32_t places = bulk_rows(p.op.shape.hidden * 2);
+  const uint32_t sum_warps = blockDim.x / 32 - 1;
+  if (threadIdx.x < kTokensAhead) {
+    barrier_init(&pipeline->token_there[threadIdx.x], 1);
+    barrier_init(&pipeline->token_free[threadIdx.x], sum_warps);
+  }
+  if (threadIdx.x < places) {
+    barrier_init(&pipeline->row_there[threadIdx.x], 1);
+    barrier_init(&pipeline->row_free[threadIdx.x], sum_warps);
+  }
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    fence_copy_unit();
+    const Loaded loaded = load_rows(p, pipeline, rows, places);
+    if (threadIdx.x == 0) {
+      p.scratch.block_rows[blockIdx.x] = {loaded.local, loaded.remote};
+    }
+  } else {
+    sum_rows<kPieces>(p, pipeline, rows, places);
+  }
+}
+
+#endif
+
+// link_combine. Grid: at most link_sms blocks, one per multiprocessor, tokens strided over blocks. As the kernel that
+// waits it announces `routed` first (this rank's rows may be read) and waits for the others'; else it runs behind the
+// stream's wait. Warp 0 reads the handle's row numbers ahead and lets the copy unit load each token's rows, one per
+// rank, into as many places as shared memory has; the other warps add them in float32 in rank order, round once and
+// store. The last block announces `moved`, waits for the others' and ends the part. Bytes per token: H * 2 per rank
+// that has a row, read; H * 2 written. Bound: the links, at the rate of reads.
+template <uint32_t kPieces>
+__global__ __launch_bounds__(kMostSumThreads + 32, 1) void link_combine(const __grid_constant__ PartParams p,
+                                                                        Entry entry) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) char rows[];
+  __shared__ PullPipeline pipeline;
+  if (p.null_operation != 0) {
+    return;
+  }
+  if (entry == Entry::kWaits) {
+    open_part(p);
+  }
+  if (!enters(p, SignalStep::kRouted, entry)) {
+    return;
+  }
+  if (!block_is_gated(p)) {
+    pull_and_sum<kPieces>(p, rows, &pipeline);
+  }
+  if (!is_last_block(p)) {
+    return;
+  }
+  add_block_rows(p);
+  if (!block_is_gated(p) && threadIdx.x < 32) {
+    announce(p, SignalStep::kMoved);
+  }
+  if (passes(p, SignalStep::kMoved, SignalStep::kMoved)) {
+    finish_part(p, {threadIdx.x, blockDim.x});
+  }
+#endif
+}
+
+template <uint32_t kPieces>
+cudaError_t launch_pieces(const PartParams& params, Entry entry, cudaStream_t stream) {
+  const bool null = params.null_operation != 0;
+  if (null) {
+    const cudaError_t allowed =
+        cudaFuncSetAttribute(link_combine<kPieces>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBulkSharedBytes);
+    if (allowed != cudaSuccess) {
+      return allowed;
+    }
+  }
+  const uint32_t bytes = null ? 16 : params.op.shape.hidden * 2;
+  const uint32_t threads = 32 + (null ? 32 : sum_threads(params.op.shape.hidden, kPieces));
+  const uint32_t blocks = std::clamp(params.link_sms, 1u, std::min(params.multiprocessors, kMostLinkSms));
+  link_combine<kPieces><<<blocks, threads, bulk_rows(bytes) * bulk_row_stride(bytes), stream>>>(params, entry);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t launch_link_combine(const PartParams& params, Entry entry, cudaStream_t stream) {
+  if (params.null_operation != 0) {
+    const cudaError_t narrow = launch_pieces<2>(params, entry, stream);
+    return narrow != cudaSuccess ? narrow : launch_pieces<kWidePieces>(params, entry, stream);
+  }
+  return params.op.shape.hidden / 8 <= 2 * kMostSumThreads ? launch_pieces<2>(params, entry, stream)
+                                                           : launch_pieces<kWidePieces>(params, entry, stream);
+}
+
+}  // namespace expertd::kernels::cuda
