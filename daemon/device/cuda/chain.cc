@@ -15,8 +15,8 @@
 //   wait doorbell
 //   dispatch without a handle: link_route                (announces routed; else the next kernel does)
 //   link_dispatch or link_combine                        (waits for routed, moves, announces and waits for moved, ends)
-//   wait routed; the same kernel                         (only if the first one did not wait that long)
-//   wait moved; finish                                   (the end if nobody wrote it yet; `done` in any case)
+//   wait routed; the same kernel        (only if the first one did not wait that long)
+//   wait moved; finish                  (the end if nobody wrote it yet; `done` in any case)
 //
 // A barrier is one kernel, wait routed, finish.
 //
@@ -133,18 +133,6 @@ bool is_combine(const OpShape& shape) {
   return shape.kind == OpKind::kCombine || shape.kind == OpKind::kLlCombine;
 }
 
-/// What a peer lets this device read of its dispatch.
-void fill_pull(TensorReader* tensors, kernels::cuda::PullPeer* pull) {
-  const OpShape& shape = tensors->request.shape;
-  pull->x = tensors->at<const char>(EXPERTD_IN_X);
-  pull->side = tensors->at<const char>(EXPERTD_IN_SIDE);
-  pull->topk_idx = tensors->at<const void>(EXPERTD_IN_TOPK_IDX);
-  pull->topk_weights = tensors->at<const float>(EXPERTD_IN_TOPK_WEIGHTS);
-  pull->side_row_stride = shape.side_row_stride;
-  pull->side_element_stride = shape.side_element_stride;
-  pull->tokens = shape.tokens;
-}
-
 /// What a peer lets this device touch, by the kind of the operation.
 void fill_view(const OpShape& shape, TensorReader* tensors, kernels::PeerView* view) {
   if (is_combine(shape)) {
@@ -196,12 +184,6 @@ bool CudaDevice::fill_peers(const LaunchSpec& spec, const Part& part, PartParams
     } else {
       TensorReader tensors{*spec.requests[j], gpu_.view.index};
       fill_view(params->op.shape, &tensors, &params->peers.views[j]);
-      if (part.links && is_dispatch(params->op.shape)) {
-        fill_pull(&tensors, &params->pulls.peers[j]);
-        const uint32_t handle = spec.requests[j]->handle_index;
-        const bool cached = params->op.shape.cached != 0 && handle < group->layout.handle_count;
-        params->pulls.peers[j].rows = cached ? group->routing(handle).token_rank : group->scratch().rows;
-      }
       if (!tensors.ok) {
         return false;
       }
@@ -324,9 +306,6 @@ bool CudaDevice::enqueue_link(const Part& part, const PartParams& params) {
   CUstream stream = part.session->stream;
   const OpShape& shape = params.op.shape;
   const auto move = is_dispatch(shape) ? launch_link_dispatch : launch_link_combine;
-  if (is_dispatch(shape) && shape.cached == 0 && launch_link_route(params, stream) != cudaSuccess) {
-    return false;
-  }
   return move(params, Entry::kWaits, stream) == cudaSuccess && enqueue_exchange_wait(part, false) &&
          move(params, Entry::kBehindWait, stream) == cudaSuccess && enqueue_exchange_wait(part, true) &&
          launch_finish(params, stream) == cudaSuccess;

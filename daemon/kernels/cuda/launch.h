@@ -25,10 +25,7 @@ cudaError_t launch_route_number(const PartParams& params, cudaStream_t stream);
 cudaError_t launch_signal(const PartParams& params, SignalStep step, cudaStream_t stream);
 /// The whole of a barrier, but for what it leaves to finish.
 cudaError_t launch_meet(const PartParams& params, cudaStream_t stream);
-/// The link kernels, for GPUs that all reach each other and have bulk copies (sm_90): link_route numbers this rank's
-/// rows and announces them; the others then fetch every row that belongs to this rank straight into its final place, or
-/// sum, and end the part.
-cudaError_t launch_link_route(const PartParams& params, cudaStream_t stream);
+/// The link kernels, for GPUs that all reach each other and have bulk copies (sm_90): each is a whole operation.
 cudaError_t launch_link_dispatch(const PartParams& params, Entry entry, cudaStream_t stream);
 cudaError_t launch_link_combine(const PartParams& params, Entry entry, cudaStream_t stream);
 /// Whether they serve this operation. The same on all ranks of a group.

@@ -179,9 +179,6 @@ cudaError_t launch_all_null(bool bulk_copies, cudaStream_t stream) {
         return error;
       }
     }
-    if (const cudaError_t error = launch_link_route(null, stream); error != cudaSuccess) {
-      return error;
-    }
   }
   for (const Launcher launcher : kLaunchers) {
     if (const cudaError_t error = launcher(null, stream); error != cudaSuccess) {

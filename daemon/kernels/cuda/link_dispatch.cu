@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The move step of HT dispatch on sm_90: every rank fetches the rows that belong to it from all ranks' inputs, straight
-// into their final places. Reading over the links was measured faster than writing, and needs fewer multiprocessors.
-// Definitions: daemon/kernels/README.md.
+// HT dispatch on sm_90 in one kernel: routes, meets the other ranks, stores every row straight into its final places and
+// ends the part. Definitions: daemon/kernels/README.md.
 #include <algorithm>
 
 #include "daemon/kernels/cuda/finish_part.cuh"
+#include "daemon/kernels/cuda/link_route.cuh"
 #include "daemon/kernels/cuda/plan.cuh"
 
 namespace expertd::kernels::cuda {
@@ -25,9 +25,9 @@ __host__ __device__ constexpr uint32_t place_bytes(const OpShape& shape) {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-/// What every mover knows of the plan: lane s holds that of source s.
+/// What every mover knows of the plan: lane j holds that of rank j.
 struct MoverPlan {
-  int32_t base = 0;    // rows of lower sources at this rank
+  int32_t base = 0;    // the first of this rank's rows there: those of lower sources
   bool moves = false;  // the operation moves rows: every rank finds the same
 };
 
@@ -35,110 +35,110 @@ __device__ const int32_t* plan_matrix(const PartParams& p) {
   return p.op.shape.cached != 0 ? p.op.routing.counts : p.op.counts;
 }
 
-/// The first row of this warp's lane as a source at this rank, and the decision that plan.cuh words. Whole warp.
+/// The first of this rank's rows at the lane's rank, and the decision that plan.cuh words. Whole warp.
 __device__ MoverPlan plan_of_warp(const PartParams& p) {
   const OpShape& shape = p.op.shape;
   const uint32_t lane = threadIdx.x & 31;
   const uint32_t row = matrix_row_ints(shape);
   const int32_t* matrix = plan_matrix(p);
-  const bool counted = lane < shape.ranks;
+  const bool active = lane < shape.ranks && rank_active(shape, lane);
   int64_t total = 0;
-  for (uint32_t s = 0; counted && s < shape.ranks; ++s) {
+  int64_t before = 0;
+  for (uint32_t s = 0; lane < shape.ranks && s < shape.ranks; ++s) {
+    before = s == shape.rank ? total : before;
     total += matrix[uint64_t{s} * row + lane];
   }
-  const int32_t mine = counted ? matrix[uint64_t{lane} * row + shape.rank] : 0;
-  int32_t inclusive = mine;
-  for (uint32_t step = 1; step < 32; step *= 2) {
-    const int32_t other = __shfl_up_sync(kFullWarp, inclusive, step);
-    inclusive += lane >= step ? other : 0;
-  }
-  const bool active = counted && rank_active(shape, lane);
   const bool rejected = active && shape.cached == 0 && matrix[uint64_t{lane} * row + count_columns(shape)] != 0;
   const bool over = active && total > static_cast<int64_t>(p.peers.views[lane].capacity_rows);
-  return {shape.cached != 0 ? 0 : inclusive - mine, __any_sync(kFullWarp, rejected || over) == 0};
+  return {shape.cached != 0 ? 0 : static_cast<int32_t>(before), __any_sync(kFullWarp, rejected || over) == 0};
 }
 
-/// One row to fetch: this rank's row `row` is token `token` of rank `source`. None: row < 0.
-struct Fetch {
-  uint32_t source;
-  uint32_t token;
-  int32_t row;
+/// Which rows a block moves: those for this rank or those for the others, or both, of the tokens of its part of the
+/// cluster. Clusters with the same work take the tokens in turns.
+struct BlockWork {
+  uint64_t ranks;  // bit per destination
+  uint32_t first;  // of the block's tokens, for its first mover
+  uint32_t end;
+  uint32_t step;
 };
 
-__device__ Fetch fetch_at(const PartParams& p, uint32_t item, int32_t base_of_lane) {
-  const OpShape& shape = p.op.shape;
-  Fetch fetch{item % shape.ranks, item / shape.ranks, -1};
-  const PullPeer& peer = p.pulls.peers[fetch.source];
-  const int32_t base = __shfl_sync(kFullWarp, base_of_lane, static_cast<int>(fetch.source));
-  if (rank_active(shape, fetch.source) && fetch.token < peer.tokens && peer.x != nullptr) {
-    const int32_t row = peer.rows[uint64_t{fetch.token} * shape.ranks + shape.rank];
-    fetch.row = row < 0 || static_cast<uint32_t>(row + base) >= shape.capacity_rows ? -1 : row + base;
+/// One cluster moves the rows that stay, the others those that leave: a multiprocessor whose copy unit waits for a link
+/// would hold up the rows that need none. With one cluster every block does both.
+__device__ BlockWork work_of_block(const PartParams& p, const TokenSpan& span, uint32_t blocks, uint32_t movers) {
+  const uint32_t clusters = gridDim.x / blocks;
+  const uint32_t cluster = blockIdx.x / blocks;
+  const uint64_t active = p.op.shape.active_ranks;
+  const uint64_t own = uint64_t{1} << p.op.shape.rank;
+  const uint32_t end = span.first + span.tokens;
+  const uint32_t warp = threadIdx.x / 32;
+  if (clusters == 1 || active == own) {
+    return {active, span.first + cluster * movers + warp, end, clusters * movers};
   }
-  return fetch;
+  if (cluster == 0) {
+    return {own, span.first + warp, end, movers};
+  }
+  return {active & ~own, span.first + (cluster - 1) * movers + warp, end, (clusters - 1) * movers};
 }
 
-/// Lane k's index and weight of a token that is being fetched.
+/// Lane k's index and weight of the token that is moved.
 struct LaneMeta {
   int64_t expert = -1;
   float weight = 0.0f;
 };
 
-__device__ LaneMeta load_meta(const PartParams& p, const Fetch& fetch) {
+__device__ LaneMeta load_meta(const PartParams& p, uint32_t token) {
   const OpShape& shape = p.op.shape;
-  const PullPeer& peer = p.pulls.peers[fetch.source];
   const uint32_t k = threadIdx.x & 31;
   LaneMeta meta;
   if (k < shape.top_k && shape.cached == 0) {
-    const uint64_t at = uint64_t{fetch.token} * shape.top_k + k;
-    if (peer.topk_idx != nullptr && p.op.out.topk_idx != nullptr) {
-      meta.expert = load_id(peer.topk_idx, shape.topk_idx_bytes, at);
+    const uint64_t at = uint64_t{token} * shape.top_k + k;
+    if (p.op.in.topk_idx != nullptr) {
+      meta.expert = load_id(p.op.in.topk_idx, shape.topk_idx_bytes, at);
     }
-    if (peer.topk_weights != nullptr) {
-      meta.weight = peer.topk_weights[at];
+    if (p.op.in.topk_weights != nullptr) {
+      meta.weight = p.op.in.topk_weights[at];
     }
   }
   return meta;
 }
 
-__device__ void store_meta(const PartParams& p, const Fetch& fetch, const LaneMeta& meta) {
+/// Index, weight and source token of one row at `rank`. Whole warp.
+__device__ void store_meta(const PartParams& p, uint32_t token, uint32_t rank, uint64_t row, const LaneMeta& meta) {
   const OpShape& shape = p.op.shape;
+  const PeerView& peer = p.peers.views[rank];
   const uint32_t k = threadIdx.x & 31;
-  if (shape.cached != 0) {
-    return;
-  }
-  if (k == 0 && p.op.out.src_info != nullptr) {
-    p.op.out.src_info[fetch.row] = static_cast<int32_t>(fetch.token);
+  if (k == 0 && peer.out_src_info != nullptr) {
+    peer.out_src_info[row] = static_cast<int32_t>(token);
   }
   if (k >= shape.top_k) {
     return;
   }
-  const int64_t first = static_cast<int64_t>(shape.rank) * shape.local_experts;
+  const int64_t first = static_cast<int64_t>(rank) * shape.local_experts;
   const bool local = meta.expert >= first && meta.expert < first + shape.local_experts;
-  const uint64_t at = static_cast<uint64_t>(fetch.row) * shape.top_k + k;
-  if (p.op.out.topk_idx != nullptr) {
-    store_id(p.op.out.topk_idx, shape.topk_idx_bytes, at, local ? meta.expert - first : -1);
+  const uint64_t at = row * shape.top_k + k;
+  if (peer.out_topk_idx != nullptr) {
+    store_id(peer.out_topk_idx, shape.topk_idx_bytes, at, local ? meta.expert - first : -1);
   }
-  if (p.op.out.topk_weights != nullptr && p.pulls.peers[fetch.source].topk_weights != nullptr) {
-    p.op.out.topk_weights[at] = !local && shape.zero_foreign_weights != 0 ? 0.0f : meta.weight;
+  if (peer.out_topk_weights != nullptr && p.op.in.topk_weights != nullptr) {
+    peer.out_topk_weights[at] = !local && shape.zero_foreign_weights != 0 ? 0.0f : meta.weight;
   }
 }
 
-/// Where the copy unit may move a source's side rows: whole rows of 16-byte pieces. The own tensor begins on 16 bytes.
-__device__ bool side_in_bulk(const PartParams& p, const PullPeer& peer) {
-  return side_bytes(p.op.shape) != 0 && p.op.out.side != nullptr && peer.side != nullptr &&
-         peer.side_element_stride == p.op.shape.side_element_bytes && peer.side_row_stride % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(peer.side) % 16 == 0 && reinterpret_cast<uintptr_t>(p.op.out.side) % 16 == 0;
-}
-
-/// A side row by threads, whatever its strides. Whole warp.
-__device__ void copy_side(const PartParams& p, const Fetch& fetch) {
+/// Whether the copy unit may load this rank's side rows: whole rows of 16-byte pieces.
+__device__ bool side_in_bulk(const PartParams& p) {
   const OpShape& shape = p.op.shape;
-  const PullPeer& peer = p.pulls.peers[fetch.source];
-  const char* in = peer.side + static_cast<int64_t>(fetch.token) * peer.side_row_stride;
+  return side_bytes(shape) != 0 && p.op.in.side != nullptr && shape.side_element_stride == shape.side_element_bytes &&
+         shape.side_row_stride % 16 == 0 && reinterpret_cast<uintptr_t>(p.op.in.side) % 16 == 0;
+}
+
+/// The side row of one token to one rank by threads, whatever its strides. Whole warp.
+__device__ void copy_side(const PartParams& p, uint32_t token, uint32_t rank, uint64_t row) {
+  const OpShape& shape = p.op.shape;
   const uint32_t bytes = shape.side_element_bytes;
-  char* out = static_cast<char*>(p.op.out.side) + static_cast<uint64_t>(fetch.row) * shape.side_elements * bytes;
+  const char* in = static_cast<const char*>(p.op.in.side) + static_cast<int64_t>(token) * shape.side_row_stride;
+  char* out = static_cast<char*>(p.peers.views[rank].out_side) + row * shape.side_elements * bytes;
   for (uint32_t i = threadIdx.x & 31; i < shape.side_elements; i += 32) {
-    const char* from = in + static_cast<int64_t>(i) * peer.side_element_stride;
+    const char* from = in + static_cast<int64_t>(i) * shape.side_element_stride;
     char* to = out + uint64_t{i} * bytes;
     if (bytes == 4) {
       *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
@@ -155,72 +155,95 @@ struct Place {
   char* row;
   char* side;
   uint64_t* loaded;
+  bool bulk_side;  // the side row goes through the place too
   uint32_t parity = 0;
 };
 
-/// One row from its source through shared memory into its final place. Whole warp.
-__device__ void move_row(const PartParams& p, const Fetch& fetch, Place* place) {
+/// Starts the loads of one token into the place; one lane.
+__device__ void load_place(const PartParams& p, uint32_t token, const Place& place) {
   const OpShape& shape = p.op.shape;
-  const PullPeer& peer = p.pulls.peers[fetch.source];
-  const bool lead = (threadIdx.x & 31) == 0;
-  const bool bulk_side = side_in_bulk(p, peer);
-  const uint32_t beside = bulk_side ? side_bytes(shape) : 0;
-  if (lead) {
-    bulk_wait_read();  // the stores of the row before have left the place
-    barrier_expect(place->loaded, shape.row_bytes + beside);
-    bulk_load(place->row, peer.x + uint64_t{fetch.token} * shape.row_bytes, shape.row_bytes, place->loaded);
-    if (bulk_side) {
-      bulk_load(place->side, peer.side + static_cast<int64_t>(fetch.token) * peer.side_row_stride, beside,
-                place->loaded);
-    }
+  const uint32_t beside = place.bulk_side ? side_bytes(shape) : 0;
+  bulk_wait_read();  // the stores of the token before have left the place
+  barrier_expect(place.loaded, shape.row_bytes + beside);
+  bulk_load(place.row, static_cast<const char*>(p.op.in.x) + uint64_t{token} * shape.row_bytes, shape.row_bytes,
+            place.loaded);
+  if (place.bulk_side) {
+    bulk_load(place.side, static_cast<const char*>(p.op.in.side) + static_cast<int64_t>(token) * shape.side_row_stride,
+              beside, place.loaded);
   }
-  const LaneMeta meta = load_meta(p, fetch);
-  if (!bulk_side && peer.side != nullptr && p.op.out.side != nullptr) {
-    copy_side(p, fetch);
-  }
-  if (lead) {
-    barrier_wait(place->loaded, place->parity);
-    bulk_store(static_cast<char*>(p.op.out.x) + static_cast<uint64_t>(fetch.row) * shape.row_bytes, place->row,
-               shape.row_bytes);
-    if (bulk_side) {
-      bulk_store(static_cast<char*>(p.op.out.side) + static_cast<uint64_t>(fetch.row) * beside, place->side, beside);
-    }
-    bulk_commit();
-  }
-  place->parity ^= 1;
-  store_meta(p, fetch, meta);
 }
 
-/// All rows of one mover: items of all sources in turns, so that links and memory are busy together; 32 row numbers are
-/// read at a time.
-__device__ void move_rows(const PartParams& p, Place place) {
+/// Starts the stores of a loaded place to one row of one rank; one lane. A side tensor that begins off 16 bytes is left to
+/// threads.
+__device__ void store_place(const PartParams& p, uint32_t rank, uint64_t row, const Place& place) {
+  const OpShape& shape = p.op.shape;
+  const PeerView& peer = p.peers.views[rank];
+  bulk_store(static_cast<char*>(peer.out_x) + row * shape.row_bytes, place.row, shape.row_bytes);
+  if (place.bulk_side && peer.out_side != nullptr && reinterpret_cast<uintptr_t>(peer.out_side) % 16 == 0) {
+    bulk_store(static_cast<char*>(peer.out_side) + row * side_bytes(shape), place.side, side_bytes(shape));
+  }
+}
+
+/// One token from the input through shared memory into its row at every rank of `ranks`. `row`: the lane's. Whole warp.
+__device__ void move_token(const PartParams& p, uint32_t token, uint32_t ranks, int32_t row, Place* place) {
+  const OpShape& shape = p.op.shape;
+  const uint32_t lane = threadIdx.x & 31;
+  if (lane == 0) {
+    load_place(p, token, *place);
+  }
+  const LaneMeta meta = load_meta(p, token);
+  if (lane == 0) {
+    barrier_wait(place->loaded, place->parity);
+  }
+  place->parity ^= 1;
+  for (uint32_t left = ranks; left != 0; left &= left - 1) {
+    const uint32_t rank = __ffs(static_cast<int>(left)) - 1;
+    const auto at = static_cast<uint64_t>(__shfl_sync(kFullWarp, row, static_cast<int>(rank)));
+    if (lane == 0) {
+      store_place(p, rank, at, *place);
+    }
+    const void* side = p.peers.views[rank].out_side;
+    const bool in_place = place->bulk_side && reinterpret_cast<uintptr_t>(side) % 16 == 0;
+    if (p.op.in.side != nullptr && side != nullptr && !in_place) {
+      copy_side(p, token, rank, at);
+    }
+    if (shape.cached == 0) {
+      store_meta(p, token, rank, at, meta);
+    }
+  }
+  if (lane == 0) {
+    bulk_commit();
+  }
+}
+
+/// All tokens of one mover. Lane j knows the row at rank j, read one token ahead.
+__device__ void move_tokens(const PartParams& p, const BlockWork& work, Place place) {
   const OpShape& shape = p.op.shape;
   const uint32_t lane = threadIdx.x & 31;
   const MoverPlan plan = plan_of_warp(p);
-  if (!plan.moves || p.op.out.x == nullptr) {
+  if (!plan.moves || p.op.in.x == nullptr) {
     return;
   }
-  uint64_t most = 0;
-  for (uint32_t s = 0; s < shape.ranks; ++s) {
-    most = max(most, p.pulls.peers[s].tokens);
-  }
-  const auto items = static_cast<uint32_t>(most * shape.ranks);  // at most 65536 * 16
-  const uint32_t movers = gridDim.x * (blockDim.x / 32 - 1);
-  for (uint32_t first = threadIdx.x / 32 * gridDim.x + blockIdx.x; first < items; first += 32 * movers) {
-    const uint32_t item = first + lane * movers;
-    const Fetch mine = fetch_at(p, item < items ? item : 0, plan.base);
-    uint32_t wanted = __ballot_sync(kFullWarp, item < items && mine.row >= 0);
-    for (; wanted != 0; wanted &= wanted - 1) {
-      const int from = __ffs(static_cast<int>(wanted)) - 1;
-      const Fetch fetch{__shfl_sync(kFullWarp, mine.source, from), __shfl_sync(kFullWarp, mine.token, from),
-                        __shfl_sync(kFullWarp, mine.row, from)};
-      move_row(p, fetch, &place);
+  const int32_t* table = shape.cached != 0 ? p.op.routing.token_rank : p.scratch.rows;
+  const bool mine = ((work.ranks >> lane) & 1) != 0 && lane < shape.ranks && p.peers.views[lane].out_x != nullptr;
+  const uint32_t limit = mine ? p.peers.views[lane].capacity_rows : 0;
+  const auto row_of = [&](uint32_t token) {
+    const int32_t row = mine && token < work.end ? table[uint64_t{token} * shape.ranks + lane] : -1;
+    return row < 0 || static_cast<uint32_t>(row + plan.base) >= limit ? -1 : row + plan.base;
+  };
+  int32_t next = row_of(work.first);
+  for (uint32_t token = work.first; token < work.end; token += work.step) {
+    const int32_t row = next;
+    next = row_of(token + work.step);
+    const uint32_t ranks = __ballot_sync(kFullWarp, row >= 0);
+    if (ranks != 0) {
+      move_token(p, token, ranks, row, &place);
     }
   }
   bulk_wait_written();
 }
 
-/// The clerk's work beside the movers: the handle's rows, absolute from now on, and in the first block the plan.
+/// The clerks' work beside the movers: the handle's rows, absolute from now on, and in the first block the plan.
 __device__ void keep_books(const PartParams& p) {
   const OpShape& shape = p.op.shape;
   const uint32_t lane = threadIdx.x & 31;
@@ -228,62 +251,82 @@ __device__ void keep_books(const PartParams& p) {
     plan_dispatch(p, p.scratch.plan_work, {lane, 32}, [] { __syncwarp(); });
   }
   const uint32_t row = matrix_row_ints(shape);
-  for (uint32_t j = 0; shape.cached == 0 && p.refused_reason == 0 && j < shape.ranks; ++j) {
+  const uint32_t clerks = gridDim.x - 1;  // all but the first block's, which has the plan
+  if (shape.cached != 0 || p.refused_reason != 0 || blockIdx.x == 0) {
+    return;
+  }
+  for (uint32_t j = 0; j < shape.ranks; ++j) {
     int32_t base = 0;
     for (uint32_t s = 0; s < shape.rank; ++s) {
       base += p.op.counts[uint64_t{s} * row + j];
     }
-    for (uint32_t t = blockIdx.x * 32 + lane; t < shape.tokens; t += gridDim.x * 32) {
+    for (uint32_t t = (blockIdx.x - 1) * 32 + lane; t < shape.tokens; t += clerks * 32) {
       const uint64_t at = uint64_t{t} * shape.ranks + j;
-      const int32_t relative = p.scratch.rows[at];
+      const int32_t relative = __ldcg(&p.scratch.rows[at]);
       p.op.routing.token_rank[at] = relative < 0 ? -1 : relative + base;
     }
   }
 }
 
+/// Movers and clerk of one block. Whole block; its shared memory is free.
+__device__ void move_block(const PartParams& p, const TokenSpan& span, uint32_t cluster_blocks, char* places,
+                           uint64_t* loaded) {
+  const uint32_t warp = threadIdx.x / 32;
+  const uint32_t movers = blockDim.x / 32 - 1;
+  if (warp == movers) {
+    keep_books(p);
+    return;
+  }
+  if ((threadIdx.x & 31) == 0) {
+    barrier_init(&loaded[warp], 1);
+  }
+  __syncwarp();
+  char* place = places + warp * place_bytes(p.op.shape);
+  move_tokens(p, work_of_block(p, span, cluster_blocks, movers),
+              {place, place + bulk_row_stride(p.op.shape.row_bytes), &loaded[warp], side_in_bulk(p)});
+}
+
 #endif
 
-// link_dispatch. Grid: at most link_sms blocks, one per multiprocessor; as many mover warps as rows fit into its shared
-// memory, and a clerk. With a handle it is the first kernel and announces `routed`, else link_route did. Waits for the
-// routed flags (kWaits) or runs behind the stream's wait for them. A mover takes the rows that belong to this rank one
-// after the other, from all sources in turns: the copy unit loads row and side row from the source's input, the lanes
-// load its ids and weights meanwhile, the copy unit stores both to their final places. The clerk writes the plan and
-// the handle. The last block announces `moved` (this rank needs no input of others any more), waits for the others' and
-// ends the part. Bytes per row: row + side + K * (id + 4) read, the same written. Bound: the links, at the rate of
-// reads.
+// link_dispatch. Grid: about link_sms blocks, one per multiprocessor, in clusters of up to 8 blocks; as many mover warps as
+// rows fit into a block's shared memory, and a clerk. As the kernel that waits: every cluster routes all tokens for itself
+// (link_route.cuh: K * 4 or 8 bytes read per token), the first one hands over the counts and announces `routed`, which
+// also tells that this rank's outputs may be written; then all wait for the others'. Behind the stream's wait the routing
+// stands in scratch. A mover takes one token after the other: the copy unit loads row and side row while the lanes read
+// ids and weights, then stores both to the token's row at every rank. The clerks write the plan and the handle. The last
+// block announces `moved` (this rank's rows are there), waits for the others' and ends the part. Bytes per token: row +
+// side read; row + side + K * (id + 4) + 4 written per rank. Bound: the links, at the rate of writes.
 __global__ __launch_bounds__((kMostMovers + 1) * 32, 1) void link_dispatch(const __grid_constant__ PartParams p,
-                                                                           Entry entry) {
+                                                                          Entry entry) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) char places[];
   __shared__ uint64_t loaded[kMostMovers];
   if (p.null_operation != 0) {
     return;
   }
-  if (p.op.shape.cached != 0 && entry == Entry::kWaits) {
-    open_part(p);
+  const auto cluster = cooperative_groups::this_cluster();
+  const TokenSpan span = span_of(p.op.shape, cluster.block_rank(), cluster.num_blocks());
+  if (entry == Entry::kWaits) {
+    if (p.op.shape.cached != 0) {
+      open_part(p);
+    } else {
+      const bool gated = block_is_gated(p);
+      if (!gated) {
+        mark_start(p);
+      }
+      route_cluster(p, span, gated, reinterpret_cast<RouteShared*>(places));
+    }
   }
   if (!enters(p, SignalStep::kRouted, entry)) {
     return;
   }
-  const uint32_t warp = threadIdx.x / 32;
-  const uint32_t movers = blockDim.x / 32 - 1;
   if (!block_is_gated(p)) {
-    if (warp < movers) {
-      if ((threadIdx.x & 31) == 0) {
-        barrier_init(&loaded[warp], 1);
-        fence_copy_unit();
-      }
-      __syncwarp();
-      char* place = places + warp * place_bytes(p.op.shape);
-      move_rows(p, {place, place + bulk_row_stride(p.op.shape.row_bytes), &loaded[warp]});
-    } else {
-      keep_books(p);
-    }
+    move_block(p, span, cluster.num_blocks(), places, loaded);
   }
   if (!is_last_block(p)) {
     return;
   }
-  if (!block_is_gated(p) && warp == 0) {
+  if (!block_is_gated(p) && threadIdx.x < 32) {
     announce(p, SignalStep::kMoved);
   }
   if (passes(p, SignalStep::kMoved, SignalStep::kMoved)) {
@@ -315,9 +358,21 @@ cudaError_t launch_link_dispatch(const PartParams& params, Entry entry, cudaStre
   }
   const uint32_t bytes = params.null_operation != 0 ? 128 : place_bytes(params.op.shape);
   const uint32_t movers = std::min(kMostMovers, kBulkSharedBytes / bytes);
-  const uint32_t blocks = std::clamp(params.link_sms, 1u, std::min(params.multiprocessors, kMostLinkSms));
-  link_dispatch<<<blocks, (movers + 1) * 32, movers * bytes, stream>>>(params, entry);
-  return cudaGetLastError();
+  const uint32_t sms = std::min(params.link_sms, params.multiprocessors);
+  const uint32_t cluster = sms >= 2 * kMostClusterBlocks ? kMostClusterBlocks : kLeastClusterBlocks;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = std::max(sms / cluster, 1u) * cluster;
+  config.blockDim = (movers + 1) * 32;
+  config.dynamicSmemBytes = std::max<size_t>(movers * bytes, sizeof(RouteShared));
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, link_dispatch, params, entry);
 }
 
 }  // namespace expertd::kernels::cuda

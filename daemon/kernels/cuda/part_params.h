@@ -126,22 +126,6 @@ struct RelayTable {
   RelayPeer peers[base::kMaxGpuRanks];
 };
 
-/// What a rank lets its peers read of a dispatch whose rows they fetch. Pointers are valid on the device that executes.
-struct PullPeer {
-  const char* x = nullptr;
-  const char* side = nullptr;  // null: none travels
-  const void* topk_idx = nullptr;
-  const float* topk_weights = nullptr;
-  const int32_t* rows = nullptr;  // [tokens, R]: of this rank's rows at each rank (cached: all), -1 for none
-  int64_t side_row_stride = 0;    // bytes
-  int64_t side_element_stride = 0;
-  uint64_t tokens = 0;
-};
-
-struct PullTable {
-  PullPeer peers[base::kMaxGpuRanks];
-};
-
 struct PeerTable {
   PeerView views[base::kMaxGpuRanks];
   SyncPage* pages[base::kMaxGpuRanks];  // each rank's page of this operation; null for inactive ranks
@@ -170,13 +154,12 @@ struct PartScratch {
   BlockRows* block_rows = nullptr;   // [kMostLinkSms]
   int32_t* chunk_counts = nullptr;   // [chunks, R + E]
   uint32_t* chunk_errors = nullptr;  // [chunks]: first bad (token, lane) position, ~0 for none
-  int32_t* rows = nullptr;  // [M, R]: what link_route numbers, relative to this rank's first row; peers read it
+  int32_t* rows = nullptr;  // [M, R]: rows at each rank, relative to this rank's first
 };
 
 struct PartParams {
   OpParams op;
   PeerTable peers{};
-  PullTable pulls{};
   RelayTable relay{};
   PartWords words;
   PartScratch scratch;
