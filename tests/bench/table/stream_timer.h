@@ -33,6 +33,7 @@ class StreamTimer {
   double time_us(std::chrono::nanoseconds arm, const std::function<void()>& enqueue);
 
  private:
+  void time_round(uint32_t round, std::chrono::nanoseconds arm, const std::function<void()>& enqueue);
   void wait_for(cudaEvent_t event, const char* what) const;
 
   Gate* const gate_;

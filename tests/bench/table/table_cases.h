@@ -14,9 +14,9 @@ namespace expertd::bench {
 struct TableSelection {
   uint32_t ranks = 2;
   uint32_t experts = 256;
-  bool quick = false;                   // the main shape only
-  std::vector<std::string> operations;  // empty: all
-  std::vector<uint32_t> tokens;         // empty: all
+  bool quick = false;                     // the main shape only
+  std::vector<std::string> operations{};  // empty: all
+  std::vector<uint32_t> tokens{};         // empty: all
 };
 
 /// An operation in a shape. Everything about it that the client sees.
