@@ -4,6 +4,7 @@
 // README.md says what is timed and how.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <fstream>
 #include <iostream>
@@ -148,7 +149,10 @@ int run(const TableOptions& options) {
   if (!options.append_file.empty()) {
     write_file(options.append_file, merged(before, document));
   }
-  std::cout << (options.json ? document.dump(1) + "\n" : table_text(document));
+  const auto right = std::count_if(rows.begin(), rows.end(), [](const TableRow& row) { return row.verified; });
+  std::cout << (options.json ? document.dump(1) + "\n"
+                             : table_text(document) + "verified " + std::to_string(right) + " of " +
+                                   std::to_string(rows.size()) + " rows\n");
   return !rows.empty() && all_verified(document) ? kOk : kFailed;
 }
 
