@@ -103,7 +103,7 @@ void Combine::route() {
   args.flags = flag(EXPERTD_EXPANDED, form_.expanded);
   args.timeout_ns = rank->timeout_ns();
   expertd_event_t event{};
-  rank->check(expertd_dispatch(rank->group(), &args, nullptr, &handle_, &event), "routing of " + case_.name);
+  rank->check(expertd_dispatch(rank->group(), &args, rank->stream(), &handle_, &event), "routing of " + case_.name);
   rank->wait(event, "routing of " + case_.name);
 }
 
@@ -170,7 +170,7 @@ void Combine::issue(expertd_event_t* event) {
   args.combined_topk_weights = form_.weights ? combined_weights_.as<float>() : nullptr;
   args.flags = flag(EXPERTD_EXPANDED, form_.expanded);
   args.timeout_ns = case_.rank->timeout_ns();
-  case_.rank->check(expertd_combine(case_.rank->group(), &args, nullptr, event), case_.name);
+  case_.rank->check(expertd_combine(case_.rank->group(), &args, case_.rank->stream(), event), case_.name);
 }
 
 /// What one rank's rows add to a token: in float32; rows of an expanded combine in lane order, rounded once per rank.

@@ -19,7 +19,7 @@ class Barrier final : public BenchOperation {
   void prepare(uint32_t) override {}
   void poison() override {}
   void issue(expertd_event_t* event) override {
-    case_.rank->check(expertd_barrier(case_.rank->group(), nullptr, 0, 0, event), case_.name);
+    case_.rank->check(expertd_barrier(case_.rank->group(), case_.rank->stream(), 0, 0, event), case_.name);
   }
   void verify(const expertd_op_result_t&) override {}
   BenchBytes bytes() const override { return {}; }
@@ -98,7 +98,7 @@ void Layout::issue(expertd_event_t* event) {
   args.tokens_per_expert = per_expert_.as<int32_t>();
   args.token_rank_mask = mask_.as<uint8_t>();
   args.timeout_ns = case_.rank->timeout_ns();
-  case_.rank->check(expertd_layout(case_.rank->session(), &args, nullptr, event), case_.name);
+  case_.rank->check(expertd_layout(case_.rank->session(), &args, case_.rank->stream(), event), case_.name);
 }
 
 void Layout::verify(const expertd_op_result_t&) {

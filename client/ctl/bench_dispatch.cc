@@ -18,7 +18,8 @@ struct DispatchForm {
   bool worst = false;
   bool cached = false;
   bool expanded = false;
-  bool bytes = false;  // with int32 ids and a column-major side tensor of 4-byte elements
+  bool bytes = false;   // with int32 ids and a column-major side tensor of 4-byte elements
+  bool scales = false;  // of byte rows: the side tensor is row-major, as float32 scales are; with int64 ids
 };
 
 class Dispatch final : public BenchOperation {
@@ -41,7 +42,7 @@ class Dispatch final : public BenchOperation {
  private:
   static constexpr uint32_t kSideBytes = 4;
 
-  uint32_t id_bytes() const { return form_.bytes ? 4 : 8; }
+  uint32_t id_bytes() const { return form_.bytes && !form_.scales ? 4 : 8; }
   uint32_t lanes_out() const { return form_.expanded ? 1 : case_.shape.top_k; }
   uint32_t side_elements() const { return form_.bytes ? case_.shape.hidden / 128 : 0; }
   uint64_t row_bytes() const { return form_.bytes ? case_.shape.hidden : case_.shape.hidden * 2ull; }
@@ -110,7 +111,8 @@ void Dispatch::write_side(const BenchInput& input) {
   for (uint64_t token = 0; token < case_.shape.tokens && !row.empty(); ++token) {
     input.byte_row(BenchStream::kSide, case_.rank->index(), token, row);
     for (uint64_t element = 0; element < elements_per_row; ++element) {
-      std::memcpy(&columns[element * case_.shape.tokens + token], &row[element * kSideBytes], kSideBytes);
+      const uint64_t at = form_.scales ? token * elements_per_row + element : element * case_.shape.tokens + token;
+      std::memcpy(&columns[at], &row[element * kSideBytes], kSideBytes);
     }
   }
   side_.write_all(columns);
@@ -138,7 +140,7 @@ void Dispatch::prepare(uint32_t iteration) {
   if (form_.cached) {
     const expertd_dispatch_args_t args = arguments();
     expertd_event_t event{};
-    case_.rank->check(expertd_dispatch(case_.rank->group(), &args, nullptr, &handle_, &event),
+    case_.rank->check(expertd_dispatch(case_.rank->group(), &args, case_.rank->stream(), &handle_, &event),
                       "routing of " + case_.name);
     case_.rank->wait(event, "routing of " + case_.name);
   }
@@ -159,11 +161,13 @@ expertd_dispatch_args_t Dispatch::arguments() const {
     args.side = side_.data();
     args.side_elements = side_elements();
     args.side_element_bytes = kSideBytes;
-    args.side_row_stride = kSideBytes;
-    args.side_element_stride = int64_t{case_.shape.tokens} * kSideBytes;
+    if (!form_.scales) {
+      args.side_row_stride = kSideBytes;
+      args.side_element_stride = int64_t{case_.shape.tokens} * kSideBytes;
+    }
     args.recv_side = recv_side_.data();
   }
-  args.idx_type = form_.bytes ? EXPERTD_I32 : EXPERTD_I64;
+  args.idx_type = id_bytes() == 4 ? EXPERTD_I32 : EXPERTD_I64;
   args.tokens = case_.shape.tokens;
   args.capacity_rows = static_cast<uint32_t>(capacity_);
   args.recv_x = recv_x_.data();
@@ -187,7 +191,7 @@ expertd_dispatch_args_t Dispatch::arguments() const {
 void Dispatch::issue(expertd_event_t* event) {
   const expertd_dispatch_args_t args = arguments();
   expertd_handle_t* const handle = form_.cached ? nullptr : &handle_;
-  case_.rank->check(expertd_dispatch(case_.rank->group(), &args, nullptr, handle, event), case_.name);
+  case_.rank->check(expertd_dispatch(case_.rank->group(), &args, case_.rank->stream(), handle, event), case_.name);
 }
 
 void Dispatch::finish() {
@@ -298,6 +302,10 @@ BenchRowSpec spec(const char* flags, const DispatchForm& form) {
 }
 
 }  // namespace
+
+BenchRowSpec quantised_dispatch_row() {
+  return spec("bytes + float32 scales", {.bytes = true, .scales = true});
+}
 
 std::vector<BenchRowSpec> dispatch_rows(const BenchShape& shape) {
   const std::string expanded = "bf16 expanded align=" + std::to_string(expanded_alignment(shape));

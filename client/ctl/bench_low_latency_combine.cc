@@ -2,19 +2,13 @@
 // Low latency combine from a tensor and, without a copy, from the group's window. What experts return for a row is a
 // function of (expert, source rank, token), because the order of rows is free.
 #include <algorithm>
-#include <cmath>
 
-#include "client/ctl/bench_numerics.h"
 #include "client/ctl/bench_operation.h"
+#include "client/ctl/bench_weighted_sum.h"
 
 namespace expertd::ctl {
 
 namespace {
-
-/// Of the whole output, both shifted by one: 1 - 2<a,b> / (<a,a> + <b,b>).
-constexpr double kRelativeErrorMax = 1e-5;
-/// Of one element, of the sum of the sizes of its terms: a bf16 rounding per rank and one of the result, doubled.
-constexpr float kElementErrorMax = 0x1p-7f;
 
 class LowLatencyCombine final : public BenchOperation {
  public:
@@ -30,7 +24,7 @@ class LowLatencyCombine final : public BenchOperation {
   uint64_t row_bytes() const { return case_.shape.hidden * 2ull; }
   void route();
   void write_expert_rows(const expertd_ll_outputs_t& outputs);
-  void verify_token(uint64_t token, const uint8_t* got, std::span<float> expected) const;
+  std::vector<BenchTerm> terms_of(uint64_t token) const;
 
   const BenchCase case_;
   const bool zero_copy_;
@@ -62,7 +56,7 @@ void LowLatencyCombine::route() {
   args.tokens = case_.shape.tokens;
   args.timeout_ns = rank->timeout_ns();
   expertd_event_t event{};
-  rank->check(expertd_ll_dispatch(rank->group(), &args, nullptr, &handle_, &event), "routing of " + case_.name);
+  rank->check(expertd_ll_dispatch(rank->group(), &args, rank->stream(), &handle_, &event), "routing of " + case_.name);
   rank->wait(event, "routing of " + case_.name);
   auto outputs = EXPERTD_INIT(expertd_ll_outputs_t);
   rank->check(expertd_ll_handle_outputs(rank->group(), handle_, &outputs), "outputs of " + case_.name);
@@ -77,27 +71,22 @@ void LowLatencyCombine::write_expert_rows(const expertd_ll_outputs_t& outputs) {
   std::vector<int64_t> ranges(uint64_t{shape.local_experts()} * shape.ranks);
   case_.rank->read(outputs.recv_src_info, tokens.data(), rows * sizeof(int32_t));
   case_.rank->read(outputs.layout_range, ranges.data(), ranges.size() * sizeof(int64_t));
-  std::vector<int32_t> sources(rows, -1);
+  BenchTensor window = BenchTensor::view(case_.rank, outputs.combine_x, rows, row_bytes());
+  BenchTensor& target = zero_copy_ ? window : expert_x_;
+  target.fill(kForbidden);
+  const uint64_t first_expert = uint64_t{case_.rank->index()} * shape.local_experts();
   for (uint64_t at = 0; at < ranges.size(); ++at) {
     const auto begin = static_cast<uint64_t>(ranges[at]) >> 32;
     const auto count = static_cast<uint64_t>(ranges[at]) & 0xffffffff;
+    const uint64_t local = at / shape.ranks;
     if (begin + count > shape.worst_rows()) {
-      check_.fail("layout_range of local expert " + std::to_string(at / shape.ranks) + ": outside its slots");
+      check_.fail("layout_range of local expert " + std::to_string(local) + ": outside its slots");
     }
-    const auto first = sources.begin() + static_cast<std::ptrdiff_t>(at / shape.ranks * shape.worst_rows() + begin);
-    std::fill_n(first, count, static_cast<int32_t>(at % shape.ranks));
+    target.write_rows(local * shape.worst_rows() + begin, count, [&](uint64_t slot, std::span<uint8_t> row) {
+      const uint64_t origin = at % shape.ranks * shape.tokens + static_cast<uint64_t>(tokens[slot]);
+      input_.bf16_row(BenchStream::kExperts, first_expert + local, origin, elements<uint16_t>(row));
+    });
   }
-  const uint64_t first_expert = uint64_t{case_.rank->index()} * shape.local_experts();
-  BenchTensor window = BenchTensor::view(case_.rank, outputs.combine_x, rows, row_bytes());
-  BenchTensor& target = zero_copy_ ? window : expert_x_;
-  target.write_rows(0, rows, [&](uint64_t at, std::span<uint8_t> row) {
-    if (sources[at] < 0) {
-      return std::fill(row.begin(), row.end(), kForbidden);
-    }
-    const uint64_t expert = first_expert + at / shape.worst_rows();
-    const uint64_t origin = static_cast<uint64_t>(sources[at]) * shape.tokens + static_cast<uint64_t>(tokens[at]);
-    input_.bf16_row(BenchStream::kExperts, expert, origin, elements<uint16_t>(row));
-  });
 }
 
 void LowLatencyCombine::prepare(uint32_t iteration) {
@@ -125,60 +114,26 @@ void LowLatencyCombine::issue(expertd_event_t* event) {
   args.tokens = case_.shape.tokens;
   args.combined_x = combined_x_.data();
   args.timeout_ns = case_.rank->timeout_ns();
-  case_.rank->check(expertd_ll_combine(case_.rank->group(), &args, nullptr, event), case_.name);
+  case_.rank->check(expertd_ll_combine(case_.rank->group(), &args, case_.rank->stream(), event), case_.name);
 }
 
-void LowLatencyCombine::verify_token(uint64_t token, const uint8_t* got, std::span<float> expected) const {
-  const BenchShape& shape = case_.shape;
+std::vector<BenchTerm> LowLatencyCombine::terms_of(uint64_t token) const {
   const uint32_t own = case_.rank->index();
-  std::vector<uint16_t> row(shape.hidden);
-  std::vector<float> sizes(shape.hidden, 0.0f);
-  std::fill(expected.begin(), expected.end(), 0.0f);
-  for (uint32_t lane = 0; lane < shape.top_k; ++lane) {
+  std::vector<BenchTerm> terms;
+  for (uint32_t lane = 0; lane < case_.shape.top_k; ++lane) {
     const int32_t expert = routing_->expert(own, token, lane);
-    if (expert < 0) {
-      continue;
-    }
-    const float weight = input_.weight(BenchStream::kWeights, own, token, lane);
-    input_.bf16_row(BenchStream::kExperts, static_cast<uint64_t>(expert), uint64_t{own} * shape.tokens + token, row);
-    for (uint32_t i = 0; i < shape.hidden; ++i) {
-      const float term = weight * bf16_to_float(row[i]);
-      expected[i] += term;
-      sizes[i] += std::fabs(term);
+    if (expert >= 0) {
+      BenchTerm term{input_.weight(BenchStream::kWeights, own, token, lane), std::vector<uint16_t>(case_.shape.hidden)};
+      input_.bf16_row(BenchStream::kExperts, static_cast<uint64_t>(expert), uint64_t{own} * case_.shape.tokens + token,
+                      term.row);
+      terms.push_back(std::move(term));
     }
   }
-  const auto* const values = reinterpret_cast<const uint16_t*>(got);
-  for (uint32_t i = 0; i < shape.hidden; ++i) {
-    const float value = bf16_to_float(values[i]);
-    // Written so that a NaN is an error.
-    if (!(std::fabs(value - expected[i]) <= sizes[i] * kElementErrorMax)) {
-      check_.fail("combined_x row " + std::to_string(token) + " element " + std::to_string(i) + ": got " +
-                  std::to_string(value) + ", expected " + std::to_string(expected[i]) + " within " +
-                  std::to_string(sizes[i] * kElementErrorMax));
-    }
-  }
+  return terms;
 }
 
 void LowLatencyCombine::verify(const expertd_op_result_t&) {
-  double product = 0;
-  double squares = 0;
-  std::vector<float> expected(case_.shape.hidden);
-  combined_x_.read_rows(0, case_.shape.tokens, [&](uint64_t token, const uint8_t* got) {
-    verify_token(token, got, expected);
-    const auto* const values = reinterpret_cast<const uint16_t*>(got);
-    for (uint32_t i = 0; i < case_.shape.hidden; ++i) {
-      const double a = double{expected[i]} + 1;
-      const double b = double{bf16_to_float(values[i])} + 1;
-      product += a * b;
-      squares += a * a + b * b;
-    }
-  });
-  const double error = squares == 0 ? 0 : 1 - 2 * product / squares;
-  if (error >= kRelativeErrorMax) {
-    check_.fail("combined_x: relative error " + std::to_string(error) + ", expected below " +
-                std::to_string(kRelativeErrorMax));
-  }
-  check_.untouched("combined_x", combined_x_, case_.shape.tokens, 1);
+  check_weighted_sums(check_, combined_x_, case_.shape.tokens, [this](uint64_t token) { return terms_of(token); });
 }
 
 BenchBytes LowLatencyCombine::bytes() const {

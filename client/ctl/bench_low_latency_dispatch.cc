@@ -25,6 +25,7 @@ class LowLatencyDispatch final : public BenchOperation {
   void issue(expertd_event_t* event) override;
   void verify(const expertd_op_result_t& result) override;
   BenchBytes bytes() const override;
+  expertd_handle_t handle() const override { return handle_; }
 
  private:
   /// A token as it must arrive.
@@ -56,6 +57,7 @@ class LowLatencyDispatch final : public BenchOperation {
   BenchInput input_;
   std::vector<std::vector<BenchRow>> rows_;  // of each local expert
   std::vector<Token> tokens_;                // [R,T]
+  expertd_handle_t handle_{};                // of the low latency rotation: not to be freed
   BenchTensor x_, side_, topk_idx_;
   BenchTensor recv_x_, recv_scales_, counts_, src_info_, layout_range_, stats_;
 };
@@ -171,8 +173,7 @@ void LowLatencyDispatch::issue(expertd_event_t* event) {
                flag(EXPERTD_ROUND_SCALE, form_ == Form::kFp8Rounded || form_ == Form::kFp8Ue8m0) |
                flag(EXPERTD_UE8M0, form_ == Form::kFp8Ue8m0);
   args.timeout_ns = case_.rank->timeout_ns();
-  expertd_handle_t handle{};
-  case_.rank->check(expertd_ll_dispatch(case_.rank->group(), &args, nullptr, &handle, event), case_.name);
+  case_.rank->check(expertd_ll_dispatch(case_.rank->group(), &args, case_.rank->stream(), &handle_, event), case_.name);
 }
 
 /// Checks that every expected row of an expert is there once, and tells in which order.

@@ -37,6 +37,8 @@ class BenchOperation {
   /// Throws Failure when an output is wrong. `result` is that of the iteration.
   virtual void verify(const expertd_op_result_t& result) = 0;
   virtual BenchBytes bytes() const = 0;
+  /// What the last issue left for a combine; generation 0: nothing.
+  virtual expertd_handle_t handle() const { return {}; }
 };
 
 /// What the maker of an operation is given. `name` is for messages.
@@ -66,6 +68,10 @@ std::vector<BenchRowSpec> dispatch_rows(const BenchShape& shape);
 std::vector<BenchRowSpec> combine_rows(const BenchShape& shape);
 std::vector<BenchRowSpec> low_latency_dispatch_rows(const BenchShape& shape);
 std::vector<BenchRowSpec> low_latency_combine_rows();
+/// Rows of their own, which no mode runs by itself: rows quantised before, with float32 scales per 128 channels in a
+/// tensor of their own; an FP8 low latency dispatch and its combine as one.
+BenchRowSpec quantised_dispatch_row();
+BenchRowSpec low_latency_pair_row();
 
 /// The bit of a flag that is on.
 inline uint32_t flag(expertd_op_flag bit, bool on) {

@@ -127,6 +127,9 @@ BenchTensor BenchTensor::view(BenchRank* rank, void* data, uint64_t rows, uint64
 }
 
 void BenchTensor::fill_rows(uint64_t first, uint64_t count, uint8_t value) {
+  if (rank_->filler()) {
+    return rank_->filler()(row(first), value, count * row_bytes_);
+  }
   const std::vector<uint8_t> chunk(std::min(chunk_rows(), count) * row_bytes_, value);
   for (uint64_t done = 0; done < count; done += chunk_rows()) {
     rank_->write(row(first + done), chunk.data(), std::min(chunk_rows(), count - done) * row_bytes_);

@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "client/ctl/bench_options.h"
@@ -34,6 +36,14 @@ class BenchRank {
   /// "host:0" or the GPU's UUID.
   const std::string& device() const { return device_; }
   bool on_gpu() const { return on_gpu_; }
+  /// Where operations are issued; null, the default, is the legacy default stream.
+  expertd_stream_t stream() const { return stream_; }
+  void set_stream(expertd_stream_t stream) { stream_ = stream; }
+  /// Fills memory of the device and returns when it is done: (data, value, bytes). Without it the host writes the
+  /// bytes, which takes seconds where outputs have gigabytes.
+  using Filler = std::function<void(void*, uint8_t, uint64_t)>;
+  void set_filler(Filler filler) { filler_ = std::move(filler); }
+  const Filler& filler() const { return filler_; }
 
   expertd_group_plan_t plan(const BenchShape& shape, bool low_latency);
   void join(const std::string& name, const BenchShape& shape, bool low_latency);
@@ -54,6 +64,8 @@ class BenchRank {
   const uint32_t index_;
   expertd_session_t* session_ = nullptr;
   expertd_group_t* group_ = nullptr;
+  expertd_stream_t stream_ = nullptr;
+  Filler filler_;
   std::string device_;
   bool on_gpu_ = false;
 };

@@ -13,7 +13,6 @@
 #include <filesystem>
 #include <mutex>
 #include <stdexcept>
-#include <vector>
 
 #include "client/ctl/daemon_client.h"
 
@@ -47,9 +46,13 @@ void idle_for(std::chrono::milliseconds time) {
   nobody_signals.wait_for(lock, time, [] { return false; });
 }
 
-BenchDaemon::BenchDaemon(const std::string& runtime_directory, uint32_t host_devices) : directory_(runtime_directory) {
+BenchDaemon::BenchDaemon(const std::string& runtime_directory, uint32_t host_devices)
+    : BenchDaemon(runtime_directory, {"--device-gpus=none", "--device-hosts=" + std::to_string(host_devices)}) {}
+
+BenchDaemon::BenchDaemon(const std::string& runtime_directory, const std::vector<std::string>& arguments)
+    : directory_(runtime_directory) {
   if (directory_.empty()) {
-    start(host_devices);
+    start(arguments);
   }
   try {
     wait_until_ready();
@@ -63,7 +66,7 @@ BenchDaemon::~BenchDaemon() {
   stop();
 }
 
-void BenchDaemon::start(uint32_t host_devices) {
+void BenchDaemon::start(const std::vector<std::string>& arguments) {
   const char* const programs = std::getenv("EXPERTD_BIN_DIR");
   if (programs == nullptr) {
     throw std::runtime_error("give --runtime-directory of a running daemon, or $EXPERTD_BIN_DIR to start one");
@@ -75,8 +78,8 @@ void BenchDaemon::start(uint32_t host_devices) {
   directory_ = pattern;
   scratch_ = pattern;
   std::vector<std::string> words = {std::string(programs) + "/expertd", "--runtime-directory=" + directory_,
-                                    "--metrics-port=0", "--device-gpus=none",
-                                    "--device-hosts=" + std::to_string(host_devices)};
+                                    "--metrics-port=0"};
+  words.insert(words.end(), arguments.begin(), arguments.end());
   std::vector<char*> argv;
   for (std::string& word : words) {
     argv.push_back(word.data());

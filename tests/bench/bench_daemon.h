@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace expertd::bench {
 
@@ -15,6 +16,8 @@ class BenchDaemon {
  public:
   /// Starts a daemon with `host_devices` host devices when `runtime_directory` is empty.
   BenchDaemon(const std::string& runtime_directory, uint32_t host_devices);
+  /// The same with what the daemon is told of its devices.
+  BenchDaemon(const std::string& runtime_directory, const std::vector<std::string>& arguments);
   ~BenchDaemon();
   BenchDaemon(const BenchDaemon&) = delete;
   BenchDaemon& operator=(const BenchDaemon&) = delete;
@@ -26,7 +29,7 @@ class BenchDaemon {
   const std::string& version() const { return version_; }
 
  private:
-  void start(uint32_t host_devices);
+  void start(const std::vector<std::string>& arguments);
   void wait_until_ready();
   void stop() noexcept;
 

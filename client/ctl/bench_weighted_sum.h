@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tolerant check of a low latency combine: every element against the weighted sum in float32, and the whole output.
+// Belongs to a rank's thread.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "client/ctl/bench_check.h"
+
+namespace expertd::ctl {
+
+/// One summand of a token's row.
+struct BenchTerm {
+  float weight = 0;
+  std::vector<uint16_t> row;  // bf16
+};
+
+/// Throws Failure unless rows [0, tokens) of `combined` are the sums of what `terms_of(token)` says and the row behind
+/// them is untouched.
+void check_weighted_sums(const BenchCheck& check, const BenchTensor& combined, uint64_t tokens,
+                         const std::function<std::vector<BenchTerm>(uint64_t)>& terms_of);
+
+}  // namespace expertd::ctl

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+// The performance table of a node: every operation as its caller's stream sees it, with an idle and a busy client,
+// verified, beside the floor of the link and NCCL, which take turns with it. One run is one state of MPS. tests/bench/
+// README.md says what is timed and how.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <fstream>
+#include <iostream>
+#include <nlohmann/json.hpp>
+
+#include "expertd.h"
+#include "tests/bench/bench_daemon.h"
+#include "tests/bench/bench_figures.h"
+#include "tests/bench/table/table_options.h"
+#include "tests/bench/table/table_row.h"
+#include "tests/bench/table/table_runner.h"
+
+namespace expertd::bench {
+
+namespace {
+
+using nlohmann::json;
+
+constexpr int kOk = 0;
+constexpr int kFailed = 1;
+constexpr int kUsage = 64;
+constexpr int kUnavailable = 69;
+constexpr size_t kGpusLeast = 2;
+
+/// Of what makes the program's own measuring right; before CUDA starts.
+void set_environment() {
+  // With the default of 8 the parked stream of a rank could hold back another one of its process.
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
+  // Everything here is point to point: NCCL needs no multicast over NVLink for it.
+  setenv("NCCL_NVLS_ENABLE", "0", 1);
+}
+
+std::vector<int> chosen_gpus(const TableOptions& options, std::string* problem) {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) {
+    *problem = std::string("no GPU can be used: ") + cudaGetErrorString(error);
+    return {};
+  }
+  std::vector<int> gpus = options.gpus;
+  for (int gpu = 0; options.gpus.empty() && gpu < count; ++gpu) {
+    gpus.push_back(gpu);
+  }
+  if (gpus.size() < kGpusLeast) {
+    *problem = std::to_string(gpus.size()) + " GPU here, two are needed";
+  }
+  for (const int gpu : gpus) {
+    if (gpu >= count) {
+      *problem = "--gpus names " + std::to_string(gpu) + ", there are " + std::to_string(count);
+    }
+  }
+  return gpus;
+}
+
+std::vector<std::string> daemon_words(const TableOptions& options, const std::vector<int>& gpus) {
+  std::string list;
+  for (const int gpu : gpus) {
+    list += (list.empty() ? "" : ",") + std::to_string(gpu);
+  }
+  std::vector<std::string> words = {"--device-gpus=" + list, "--device-hosts=0",
+                                    "--device-link-sms=" + std::to_string(options.link_sms)};
+  words.insert(words.end(), options.daemon_words.begin(), options.daemon_words.end());
+  return words;
+}
+
+std::string driver_version() {
+  int version = 0;
+  if (std::ifstream file("/proc/driver/nvidia/version"); file) {
+    std::string word;
+    // "NVRM version: NVIDIA UNIX ... Kernel Module  580.159  ...": the first word that begins with a digit.
+    while (file >> word) {
+      if (word.find('.') != std::string::npos && word.find_first_not_of("0123456789.") == std::string::npos) {
+        return word;
+      }
+    }
+  }
+  return cudaDriverGetVersion(&version) == cudaSuccess ? "CUDA " + std::to_string(version) : "unknown";
+}
+
+json document_of(const TableOptions& options, const TableRunner& runner, const BenchDaemon& daemon,
+                 const std::vector<TableRow>& rows, size_t ranks) {
+  json list = json::array();
+  for (const TableRow& row : rows) {
+    list.push_back(row_json(row));
+  }
+  return {{"commit", EXPERTD_COMMIT},
+          {"date", utc_now()},
+          {"device", runner.device_name()},
+          {"driver", driver_version()},
+          {"mps", runner.mps()},
+          {"ranks", ranks},
+          {"daemon", daemon.version()},
+          {"client", expertd_version()},
+          {"iterations", options.iterations},
+          {"arm_us", options.arm.count()},
+          {"l2", "flushed by writing " + std::to_string(StreamTimer::kFlushBytes >> 20) + " MiB before each iteration"},
+          {"load", runner.load_kind()},
+          {"nccl", runner.nccl()},
+          {"rows", list}};
+}
+
+void write_file(const std::string& path, const json& document) {
+  std::ofstream file(path);
+  file << document.dump(1) << "\n";
+  file.close();
+  if (!file) {
+    throw std::runtime_error(path + " cannot be written");
+  }
+}
+
+/// Read before anything is measured, so that a wrong name costs no run.
+json read_file(const std::string& path) {
+  std::ifstream file(path);
+  if (!file) {
+    throw std::runtime_error(path + " cannot be read");
+  }
+  return merged(json::parse(file), {{"rows", json::array()}});
+}
+
+int run(const TableOptions& options) {
+  std::string problem;
+  const std::vector<int> gpus = chosen_gpus(options, &problem);
+  if (!problem.empty()) {
+    std::cerr << "op_table: " + problem + "\n";
+    return kUnavailable;
+  }
+  TableSelection selection = options.selection;
+  selection.ranks = static_cast<uint32_t>(gpus.size());
+  if (selection.experts == 0 || selection.experts % selection.ranks != 0) {
+    std::cerr << "op_table: --experts " << selection.experts << " is no multiple of " << gpus.size() << " GPUs\n";
+    return kUsage;
+  }
+  const std::vector<TableCase> cases = table_cases(selection);
+  const json before = options.append_file.empty() ? json() : read_file(options.append_file);
+  const BenchDaemon daemon(options.runtime_directory, daemon_words(options, gpus));
+  TableRunner runner(options, gpus, daemon.attach_socket(), daemon.pid());
+  const std::vector<TableRow> rows = runner.run(cases);
+  const json document = document_of(options, runner, daemon, rows, gpus.size());
+  if (!options.json_file.empty()) {
+    write_file(options.json_file, document);
+  }
+  if (!options.append_file.empty()) {
+    write_file(options.append_file, merged(before, document));
+  }
+  const auto right = std::count_if(rows.begin(), rows.end(), [](const TableRow& row) { return row.verified; });
+  std::cout << (options.json ? document.dump(1) + "\n"
+                             : table_text(document) + "verified " + std::to_string(right) + " of " +
+                                   std::to_string(rows.size()) + " rows\n");
+  return !rows.empty() && all_verified(document) ? kOk : kFailed;
+}
+
+}  // namespace
+
+}  // namespace expertd::bench
+
+int main(int argc, char** argv) {
+  using namespace expertd::bench;
+  int exit_code = 0;
+  const std::optional<TableOptions> options = parse_table_options(argc, argv, &exit_code);
+  if (!options.has_value()) {
+    return exit_code;
+  }
+  if (options->list) {
+    for (const TableCase& it : table_cases(options->selection)) {
+      std::cout << it.name() << "\n";
+    }
+    return kOk;
+  }
+  try {
+    set_environment();
+    return run(*options);
+  } catch (const std::exception& error) {
+    std::cerr << "op_table: " << error.what() << "\n";
+    return kUnavailable;
+  }
+}

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/bench/table/rank_case.h"
+
+#include <time.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "client/ctl/bench_numerics.h"
+#include "tests/bench/bench_daemon.h"
+#include "tests/bench/bench_figures.h"
+#include "tests/bench/cuda_check.h"
+
+namespace expertd::bench {
+
+namespace {
+
+/// The operation's iterations between two turns of the others, and theirs in a turn.
+constexpr uint32_t kBlock = 20;
+constexpr uint32_t kTurn = 5;
+/// Operations behind one gate where their time back to back is asked for, fewer than a ring has slots.
+constexpr uint32_t kQueued = 16;
+/// The daemon has as many more to enqueue.
+constexpr uint32_t kQueuedArm = kQueued / 2;
+constexpr std::chrono::milliseconds kLoadAlone{60};
+
+/// User and system time of a process.
+double cpu_ns_of(pid_t pid) {
+  clockid_t clock{};
+  timespec time{};
+  if (clock_getcpuclockid(pid, &clock) != 0 || clock_gettime(clock, &time) != 0) {
+    throw std::runtime_error("the CPU time of the daemon cannot be read; has it ended?");
+  }
+  return static_cast<double>(time.tv_sec) * 1e9 + static_cast<double>(time.tv_nsec);
+}
+
+/// A load that runs for a scope.
+class Loaded {
+ public:
+  explicit Loaded(GemmLoad* load) : load_(load) {
+    if (load_ != nullptr) {
+      load_->start();
+      load_->set_phase(LoadPhase::kAlone);
+      idle_for(kLoadAlone);
+      load_->set_phase(LoadPhase::kOther);
+    }
+  }
+  ~Loaded() {
+    try {
+      stop();
+    } catch (const std::exception&) {
+      // Another failure is on its way and was there first.
+    }
+  }
+  Loaded(const Loaded&) = delete;
+  Loaded& operator=(const Loaded&) = delete;
+
+  void set_phase(LoadPhase phase) {
+    if (load_ != nullptr) {
+      load_->set_phase(phase);
+    }
+  }
+  void stop() {
+    if (GemmLoad* const load = std::exchange(load_, nullptr); load != nullptr) {
+      load->stop();
+    }
+  }
+
+ private:
+  GemmLoad* load_;
+};
+
+uint32_t row_bytes_of(const TableCase& it, bool quantised) {
+  const uint32_t hidden = it.shape.hidden;
+  constexpr uint32_t kScaleBytes = 4;
+  return quantised ? hidden + hidden / ctl::kScaleChannels * kScaleBytes : hidden * 2;
+}
+
+/// What the all-to-all does for a case, one behind the other; empty: there is no such comparison.
+std::vector<ExchangePlan> plans_of(const TableCase& it, const ctl::BenchRouting& routing, uint32_t rank) {
+  const bool dispatches = it.operation == "dispatch" || it.operation == "pair";
+  const bool combines = it.operation == "combine" || it.operation == "pair";
+  std::vector<ExchangePlan> plans;
+  if (dispatches) {
+    const uint32_t bytes = row_bytes_of(it, it.dtype == "fp8");
+    plans.push_back(it.low_latency ? plan_expert_dispatch(routing, rank, bytes) : plan_dispatch(routing, rank, bytes));
+  }
+  if (combines) {
+    const uint32_t bytes = row_bytes_of(it, false);
+    plans.push_back(it.low_latency ? plan_expert_combine(routing, rank, bytes) : plan_combine(routing, rank, bytes));
+  }
+  return plans;
+}
+
+}  // namespace
+
+RankCase::RankCase(RankGroup* group, ctl::BenchRank* rank, const TableCase& it) : group_(group), rank_(rank), it_(it) {
+  const ctl::BenchRowSpec spec = row_spec(it_);
+  operation_ = spec.make({group_->bench, it_.shape, rank_, it_.name()});
+  operation_->prepare(inputs_);
+  warm_up();
+  agree_on_link_bytes();
+  add_floors();
+  add_nccl();
+  add_queue();
+}
+
+/// Also what launches anything for the first time, which a parked stream would stop for ever.
+void RankCase::warm_up() {
+  for (uint32_t i = 0; i < group_->options.warmup; ++i) {
+    group_->meeting->meet();
+    expertd_event_t event{};
+    operation_->issue(&event);
+    rank_->wait(event, it_.name());
+    operation_->finish();
+  }
+  check_cuda(cudaStreamSynchronize(tools().timer->stream()), "warming up");
+}
+
+void RankCase::agree_on_link_bytes() {
+  group_->link_bytes[rank_->index()] = operation_->bytes().remote;
+  group_->meeting->meet();
+}
+
+void RankCase::add_floors() {
+  const uint64_t most = *std::max_element(group_->link_bytes.begin(), group_->link_bytes.end());
+  group_->meeting->meet();
+  if (it_.shape.ranks < 2 || most == 0) {
+    return;
+  }
+  const int next = group_->tools[(rank_->index() + 1) % it_.shape.ranks]->device;
+  link_ = std::make_unique<LinkCopy>(tools().device, next, most);
+  cudaStream_t const stream = tools().timer->stream();
+  const uint32_t blocks = tools().multiprocessors;
+  contenders_.push_back({&RankFigures::floor_copy_engine_us, [=, this] { link_->enqueue_copy_engine(stream); }, {}});
+  contenders_.push_back({&RankFigures::floor_sm_us, [=, this] { link_->enqueue_kernel(stream, blocks); }, {}});
+  for (const Contender& contender : contenders_) {
+    link_->prepare(group_->options.seed + rank_->index());
+    group_->meeting->meet();
+    contender.enqueue();
+    check_cuda(cudaStreamSynchronize(stream), "a copy over the link");
+    if (link_->wrong_words(group_->options.seed + rank_->index()) != 0) {
+      throw std::runtime_error("a copy over the link has wrong words");
+    }
+    group_->meeting->meet();
+  }
+}
+
+void RankCase::add_nccl() {
+  const ctl::BenchRouting routing(it_.shape, ctl::BenchInput(group_->bench.seed, inputs_));
+  if (group_->nccl == nullptr || it_.shape.ranks < 2) {
+    return;
+  }
+  for (ExchangePlan& plan : plans_of(it_, routing, rank_->index())) {
+    exchanges_.push_back(std::make_unique<Exchange>(*group_->nccl, rank_->index(), std::move(plan)));
+  }
+  cudaStream_t const stream = tools().timer->stream();
+  for (const auto& exchange : exchanges_) {
+    exchange->prepare();
+    group_->meeting->meet();
+    exchange->enqueue(stream);
+    check_cuda(cudaStreamSynchronize(stream), "the comparison with NCCL");
+    if (const uint64_t wrong = exchange->wrong_rows(); wrong != 0) {
+      throw std::runtime_error("the comparison with NCCL has " + std::to_string(wrong) + " wrong rows");
+    }
+  }
+  if (!exchanges_.empty()) {
+    contenders_.push_back({&RankFigures::nccl_us,
+                           [=, this] {
+                             for (const auto& exchange : exchanges_) {
+                               exchange->enqueue(stream);
+                             }
+                           },
+                           {}});
+  }
+}
+
+void RankCase::add_queue() {
+  if (it_.operation != "empty") {
+    return;
+  }
+  queued_.resize(kQueued);
+  contenders_.push_back({&RankFigures::queued_us,
+                         [this] {
+                           for (expertd_event_t& event : queued_) {
+                             operation_->issue(&event);
+                           }
+                         },
+                         [this] {
+                           for (const expertd_event_t& event : queued_) {
+                             rank_->wait(event, it_.name());
+                           }
+                         },
+                         static_cast<double>(kQueued)});
+}
+
+void RankCase::measure(bool busy, RankFigures* figures) {
+  group_->meeting->meet();
+  Loaded load(busy ? tools().load.get() : nullptr);
+  iterate(busy, figures);
+  load.stop();
+  figures->client_slowdown = busy ? tools().load->slowdown() : 0;
+  figures->bytes = operation_->bytes();
+}
+
+void RankCase::iterate(bool busy, RankFigures* figures) {
+  const uint32_t last = group_->options.iterations - 1;
+  const auto phase = [&](LoadPhase to) {
+    if (busy) {
+      tools().load->set_phase(to);
+    }
+  };
+  for (uint32_t i = 0; i <= last; ++i) {
+    if (i == last) {
+      phase(LoadPhase::kOther);
+      // The first inputs or the last ones, whichever are not in place: the operation has room for these.
+      inputs_ = inputs_ == 0 ? last : 0;
+      operation_->prepare(inputs_);
+    }
+    const bool verified = i == 0 || i == last;
+    phase(verified ? LoadPhase::kOther : LoadPhase::kOperations);
+    time_operation(figures, verified);
+    if ((i + 1) % kBlock == 0 || i == last) {
+      phase(LoadPhase::kOther);
+      time_contenders(figures);
+    }
+  }
+}
+
+void RankCase::time_operation(RankFigures* figures, bool verified) {
+  if (verified) {
+    operation_->poison();
+  }
+  const double cpu_ns = leads() ? cpu_ns_of(group_->daemon) : 0;
+  const uint64_t begin_ns = now_ns();
+  expertd_event_t event{};
+  figures->times_us.push_back(tools().timer->time_us(group_->options.arm, [&] { operation_->issue(&event); }));
+  const expertd_op_result_t result = rank_->wait(event, it_.name());
+  if (leads() && !verified) {
+    figures->daemon_cpu_ns += cpu_ns_of(group_->daemon) - cpu_ns;
+    figures->wall_ns += static_cast<double>(now_ns() - begin_ns);
+  }
+  if (verified) {
+    operation_->verify(result);
+  }
+  operation_->finish();
+}
+
+void RankCase::time_contenders(RankFigures* figures) {
+  for (uint32_t turn = 0; turn < kTurn; ++turn) {
+    for (const Contender& it : contenders_) {
+      const auto arm = it.per_timing > 1 ? group_->options.arm * kQueuedArm : group_->options.arm;
+      (figures->*it.times).push_back(tools().timer->time_us(arm, it.enqueue) / it.per_timing);
+      if (it.after) {
+        it.after();
+      }
+    }
+  }
+}
+
+}  // namespace expertd::bench

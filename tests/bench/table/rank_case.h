@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// One rank's measurement of one case: the operation and what it is compared with, in turns. Made and used on the rank's
+// thread; all ranks do the same together. Failures are thrown.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "client/ctl/bench_operation.h"
+#include "client/ctl/bench_rendezvous.h"
+#include "tests/bench/link_copy.h"
+#include "tests/bench/table/exchange.h"
+#include "tests/bench/table/gemm_load.h"
+#include "tests/bench/table/stream_timer.h"
+#include "tests/bench/table/table_options.h"
+#include "tests/bench/table/table_row.h"
+
+namespace expertd::bench {
+
+/// What stays open on a GPU from case to case. Used by one rank's thread at a time.
+struct RankTools {
+  int device = 0;
+  uint32_t multiprocessors = 0;
+  std::unique_ptr<StreamTimer> timer;
+  std::unique_ptr<GemmLoad> load;  // null: no client is busy
+};
+
+/// What the ranks of a group share. Written before their threads start, apart from `link_bytes`, which each rank writes
+/// for itself between two meetings.
+struct RankGroup {
+  const TableOptions& options;
+  const ctl::BenchOptions& bench;
+  ctl::BenchRendezvous* meeting;
+  const Nccl* nccl;  // null: not there
+  pid_t daemon;
+  std::vector<uint64_t> link_bytes;
+  const std::vector<std::unique_ptr<RankTools>>& tools;
+};
+
+/// What a rank found of a case with one kind of client.
+struct RankFigures {
+  Times times_us, floor_copy_engine_us, floor_sm_us, nccl_us, queued_us;
+  ctl::BenchBytes bytes;
+  double client_slowdown = 0;
+  double daemon_cpu_ns = 0;  // of the leading rank alone
+  double wall_ns = 0;
+};
+
+class RankCase {
+ public:
+  /// Makes the operation and everything it is compared with, and runs each once.
+  RankCase(RankGroup* group, ctl::BenchRank* rank, const TableCase& it);
+  RankCase(const RankCase&) = delete;
+  RankCase& operator=(const RankCase&) = delete;
+
+  void measure(bool busy, RankFigures* figures);
+
+ private:
+  /// Something timed besides the operation.
+  struct Contender {
+    Times RankFigures::*times;
+    std::function<void()> enqueue;
+    std::function<void()> after;  // may be empty
+    double per_timing = 1;        // of it in one timing
+  };
+
+  RankTools& tools() const { return *group_->tools[rank_->index()]; }
+  bool leads() const { return rank_->index() == 0; }
+  void warm_up();
+  void agree_on_link_bytes();
+  void add_floors();
+  void add_nccl();
+  void add_queue();
+  void iterate(bool busy, RankFigures* figures);
+  void time_operation(RankFigures* figures, bool verified);
+  void time_contenders(RankFigures* figures);
+
+  RankGroup* const group_;
+  ctl::BenchRank* const rank_;
+  const TableCase it_;
+  std::unique_ptr<ctl::BenchOperation> operation_;
+  uint32_t inputs_ = 0;  // iteration whose inputs are in place
+  std::unique_ptr<LinkCopy> link_;
+  std::vector<std::unique_ptr<Exchange>> exchanges_;
+  std::vector<expertd_event_t> queued_;
+  std::vector<Contender> contenders_;
+};
+
+}  // namespace expertd::bench

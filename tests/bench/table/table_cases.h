@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which operations in which shapes the table has, and in which order they run. Pure values, any thread.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "client/ctl/bench_operation.h"
+
+namespace expertd::bench {
+
+/// What the table is asked for, besides how it runs.
+struct TableSelection {
+  uint32_t ranks = 2;
+  uint32_t experts = 256;
+  bool quick = false;                     // the main shape only
+  std::vector<std::string> operations{};  // empty: all
+  std::vector<uint32_t> tokens{};         // empty: all
+};
+
+/// An operation in a shape. Everything about it that the client sees.
+struct TableCase {
+  std::string operation;  // dispatch, combine, layout, empty or pair
+  std::string dtype;      // fp8 or bf16; empty: the operation has none
+  bool low_latency = false;
+  ctl::BenchShape shape;
+
+  /// "ht" or "ll".
+  const char* mode() const { return low_latency ? "ll" : "ht"; }
+  /// "dispatch ht fp8, 4096 tokens, hidden 7168, top 8".
+  std::string name() const;
+  /// Whether both run in one group.
+  bool shares_group(const TableCase& other) const;
+};
+
+/// The operations that a table can have.
+const std::vector<std::string>& table_operations();
+/// The main shape first, and groups behind one another.
+std::vector<TableCase> table_cases(const TableSelection& selection);
+/// What makes the operation of a case.
+ctl::BenchRowSpec row_spec(const TableCase& it);
+
+}  // namespace expertd::bench

@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/bench/table/table_row.h"
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <utility>
+
+#include "client/ctl/format.h"
+#include "tests/bench/bench_figures.h"
+
+namespace expertd::bench {
+
+namespace {
+
+using nlohmann::json;
+
+constexpr double kMedian = 0.5;
+constexpr double kTail = 0.99;
+constexpr double kBytesPerUsOfGb = 1e3;  // GB/s are thousands of bytes per microsecond
+
+/// What makes two rows figures of the same case.
+const std::vector<const char*>& identity() {
+  static const std::vector<const char*> keys = {"operation", "half",  "captured", "mode", "dtype", "tokens", "hidden",
+                                                "top_k",     "ranks", "executor", "sms",  "mps",   "client"};
+  return keys;
+}
+
+bool same_case(const json& left, const json& right) {
+  return std::all_of(identity().begin(), identity().end(),
+                     [&](const char* key) { return left.value(key, json()) == right.value(key, json()); });
+}
+
+json number(double value) {
+  return value == 0 ? json() : json(std::round(value * 100) / 100);
+}
+
+std::string cell(const json& row, const char* key, int digits) {
+  const json value = row.value(key, json());
+  return value.is_number() ? fixed(value.get<double>(), digits) : "-";
+}
+
+std::string form_of(const json& row) {
+  std::string text = row.value("operation", "") + " " + row.value("mode", "");
+  const json dtype = row.value("dtype", json());
+  text += dtype.is_string() ? " " + dtype.get<std::string>() : "";
+  text += row.value("captured", false) ? " captured" : "";
+  return row.value("half", "both") == "both" ? text : text + " " + row.value("half", "");
+}
+
+}  // namespace
+
+double quantile_of(Times times, double quantile) {
+  if (times.empty()) {
+    return 0;
+  }
+  std::sort(times.begin(), times.end());
+  const auto rank = static_cast<size_t>(std::ceil(quantile * static_cast<double>(times.size())));
+  return times[std::clamp<size_t>(rank, 1, times.size()) - 1];
+}
+
+Times slowest_of(const std::vector<Times>& ranks) {
+  if (ranks.empty()) {
+    return {};
+  }
+  Times slowest = ranks.front();
+  for (const Times& rank : ranks) {
+    slowest.resize(std::min(slowest.size(), rank.size()));
+    for (size_t i = 0; i < slowest.size(); ++i) {
+      slowest[i] = std::max(slowest[i], rank[i]);
+    }
+  }
+  return slowest;
+}
+
+double TableRow::floor_us() const {
+  const double engine = quantile_of(floor_copy_engine_us, kMedian);
+  const double kernel = quantile_of(floor_sm_us, kMedian);
+  return engine == 0 || kernel == 0 ? std::max(engine, kernel) : std::min(engine, kernel);
+}
+
+json row_json(const TableRow& row) {
+  const double p50 = quantile_of(row.times_us, kMedian);
+  const auto rate = [&](double bytes) { return p50 == 0 ? json() : number(bytes / p50 / kBytesPerUsOfGb); };
+  json document = {
+      {"operation", row.it.operation},
+      {"half", row.half},
+      {"captured", row.captured},
+      {"mode", row.it.mode()},
+      {"dtype", row.it.dtype.empty() ? json() : json(row.it.dtype)},
+      {"tokens", row.it.shape.tokens},
+      {"hidden", row.it.shape.hidden},
+      {"top_k", row.it.shape.top_k},
+      {"experts", row.it.shape.experts},
+      {"ranks", row.it.shape.ranks},
+      {"executor", row.executor},
+      {"sms", row.multiprocessors},
+      {"mps", row.mps},
+      {"client", row.busy ? "busy" : "idle"},
+      {"p50_us", number(p50)},
+      {"p99_us", number(quantile_of(row.times_us, kTail))},
+      {"link_gbps", rate(row.link_bytes)},
+      {"logical_gbps", rate(row.logical_bytes)},
+      {"link_bytes", row.link_bytes},
+      {"floor_us", number(row.floor_us())},
+      {"floor_copy_engine_us", number(quantile_of(row.floor_copy_engine_us, kMedian))},
+      {"floor_sm_us", number(quantile_of(row.floor_sm_us, kMedian))},
+      {"ratio", row.floor_us() == 0 ? json() : number(p50 / row.floor_us())},
+      {"nccl_us", number(quantile_of(row.nccl_us, kMedian))},
+      {"nccl_p99_us", number(quantile_of(row.nccl_us, kTail))},
+      {"queued_us", number(row.queued_us)},
+      {"client_slowdown", number(row.client_slowdown)},
+      {"daemon_cpu_percent", number(row.daemon_cpu_percent)},
+      {"iterations", row.times_us.size()},
+      {"device", row.device},
+      {"verified", row.verified},
+  };
+  if (!row.error.empty()) {
+    document["error"] = row.error;
+  }
+  return document;
+}
+
+json merged(json base, const json& more) {
+  for (const json* document : {&std::as_const(base), &more}) {
+    if (!document->is_object() || !document->contains("rows") || !(*document)["rows"].is_array()) {
+      throw std::runtime_error("not a document of this program: it has no array of rows");
+    }
+  }
+  json& rows = base["rows"];
+  for (const json& row : more["rows"]) {
+    const auto found = std::find_if(rows.begin(), rows.end(), [&](const json& old) { return same_case(old, row); });
+    if (found == rows.end()) {
+      rows.push_back(row);
+    } else {
+      *found = row;
+    }
+  }
+  if (base.value("mps", json()) != more.value("mps", json())) {
+    base["mps"] = "both";
+  }
+  return base;
+}
+
+std::string table_text(const json& document) {
+  using ctl::Align;
+  ctl::Table table({{"OPERATION"},
+                    {"TOKENS", Align::kRight},
+                    {"HIDDEN", Align::kRight},
+                    {"TOP", Align::kRight},
+                    {"MPS"},
+                    {"CLIENT"},
+                    {"P50 µs", Align::kRight},
+                    {"P99 µs", Align::kRight},
+                    {"LINK GB/s", Align::kRight},
+                    {"FLOOR µs", Align::kRight},
+                    {"RATIO", Align::kRight},
+                    {"NCCL µs", Align::kRight},
+                    {"QUEUED µs", Align::kRight},
+                    {"CLIENT x", Align::kRight},
+                    {"CPU %", Align::kRight},
+                    {"VERIFIED"}});
+  for (const json& row : document.at("rows")) {
+    table.add({form_of(row), cell(row, "tokens", 0), cell(row, "hidden", 0), cell(row, "top_k", 0),
+               row.value("mps", false) ? "yes" : "no", row.value("client", ""), cell(row, "p50_us", 1),
+               cell(row, "p99_us", 1), cell(row, "link_gbps", 0), cell(row, "floor_us", 1), cell(row, "ratio", 2),
+               cell(row, "nccl_us", 1), cell(row, "queued_us", 1), cell(row, "client_slowdown", 2),
+               cell(row, "daemon_cpu_percent", 0), row.value("verified", false) ? "yes" : "NO"});
+  }
+  std::string text = table.text();
+  for (const json& row : document.at("rows")) {
+    if (row.contains("error")) {
+      text += form_of(row) + ", " + cell(row, "tokens", 0) + " tokens, " + row.value("client", "") + ": " +
+              row.value("error", "") + "\n";
+    }
+  }
+  return text;
+}
+
+bool all_verified(const json& document) {
+  const json& rows = document.at("rows");
+  return std::all_of(rows.begin(), rows.end(), [](const json& row) { return row.value("verified", false); });
+}
+
+}  // namespace expertd::bench

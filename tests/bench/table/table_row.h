@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// A row of the performance table, the document of all rows, and both as text. Pure functions and values, any thread.
+#pragma once
+
+#include <cstdint>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <vector>
+
+#include "tests/bench/table/table_cases.h"
+
+namespace expertd::bench {
+
+/// Times of the slowest rank, one per iteration, in microseconds.
+using Times = std::vector<double>;
+
+/// Nearest rank; 0 when there are no times.
+double quantile_of(Times times, double quantile);
+/// Of each iteration the slowest rank; iterations that a rank lacks are left out.
+Times slowest_of(const std::vector<Times>& ranks);
+
+struct TableRow {
+  TableCase it;
+  std::string half = "both";
+  bool captured = false;
+  std::string executor = "sm";
+  uint32_t multiprocessors = 0;  // that the daemon may use to move rows
+  bool mps = false;
+  bool busy = false;
+  Times times_us;
+  Times floor_copy_engine_us, floor_sm_us, nccl_us;  // empty: not measured
+  double logical_bytes = 0;                          // per rank, mean of the ranks
+  double link_bytes = 0;
+  double queued_us = 0;        // per operation back to back; 0: not measured
+  double client_slowdown = 0;  // of a busy client's own work; 0: not measured
+  double daemon_cpu_percent = 0;
+  std::string device;
+  bool verified = false;
+  std::string error;  // empty: none
+
+  /// p50 of the faster of both copies; 0: not measured.
+  double floor_us() const;
+};
+
+nlohmann::json row_json(const TableRow& row);
+/// What both documents say of one case is taken from `more`; the rest of the head stays that of `base`, and `mps` turns
+/// into "both" where they differ. A document without an array of rows is refused with std::runtime_error.
+nlohmann::json merged(nlohmann::json base, const nlohmann::json& more);
+/// The rows of a document, a line each.
+std::string table_text(const nlohmann::json& document);
+/// Every row was right.
+bool all_verified(const nlohmann::json& document);
+
+}  // namespace expertd::bench

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the cases: one thread per rank, each with a session of its own, all in one group per shape. A case that fails is
+// a row that says so, and what comes behind it begins with new sessions. Main thread.
+#pragma once
+
+#include <sys/types.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "tests/bench/table/rank_case.h"
+
+namespace expertd::bench {
+
+class TableRunner {
+ public:
+  /// `gpus` are ordinals of this process, one rank each. Throws when a GPU cannot be used.
+  TableRunner(const TableOptions& options, std::vector<int> gpus, std::string attach_socket, pid_t daemon);
+
+  /// Two rows for a case where both kinds of client are asked for. Progress goes to stderr.
+  std::vector<TableRow> run(const std::vector<TableCase>& cases);
+
+  /// The daemon runs under MPS, as the last session was told.
+  bool mps() const { return mps_; }
+  const std::string& device_name() const { return device_name_; }
+  /// "cuBLAS" or "kernel"; "none" when no client is busy.
+  std::string load_kind() const;
+  /// Version, or why it is not there.
+  const std::string& nccl() const { return nccl_text_; }
+
+ private:
+  class Batch;
+  using Clock = std::chrono::steady_clock;
+
+  void open_tools();
+  void open_nccl();
+  std::vector<bool> clients() const;
+  TableRow new_row(const TableCase& it, bool busy) const;
+
+  const TableOptions& options_;
+  const std::vector<int> gpus_;
+  const std::string attach_socket_;
+  const pid_t daemon_;
+  const Clock::time_point end_;
+  std::string device_name_;
+  std::string nccl_text_;
+  bool mps_ = false;
+  std::unique_ptr<Gate> gate_;
+  std::vector<std::unique_ptr<RankTools>> tools_;
+  std::unique_ptr<Nccl> nccl_;
+};
+
+}  // namespace expertd::bench

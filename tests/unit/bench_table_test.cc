@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+// What of the performance table needs no GPU: statistics, the JSON and its merging, the cases, and the plans of the
+// comparison with an all-to-all, which are played through on numbers in place of rows.
+#include <gtest/gtest.h>
+
+#include <map>
+#include <nlohmann/json.hpp>
+
+#include "tests/bench/table/exchange_plan.h"
+#include "tests/bench/table/table_cases.h"
+#include "tests/bench/table/table_row.h"
+
+namespace expertd::bench {
+namespace {
+
+using ctl::BenchInput;
+using ctl::BenchRouting;
+using ctl::BenchRow;
+using ctl::BenchShape;
+using nlohmann::json;
+
+TableRow row_of(const std::string& operation, uint32_t tokens, bool mps) {
+  TableRow row;
+  row.it = {operation, "fp8", false, {2, 256, 7168, 8, tokens}};
+  row.mps = mps;
+  row.times_us = {30, 10, 20, 40};
+  row.floor_copy_engine_us = {9, 8};
+  row.floor_sm_us = {12, 12};
+  row.link_bytes = 20e3;
+  row.verified = true;
+  return row;
+}
+
+json document_of(const std::vector<TableRow>& rows, bool mps) {
+  json list = json::array();
+  for (const TableRow& row : rows) {
+    list.push_back(row_json(row));
+  }
+  return {{"mps", mps}, {"commit", mps ? "b" : "a"}, {"rows", list}};
+}
+
+TEST(TableStatistics, QuantilesAreOfTheNearestRank) {
+  EXPECT_EQ(quantile_of({}, 0.5), 0);
+  EXPECT_EQ(quantile_of({7}, 0.99), 7);
+  EXPECT_EQ(quantile_of({40, 10, 30, 20}, 0.5), 20);
+  EXPECT_EQ(quantile_of({40, 10, 30, 20}, 0.99), 40);
+}
+
+TEST(TableStatistics, TheSlowestRankCountsInEachIteration) {
+  EXPECT_EQ(slowest_of({{1, 5, 3}, {2, 4}}), (Times{2, 5}));
+  EXPECT_EQ(slowest_of({}), Times{});
+}
+
+TEST(TableRowJson, HasTheFiguresAndTheFasterCopyAsFloor) {
+  const json row = row_json(row_of("dispatch", 4096, false));
+  EXPECT_EQ(row.at("operation"), "dispatch");
+  EXPECT_EQ(row.at("half"), "both");
+  EXPECT_EQ(row.at("captured"), false);
+  EXPECT_EQ(row.at("mode"), "ht");
+  EXPECT_EQ(row.at("dtype"), "fp8");
+  EXPECT_EQ(row.at("client"), "idle");
+  EXPECT_EQ(row.at("p50_us"), 20);
+  EXPECT_EQ(row.at("p99_us"), 40);
+  EXPECT_EQ(row.at("floor_us"), 8);
+  EXPECT_EQ(row.at("floor_sm_us"), 12);
+  EXPECT_EQ(row.at("ratio"), 2.5);
+  EXPECT_EQ(row.at("link_gbps"), 1);
+  EXPECT_TRUE(row.at("nccl_us").is_null());
+  EXPECT_EQ(row.at("verified"), true);
+  EXPECT_FALSE(row.contains("error"));
+}
+
+TEST(TableRowJson, SaysWhatFailedAndHasNoTimesThen) {
+  TableRow failed = row_of("dispatch", 4096, false);
+  failed.times_us.clear();
+  failed.verified = false;
+  failed.error = "wrong output";
+  const json row = row_json(failed);
+  EXPECT_TRUE(row.at("p50_us").is_null());
+  EXPECT_EQ(row.at("verified"), false);
+  EXPECT_EQ(row.at("error"), "wrong output");
+  EXPECT_FALSE(all_verified(document_of({row_of("combine", 1, false), failed}, false)));
+  EXPECT_NE(table_text(document_of({failed}, false)).find("wrong output"), std::string::npos);
+}
+
+TEST(TableMerge, AddsRowsOfTheOtherStateAndReplacesThoseOfTheSame) {
+  const json base = document_of({row_of("dispatch", 4096, false), row_of("dispatch", 512, false)}, false);
+  TableRow again = row_of("dispatch", 512, false);
+  again.times_us = {99};
+  const json both = merged(base, document_of({row_of("dispatch", 4096, true), again}, true));
+  ASSERT_EQ(both.at("rows").size(), 3u);
+  EXPECT_EQ(both.at("rows")[1].at("p50_us"), 99);
+  EXPECT_EQ(both.at("rows")[2].at("mps"), true);
+  EXPECT_EQ(both.at("mps"), "both");
+  EXPECT_EQ(both.at("commit"), "a");
+  EXPECT_EQ(merged(both, document_of({row_of("dispatch", 512, true)}, true)).at("mps"), "both");
+}
+
+TEST(TableMerge, RefusesWhatIsNoTable) {
+  EXPECT_THROW(merged(json::array(), document_of({}, false)), std::runtime_error);
+  EXPECT_THROW(merged({{"rows", 3}}, document_of({}, false)), std::runtime_error);
+}
+
+TEST(TableCases, EveryCaseHasAnOperationAndGroupsLieTogether) {
+  std::vector<TableCase> seen;
+  const std::vector<TableCase> cases = table_cases({});
+  for (size_t i = 0; i < cases.size(); ++i) {
+    EXPECT_TRUE(row_spec(cases[i]).make) << cases[i].name();
+    for (size_t j = 0; j + 1 < i; ++j) {
+      EXPECT_TRUE(!cases[j].shares_group(cases[i]) || cases[i - 1].shares_group(cases[i])) << cases[i].name();
+    }
+  }
+  EXPECT_LT(table_cases({.quick = true}).size(), cases.size());
+}
+
+TEST(TableCases, SelectsByOperationAndTokens) {
+  const auto cases = table_cases({.operations = {"combine"}, .tokens = {512, 4096}});
+  ASSERT_FALSE(cases.empty());
+  for (const TableCase& it : cases) {
+    EXPECT_EQ(it.operation, "combine");
+    EXPECT_TRUE(it.shape.tokens == 512 || it.shape.tokens == 4096);
+  }
+}
+
+/// A row stands for itself by its rank and its place in that rank's input.
+using Key = std::pair<uint32_t, uint32_t>;
+
+class ExchangePlanTest : public ::testing::Test {
+ protected:
+  using Make = ExchangePlan (*)(const BenchRouting&, uint32_t, uint32_t);
+
+  /// What every rank's exchange tensor holds when rows were packed and sent.
+  std::vector<std::vector<Key>> play(Make make) {
+    plans_.clear();
+    std::vector<std::vector<Key>> held;
+    for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
+      plans_.push_back(make(routing_, rank, 32));
+      held.emplace_back(plans_[rank].exchange_rows, Key{99, 99});
+      for (const RowCopy& copy : plans_[rank].pack) {
+        held[rank][copy.to] = {rank, copy.from};
+      }
+    }
+    for (uint32_t to = 0; to < shape_.ranks; ++to) {
+      for (uint32_t from = 0; from < shape_.ranks; ++from) {
+        const RowRange& send = plans_[from].send[to];
+        const RowRange& receive = plans_[to].receive[from];
+        EXPECT_EQ(send.count, receive.count);
+        for (uint32_t i = 0; i < send.count; ++i) {
+          held[to][receive.first + i] = held[from][send.first + i];
+        }
+      }
+    }
+    return held;
+  }
+
+  void expect_origins(const std::vector<std::vector<Key>>& held) const {
+    for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
+      const ExchangePlan& plan = plans_[rank];
+      for (size_t i = 0; i < plan.terms.size(); ++i) {
+        if (plan.terms[i] >= 0) {
+          EXPECT_EQ(held[rank][static_cast<size_t>(plan.terms[i])], Key(plan.origins[i].from, plan.origins[i].to));
+        }
+      }
+    }
+  }
+
+  const BenchShape shape_{3, 12, 128, 4, 20};
+  const BenchRouting routing_{shape_, BenchInput(7, 0)};
+  std::vector<ExchangePlan> plans_;
+};
+
+TEST_F(ExchangePlanTest, DispatchArrivesInTheOrderOfItsOutput) {
+  const auto held = play(plan_dispatch);
+  for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
+    const std::vector<BenchRow> rows = routing_.plain_rows(rank);
+    ASSERT_EQ(plans_[rank].output_rows, rows.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const Key wanted(static_cast<uint32_t>(rows[i].source), static_cast<uint32_t>(rows[i].token));
+      EXPECT_EQ(held[rank][plans_[rank].receive.front().first + i], wanted);
+      EXPECT_EQ(Key(plans_[rank].origins[i].from, plans_[rank].origins[i].to), wanted);
+    }
+  }
+}
+
+TEST_F(ExchangePlanTest, ExpertDispatchGivesEachExpertItsTokens) {
+  const auto held = play(plan_expert_dispatch);
+  for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
+    const std::vector<BenchRow> rows = routing_.expanded_rows(rank, 1);
+    ASSERT_EQ(plans_[rank].unpack.size(), rows.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      EXPECT_EQ(plans_[rank].unpack[i].to, i);
+      EXPECT_EQ(held[rank][plans_[rank].unpack[i].from],
+                Key(static_cast<uint32_t>(rows[i].source), static_cast<uint32_t>(rows[i].token)));
+    }
+  }
+}
+
+TEST_F(ExchangePlanTest, CombineAddsEachTokensRowOfEachRank) {
+  expect_origins(play(plan_combine));
+  for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
+    for (uint32_t token = 0; token < shape_.tokens; ++token) {
+      for (uint32_t peer = 0; peer < shape_.ranks; ++peer) {
+        const size_t at = token * shape_.ranks + peer;
+        ASSERT_EQ(plans_[rank].terms[at] >= 0, routing_.delivered(rank, token, peer));
+        if (plans_[rank].terms[at] >= 0) {
+          const BenchRow row = routing_.plain_rows(peer)[plans_[rank].origins[at].to];
+          EXPECT_EQ(Key(static_cast<uint32_t>(row.source), static_cast<uint32_t>(row.token)), Key(rank, token));
+        }
+      }
+    }
+  }
+}
+
+TEST_F(ExchangePlanTest, ExpertCombineAddsEachTokensRowOfEachLane) {
+  expect_origins(play(plan_expert_combine));
+  for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
+    for (uint32_t token = 0; token < shape_.tokens; ++token) {
+      for (uint32_t lane = 0; lane < shape_.top_k; ++lane) {
+        const size_t at = token * shape_.top_k + lane;
+        ASSERT_EQ(plans_[rank].terms[at] >= 0, routing_.expert(rank, token, lane) >= 0);
+        if (plans_[rank].terms[at] >= 0) {
+          const RowCopy& origin = plans_[rank].origins[at];
+          EXPECT_EQ(routing_.expanded_rows(origin.from, 1)[origin.to].expert, routing_.expert(rank, token, lane));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace expertd::bench
