@@ -26,10 +26,27 @@ __device__ __forceinline__ bool block_is_gated(const PartParams& p) {
   return __syncthreads_or(gated) != 0;
 }
 
-/// The first kernel of a part says when it started; `facts` was zeroed by the host.
+/// The first kernel of a part says when it started. In memory of the device, because a fence behind it would wait for a
+/// store to the host.
 __device__ __forceinline__ void mark_start(const PartParams& p) {
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    st_relaxed_sys(&p.words.facts->start_ns, global_timer_ns());
+    p.words.state->start_ns = global_timer_ns();
+    p.words.state->started_part = p.words.part;
+  }
+}
+
+/// Tells the host when the part started; `facts` was zeroed by it. One thread, ordered behind mark_start().
+__device__ __forceinline__ void publish_start(const PartParams& p) {
+  if (p.words.state->started_part == p.words.part) {
+    st_relaxed_sys(&p.words.facts->start_ns, p.words.state->start_ns);
+  }
+}
+
+/// Both, at the beginning of a chain of several kernels.
+__device__ __forceinline__ void tell_start(const PartParams& p) {
+  mark_start(p);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    publish_start(p);
   }
 }
 

@@ -31,9 +31,12 @@ __global__ __launch_bounds__(kSignalThreads) void signal(const __grid_constant__
     return;
   }
   if (step == SignalStep::kRouted && first_kernel_is_signal(p)) {
-    mark_start(p);
+    tell_start(p);
   }
   announce(p, step);
+  if (threadIdx.x == 0) {
+    store_progress(p, step);
+  }
 }
 
 // meet. Grid: one warp, the whole of a barrier: announces, waits for the others' routed flags for a bounded time, and
@@ -42,9 +45,11 @@ __global__ __launch_bounds__(kSignalThreads) void meet(const __grid_constant__ P
   if (p.null_operation != 0) {
     return;
   }
-  open_part(p);
-  if (passes(p, SignalStep::kRouted, SignalStep::kMoved)) {
-    finish_part(p, {threadIdx.x, kSignalThreads});
+  const bool gated = block_is_gated(p);
+  open_part(p, gated);
+  const Passage passage = passes(p, SignalStep::kRouted, SignalStep::kMoved);
+  if (passage != Passage::kNot) {
+    finish_part(p, !gated && passage == Passage::kRegular, false);
   }
 }
 

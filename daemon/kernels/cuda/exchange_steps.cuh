@@ -11,6 +11,7 @@
 
 #include "daemon/kernels/cuda/device_common.cuh"
 #include "daemon/kernels/cuda/launch.h"
+#include "proto/abi/ring_v1.h"
 
 namespace expertd::kernels::cuda {
 
@@ -18,14 +19,13 @@ namespace expertd::kernels::cuda {
 /// that are further apart meet in the streams, where waiting is free and costs about 5 us more.
 inline constexpr int64_t kPatienceCycles = 50'000;
 
-/// Writes `part * 4 + mine` into the word unless the part has decided already; returns what is decided.
-__device__ __forceinline__ uint64_t first_decision(uint64_t* word, uint64_t part, uint64_t mine) {
-  auto* shared = reinterpret_cast<unsigned long long*>(word);
-  const unsigned long long wanted = part * 4 + mine;
-  unsigned long long seen = atomicCAS(shared, 0ull, 0ull);
+/// Writes `part * 4 + mine` into the word unless the part has decided already; returns what is decided. `seen`: what
+/// the word held a moment ago.
+__device__ __forceinline__ uint64_t first_decision(uint64_t* word, uint64_t part, uint64_t mine, uint64_t seen) {
   if (seen / 4 != part) {
     // Only blocks of this part write the word now, so it holds an older part's decision or one of this part.
-    const unsigned long long before = atomicCAS(shared, seen, wanted);
+    const uint64_t wanted = part * 4 + mine;
+    const uint64_t before = atomicCAS(reinterpret_cast<unsigned long long*>(word), seen, wanted);
     seen = before == seen ? wanted : before;
   }
   return seen % 4;
@@ -43,8 +43,12 @@ __device__ __forceinline__ bool was_left(const PartParams& p, SignalStep exchang
   return ld_acquire_sys(&p.words.state->passed[static_cast<uint32_t>(exchange)]) == p.words.part * 4 + kLeft;
 }
 
-/// Tells every active rank that this rank's step is done, and the host. One whole warp, after a fence and a barrier
-/// behind everything that is announced.
+__device__ inline void store_progress(const PartParams& p, SignalStep step) {
+  st_relaxed_sys(step == SignalStep::kRouted ? &p.words.progress->routed : &p.words.progress->moved, p.words.group_op);
+}
+
+/// Tells every active rank that this rank's step is done. One whole warp, behind a barrier behind everything that is
+/// announced.
 __device__ inline void announce(const PartParams& p, SignalStep step) {
   const OpShape& shape = p.op.shape;
   const uint32_t j = threadIdx.x & 31;
@@ -56,81 +60,108 @@ __device__ inline void announce(const PartParams& p, SignalStep step) {
     st_release_sys(routed ? &page->routed[shape.rank] : &page->moved[shape.rank], p.words.group_op);
   }
   __syncwarp();
-  if (j == 0) {
-    st_relaxed_sys(routed ? &p.words.progress->routed : &p.words.progress->moved, p.words.group_op);
-  }
 }
 
 /// The first kernel of a part that has nothing to route: announces `routed` at once, which lets the others read this
-/// rank's inputs. The stamp comes behind the flags, because a fence would wait for its way to the host. Any block; the
-/// first one's first warp does it.
-__device__ inline void open_part(const PartParams& p) {
-  if (blockIdx.x == 0 && threadIdx.x < 32 && ld_acquire_sys(&p.words.state->aborted_part) != p.words.part) {
+/// rank's inputs and write its outputs. Any block; the first one's first warp does it.
+__device__ inline void open_part(const PartParams& p, bool gated) {
+  if (blockIdx.x == 0 && threadIdx.x < 32 && !gated) {
     announce(p, SignalStep::kRouted);
     mark_start(p);
   }
 }
 
-/// Waits for the flags of all other active ranks; false when `patience` cycles are over. One whole warp.
-__device__ inline bool flags_came(const PartParams& p, SignalStep step, int64_t patience) {
+/// How a kernel comes past an exchange: not (what follows is left to the kernel behind the stream's wait), regularly,
+/// or because the part was aborted.
+enum class Passage : uint32_t { kNot, kRegular, kAborted };
+
+/// Waits for the flags of all other active ranks; kNot when `patience` cycles are over. One whole warp.
+__device__ inline Passage await_flags(const PartParams& p, SignalStep step, int64_t patience) {
   const OpShape& shape = p.op.shape;
   const uint32_t s = threadIdx.x & 31;
+  const bool waits = s < shape.ranks && s != shape.rank && rank_active(shape, s);
   const SyncPage* page = p.peers.pages[shape.rank];
   const uint64_t* flags = step == SignalStep::kRouted ? page->routed : page->moved;
-  bool there = s >= shape.ranks || s == shape.rank || !rank_active(shape, s);
+  uint64_t flag = waits ? 0 : p.words.group_op;
   const int64_t begin = clock64();
   for (;;) {
-    there = there || ld_acquire_sys(&flags[s]) >= p.words.group_op;
-    if (__all_sync(kFullWarp, there)) {
-      return true;
+    if (flag < p.words.group_op) {
+      flag = ld_acquire_sys(&flags[s]);
+    }
+    if (__all_sync(kFullWarp, flag >= p.words.group_op)) {
+      return __any_sync(kFullWarp, flag == EXPERTD_ABORT_WORD) ? Passage::kAborted : Passage::kRegular;
     }
     if (__any_sync(kFullWarp, clock64() - begin > patience)) {
-      return false;
+      return Passage::kNot;
     }
   }
 }
 
 /// Waits for the flags of `step` and decides, for all blocks of the kernel alike, whether it goes on; the decision is
 /// kept as that of `exchange`. Whole block, whose first warp waits.
-__device__ inline bool passes(const PartParams& p, SignalStep step, SignalStep exchange) {
-  __shared__ uint64_t decision;
+__device__ inline Passage passes(const PartParams& p, SignalStep step, SignalStep exchange) {
+  __shared__ Passage passage;
   if (threadIdx.x < 32) {
-    const bool came = flags_came(p, step, kPatienceCycles);
+    uint64_t* word = &p.words.state->passed[static_cast<uint32_t>(exchange)];
+    const uint64_t seen = ld_relaxed_gpu(word);
+    Passage found = await_flags(p, step, kPatienceCycles);
     uint64_t decided = 0;
     if (threadIdx.x == 0) {
-      decided =
-          first_decision(&p.words.state->passed[static_cast<uint32_t>(exchange)], p.words.part, came ? kPassed : kLeft);
+      decided = first_decision(word, p.words.part, found == Passage::kNot ? kLeft : kPassed, seen);
+      if (decided == kLeft) {
+        // From here on the host may want to know how far the part came.
+        store_progress(p, SignalStep::kRouted);
+        publish_start(p);
+      }
     }
     decided = __shfl_sync(kFullWarp, decided, 0);
-    if (decided == kPassed && !came) {
-      flags_came(p, step, INT64_MAX);  // another block has seen them, so they are there
+    if (decided == kLeft) {
+      found = Passage::kNot;
+    } else if (found == Passage::kNot) {
+      found = await_flags(p, step, INT64_MAX);  // another block has seen them, so they are there
     }
     if (threadIdx.x == 0) {
-      decision = decided;
+      passage = found;
     }
   }
   __syncthreads();
-  return decision == kPassed;
+  return passage;
 }
 
 /// Whether this block goes on past the exchange, as the kernel that waits itself or as the one behind the stream's
-/// wait. Whole block; the same answer for all blocks of the kernel.
-__device__ inline bool enters(const PartParams& p, SignalStep step, Entry entry) {
-  return entry == Entry::kWaits ? passes(p, step, step) : was_left(p, step);
+/// wait. Whole block; kNot for all blocks of the kernel or for none.
+__device__ inline Passage enters(const PartParams& p, SignalStep step, Entry entry) {
+  if (entry == Entry::kWaits) {
+    return passes(p, step, step);
+  }
+  if (!was_left(p, step)) {
+    return Passage::kNot;
+  }
+  return block_is_gated(p) ? Passage::kAborted : Passage::kRegular;
 }
 
-/// Counts this block as done; true for the last one, to which everything that the others wrote is visible. Whole block.
-__device__ inline bool is_last_block(const PartParams& p) {
-  __shared__ bool last;
-  fence_sys();
+/// What the last block to end a step finds: whether it is that, and whether all blocks did their work.
+struct LastBlock {
+  bool last;
+  bool complete;
+};
+
+/// Counts this block as done with a step; everything that the others wrote is visible to the last one, which sets the
+/// counter back. `worked`: false for a block that an abort kept from its work. Whole block.
+__device__ inline LastBlock end_step(const PartParams& p, bool worked) {
+  constexpr uint32_t kIdle = 1u << 16;  // above the number of blocks
+  __shared__ uint32_t before;
   __syncthreads();
   if (threadIdx.x == 0) {
-    // Wraps to 0 with the last block, ready for the next part.
-    last = atomicInc(&p.words.state->blocks_done, gridDim.x - 1) == gridDim.x - 1;
+    fence_sys();
+    before = atomicAdd(&p.words.state->blocks_done, worked ? 1u : 1u + kIdle);
+    if (before % kIdle == gridDim.x - 1) {
+      p.words.state->blocks_done = 0;
+    }
     fence_gpu();
   }
   __syncthreads();
-  return last;
+  return {before % kIdle == gridDim.x - 1, before / kIdle == 0 && worked};
 }
 
 }  // namespace expertd::kernels::cuda

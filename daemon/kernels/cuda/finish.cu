@@ -9,6 +9,19 @@ namespace {
 constexpr uint32_t kFinishThreads = 256;
 constexpr uint32_t kMostFinishBlocks = 64;
 
+/// Go or aborted, decided once per part by the first block that asks; the same answer for every block. Whole block.
+__device__ bool decide_go(const PartParams& p) {
+  __shared__ uint64_t verdict;
+  if (threadIdx.x == 0) {
+    uint64_t* word = &p.words.state->verdict;
+    const uint64_t seen = ld_relaxed_gpu(word);
+    const bool aborted = ld_acquire_sys(&p.words.state->aborted_part) == p.words.part;
+    verdict = first_decision(word, p.words.part, aborted ? kVerdictAborted : kVerdictGo, seen);
+  }
+  __syncthreads();
+  return verdict == kVerdictGo;
+}
+
 // finish. Grid: up to 64 blocks of 256 threads by the size of the tails. Every block asks for the verdict (an aborted
 // part becomes a failure here and nowhere later), all threads write tails, counts, prefix, ranges and statistics, or
 // the outputs of a failure; the last block to end writes the report, then result and completion word, then `done`.
@@ -21,6 +34,10 @@ __global__ __launch_bounds__(kFinishThreads) void finish(const __grid_constant__
   }
   if (has_passed(p, SignalStep::kMoved)) {
     if (blockIdx.x == 0 && threadIdx.x == 0) {
+      if (p.words.progress != nullptr) {
+        store_progress(p, SignalStep::kRouted);
+        store_progress(p, SignalStep::kMoved);
+      }
       st_release_sys(&p.words.facts->done, p.words.part);
     }
     return;

@@ -14,17 +14,6 @@ __device__ inline bool is_dispatch(const OpShape& shape) {
   return shape.kind == OpKind::kDispatch || shape.kind == OpKind::kLlDispatch;
 }
 
-/// Go or aborted, decided once per part by the first block that asks; the same answer for every block. Whole block.
-__device__ inline bool decide_go(const PartParams& p) {
-  __shared__ uint64_t verdict;
-  if (threadIdx.x == 0) {
-    const bool aborted = ld_acquire_sys(&p.words.state->aborted_part) == p.words.part;
-    verdict = first_decision(&p.words.state->verdict, p.words.part, aborted ? kVerdictAborted : kVerdictGo);
-  }
-  __syncthreads();
-  return verdict == kVerdictGo;
-}
-
 /// Index -1 and weight 0 for rows [begin, end) of the own outputs, by the crew.
 __device__ inline void clear_rows(const PartParams& p, uint64_t begin, uint64_t end, Crew crew) {
   const OpShape& shape = p.op.shape;
@@ -43,7 +32,7 @@ __device__ inline void clear_rows(const PartParams& p, uint64_t begin, uint64_t 
 /// Whether the caller's stream had reached the operation, as a kernel saw before the part was aborted. Else the memory
 /// of the outputs still belongs to what that stream runs before it, and nothing may be written.
 __device__ inline bool caller_is_there(const PartParams& p) {
-  return ld_acquire_sys(&p.words.facts->start_ns) != 0;
+  return p.words.state->started_part == p.words.part;
 }
 
 /// Outputs of a failed part: HT indices -1, LL counts 0, where given.
@@ -203,7 +192,6 @@ __device__ inline void write_report(const PartParams& p, uint32_t reason) {
 /// Lets the caller's stream go on, by one thread, after all outputs were written. An aborted part's words are left to
 /// the rescue stream, which first puts the doorbell and the exchange words in order.
 __device__ inline void release_caller(const PartParams& p, bool go, uint32_t reason) {
-  fence_sys();
   if (go && p.words.completion != nullptr) {
     st_relaxed_sys(p.words.result, reason);
     st_release_sys(p.words.completion, p.words.seq);
@@ -216,6 +204,7 @@ __device__ inline void write_facts(const PartParams& p, bool go, uint32_t reason
     write_report(p, reason);
   }
   if (threadIdx.x == 0) {
+    publish_start(p);
     st_relaxed_sys(&p.words.facts->end_ns, global_timer_ns());
     st_relaxed_sys(&p.words.facts->verdict, go ? kVerdictGo : kVerdictAborted);
   }
@@ -235,12 +224,15 @@ __device__ inline void write_outputs(const PartParams& p, bool go, uint32_t reas
 }
 
 /// The end of a part by one whole block, the kernel's last one: everything but `done`, which finish writes when the
-/// chain has drained.
-__device__ inline void finish_part(const PartParams& p, Crew block) {
-  const bool go = decide_go(p);
+/// chain has drained. `written`: the outputs of a good end are there already.
+__device__ inline void finish_part(const PartParams& p, bool go, bool written) {
+  const Crew block{threadIdx.x, blockDim.x};
   const uint32_t reason = go ? found_reason(p) : 0;
-  write_outputs(p, go, reason, block);
-  fence_sys();
+  if (go && reason == 0 && written) {
+    store_waits(p, block);
+  } else {
+    write_outputs(p, go, reason, block);
+  }
   __syncthreads();
   if (threadIdx.x == 0) {
     release_caller(p, go, reason);

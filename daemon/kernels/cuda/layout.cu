@@ -21,7 +21,7 @@ __global__ __launch_bounds__(kLayoutThreads) void layout_clear(const __grid_cons
   if (block_is_gated(p)) {
     return;
   }
-  mark_start(p);
+  tell_start(p);
   const OpShape& shape = p.op.shape;
   const uint32_t nodes = (shape.ranks + ranks_of_node(shape) - 1) / ranks_of_node(shape);
   for (uint32_t i = threadIdx.x; i < shape.experts; i += kLayoutThreads) {

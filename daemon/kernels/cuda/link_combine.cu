@@ -274,24 +274,30 @@ __global__ __launch_bounds__(kMostSumThreads + 32, 1) void link_combine(const __
   if (p.null_operation != 0) {
     return;
   }
+  bool gated = false;
   if (entry == Entry::kWaits) {
-    open_part(p);
+    gated = block_is_gated(p);
+    open_part(p, gated);
   }
-  if (!enters(p, SignalStep::kRouted, entry)) {
+  const Passage passage = enters(p, SignalStep::kRouted, entry);
+  if (passage == Passage::kNot) {
     return;
   }
-  if (!block_is_gated(p)) {
+  const bool works = !gated && passage == Passage::kRegular;
+  if (works) {
     pull_and_sum<kPieces>(p, rows, &pipeline);
   }
-  if (!is_last_block(p)) {
+  const LastBlock end = end_step(p, works);
+  if (!end.last) {
     return;
   }
   add_block_rows(p);
-  if (!block_is_gated(p) && threadIdx.x < 32) {
+  if (end.complete && threadIdx.x < 32) {
     announce(p, SignalStep::kMoved);
   }
-  if (passes(p, SignalStep::kMoved, SignalStep::kMoved)) {
-    finish_part(p, {threadIdx.x, blockDim.x});
+  const Passage moved = passes(p, SignalStep::kMoved, SignalStep::kMoved);
+  if (moved != Passage::kNot) {
+    finish_part(p, end.complete && moved == Passage::kRegular, false);
   }
 #endif
 }

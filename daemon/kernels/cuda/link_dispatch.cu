@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// HT dispatch on sm_90 in one kernel: routes, meets the other ranks, stores every row straight into its final places and
-// ends the part. Definitions: daemon/kernels/README.md.
+// HT dispatch on sm_90 in one kernel: routes, meets the other ranks, stores every row straight into its final places
+// and ends the part. Definitions: daemon/kernels/README.md.
 #include <algorithm>
 
 #include "daemon/kernels/cuda/finish_part.cuh"
@@ -28,6 +28,7 @@ __host__ __device__ constexpr uint32_t place_bytes(const OpShape& shape) {
 /// What every mover knows of the plan: lane j holds that of rank j.
 struct MoverPlan {
   int32_t base = 0;    // the first of this rank's rows there: those of lower sources
+  uint32_t total = 0;  // rows that it receives
   bool moves = false;  // the operation moves rows: every rank finds the same
 };
 
@@ -50,7 +51,8 @@ __device__ MoverPlan plan_of_warp(const PartParams& p) {
   }
   const bool rejected = active && shape.cached == 0 && matrix[uint64_t{lane} * row + count_columns(shape)] != 0;
   const bool over = active && total > static_cast<int64_t>(p.peers.views[lane].capacity_rows);
-  return {shape.cached != 0 ? 0 : static_cast<int32_t>(before), __any_sync(kFullWarp, rejected || over) == 0};
+  return {shape.cached != 0 ? 0 : static_cast<int32_t>(before), static_cast<uint32_t>(total),
+          __any_sync(kFullWarp, rejected || over) == 0};
 }
 
 /// Which rows a block moves: those for this rank or those for the others, or both, of the tokens of its part of the
@@ -173,8 +175,8 @@ __device__ void load_place(const PartParams& p, uint32_t token, const Place& pla
   }
 }
 
-/// Starts the stores of a loaded place to one row of one rank; one lane. A side tensor that begins off 16 bytes is left to
-/// threads.
+/// Starts the stores of a loaded place to one row of one rank; one lane. A side tensor that begins off 16 bytes is left
+/// to threads.
 __device__ void store_place(const PartParams& p, uint32_t rank, uint64_t row, const Place& place) {
   const OpShape& shape = p.op.shape;
   const PeerView& peer = p.peers.views[rank];
@@ -243,27 +245,41 @@ __device__ void move_tokens(const PartParams& p, const BlockWork& work, Place pl
   bulk_wait_written();
 }
 
-/// The clerks' work beside the movers: the handle's rows, absolute from now on, and in the first block the plan.
-__device__ void keep_books(const PartParams& p) {
+/// This rank's rows in the handle, absolute from now on; by the clerks of all blocks.
+__device__ void keep_rows(const PartParams& p, Crew clerks) {
   const OpShape& shape = p.op.shape;
-  const uint32_t lane = threadIdx.x & 31;
-  if (blockIdx.x == 0) {
-    plan_dispatch(p, p.scratch.plan_work, {lane, 32}, [] { __syncwarp(); });
-  }
   const uint32_t row = matrix_row_ints(shape);
-  const uint32_t clerks = gridDim.x - 1;  // all but the first block's, which has the plan
-  if (shape.cached != 0 || p.refused_reason != 0 || blockIdx.x == 0) {
-    return;
-  }
   for (uint32_t j = 0; j < shape.ranks; ++j) {
     int32_t base = 0;
     for (uint32_t s = 0; s < shape.rank; ++s) {
       base += p.op.counts[uint64_t{s} * row + j];
     }
-    for (uint32_t t = (blockIdx.x - 1) * 32 + lane; t < shape.tokens; t += clerks * 32) {
+    for (uint32_t t = clerks.first; t < shape.tokens; t += clerks.step) {
       const uint64_t at = uint64_t{t} * shape.ranks + j;
       const int32_t relative = __ldcg(&p.scratch.rows[at]);
       p.op.routing.token_rank[at] = relative < 0 ? -1 : relative + base;
+    }
+  }
+}
+
+/// The clerks' work beside the movers: the handle, what only this rank can know (no other rank writes those rows and
+/// tables), and in the first block the plan.
+__device__ void keep_books(const PartParams& p) {
+  const OpShape& shape = p.op.shape;
+  const uint32_t lane = threadIdx.x & 31;
+  const Crew clerks{blockIdx.x * 32 + lane, gridDim.x * 32};
+  const MoverPlan plan = plan_of_warp(p);
+  if (shape.cached == 0 && p.refused_reason == 0) {
+    keep_rows(p, clerks);
+  }
+  if (shape.cached == 0 && shape.worst_tokens != 0 && plan.moves) {
+    const uint32_t received = __shfl_sync(kFullWarp, plan.total, static_cast<int>(shape.rank));
+    clear_rows(p, received, shape.capacity_rows, clerks);
+  }
+  if (blockIdx.x == 0) {
+    plan_dispatch(p, p.scratch.plan_work, {lane, 32}, [] { __syncwarp(); });
+    if (plan.moves) {
+      store_tables(p, {lane, 32});
     }
   }
 }
@@ -288,16 +304,17 @@ __device__ void move_block(const PartParams& p, const TokenSpan& span, uint32_t 
 
 #endif
 
-// link_dispatch. Grid: about link_sms blocks, one per multiprocessor, in clusters of up to 8 blocks; as many mover warps as
-// rows fit into a block's shared memory, and a clerk. As the kernel that waits: every cluster routes all tokens for itself
-// (link_route.cuh: K * 4 or 8 bytes read per token), the first one hands over the counts and announces `routed`, which
-// also tells that this rank's outputs may be written; then all wait for the others'. Behind the stream's wait the routing
-// stands in scratch. A mover takes one token after the other: the copy unit loads row and side row while the lanes read
-// ids and weights, then stores both to the token's row at every rank. The clerks write the plan and the handle. The last
-// block announces `moved` (this rank's rows are there), waits for the others' and ends the part. Bytes per token: row +
-// side read; row + side + K * (id + 4) + 4 written per rank. Bound: the links, at the rate of writes.
+// link_dispatch. Grid: about link_sms blocks, one per multiprocessor, in clusters of up to 8 blocks; as many mover
+// warps as rows fit into a block's shared memory, and a clerk. As the kernel that waits: every cluster routes all
+// tokens for itself (link_route.cuh: K * 4 or 8 bytes read per token), the first one hands over the counts and
+// announces `routed`, which also tells that this rank's outputs may be written; then all wait for the others'. Behind
+// the stream's wait the routing stands in scratch. A mover takes one token after the other: the copy unit loads row and
+// side row while the lanes read ids and weights, then stores both to the token's row at every rank. The clerks write
+// the plan and the handle. The last block announces `moved` (this rank's rows are there), waits for the others' and
+// ends the part. Bytes per token: row + side read; row + side + K * (id + 4) + 4 written per rank. Bound: the links, at
+// the rate of writes.
 __global__ __launch_bounds__((kMostMovers + 1) * 32, 1) void link_dispatch(const __grid_constant__ PartParams p,
-                                                                          Entry entry) {
+                                                                           Entry entry) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) char places[];
   __shared__ uint64_t loaded[kMostMovers];
@@ -306,31 +323,36 @@ __global__ __launch_bounds__((kMostMovers + 1) * 32, 1) void link_dispatch(const
   }
   const auto cluster = cooperative_groups::this_cluster();
   const TokenSpan span = span_of(p.op.shape, cluster.block_rank(), cluster.num_blocks());
+  bool gated = false;
   if (entry == Entry::kWaits) {
+    gated = block_is_gated(p);
     if (p.op.shape.cached != 0) {
-      open_part(p);
+      open_part(p, gated);
     } else {
-      const bool gated = block_is_gated(p);
       if (!gated) {
         mark_start(p);
       }
       route_cluster(p, span, gated, reinterpret_cast<RouteShared*>(places));
     }
   }
-  if (!enters(p, SignalStep::kRouted, entry)) {
+  const Passage passage = enters(p, SignalStep::kRouted, entry);
+  if (passage == Passage::kNot) {
     return;
   }
-  if (!block_is_gated(p)) {
+  const bool works = !gated && passage == Passage::kRegular;
+  if (works) {
     move_block(p, span, cluster.num_blocks(), places, loaded);
   }
-  if (!is_last_block(p)) {
+  const LastBlock end = end_step(p, works);
+  if (!end.last) {
     return;
   }
-  if (!block_is_gated(p) && threadIdx.x < 32) {
+  if (end.complete && threadIdx.x < 32) {
     announce(p, SignalStep::kMoved);
   }
-  if (passes(p, SignalStep::kMoved, SignalStep::kMoved)) {
-    finish_part(p, {threadIdx.x, blockDim.x});
+  const Passage moved = passes(p, SignalStep::kMoved, SignalStep::kMoved);
+  if (moved != Passage::kNot) {
+    finish_part(p, end.complete && moved == Passage::kRegular, true);
   }
 #endif
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Routing inside a link kernel, by every cluster of blocks for itself: numbers this rank's rows at every rank in token
-// order and counts what the count matrix wants. Device code only, for sm_90; included by the kernel's .cu file; no state.
-// Definitions: daemon/kernels/README.md.
+// order and counts what the count matrix wants. Device code only, for sm_90; included by the kernel's .cu file; no
+// state. Definitions: daemon/kernels/README.md.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -20,12 +20,12 @@ inline constexpr uint32_t kNoError = 0xffffffffu;
 
 /// A block's routing in shared memory, which the rows that move take over afterwards.
 struct RouteShared {
-  int32_t experts[base::kMaxExperts];                               // rows per expert; in the first block those of all
-  int32_t block_rows[kMostClusterBlocks][base::kMaxGpuRanks];       // of every block at every rank
-  uint32_t block_errors[kMostClusterBlocks];                        // of every block
-  uint16_t before[kMostTokenWarps][base::kMaxGpuRanks];             // rows of the warp at the rank; then of those before it
-  uint16_t bits[kMostTokenWarps * 32];                              // ranks that the token goes to
-  uint32_t error;                                                   // first bad (token, lane)
+  int32_t experts[base::kMaxExperts];                          // rows per expert; in the first block those of all
+  int32_t block_rows[kMostClusterBlocks][base::kMaxGpuRanks];  // of every block at every rank
+  uint32_t block_errors[kMostClusterBlocks];                   // of every block
+  uint16_t before[kMostTokenWarps][base::kMaxGpuRanks];        // rows of the warp at the rank; then of those before it
+  uint16_t bits[kMostTokenWarps * 32];                         // ranks that the token goes to
+  uint32_t error;                                              // first bad (token, lane)
 };
 static_assert(base::kMaxGpuRanks <= 16 && kMostSpanTokens <= 0xffff, "ranks and rows of a block fit 16 bits");
 static_assert(sizeof(RouteShared) <= kBulkSharedBytes);
@@ -211,9 +211,9 @@ __device__ inline void clear_counts(const OpShape& shape, RouteShared* s) {
   }
 }
 
-/// Routes the tokens of this cluster's blocks, which are all of the rank's; the first cluster also keeps the ids and hands
-/// the count row over. Afterwards the block's own rows stand in scratch and its shared memory is its own again. Whole
-/// block; a gated one meets the others all the same, because they may have looked before the part was aborted.
+/// Routes the tokens of this cluster's blocks, which are all of the rank's; the first cluster also keeps the ids and
+/// hands the count row over. Afterwards the block's own rows stand in scratch and its shared memory is its own again.
+/// Whole block; a gated one meets the others all the same, because they may have looked before the part was aborted.
 __device__ inline void route_cluster(const PartParams& p, const TokenSpan& whole, bool gated, RouteShared* s) {
   const auto cluster = cooperative_groups::this_cluster();
   const OpShape& shape = p.op.shape;
@@ -247,7 +247,6 @@ __device__ inline void route_cluster(const PartParams& p, const TokenSpan& whole
   cluster.sync();
   if (keeps && block == 0 && !gated) {
     hand_over_counts(p, *s);
-    fence_sys();
     __syncthreads();
     if (threadIdx.x < 32) {
       announce(p, SignalStep::kRouted);

@@ -35,9 +35,11 @@ struct PartState {
   // By exchange (SignalStep): part * 4 + kPassed or kLeft, decided once for all blocks of the kernel that waits for the
   // exchange itself. What it leaves is done by the kernel behind the stream's wait for the same exchange.
   uint64_t passed[2];
-  uint32_t blocks_done;  // of the kernel that moves rows; wraps to 0 with the last one
+  uint64_t start_ns;      // %globaltimer of the first kernel
+  uint64_t started_part;  // whose start that is
+  uint32_t blocks_done;   // of a step of a link kernel; its last block sets it back to 0
   uint32_t reserved_half;
-  uint64_t reserved[10];
+  uint64_t reserved[8];
 };
 static_assert(sizeof(PartState) == 128);
 
@@ -154,7 +156,7 @@ struct PartScratch {
   BlockRows* block_rows = nullptr;   // [kMostLinkSms]
   int32_t* chunk_counts = nullptr;   // [chunks, R + E]
   uint32_t* chunk_errors = nullptr;  // [chunks]: first bad (token, lane) position, ~0 for none
-  int32_t* rows = nullptr;  // [M, R]: rows at each rank, relative to this rank's first
+  int32_t* rows = nullptr;           // [M, R]: rows at each rank, relative to this rank's first
 };
 
 struct PartParams {

@@ -8,10 +8,11 @@
 
 namespace expertd::kernels::cuda {
 
-/// Orders everything this thread did (and saw done) before everything it does later, for all GPUs and the host. The
-/// PTX behind it is fence.sc.sys; a fence.acq_rel.sys would do, the intrinsic is taken because it is documented.
+/// Orders everything this thread did (and saw done) before everything it does later, for all GPUs and the host. Behind
+/// a barrier of the block it does so for what the other threads did before the barrier. Acquire and release are all
+/// that a flag needs; the intrinsic is the dearer fence.sc.sys.
 __device__ __forceinline__ void fence_sys() {
-  __threadfence_system();
+  asm volatile("fence.acq_rel.sys;" ::: "memory");
 }
 
 /// Orders for the threads of this GPU only: partial results of blocks before the counter of finished blocks.
@@ -35,6 +36,13 @@ __device__ __forceinline__ void st_relaxed_sys(uint64_t* word, uint64_t value) {
 __device__ __forceinline__ uint64_t ld_acquire_sys(const uint64_t* word) {
   uint64_t value = 0;
   asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+
+/// A word that blocks of this GPU decide by atomic operations.
+__device__ __forceinline__ uint64_t ld_relaxed_gpu(const uint64_t* word) {
+  uint64_t value = 0;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
   return value;
 }
 

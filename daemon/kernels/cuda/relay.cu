@@ -65,7 +65,7 @@ __global__ __launch_bounds__(kPublishThreads) void relay_publish_tokens(const __
     return;
   }
   if (p.op.shape.cached != 0) {
-    mark_start(p);  // nothing ran before it
+    tell_start(p);  // nothing ran before it
   }
   if (p.op.in.x == nullptr) {
     return;
@@ -97,7 +97,7 @@ __global__ __launch_bounds__(kRelayPlanThreads) void relay_plan(const __grid_con
   if (block_is_gated(p) || !is_combine(p.op.shape)) {
     return;
   }
-  mark_start(p);
+  tell_start(p);
   if (!per_expert_rows(p.op.shape)) {
     return;
   }

@@ -40,7 +40,7 @@ __global__ __launch_bounds__(kRouteThreads) void route_count(const __grid_consta
   if (block_is_gated(p)) {
     return;
   }
-  mark_start(p);
+  tell_start(p);
   const OpShape& shape = p.op.shape;
   const uint32_t columns = count_columns(shape);
   for (uint32_t c = threadIdx.x; c < columns; c += kRouteThreads) {
