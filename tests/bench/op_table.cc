@@ -13,6 +13,7 @@
 #include "expertd.h"
 #include "tests/bench/bench_daemon.h"
 #include "tests/bench/bench_figures.h"
+#include "tests/bench/table/cublas.h"
 #include "tests/bench/table/table_options.h"
 #include "tests/bench/table/table_row.h"
 #include "tests/bench/table/table_runner.h"
@@ -124,6 +125,15 @@ json read_file(const std::string& path) {
   return merged(json::parse(file), {{"rows", json::array()}});
 }
 
+/// Where there is no cuBLAS, which is no failure.
+void leave_out_layers(std::vector<TableCase>* cases) {
+  const auto is_layer = [](const TableCase& it) { return it.operation == "layer"; };
+  if (std::any_of(cases->begin(), cases->end(), is_layer) && Cublas::open() == nullptr) {
+    std::cerr << "op_table: no layers: cuBLAS cannot be loaded\n";
+    std::erase_if(*cases, is_layer);
+  }
+}
+
 int run(const TableOptions& options) {
   std::string problem;
   const std::vector<int> gpus = chosen_gpus(options, &problem);
@@ -137,18 +147,24 @@ int run(const TableOptions& options) {
     std::cerr << "op_table: --experts " << selection.experts << " is no multiple of " << gpus.size() << " GPUs\n";
     return kUsage;
   }
-  const std::vector<TableCase> cases = table_cases(selection);
+  std::vector<TableCase> cases = table_cases(selection);
   const json before = options.append_file.empty() ? json() : read_file(options.append_file);
   const BenchDaemon daemon(options.runtime_directory, daemon_words(options, gpus));
   TableRunner runner(options, gpus, daemon.attach_socket(), daemon.pid());
-  const std::vector<TableRow> rows = runner.run(cases);
+  leave_out_layers(&cases);
+  // After each group, so that a run that is stopped leaves what it had.
+  const auto keep = [&](const std::vector<TableRow>& rows) {
+    const json document = document_of(options, runner, daemon, rows, gpus.size());
+    if (!options.json_file.empty()) {
+      write_file(options.json_file, document);
+    }
+    if (!options.append_file.empty()) {
+      write_file(options.append_file, merged(before, document));
+    }
+  };
+  const std::vector<TableRow> rows = runner.run(cases, keep);
+  keep(rows);
   const json document = document_of(options, runner, daemon, rows, gpus.size());
-  if (!options.json_file.empty()) {
-    write_file(options.json_file, document);
-  }
-  if (!options.append_file.empty()) {
-    write_file(options.append_file, merged(before, document));
-  }
   const auto right = std::count_if(rows.begin(), rows.end(), [](const TableRow& row) { return row.verified; });
   std::cout << (options.json ? document.dump(1) + "\n"
                              : table_text(document) + "verified " + std::to_string(right) + " of " +

@@ -94,15 +94,33 @@ std::vector<ExchangePlan> plans_of(const TableCase& it, const ctl::BenchRouting&
 
 }  // namespace
 
-RankCase::RankCase(RankGroup* group, ctl::BenchRank* rank, const TableCase& it) : group_(group), rank_(rank), it_(it) {
-  const ctl::BenchRowSpec spec = row_spec(it_);
-  operation_ = spec.make({group_->bench, it_.shape, rank_, it_.name()});
+RankCase::RankCase(RankGroup* group, ctl::BenchRank* rank, const TableCase& it)
+    : group_(group),
+      rank_(rank),
+      it_(it),
+      start_(it.operation == "layer" && !it.low_latency ? Start::kAtOnce : Start::kAtTheGate),
+      operation_(make()) {
   operation_->prepare(inputs_);
   warm_up();
   agree_on_link_bytes();
   add_floors();
   add_nccl();
   add_queue();
+  add_compute();
+}
+
+std::unique_ptr<ctl::BenchOperation> RankCase::make() {
+  const ctl::BenchCase bench{group_->bench, it_.shape, rank_, it_.name()};
+  if (it_.operation != "layer") {
+    return row_spec(it_).make(bench);
+  }
+  cublas_ = Cublas::open();
+  if (cublas_ == nullptr) {
+    throw std::runtime_error("a layer needs cuBLAS, which cannot be loaded");
+  }
+  std::unique_ptr<LayerOperation> layer = make_layer(bench, it_.low_latency, *cublas_);
+  layer_ = layer.get();
+  return layer;
 }
 
 /// Also what launches anything for the first time, which a parked stream would stop for ever.
@@ -194,6 +212,12 @@ void RankCase::add_queue() {
                          static_cast<double>(kQueued)});
 }
 
+void RankCase::add_compute() {
+  if (layer_ != nullptr) {
+    contenders_.push_back({&RankFigures::compute_us, [this] { layer_->compute(); }, {}, 1, start_});
+  }
+}
+
 void RankCase::measure(bool busy, RankFigures* figures) {
   group_->meeting->meet();
   Loaded load(busy ? tools().load.get() : nullptr);
@@ -234,7 +258,7 @@ void RankCase::time_operation(RankFigures* figures, bool verified) {
   const double cpu_ns = leads() ? cpu_ns_of(group_->daemon) : 0;
   const uint64_t begin_ns = now_ns();
   expertd_event_t event{};
-  figures->times_us.push_back(tools().timer->time_us(group_->options.arm, [&] { operation_->issue(&event); }));
+  figures->times_us.push_back(tools().timer->time_us(start_, group_->options.arm, [&] { operation_->issue(&event); }));
   const expertd_op_result_t result = rank_->wait(event, it_.name());
   if (leads() && !verified) {
     figures->daemon_cpu_ns += cpu_ns_of(group_->daemon) - cpu_ns;
@@ -250,7 +274,7 @@ void RankCase::time_contenders(RankFigures* figures) {
   for (uint32_t turn = 0; turn < kTurn; ++turn) {
     for (const Contender& it : contenders_) {
       const auto arm = it.per_timing > 1 ? group_->options.arm * kQueuedArm : group_->options.arm;
-      (figures->*it.times).push_back(tools().timer->time_us(arm, it.enqueue) / it.per_timing);
+      (figures->*it.times).push_back(tools().timer->time_us(it.start, arm, it.enqueue) / it.per_timing);
       if (it.after) {
         it.after();
       }

@@ -110,6 +110,7 @@ json row_json(const TableRow& row) {
       {"nccl_us", number(quantile_of(row.nccl_us, kMedian))},
       {"nccl_p99_us", number(quantile_of(row.nccl_us, kTail))},
       {"queued_us", number(row.queued_us)},
+      {"compute_us", number(row.compute_us)},
       {"client_slowdown", number(row.client_slowdown)},
       {"daemon_cpu_percent", number(row.daemon_cpu_percent)},
       {"iterations", row.times_us.size()},
@@ -158,6 +159,7 @@ std::string table_text(const json& document) {
                     {"RATIO", Align::kRight},
                     {"NCCL µs", Align::kRight},
                     {"QUEUED µs", Align::kRight},
+                    {"GEMMS µs", Align::kRight},
                     {"CLIENT x", Align::kRight},
                     {"CPU %", Align::kRight},
                     {"VERIFIED"}});
@@ -165,8 +167,9 @@ std::string table_text(const json& document) {
     table.add({form_of(row), cell(row, "tokens", 0), cell(row, "hidden", 0), cell(row, "top_k", 0),
                row.value("mps", false) ? "yes" : "no", row.value("client", ""), cell(row, "p50_us", 1),
                cell(row, "p99_us", 1), cell(row, "link_gbps", 0), cell(row, "floor_us", 1), cell(row, "ratio", 2),
-               cell(row, "nccl_us", 1), cell(row, "queued_us", 1), cell(row, "client_slowdown", 2),
-               cell(row, "daemon_cpu_percent", 0), row.value("verified", false) ? "yes" : "NO"});
+               cell(row, "nccl_us", 1), cell(row, "queued_us", 1), cell(row, "compute_us", 1),
+               cell(row, "client_slowdown", 2), cell(row, "daemon_cpu_percent", 0),
+               row.value("verified", false) ? "yes" : "NO"});
   }
   std::string text = table.text();
   for (const json& row : document.at("rows")) {

@@ -31,6 +31,7 @@ struct TableRow {
   Times floor_copy_engine_us, floor_sm_us, nccl_us;  // empty: not measured
   double logical_bytes = 0;                          // per rank, mean of the ranks
   double link_bytes = 0;
+  double compute_us = 0;       // of a layer, its GEMMs alone; 0: not measured
   double queued_us = 0;        // per operation back to back; 0: not measured
   double client_slowdown = 0;  // of a busy client's own work; 0: not measured
   double daemon_cpu_percent = 0;

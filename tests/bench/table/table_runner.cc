@@ -145,6 +145,7 @@ TableRow TableRunner::Batch::finished_row(const TableCase& it, size_t client,
   row.floor_sm_us = slowest(&RankFigures::floor_sm_us);
   row.nccl_us = slowest(&RankFigures::nccl_us);
   row.queued_us = quantile_of(slowest(&RankFigures::queued_us), 0.5);
+  row.compute_us = quantile_of(slowest(&RankFigures::compute_us), 0.5);
   for (const RankFigures& rank : ranks) {
     row.logical_bytes += static_cast<double>(rank.bytes.logical) / static_cast<double>(ranks.size());
     row.link_bytes += static_cast<double>(rank.bytes.remote) / static_cast<double>(ranks.size());
@@ -267,7 +268,7 @@ TableRow TableRunner::new_row(const TableCase& it, bool busy) const {
   return row;
 }
 
-std::vector<TableRow> TableRunner::run(const std::vector<TableCase>& cases) {
+std::vector<TableRow> TableRunner::run(const std::vector<TableCase>& cases, const Progress& progress) {
   std::vector<TableRow> rows;
   uint32_t failures = 0;
   uint32_t batches = 0;
@@ -297,6 +298,7 @@ std::vector<TableRow> TableRunner::run(const std::vector<TableCase>& cases) {
     rows.insert(rows.end(), more.begin(), more.end());
     failures = !batch.failed() ? 0 : more.front().error.empty() ? 1 : failures + 1;
     next += done;
+    progress(rows);
   }
   return rows;
 }

@@ -5,6 +5,7 @@
 
 #include <sys/types.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -18,8 +19,10 @@ class TableRunner {
   /// `gpus` are ordinals of this process, one rank each. Throws when a GPU cannot be used.
   TableRunner(const TableOptions& options, std::vector<int> gpus, std::string attach_socket, pid_t daemon);
 
-  /// Two rows for a case where both kinds of client are asked for. Progress goes to stderr.
-  std::vector<TableRow> run(const std::vector<TableCase>& cases);
+  /// Told of the rows so far, after each group of cases.
+  using Progress = std::function<void(const std::vector<TableRow>&)>;
+  /// Two rows for a case where both kinds of client are asked for. Each is told on stderr.
+  std::vector<TableRow> run(const std::vector<TableCase>& cases, const Progress& progress);
 
   /// The daemon runs under MPS, as the last session was told.
   bool mps() const { return mps_; }
