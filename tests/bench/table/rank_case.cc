@@ -4,6 +4,7 @@
 #include <time.h>
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 
 #include "client/ctl/bench_numerics.h"
@@ -92,6 +93,21 @@ std::vector<ExchangePlan> plans_of(const TableCase& it, const ctl::BenchRouting&
   return plans;
 }
 
+/// Of a low latency operation that sends a token once per rank and gets one row per rank back; 0: there is no other
+/// floor than that of its rows.
+uint64_t least_link_bytes(const TableCase& it, const ctl::BenchRouting& routing, uint32_t own) {
+  const bool dispatches = it.operation == "dispatch" || it.operation == "pair";
+  const bool combines = it.operation == "combine" || it.operation == "pair";
+  uint64_t bytes = 0;
+  for (uint32_t peer = 0; it.low_latency && peer < it.shape.ranks; ++peer) {
+    for (uint32_t token = 0; peer != own && token < it.shape.tokens; ++token) {
+      bytes += dispatches && routing.delivered(peer, token, own) ? row_bytes_of(it, it.dtype == "fp8") : 0;
+      bytes += combines && routing.delivered(own, token, peer) ? row_bytes_of(it, false) : 0;
+    }
+  }
+  return bytes;
+}
+
 }  // namespace
 
 RankCase::RankCase(RankGroup* group, ctl::BenchRank* rank, const TableCase& it)
@@ -102,7 +118,6 @@ RankCase::RankCase(RankGroup* group, ctl::BenchRank* rank, const TableCase& it)
       operation_(make()) {
   operation_->prepare(inputs_);
   warm_up();
-  agree_on_link_bytes();
   add_floors();
   add_nccl();
   add_queue();
@@ -135,32 +150,45 @@ void RankCase::warm_up() {
   check_cuda(cudaStreamSynchronize(tools().timer->stream()), "warming up");
 }
 
-void RankCase::agree_on_link_bytes() {
-  group_->link_bytes[rank_->index()] = operation_->bytes().remote;
+/// The most of what any rank says.
+uint64_t RankCase::agreed(uint64_t bytes) {
+  group_->link_bytes[rank_->index()] = bytes;
   group_->meeting->meet();
+  const uint64_t most = *std::max_element(group_->link_bytes.begin(), group_->link_bytes.end());
+  group_->meeting->meet();
+  return most;
 }
 
 void RankCase::add_floors() {
-  const uint64_t most = *std::max_element(group_->link_bytes.begin(), group_->link_bytes.end());
-  group_->meeting->meet();
-  if (it_.shape.ranks < 2 || most == 0) {
-    return;
+  const uint64_t bytes = agreed(operation_->bytes().remote);
+  const ctl::BenchRouting routing(it_.shape, ctl::BenchInput(group_->bench.seed, inputs_));
+  const uint64_t least_bytes = agreed(least_link_bytes(it_, routing, rank_->index()));
+  if (it_.shape.ranks > 1 && bytes != 0) {
+    add_floor(bytes, &RankFigures::floor_copy_engine_us, &RankFigures::floor_sm_us);
   }
+  if (it_.shape.ranks > 1 && least_bytes != 0) {
+    add_floor(least_bytes, &RankFigures::floor_least_copy_engine_us, &RankFigures::floor_least_sm_us);
+  }
+}
+
+void RankCase::add_floor(uint64_t bytes, Times RankFigures::*copy_engine, Times RankFigures::*kernel) {
   const int next = group_->tools[(rank_->index() + 1) % it_.shape.ranks]->device;
-  link_ = std::make_unique<LinkCopy>(tools().device, next, most);
+  links_.push_back(std::make_unique<LinkCopy>(tools().device, next, bytes));
+  const LinkCopy* const link = links_.back().get();
   cudaStream_t const stream = tools().timer->stream();
   const uint32_t blocks = tools().multiprocessors;
-  contenders_.push_back({&RankFigures::floor_copy_engine_us, [=, this] { link_->enqueue_copy_engine(stream); }, {}});
-  contenders_.push_back({&RankFigures::floor_sm_us, [=, this] { link_->enqueue_kernel(stream, blocks); }, {}});
-  for (const Contender& contender : contenders_) {
-    link_->prepare(group_->options.seed + rank_->index());
+  const std::array<Contender, 2> forms = {{{copy_engine, [=] { link->enqueue_copy_engine(stream); }, {}},
+                                           {kernel, [=] { link->enqueue_kernel(stream, blocks); }, {}}}};
+  for (const Contender& form : forms) {
+    link->prepare(group_->options.seed + rank_->index());
     group_->meeting->meet();
-    contender.enqueue();
+    form.enqueue();
     check_cuda(cudaStreamSynchronize(stream), "a copy over the link");
-    if (link_->wrong_words(group_->options.seed + rank_->index()) != 0) {
+    if (link->wrong_words(group_->options.seed + rank_->index()) != 0) {
       throw std::runtime_error("a copy over the link has wrong words");
     }
     group_->meeting->meet();
+    contenders_.push_back(form);
   }
 }
 

@@ -42,7 +42,8 @@ struct RankGroup {
 
 /// What a rank found of a case with one kind of client.
 struct RankFigures {
-  Times times_us, floor_copy_engine_us, floor_sm_us, nccl_us, queued_us, compute_us;
+  Times times_us, nccl_us, queued_us, compute_us;
+  Times floor_copy_engine_us, floor_sm_us, floor_least_copy_engine_us, floor_least_sm_us;
   ctl::BenchBytes bytes;
   double client_slowdown = 0;
   double daemon_cpu_ns = 0;  // of the leading rank alone
@@ -72,8 +73,9 @@ class RankCase {
   bool leads() const { return rank_->index() == 0; }
   std::unique_ptr<ctl::BenchOperation> make();
   void warm_up();
-  void agree_on_link_bytes();
+  uint64_t agreed(uint64_t bytes);
   void add_floors();
+  void add_floor(uint64_t bytes, Times RankFigures::*copy_engine, Times RankFigures::*kernel);
   void add_nccl();
   void add_queue();
   void add_compute();
@@ -90,7 +92,7 @@ class RankCase {
   LayerOperation* layer_ = nullptr;  // the operation where it is one
   std::unique_ptr<ctl::BenchOperation> operation_;
   uint32_t inputs_ = 0;  // iteration whose inputs are in place
-  std::unique_ptr<LinkCopy> link_;
+  std::vector<std::unique_ptr<LinkCopy>> links_;
   std::vector<std::unique_ptr<Exchange>> exchanges_;
   std::vector<expertd_event_t> queued_;
   std::vector<Contender> contenders_;

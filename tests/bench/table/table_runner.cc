@@ -60,12 +60,13 @@ TableRunner::Batch::Batch(TableRunner* runner, std::vector<TableCase> cases, uin
       ranks_(cases_.front().shape.ranks),
       name_("table-" + std::to_string(getpid()) + "-" + std::to_string(number)),
       meeting_(ranks_),
-      group_{runner->options_,    bench_,          &meeting_,
-             runner->nccl_.get(), runner->daemon_, std::vector<uint64_t>(ranks_, 0),
+      group_{runner->options_,    bench_,
+             &meeting_,           runner->nccl_.get(),
+             runner->daemon_.pid, std::vector<uint64_t>(ranks_, 0),
              runner->tools_},
       figures_(cases_.size(),
                std::vector<std::vector<RankFigures>>(clients_.size(), std::vector<RankFigures>(ranks_))) {
-  bench_.socket = runner->attach_socket_;
+  bench_.socket = runner->daemon_.attach_socket;
   for (uint32_t rank = 0; rank < ranks_; ++rank) {
     bench_.devices.push_back("cuda:" + std::to_string(runner->gpus_[rank]));
   }
@@ -143,6 +144,8 @@ TableRow TableRunner::Batch::finished_row(const TableCase& it, size_t client,
   row.times_us = slowest(&RankFigures::times_us);
   row.floor_copy_engine_us = slowest(&RankFigures::floor_copy_engine_us);
   row.floor_sm_us = slowest(&RankFigures::floor_sm_us);
+  row.floor_least_copy_engine_us = slowest(&RankFigures::floor_least_copy_engine_us);
+  row.floor_least_sm_us = slowest(&RankFigures::floor_least_sm_us);
   row.nccl_us = slowest(&RankFigures::nccl_us);
   row.queued_us = quantile_of(slowest(&RankFigures::queued_us), 0.5);
   row.compute_us = quantile_of(slowest(&RankFigures::compute_us), 0.5);
@@ -196,11 +199,11 @@ std::vector<TableRow> TableRunner::Batch::run(size_t* done) {
   return rows;
 }
 
-TableRunner::TableRunner(const TableOptions& options, std::vector<int> gpus, std::string attach_socket, pid_t daemon)
+TableRunner::TableRunner(const TableOptions& options, std::vector<int> gpus, DaemonPlace daemon, Renew renew)
     : options_(options),
       gpus_(std::move(gpus)),
-      attach_socket_(std::move(attach_socket)),
-      daemon_(daemon),
+      daemon_(std::move(daemon)),
+      renew_(std::move(renew)),
       end_(Clock::now() + options.time_max) {
   open_tools();
   open_nccl();
@@ -268,6 +271,16 @@ TableRow TableRunner::new_row(const TableCase& it, bool busy) const {
   return row;
 }
 
+bool TableRunner::renew_daemon() {
+  try {
+    daemon_ = renew_();
+    return true;
+  } catch (const std::exception& error) {
+    std::cerr << std::string("op_table: no new daemon: ") + error.what() + "\n";
+    return false;
+  }
+}
+
 std::vector<TableRow> TableRunner::run(const std::vector<TableCase>& cases, const Progress& progress) {
   std::vector<TableRow> rows;
   uint32_t failures = 0;
@@ -299,6 +312,9 @@ std::vector<TableRow> TableRunner::run(const std::vector<TableCase>& cases, cons
     failures = !batch.failed() ? 0 : more.front().error.empty() ? 1 : failures + 1;
     next += done;
     progress(rows);
+    if (batch.failed() && renew_ && !renew_daemon()) {
+      failures = kFailuresInARow;
+    }
   }
   return rows;
 }
