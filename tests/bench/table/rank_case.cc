@@ -16,9 +16,11 @@ namespace expertd::bench {
 
 namespace {
 
-/// The operation's iterations between two turns of the others, and theirs in a turn.
+/// The operation's iterations between two turns of the others, and theirs in a turn: fewer beside GEMMs, where each may
+/// take milliseconds.
 constexpr uint32_t kBlock = 20;
 constexpr uint32_t kTurn = 5;
+constexpr uint32_t kTurnBusy = 2;
 /// Operations behind one gate where their time back to back is asked for, fewer than a ring has slots.
 constexpr uint32_t kQueued = 16;
 /// The daemon has as many more to enqueue.
@@ -274,7 +276,7 @@ void RankCase::iterate(bool busy, RankFigures* figures) {
     time_operation(figures, verified);
     if ((i + 1) % kBlock == 0 || i == last) {
       phase(LoadPhase::kOther);
-      time_contenders(figures);
+      time_contenders(busy ? kTurnBusy : kTurn, figures);
     }
   }
 }
@@ -298,8 +300,8 @@ void RankCase::time_operation(RankFigures* figures, bool verified) {
   operation_->finish();
 }
 
-void RankCase::time_contenders(RankFigures* figures) {
-  for (uint32_t turn = 0; turn < kTurn; ++turn) {
+void RankCase::time_contenders(uint32_t turns, RankFigures* figures) {
+  for (uint32_t turn = 0; turn < turns; ++turn) {
     for (const Contender& it : contenders_) {
       const auto arm = it.per_timing > 1 ? group_->options.arm * kQueuedArm : group_->options.arm;
       (figures->*it.times).push_back(tools().timer->time_us(it.start, arm, it.enqueue) / it.per_timing);

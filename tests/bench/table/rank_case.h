@@ -11,6 +11,7 @@
 #include "client/ctl/bench_operation.h"
 #include "client/ctl/bench_rendezvous.h"
 #include "tests/bench/link_copy.h"
+#include "tests/bench/table/device_probe.h"
 #include "tests/bench/table/exchange.h"
 #include "tests/bench/table/gemm_load.h"
 #include "tests/bench/table/layer.h"
@@ -25,6 +26,7 @@ struct RankTools {
   int device = 0;
   uint32_t multiprocessors = 0;
   std::unique_ptr<StreamTimer> timer;
+  std::unique_ptr<DeviceProbe> probe;
   std::unique_ptr<GemmLoad> load;  // null: no client is busy
 };
 
@@ -81,7 +83,7 @@ class RankCase {
   void add_compute();
   void iterate(bool busy, RankFigures* figures);
   void time_operation(RankFigures* figures, bool verified);
-  void time_contenders(RankFigures* figures);
+  void time_contenders(uint32_t turns, RankFigures* figures);
 
   RankGroup* const group_;
   ctl::BenchRank* const rank_;

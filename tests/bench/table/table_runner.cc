@@ -106,6 +106,9 @@ void TableRunner::Batch::rank_work(uint32_t index) {
     check_cuda(cudaMemsetAsync(data, value, bytes, stream), "cudaMemsetAsync");
     check_cuda(cudaStreamSynchronize(stream), "cudaMemsetAsync");
   });
+  rank.set_probe([&tools, stream](const void* data, uint8_t value, uint64_t bytes) {
+    return tools.probe->holds_only(data, value, bytes, stream);
+  });
   if (index == 0) {
     auto info = EXPERTD_INIT(expertd_session_info_t);
     rank.check(expertd_session_info(rank.session(), &info), "session information");
@@ -223,6 +226,7 @@ void TableRunner::open_tools() {
     check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, gpu), "cudaDeviceGetAttribute");
     tools->multiprocessors = static_cast<uint32_t>(multiprocessors);
     tools->timer = std::make_unique<StreamTimer>(gate_.get());
+    tools->probe = std::make_unique<DeviceProbe>();
     tools->load = options_.busy ? std::make_unique<GemmLoad>(gpu) : nullptr;
     tools_.push_back(std::move(tools));
   }
