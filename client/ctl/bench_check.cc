@@ -52,6 +52,9 @@ void BenchCheck::untouched_row(const char* tensor, uint64_t row, const uint8_t* 
 }
 
 void BenchCheck::untouched(const char* name, const BenchTensor& tensor, uint64_t first, uint64_t count) const {
+  if (tensor.known_to_hold(first, count, kPoison)) {
+    return;
+  }
   tensor.read_rows(first, count,
                    [&](uint64_t at, const uint8_t* got) { untouched_row(name, at, got, tensor.row_bytes()); });
 }

@@ -222,22 +222,18 @@ std::vector<BenchRow> LowLatencyDispatch::order_of(uint32_t local, const std::ve
 void LowLatencyDispatch::verify_expert(uint32_t local, const std::vector<BenchRow>& order) const {
   const uint64_t slots = case_.shape.worst_rows();
   const uint64_t first = local * slots;
-  recv_x_.read_rows(first, slots, [&](uint64_t at, const uint8_t* got) {
-    if (at - first >= order.size()) {
-      return check_.untouched_row("recv_x", at, got, out_row_bytes());
-    }
+  recv_x_.read_rows(first, order.size(), [&](uint64_t at, const uint8_t* got) {
     const Token& expected = token(order[at - first]);
     check_.row("recv_x", at, got, expected.payload.data(), out_row_bytes(), form_ == Form::kBf16 ? 2 : 1);
   });
+  check_.untouched("recv_x", recv_x_, first + order.size(), slots - order.size());
   if (form_ != Form::kBytes) {
     return verify_scales(local, order);
   }
-  recv_scales_.read_rows(first, slots, [&](uint64_t at, const uint8_t* got) {
-    if (at - first >= order.size()) {
-      return check_.untouched_row("recv_side", at, got, side_bytes());
-    }
+  recv_scales_.read_rows(first, order.size(), [&](uint64_t at, const uint8_t* got) {
     check_.row("recv_side", at, got, token(order[at - first]).side.data(), side_bytes(), 1);
   });
+  check_.untouched("recv_side", recv_scales_, first + order.size(), slots - order.size());
 }
 
 /// Rows of the tensor are columns of the scales: a scale of every slot.

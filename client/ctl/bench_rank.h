@@ -44,6 +44,11 @@ class BenchRank {
   using Filler = std::function<void(void*, uint8_t, uint64_t)>;
   void set_filler(Filler filler) { filler_ = std::move(filler); }
   const Filler& filler() const { return filler_; }
+  /// Whether memory of the device holds nothing but a value: (data, value, bytes). False sends the question to the
+  /// host, which reads the bytes and says where they differ.
+  using Probe = std::function<bool(const void*, uint8_t, uint64_t)>;
+  void set_probe(Probe probe) { probe_ = std::move(probe); }
+  const Probe& probe() const { return probe_; }
 
   expertd_group_plan_t plan(const BenchShape& shape, bool low_latency);
   void join(const std::string& name, const BenchShape& shape, bool low_latency);
@@ -66,6 +71,7 @@ class BenchRank {
   expertd_group_t* group_ = nullptr;
   expertd_stream_t stream_ = nullptr;
   Filler filler_;
+  Probe probe_;
   std::string device_;
   bool on_gpu_ = false;
 };
@@ -93,6 +99,10 @@ class BenchTensor {
 
   void fill(uint8_t value) { fill_rows(0, rows_, value); }
   void fill_rows(uint64_t first, uint64_t count, uint8_t value);
+  /// The rank has a probe, and it says that these rows hold nothing but the value.
+  bool known_to_hold(uint64_t first, uint64_t count, uint8_t value) const {
+    return rank_->probe() && rank_->probe()(row(first), value, count * row_bytes_);
+  }
   template <typename T>
   void write_all(const std::vector<T>& values) {
     rank_->write(data_, values.data(), values.size() * sizeof(T));

@@ -85,7 +85,7 @@ void BenchDaemon::start(const std::vector<std::string>& arguments) {
     argv.push_back(word.data());
   }
   argv.push_back(nullptr);
-  const std::string log = directory_ + "/daemon.log";
+  const std::string log = log_file();
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);
   posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, log.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);

@@ -24,6 +24,8 @@ class BenchDaemon {
 
   std::string attach_socket() const { return directory_ + "/attach.sock"; }
   std::string control_socket() const { return directory_ + "/control.sock"; }
+  /// Of a daemon started here; it goes with the daemon.
+  std::string log_file() const { return directory_ + "/daemon.log"; }
   /// Of the running daemon, as it says itself.
   pid_t pid() const { return pid_; }
   const std::string& version() const { return version_; }

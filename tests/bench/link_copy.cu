@@ -9,8 +9,8 @@ namespace {
 constexpr uint32_t kThreads = 1024;
 constexpr uint64_t kGranuleBytes = 512;
 constexpr int kPoison = 0xab;
-constexpr uint32_t kHelperBlocks = 264;
-constexpr uint32_t kHelperThreads = 256;
+constexpr uint32_t kPlainBlocks = 264;
+constexpr uint32_t kPlainThreads = 256;
 
 __device__ uint64_t word_of(uint64_t index, uint64_t seed) {
   return (index + seed) * 0x9e3779b97f4a7c15ull;
@@ -111,14 +111,14 @@ void LinkCopy::prepare(uint64_t seed) const {
     check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }
   const OnDevice on(from_);
-  fill<<<kHelperBlocks, kHelperThreads>>>(static_cast<uint64_t*>(source_), bytes_ / 8, seed);
+  fill<<<kPlainBlocks, kPlainThreads>>>(static_cast<uint64_t*>(source_), bytes_ / 8, seed);
   check_cuda(cudaGetLastError(), "fill");
   check_cuda(cudaStreamSynchronize(nullptr), "fill");
 }
 
 uint64_t LinkCopy::wrong_words(uint64_t seed) const {
   const OnDevice on(to_);
-  compare<<<kHelperBlocks, kHelperThreads>>>(static_cast<const uint64_t*>(target_), bytes_ / 8, seed, wrong_);
+  compare<<<kPlainBlocks, kPlainThreads>>>(static_cast<const uint64_t*>(target_), bytes_ / 8, seed, wrong_);
   check_cuda(cudaGetLastError(), "compare");
   uint32_t found = 0;
   check_cuda(cudaMemcpy(&found, wrong_, sizeof(found), cudaMemcpyDeviceToHost), "compare");

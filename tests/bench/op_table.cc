@@ -6,13 +6,16 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <deque>
 #include <fstream>
 #include <iostream>
+#include <memory>
 #include <nlohmann/json.hpp>
 
 #include "expertd.h"
 #include "tests/bench/bench_daemon.h"
 #include "tests/bench/bench_figures.h"
+#include "tests/bench/table/cublas.h"
 #include "tests/bench/table/table_options.h"
 #include "tests/bench/table/table_row.h"
 #include "tests/bench/table/table_runner.h"
@@ -84,8 +87,8 @@ std::string driver_version() {
   return cudaDriverGetVersion(&version) == cudaSuccess ? "CUDA " + std::to_string(version) : "unknown";
 }
 
-json document_of(const TableOptions& options, const TableRunner& runner, const BenchDaemon& daemon,
-                 const std::vector<TableRow>& rows, size_t ranks) {
+json document_of(const TableOptions& options, const TableRunner& runner, const std::string& daemon_version,
+                 const std::vector<TableRow>& rows) {
   json list = json::array();
   for (const TableRow& row : rows) {
     list.push_back(row_json(row));
@@ -95,8 +98,8 @@ json document_of(const TableOptions& options, const TableRunner& runner, const B
           {"device", runner.device_name()},
           {"driver", driver_version()},
           {"mps", runner.mps()},
-          {"ranks", ranks},
-          {"daemon", daemon.version()},
+          {"ranks", runner.ranks()},
+          {"daemon", daemon_version},
           {"client", expertd_version()},
           {"iterations", options.iterations},
           {"arm_us", options.arm.count()},
@@ -124,6 +127,33 @@ json read_file(const std::string& path) {
   return merged(json::parse(file), {{"rows", json::array()}});
 }
 
+/// The last lines of an own daemon's log that are more than information.
+void tell_warnings(const std::string& log_file) {
+  constexpr size_t kMost = 20;
+  std::deque<std::string> lines;
+  std::ifstream file(log_file);
+  for (std::string line; std::getline(file, line);) {
+    if (line.find("level=info") == std::string::npos) {
+      lines.push_back(line);
+    }
+    if (lines.size() > kMost) {
+      lines.pop_front();
+    }
+  }
+  for (const std::string& line : lines) {
+    std::cerr << "daemon: " + line + "\n";
+  }
+}
+
+/// Where there is no cuBLAS, which is no failure.
+void leave_out_layers(std::vector<TableCase>* cases) {
+  const auto is_layer = [](const TableCase& it) { return it.operation == "layer"; };
+  if (std::any_of(cases->begin(), cases->end(), is_layer) && Cublas::open() == nullptr) {
+    std::cerr << "op_table: no layers: cuBLAS cannot be loaded\n";
+    std::erase_if(*cases, is_layer);
+  }
+}
+
 int run(const TableOptions& options) {
   std::string problem;
   const std::vector<int> gpus = chosen_gpus(options, &problem);
@@ -137,18 +167,38 @@ int run(const TableOptions& options) {
     std::cerr << "op_table: --experts " << selection.experts << " is no multiple of " << gpus.size() << " GPUs\n";
     return kUsage;
   }
-  const std::vector<TableCase> cases = table_cases(selection);
+  std::vector<TableCase> cases = table_cases(selection);
   const json before = options.append_file.empty() ? json() : read_file(options.append_file);
-  const BenchDaemon daemon(options.runtime_directory, daemon_words(options, gpus));
-  TableRunner runner(options, gpus, daemon.attach_socket(), daemon.pid());
-  const std::vector<TableRow> rows = runner.run(cases);
-  const json document = document_of(options, runner, daemon, rows, gpus.size());
-  if (!options.json_file.empty()) {
-    write_file(options.json_file, document);
+  std::unique_ptr<BenchDaemon> daemon;
+  const auto start_daemon = [&]() -> DaemonPlace {
+    if (daemon != nullptr) {
+      tell_warnings(daemon->log_file());
+    }
+    daemon.reset();
+    daemon = std::make_unique<BenchDaemon>(options.runtime_directory, daemon_words(options, gpus));
+    return {daemon->attach_socket(), daemon->pid()};
+  };
+  const DaemonPlace place = start_daemon();
+  const std::string version = daemon->version();
+  TableRunner runner(options, gpus, place,
+                     options.runtime_directory.empty() ? TableRunner::Renew(start_daemon) : TableRunner::Renew());
+  leave_out_layers(&cases);
+  // After each group, so that a run that is stopped leaves what it had.
+  const auto keep = [&](const std::vector<TableRow>& rows) {
+    const json document = document_of(options, runner, version, rows);
+    if (!options.json_file.empty()) {
+      write_file(options.json_file, document);
+    }
+    if (!options.append_file.empty()) {
+      write_file(options.append_file, merged(before, document));
+    }
+  };
+  const std::vector<TableRow> rows = runner.run(cases, keep);
+  keep(rows);
+  if (options.runtime_directory.empty() && daemon != nullptr) {
+    tell_warnings(daemon->log_file());
   }
-  if (!options.append_file.empty()) {
-    write_file(options.append_file, merged(before, document));
-  }
+  const json document = document_of(options, runner, version, rows);
   const auto right = std::count_if(rows.begin(), rows.end(), [](const TableRow& row) { return row.verified; });
   std::cout << (options.json ? document.dump(1) + "\n"
                              : table_text(document) + "verified " + std::to_string(right) + " of " +

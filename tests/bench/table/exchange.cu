@@ -127,6 +127,9 @@ DeviceBuffer& DeviceBuffer::operator=(DeviceBuffer&& other) noexcept {
 }
 
 void DeviceBuffer::write(const void* data, uint64_t bytes) {
+  if (bytes == 0) {
+    return;
+  }
   check_cuda(cudaMemcpy(data_, data, bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
 }
 

@@ -1,28 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_bf16.h>
-#include <dlfcn.h>
 #include <mma.h>
 
-#include <cstdlib>
+#include <utility>
 
 #include "tests/bench/cuda_check.h"
+#include "tests/bench/table/cublas.h"
 #include "tests/bench/table/exchange.h"
 #include "tests/bench/table/gemm.h"
 
 namespace expertd::bench {
 
 namespace {
-
-// Of cublas_api.h, by value.
-constexpr int kComputeFloat = 68;  // CUBLAS_COMPUTE_32F
-constexpr int kDefaultAlgorithm = -1;
-constexpr int kNotTransposed = 0;
-
-using CublasCreate = int (*)(void**);
-using CublasDestroy = int (*)(void*);
-using CublasSetStream = int (*)(void*, cudaStream_t);
-using CublasGemmEx = int (*)(void*, int, int, int, int, int, const void*, const void*, cudaDataType, int, const void*,
-                             cudaDataType, int, const void*, void*, cudaDataType, int, int, int);
 
 constexpr uint32_t kFillBlocks = 264;
 constexpr uint32_t kFillThreads = 256;
@@ -35,59 +24,9 @@ __global__ void fill(__nv_bfloat16* values, uint64_t count) {
   }
 }
 
-void check_cublas(int status, const char* what) {
-  if (status != 0) {
-    throw std::runtime_error(std::string(what) + ": status " + std::to_string(status));
-  }
-}
-
-void* open_cublas() {
-  if (const char* const given = std::getenv("EXPERTD_CUBLAS_LIBRARY"); given != nullptr) {
-    return dlopen(given, RTLD_NOW | RTLD_LOCAL);
-  }
-  void* const newer = dlopen("libcublas.so.13", RTLD_NOW | RTLD_LOCAL);
-  return newer != nullptr ? newer : dlopen("libcublas.so.12", RTLD_NOW | RTLD_LOCAL);
-}
-
 class CublasGemm final : public Gemm {
  public:
-  static std::unique_ptr<Gemm> open() {
-    void* const library = open_cublas();  // stays loaded: it keeps exit handlers of its own
-    if (library == nullptr) {
-      return nullptr;
-    }
-    std::unique_ptr<CublasGemm> gemm(new CublasGemm());
-    const auto create = reinterpret_cast<CublasCreate>(dlsym(library, "cublasCreate_v2"));
-    gemm->destroy_ = reinterpret_cast<CublasDestroy>(dlsym(library, "cublasDestroy_v2"));
-    gemm->set_stream_ = reinterpret_cast<CublasSetStream>(dlsym(library, "cublasSetStream_v2"));
-    gemm->gemm_ = reinterpret_cast<CublasGemmEx>(dlsym(library, "cublasGemmEx"));
-    if (create == nullptr || gemm->destroy_ == nullptr || gemm->set_stream_ == nullptr || gemm->gemm_ == nullptr ||
-        create(&gemm->handle_) != 0) {
-      return nullptr;
-    }
-    gemm->allocate();
-    return gemm;
-  }
-  ~CublasGemm() override {
-    if (handle_ != nullptr) {
-      (void)destroy_(handle_);  // at the end of the program
-    }
-  }
-
-  const char* kind() const override { return "cuBLAS"; }
-  void enqueue(cudaStream_t stream) override {
-    const float one = 1.0f;
-    const float zero = 0.0f;
-    check_cublas(set_stream_(handle_, stream), "cublasSetStream");
-    check_cublas(gemm_(handle_, kNotTransposed, kNotTransposed, kSize, kSize, kSize, &one, a_.as<void>(), CUDA_R_16BF,
-                       kSize, b_.as<void>(), CUDA_R_16BF, kSize, &zero, c_.as<void>(), CUDA_R_16BF, kSize,
-                       kComputeFloat, kDefaultAlgorithm),
-                 "cublasGemmEx");
-  }
-
- private:
-  CublasGemm() = default;
-  void allocate() {
+  explicit CublasGemm(std::unique_ptr<Cublas> cublas) : cublas_(std::move(cublas)) {
     const uint64_t count = uint64_t{kSize} * kSize;
     for (DeviceBuffer* buffer : {&a_, &b_, &c_}) {
       *buffer = DeviceBuffer(count * sizeof(__nv_bfloat16));
@@ -97,10 +36,19 @@ class CublasGemm final : public Gemm {
     check_cuda(cudaDeviceSynchronize(), "filling the matrices");
   }
 
-  void* handle_ = nullptr;
-  CublasDestroy destroy_ = nullptr;
-  CublasSetStream set_stream_ = nullptr;
-  CublasGemmEx gemm_ = nullptr;
+  const char* kind() const override { return "cuBLAS"; }
+  void enqueue(cudaStream_t stream) override {
+    cublas_->multiply({.rows = kSize,
+                       .columns = kSize,
+                       .inner = kSize,
+                       .left = a_.as<void>(),
+                       .right = b_.as<void>(),
+                       .product = c_.as<void>()},
+                      stream);
+  }
+
+ private:
+  const std::unique_ptr<Cublas> cublas_;
   DeviceBuffer a_, b_, c_;
 };
 
@@ -152,11 +100,10 @@ class KernelGemm final : public Gemm {
 }  // namespace
 
 std::unique_ptr<Gemm> Gemm::create() {
-  std::unique_ptr<Gemm> gemm = CublasGemm::open();
-  if (gemm == nullptr) {
-    gemm = std::make_unique<KernelGemm>();
+  if (std::unique_ptr<Cublas> cublas = Cublas::open(); cublas != nullptr) {
+    return std::make_unique<CublasGemm>(std::move(cublas));
   }
-  return gemm;
+  return std::make_unique<KernelGemm>();
 }
 
 }  // namespace expertd::bench

@@ -4,6 +4,7 @@
 #include <time.h>
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 
 #include "client/ctl/bench_numerics.h"
@@ -15,9 +16,11 @@ namespace expertd::bench {
 
 namespace {
 
-/// The operation's iterations between two turns of the others, and theirs in a turn.
+/// The operation's iterations between two turns of the others, and theirs in a turn: fewer beside GEMMs, where each may
+/// take milliseconds.
 constexpr uint32_t kBlock = 20;
 constexpr uint32_t kTurn = 5;
+constexpr uint32_t kTurnBusy = 2;
 /// Operations behind one gate where their time back to back is asked for, fewer than a ring has slots.
 constexpr uint32_t kQueued = 16;
 /// The daemon has as many more to enqueue.
@@ -92,17 +95,49 @@ std::vector<ExchangePlan> plans_of(const TableCase& it, const ctl::BenchRouting&
   return plans;
 }
 
+/// Of a low latency operation that sends a token once per rank and gets one row per rank back; 0: there is no other
+/// floor than that of its rows.
+uint64_t least_link_bytes(const TableCase& it, const ctl::BenchRouting& routing, uint32_t own) {
+  const bool dispatches = it.operation == "dispatch" || it.operation == "pair";
+  const bool combines = it.operation == "combine" || it.operation == "pair";
+  uint64_t bytes = 0;
+  for (uint32_t peer = 0; it.low_latency && peer < it.shape.ranks; ++peer) {
+    for (uint32_t token = 0; peer != own && token < it.shape.tokens; ++token) {
+      bytes += dispatches && routing.delivered(peer, token, own) ? row_bytes_of(it, it.dtype == "fp8") : 0;
+      bytes += combines && routing.delivered(own, token, peer) ? row_bytes_of(it, false) : 0;
+    }
+  }
+  return bytes;
+}
+
 }  // namespace
 
-RankCase::RankCase(RankGroup* group, ctl::BenchRank* rank, const TableCase& it) : group_(group), rank_(rank), it_(it) {
-  const ctl::BenchRowSpec spec = row_spec(it_);
-  operation_ = spec.make({group_->bench, it_.shape, rank_, it_.name()});
+RankCase::RankCase(RankGroup* group, ctl::BenchRank* rank, const TableCase& it)
+    : group_(group),
+      rank_(rank),
+      it_(it),
+      start_(it.operation == "layer" && !it.low_latency ? Start::kAtOnce : Start::kAtTheGate),
+      operation_(make()) {
   operation_->prepare(inputs_);
   warm_up();
-  agree_on_link_bytes();
   add_floors();
   add_nccl();
   add_queue();
+  add_compute();
+}
+
+std::unique_ptr<ctl::BenchOperation> RankCase::make() {
+  const ctl::BenchCase bench{group_->bench, it_.shape, rank_, it_.name()};
+  if (it_.operation != "layer") {
+    return row_spec(it_).make(bench);
+  }
+  cublas_ = Cublas::open();
+  if (cublas_ == nullptr) {
+    throw std::runtime_error("a layer needs cuBLAS, which cannot be loaded");
+  }
+  std::unique_ptr<LayerOperation> layer = make_layer(bench, it_.low_latency, *cublas_);
+  layer_ = layer.get();
+  return layer;
 }
 
 /// Also what launches anything for the first time, which a parked stream would stop for ever.
@@ -117,32 +152,45 @@ void RankCase::warm_up() {
   check_cuda(cudaStreamSynchronize(tools().timer->stream()), "warming up");
 }
 
-void RankCase::agree_on_link_bytes() {
-  group_->link_bytes[rank_->index()] = operation_->bytes().remote;
+/// The most of what any rank says.
+uint64_t RankCase::agreed(uint64_t bytes) {
+  group_->link_bytes[rank_->index()] = bytes;
   group_->meeting->meet();
+  const uint64_t most = *std::max_element(group_->link_bytes.begin(), group_->link_bytes.end());
+  group_->meeting->meet();
+  return most;
 }
 
 void RankCase::add_floors() {
-  const uint64_t most = *std::max_element(group_->link_bytes.begin(), group_->link_bytes.end());
-  group_->meeting->meet();
-  if (it_.shape.ranks < 2 || most == 0) {
-    return;
+  const uint64_t bytes = agreed(operation_->bytes().remote);
+  const ctl::BenchRouting routing(it_.shape, ctl::BenchInput(group_->bench.seed, inputs_));
+  const uint64_t least_bytes = agreed(least_link_bytes(it_, routing, rank_->index()));
+  if (it_.shape.ranks > 1 && bytes != 0) {
+    add_floor(bytes, &RankFigures::floor_copy_engine_us, &RankFigures::floor_sm_us);
   }
+  if (it_.shape.ranks > 1 && least_bytes != 0) {
+    add_floor(least_bytes, &RankFigures::floor_least_copy_engine_us, &RankFigures::floor_least_sm_us);
+  }
+}
+
+void RankCase::add_floor(uint64_t bytes, Times RankFigures::*copy_engine, Times RankFigures::*kernel) {
   const int next = group_->tools[(rank_->index() + 1) % it_.shape.ranks]->device;
-  link_ = std::make_unique<LinkCopy>(tools().device, next, most);
+  links_.push_back(std::make_unique<LinkCopy>(tools().device, next, bytes));
+  const LinkCopy* const link = links_.back().get();
   cudaStream_t const stream = tools().timer->stream();
   const uint32_t blocks = tools().multiprocessors;
-  contenders_.push_back({&RankFigures::floor_copy_engine_us, [=, this] { link_->enqueue_copy_engine(stream); }, {}});
-  contenders_.push_back({&RankFigures::floor_sm_us, [=, this] { link_->enqueue_kernel(stream, blocks); }, {}});
-  for (const Contender& contender : contenders_) {
-    link_->prepare(group_->options.seed + rank_->index());
+  const std::array<Contender, 2> forms = {{{copy_engine, [=] { link->enqueue_copy_engine(stream); }, {}},
+                                           {kernel, [=] { link->enqueue_kernel(stream, blocks); }, {}}}};
+  for (const Contender& form : forms) {
+    link->prepare(group_->options.seed + rank_->index());
     group_->meeting->meet();
-    contender.enqueue();
+    form.enqueue();
     check_cuda(cudaStreamSynchronize(stream), "a copy over the link");
-    if (link_->wrong_words(group_->options.seed + rank_->index()) != 0) {
+    if (link->wrong_words(group_->options.seed + rank_->index()) != 0) {
       throw std::runtime_error("a copy over the link has wrong words");
     }
     group_->meeting->meet();
+    contenders_.push_back(form);
   }
 }
 
@@ -194,6 +242,12 @@ void RankCase::add_queue() {
                          static_cast<double>(kQueued)});
 }
 
+void RankCase::add_compute() {
+  if (layer_ != nullptr) {
+    contenders_.push_back({&RankFigures::compute_us, [this] { layer_->compute(); }, {}, 1, start_});
+  }
+}
+
 void RankCase::measure(bool busy, RankFigures* figures) {
   group_->meeting->meet();
   Loaded load(busy ? tools().load.get() : nullptr);
@@ -222,7 +276,7 @@ void RankCase::iterate(bool busy, RankFigures* figures) {
     time_operation(figures, verified);
     if ((i + 1) % kBlock == 0 || i == last) {
       phase(LoadPhase::kOther);
-      time_contenders(figures);
+      time_contenders(busy ? kTurnBusy : kTurn, figures);
     }
   }
 }
@@ -234,7 +288,7 @@ void RankCase::time_operation(RankFigures* figures, bool verified) {
   const double cpu_ns = leads() ? cpu_ns_of(group_->daemon) : 0;
   const uint64_t begin_ns = now_ns();
   expertd_event_t event{};
-  figures->times_us.push_back(tools().timer->time_us(group_->options.arm, [&] { operation_->issue(&event); }));
+  figures->times_us.push_back(tools().timer->time_us(start_, group_->options.arm, [&] { operation_->issue(&event); }));
   const expertd_op_result_t result = rank_->wait(event, it_.name());
   if (leads() && !verified) {
     figures->daemon_cpu_ns += cpu_ns_of(group_->daemon) - cpu_ns;
@@ -246,11 +300,11 @@ void RankCase::time_operation(RankFigures* figures, bool verified) {
   operation_->finish();
 }
 
-void RankCase::time_contenders(RankFigures* figures) {
-  for (uint32_t turn = 0; turn < kTurn; ++turn) {
+void RankCase::time_contenders(uint32_t turns, RankFigures* figures) {
+  for (uint32_t turn = 0; turn < turns; ++turn) {
     for (const Contender& it : contenders_) {
       const auto arm = it.per_timing > 1 ? group_->options.arm * kQueuedArm : group_->options.arm;
-      (figures->*it.times).push_back(tools().timer->time_us(arm, it.enqueue) / it.per_timing);
+      (figures->*it.times).push_back(tools().timer->time_us(it.start, arm, it.enqueue) / it.per_timing);
       if (it.after) {
         it.after();
       }

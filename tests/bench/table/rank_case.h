@@ -11,8 +11,10 @@
 #include "client/ctl/bench_operation.h"
 #include "client/ctl/bench_rendezvous.h"
 #include "tests/bench/link_copy.h"
+#include "tests/bench/table/device_probe.h"
 #include "tests/bench/table/exchange.h"
 #include "tests/bench/table/gemm_load.h"
+#include "tests/bench/table/layer.h"
 #include "tests/bench/table/stream_timer.h"
 #include "tests/bench/table/table_options.h"
 #include "tests/bench/table/table_row.h"
@@ -24,6 +26,7 @@ struct RankTools {
   int device = 0;
   uint32_t multiprocessors = 0;
   std::unique_ptr<StreamTimer> timer;
+  std::unique_ptr<DeviceProbe> probe;
   std::unique_ptr<GemmLoad> load;  // null: no client is busy
 };
 
@@ -41,7 +44,8 @@ struct RankGroup {
 
 /// What a rank found of a case with one kind of client.
 struct RankFigures {
-  Times times_us, floor_copy_engine_us, floor_sm_us, nccl_us, queued_us;
+  Times times_us, nccl_us, queued_us, compute_us;
+  Times floor_copy_engine_us, floor_sm_us, floor_least_copy_engine_us, floor_least_sm_us;
   ctl::BenchBytes bytes;
   double client_slowdown = 0;
   double daemon_cpu_ns = 0;  // of the leading rank alone
@@ -64,25 +68,33 @@ class RankCase {
     std::function<void()> enqueue;
     std::function<void()> after;  // may be empty
     double per_timing = 1;        // of it in one timing
+    Start start = Start::kAtTheGate;
   };
 
   RankTools& tools() const { return *group_->tools[rank_->index()]; }
   bool leads() const { return rank_->index() == 0; }
+  std::unique_ptr<ctl::BenchOperation> make();
   void warm_up();
-  void agree_on_link_bytes();
+  uint64_t agreed(uint64_t bytes);
   void add_floors();
+  void add_floor(uint64_t bytes, Times RankFigures::*copy_engine, Times RankFigures::*kernel);
   void add_nccl();
   void add_queue();
+  void add_compute();
   void iterate(bool busy, RankFigures* figures);
   void time_operation(RankFigures* figures, bool verified);
-  void time_contenders(RankFigures* figures);
+  void time_contenders(uint32_t turns, RankFigures* figures);
 
   RankGroup* const group_;
   ctl::BenchRank* const rank_;
   const TableCase it_;
+  /// A layer with GEMMs of many sizes has too many kernels for a parked stream.
+  const Start start_;
+  std::unique_ptr<Cublas> cublas_;
+  LayerOperation* layer_ = nullptr;  // the operation where it is one
   std::unique_ptr<ctl::BenchOperation> operation_;
   uint32_t inputs_ = 0;  // iteration whose inputs are in place
-  std::unique_ptr<LinkCopy> link_;
+  std::vector<std::unique_ptr<LinkCopy>> links_;
   std::vector<std::unique_ptr<Exchange>> exchanges_;
   std::vector<expertd_event_t> queued_;
   std::vector<Contender> contenders_;

@@ -66,12 +66,12 @@ void StreamTimer::wait_for(cudaEvent_t event, const char* what) const {
   }
 }
 
-double StreamTimer::time_us(std::chrono::nanoseconds arm, const std::function<void()>& enqueue) {
+double StreamTimer::time_us(Start start, std::chrono::nanoseconds arm, const std::function<void()>& enqueue) {
   // Nobody parks a stream while another rank still prepares.
   meeting_->meet();
   const uint32_t round = round_++;
   try {
-    time_round(round, arm, enqueue);
+    start == Start::kAtOnce ? time_at_once(enqueue) : time_round(round, arm, enqueue);
   } catch (...) {
     // What unwinds from here frees memory, which never ends beside a parked stream.
     gate_->open_all();
@@ -81,6 +81,17 @@ double StreamTimer::time_us(std::chrono::nanoseconds arm, const std::function<vo
   float ms = 0;
   check_cuda(cudaEventElapsedTime(&ms, begin_, end_), "cudaEventElapsedTime");
   return double{ms} * 1e3;
+}
+
+void StreamTimer::time_at_once(const std::function<void()>& enqueue) {
+  check_cuda(cudaMemsetAsync(flush_, 0, kFlushBytes, stream_), "cudaMemsetAsync");
+  check_cuda(cudaEventRecord(flushed_, stream_), "cudaEventRecord");
+  wait_for(flushed_, "the end of the flush");
+  meeting_->meet();
+  check_cuda(cudaEventRecord(begin_, stream_), "cudaEventRecord");
+  enqueue();
+  check_cuda(cudaEventRecord(end_, stream_), "cudaEventRecord");
+  wait_for(end_, "the end of what was timed");
 }
 
 void StreamTimer::time_round(uint32_t round, std::chrono::nanoseconds arm, const std::function<void()>& enqueue) {

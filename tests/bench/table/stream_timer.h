@@ -14,6 +14,10 @@
 
 namespace expertd::bench {
 
+/// Whether a stream waits for the host until everything is enqueued. Hundreds of kernels cannot be: where a queue is
+/// full the host waits for the stream, and this one for the host.
+enum class Start { kAtTheGate, kAtOnce };
+
 class StreamTimer {
  public:
   /// Bytes written before every timing, several times an L2 cache.
@@ -29,10 +33,12 @@ class StreamTimer {
   cudaStream_t stream() const { return stream_; }
   /// Before a run of timings: where the ranks meet and which of them opens the gate.
   void begin(ctl::BenchRendezvous* meeting, bool leads);
-  /// Flushes L2, parks the stream, enqueues, lets `arm` pass once all ranks got there, opens the gate.
-  double time_us(std::chrono::nanoseconds arm, const std::function<void()>& enqueue);
+  /// Flushes L2, parks the stream, enqueues, lets `arm` pass once all ranks got there, opens the gate. At once:
+  /// enqueues when all ranks have flushed.
+  double time_us(Start start, std::chrono::nanoseconds arm, const std::function<void()>& enqueue);
 
  private:
+  void time_at_once(const std::function<void()>& enqueue);
   void time_round(uint32_t round, std::chrono::nanoseconds arm, const std::function<void()>& enqueue);
   void wait_for(cudaEvent_t event, const char* what) const;
 

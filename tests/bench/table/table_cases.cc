@@ -73,7 +73,7 @@ bool TableCase::shares_group(const TableCase& other) const {
 }
 
 const std::vector<std::string>& table_operations() {
-  static const std::vector<std::string> operations = {"dispatch", "combine", "layout", "empty", "pair"};
+  static const std::vector<std::string> operations = {"dispatch", "combine", "layout", "empty", "pair", "layer"};
   return operations;
 }
 
@@ -99,6 +99,15 @@ std::vector<TableCase> table_cases(const TableSelection& selection) {
     if (!selection.quick) {
       add_group(selection, false, shape(hidden, top_k, kTokens), &cases);
       add_group(selection, true, shape(hidden, top_k, kLowLatencyTokens), &cases);
+    }
+  }
+  // Last, because most can go wrong with them; --quick has them when they are asked for.
+  for (const bool low_latency : {true, false}) {
+    const BenchShape of_layer = shape(kHidden, kTopK, low_latency ? kLowLatencyTokens : kTokens);
+    const bool named = !selection.operations.empty();
+    if ((named || !selection.quick) && wanted(selection.operations, std::string("layer")) &&
+        wanted(selection.tokens, of_layer.tokens)) {
+      cases.push_back({"layer", "bf16", low_latency, of_layer});
     }
   }
   return cases;

@@ -21,7 +21,7 @@ struct TableSelection {
 
 /// An operation in a shape. Everything about it that the client sees.
 struct TableCase {
-  std::string operation;  // dispatch, combine, layout, empty or pair
+  std::string operation;  // dispatch, combine, layout, empty, pair or layer
   std::string dtype;      // fp8 or bf16; empty: the operation has none
   bool low_latency = false;
   ctl::BenchShape shape;
@@ -38,7 +38,7 @@ struct TableCase {
 const std::vector<std::string>& table_operations();
 /// The main shape first, and groups behind one another.
 std::vector<TableCase> table_cases(const TableSelection& selection);
-/// What makes the operation of a case.
+/// What makes the operation of a case, other than a layer, which needs a GPU.
 ctl::BenchRowSpec row_spec(const TableCase& it);
 
 }  // namespace expertd::bench

@@ -36,6 +36,13 @@ json number(double value) {
   return value == 0 ? json() : json(std::round(value * 100) / 100);
 }
 
+/// p50 of the faster of two copies; 0: neither was measured.
+double faster(const Times& copy_engine_us, const Times& kernel_us) {
+  const double engine = quantile_of(copy_engine_us, kMedian);
+  const double kernel = quantile_of(kernel_us, kMedian);
+  return engine == 0 || kernel == 0 ? std::max(engine, kernel) : std::min(engine, kernel);
+}
+
 std::string cell(const json& row, const char* key, int digits) {
   const json value = row.value(key, json());
   return value.is_number() ? fixed(value.get<double>(), digits) : "-";
@@ -75,9 +82,11 @@ Times slowest_of(const std::vector<Times>& ranks) {
 }
 
 double TableRow::floor_us() const {
-  const double engine = quantile_of(floor_copy_engine_us, kMedian);
-  const double kernel = quantile_of(floor_sm_us, kMedian);
-  return engine == 0 || kernel == 0 ? std::max(engine, kernel) : std::min(engine, kernel);
+  return faster(floor_copy_engine_us, floor_sm_us);
+}
+
+double TableRow::floor_least_us() const {
+  return faster(floor_least_copy_engine_us, floor_least_sm_us);
 }
 
 json row_json(const TableRow& row) {
@@ -106,10 +115,12 @@ json row_json(const TableRow& row) {
       {"floor_us", number(row.floor_us())},
       {"floor_copy_engine_us", number(quantile_of(row.floor_copy_engine_us, kMedian))},
       {"floor_sm_us", number(quantile_of(row.floor_sm_us, kMedian))},
+      {"floor_least_us", number(row.floor_least_us())},
       {"ratio", row.floor_us() == 0 ? json() : number(p50 / row.floor_us())},
       {"nccl_us", number(quantile_of(row.nccl_us, kMedian))},
       {"nccl_p99_us", number(quantile_of(row.nccl_us, kTail))},
       {"queued_us", number(row.queued_us)},
+      {"compute_us", number(row.compute_us)},
       {"client_slowdown", number(row.client_slowdown)},
       {"daemon_cpu_percent", number(row.daemon_cpu_percent)},
       {"iterations", row.times_us.size()},
@@ -158,6 +169,7 @@ std::string table_text(const json& document) {
                     {"RATIO", Align::kRight},
                     {"NCCL µs", Align::kRight},
                     {"QUEUED µs", Align::kRight},
+                    {"GEMMS µs", Align::kRight},
                     {"CLIENT x", Align::kRight},
                     {"CPU %", Align::kRight},
                     {"VERIFIED"}});
@@ -165,8 +177,9 @@ std::string table_text(const json& document) {
     table.add({form_of(row), cell(row, "tokens", 0), cell(row, "hidden", 0), cell(row, "top_k", 0),
                row.value("mps", false) ? "yes" : "no", row.value("client", ""), cell(row, "p50_us", 1),
                cell(row, "p99_us", 1), cell(row, "link_gbps", 0), cell(row, "floor_us", 1), cell(row, "ratio", 2),
-               cell(row, "nccl_us", 1), cell(row, "queued_us", 1), cell(row, "client_slowdown", 2),
-               cell(row, "daemon_cpu_percent", 0), row.value("verified", false) ? "yes" : "NO"});
+               cell(row, "nccl_us", 1), cell(row, "queued_us", 1), cell(row, "compute_us", 1),
+               cell(row, "client_slowdown", 2), cell(row, "daemon_cpu_percent", 0),
+               row.value("verified", false) ? "yes" : "NO"});
   }
   std::string text = table.text();
   for (const json& row : document.at("rows")) {

@@ -29,8 +29,11 @@ struct TableRow {
   bool busy = false;
   Times times_us;
   Times floor_copy_engine_us, floor_sm_us, nccl_us;  // empty: not measured
-  double logical_bytes = 0;                          // per rank, mean of the ranks
+  /// The same with a token once per rank, where the operation's rows are one per expert.
+  Times floor_least_copy_engine_us, floor_least_sm_us;
+  double logical_bytes = 0;  // per rank, mean of the ranks
   double link_bytes = 0;
+  double compute_us = 0;       // of a layer, its GEMMs alone; 0: not measured
   double queued_us = 0;        // per operation back to back; 0: not measured
   double client_slowdown = 0;  // of a busy client's own work; 0: not measured
   double daemon_cpu_percent = 0;
@@ -40,6 +43,7 @@ struct TableRow {
 
   /// p50 of the faster of both copies; 0: not measured.
   double floor_us() const;
+  double floor_least_us() const;
 };
 
 nlohmann::json row_json(const TableRow& row);

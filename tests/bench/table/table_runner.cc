@@ -60,12 +60,13 @@ TableRunner::Batch::Batch(TableRunner* runner, std::vector<TableCase> cases, uin
       ranks_(cases_.front().shape.ranks),
       name_("table-" + std::to_string(getpid()) + "-" + std::to_string(number)),
       meeting_(ranks_),
-      group_{runner->options_,    bench_,          &meeting_,
-             runner->nccl_.get(), runner->daemon_, std::vector<uint64_t>(ranks_, 0),
+      group_{runner->options_,    bench_,
+             &meeting_,           runner->nccl_.get(),
+             runner->daemon_.pid, std::vector<uint64_t>(ranks_, 0),
              runner->tools_},
       figures_(cases_.size(),
                std::vector<std::vector<RankFigures>>(clients_.size(), std::vector<RankFigures>(ranks_))) {
-  bench_.socket = runner->attach_socket_;
+  bench_.socket = runner->daemon_.attach_socket;
   for (uint32_t rank = 0; rank < ranks_; ++rank) {
     bench_.devices.push_back("cuda:" + std::to_string(runner->gpus_[rank]));
   }
@@ -105,6 +106,9 @@ void TableRunner::Batch::rank_work(uint32_t index) {
     check_cuda(cudaMemsetAsync(data, value, bytes, stream), "cudaMemsetAsync");
     check_cuda(cudaStreamSynchronize(stream), "cudaMemsetAsync");
   });
+  rank.set_probe([&tools, stream](const void* data, uint8_t value, uint64_t bytes) {
+    return tools.probe->holds_only(data, value, bytes, stream);
+  });
   if (index == 0) {
     auto info = EXPERTD_INIT(expertd_session_info_t);
     rank.check(expertd_session_info(rank.session(), &info), "session information");
@@ -143,8 +147,11 @@ TableRow TableRunner::Batch::finished_row(const TableCase& it, size_t client,
   row.times_us = slowest(&RankFigures::times_us);
   row.floor_copy_engine_us = slowest(&RankFigures::floor_copy_engine_us);
   row.floor_sm_us = slowest(&RankFigures::floor_sm_us);
+  row.floor_least_copy_engine_us = slowest(&RankFigures::floor_least_copy_engine_us);
+  row.floor_least_sm_us = slowest(&RankFigures::floor_least_sm_us);
   row.nccl_us = slowest(&RankFigures::nccl_us);
   row.queued_us = quantile_of(slowest(&RankFigures::queued_us), 0.5);
+  row.compute_us = quantile_of(slowest(&RankFigures::compute_us), 0.5);
   for (const RankFigures& rank : ranks) {
     row.logical_bytes += static_cast<double>(rank.bytes.logical) / static_cast<double>(ranks.size());
     row.link_bytes += static_cast<double>(rank.bytes.remote) / static_cast<double>(ranks.size());
@@ -195,11 +202,11 @@ std::vector<TableRow> TableRunner::Batch::run(size_t* done) {
   return rows;
 }
 
-TableRunner::TableRunner(const TableOptions& options, std::vector<int> gpus, std::string attach_socket, pid_t daemon)
+TableRunner::TableRunner(const TableOptions& options, std::vector<int> gpus, DaemonPlace daemon, Renew renew)
     : options_(options),
       gpus_(std::move(gpus)),
-      attach_socket_(std::move(attach_socket)),
-      daemon_(daemon),
+      daemon_(std::move(daemon)),
+      renew_(std::move(renew)),
       end_(Clock::now() + options.time_max) {
   open_tools();
   open_nccl();
@@ -219,6 +226,7 @@ void TableRunner::open_tools() {
     check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, gpu), "cudaDeviceGetAttribute");
     tools->multiprocessors = static_cast<uint32_t>(multiprocessors);
     tools->timer = std::make_unique<StreamTimer>(gate_.get());
+    tools->probe = std::make_unique<DeviceProbe>();
     tools->load = options_.busy ? std::make_unique<GemmLoad>(gpu) : nullptr;
     tools_.push_back(std::move(tools));
   }
@@ -267,7 +275,17 @@ TableRow TableRunner::new_row(const TableCase& it, bool busy) const {
   return row;
 }
 
-std::vector<TableRow> TableRunner::run(const std::vector<TableCase>& cases) {
+bool TableRunner::renew_daemon() {
+  try {
+    daemon_ = renew_();
+    return true;
+  } catch (const std::exception& error) {
+    std::cerr << std::string("op_table: no new daemon: ") + error.what() + "\n";
+    return false;
+  }
+}
+
+std::vector<TableRow> TableRunner::run(const std::vector<TableCase>& cases, const Progress& progress) {
   std::vector<TableRow> rows;
   uint32_t failures = 0;
   uint32_t batches = 0;
@@ -297,6 +315,10 @@ std::vector<TableRow> TableRunner::run(const std::vector<TableCase>& cases) {
     rows.insert(rows.end(), more.begin(), more.end());
     failures = !batch.failed() ? 0 : more.front().error.empty() ? 1 : failures + 1;
     next += done;
+    progress(rows);
+    if (batch.failed() && renew_ && !renew_daemon()) {
+      failures = kFailuresInARow;
+    }
   }
   return rows;
 }

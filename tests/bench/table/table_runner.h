@@ -5,6 +5,7 @@
 
 #include <sys/types.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -13,16 +14,27 @@
 
 namespace expertd::bench {
 
+struct DaemonPlace {
+  std::string attach_socket;
+  pid_t pid = 0;
+};
+
 class TableRunner {
  public:
-  /// `gpus` are ordinals of this process, one rank each. Throws when a GPU cannot be used.
-  TableRunner(const TableOptions& options, std::vector<int> gpus, std::string attach_socket, pid_t daemon);
+  /// A daemon in the place of one beside which a case failed, so that the next case does not suffer from that.
+  using Renew = std::function<DaemonPlace()>;
 
-  /// Two rows for a case where both kinds of client are asked for. Progress goes to stderr.
-  std::vector<TableRow> run(const std::vector<TableCase>& cases);
+  /// `gpus` are ordinals of this process, one rank each. Throws when a GPU cannot be used. `renew` may be empty.
+  TableRunner(const TableOptions& options, std::vector<int> gpus, DaemonPlace daemon, Renew renew);
+
+  /// Told of the rows so far, after each group of cases.
+  using Progress = std::function<void(const std::vector<TableRow>&)>;
+  /// Two rows for a case where both kinds of client are asked for. Each is told on stderr.
+  std::vector<TableRow> run(const std::vector<TableCase>& cases, const Progress& progress);
 
   /// The daemon runs under MPS, as the last session was told.
   bool mps() const { return mps_; }
+  size_t ranks() const { return gpus_.size(); }
   const std::string& device_name() const { return device_name_; }
   /// "cuBLAS" or "kernel"; "none" when no client is busy.
   std::string load_kind() const;
@@ -35,13 +47,15 @@ class TableRunner {
 
   void open_tools();
   void open_nccl();
+  /// False, told on stderr, when there is none.
+  bool renew_daemon();
   std::vector<bool> clients() const;
   TableRow new_row(const TableCase& it, bool busy) const;
 
   const TableOptions& options_;
   const std::vector<int> gpus_;
-  const std::string attach_socket_;
-  const pid_t daemon_;
+  DaemonPlace daemon_;
+  const Renew renew_;
   const Clock::time_point end_;
   std::string device_name_;
   std::string nccl_text_;
