@@ -121,7 +121,6 @@ inline constexpr const char* kWordKernels = R"ptx(
   .reg .b64 %rd<3>;
   ld.param.u64 %rd1, [p_word];
   ld.param.u64 %rd2, [p_value];
-  fence.acq_rel.sys;
   st.release.sys.global.u64 [%rd1], %rd2;
   ret;
 }
@@ -136,10 +135,9 @@ AGAIN:
   ld.acquire.sys.global.u64 %rd3, [%rd1];
   setp.ge.s64 %p1, %rd3, %rd2;
   @%p1 bra DONE;
-  nanosleep.u32 100;
+  nanosleep.u32 20;
   bra AGAIN;
 DONE:
-  fence.acq_rel.sys;
   ret;
 }
 )ptx";

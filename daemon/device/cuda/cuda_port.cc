@@ -47,8 +47,8 @@ class CudaDevice::WordBatch {
   }
 
  private:
-  // Abort word, doorbell, two exchange words per rank, result, completion and the host's word.
-  std::array<CUstreamBatchMemOpParams, 2 * base::kMaxGpuRanks + 8> writes_{};
+  // Abort word, doorbell, three exchange words per rank, result, completion and the host's word.
+  std::array<CUstreamBatchMemOpParams, 3 * base::kMaxGpuRanks + 8> writes_{};
   uint32_t count_ = 0;
 };
 
@@ -150,6 +150,7 @@ void CudaDevice::send_rescue(Part* part) {
   for (uint32_t s = 0; part->page != nullptr && s < part->ranks; ++s) {
     if (s != part->rank && ((part->active_ranks >> s) & 1) != 0) {
       batch.write(&part->page->routed[s], EXPERTD_ABORT_WORD);
+      batch.write(&part->page->counted[s], EXPERTD_ABORT_WORD);
       batch.write(&part->page->moved[s], EXPERTD_ABORT_WORD);
     }
   }
@@ -167,6 +168,7 @@ void CudaDevice::send_restore(Part* part) {
   for (uint32_t s = 0; part->page != nullptr && s < part->ranks; ++s) {
     if (s != part->rank && ((part->active_ranks >> s) & 1) != 0) {
       batch.write(&part->page->routed[s], part->group_op);
+      batch.write(&part->page->counted[s], part->group_op);
       batch.write(&part->page->moved[s], part->group_op);
     }
   }

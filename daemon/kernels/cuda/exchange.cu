@@ -45,11 +45,11 @@ __global__ __launch_bounds__(kSignalThreads) void meet(const __grid_constant__ P
   if (p.null_operation != 0) {
     return;
   }
-  const bool gated = block_is_gated(p);
+  const bool gated = look_at_gate(p);
   open_part(p, gated);
-  const Passage passage = passes(p, SignalStep::kRouted, SignalStep::kMoved);
+  const Passage passage = passes(p, SignalStep::kRouted, SignalStep::kMoved, gated, Decider::kOneBlock);
   if (passage != Passage::kNot) {
-    finish_part(p, !gated && passage == Passage::kRegular, false);
+    finish_part(p, passage == Passage::kRegular, false);
   }
 }
 

@@ -47,26 +47,43 @@ __device__ inline void store_progress(const PartParams& p, SignalStep step) {
   st_relaxed_sys(step == SignalStep::kRouted ? &p.words.progress->routed : &p.words.progress->moved, p.words.group_op);
 }
 
-/// Tells every active rank that this rank's step is done. One whole warp, behind a barrier behind everything that is
-/// announced.
-__device__ inline void announce(const PartParams& p, SignalStep step) {
+/// Tells the lane's rank that this rank's step is done, in order behind everything that the lane wrote or that a
+/// barrier put before it. The time is for statistics; before the flag it would cost a round trip.
+__device__ inline void announce_to_lane(const PartParams& p, SignalStep step) {
   const OpShape& shape = p.op.shape;
   const uint32_t j = threadIdx.x & 31;
   const bool routed = step == SignalStep::kRouted;
   if (j < shape.ranks && rank_active(shape, j)) {
     SyncPage* page = p.peers.pages[j];
-    fence_sys();
-    st_relaxed_sys(routed ? &page->routed_time_ns[shape.rank] : &page->moved_time_ns[shape.rank], global_timer_ns());
     st_release_sys(routed ? &page->routed[shape.rank] : &page->moved[shape.rank], p.words.group_op);
+    st_relaxed_sys(routed ? &page->routed_time_ns[shape.rank] : &page->moved_time_ns[shape.rank], global_timer_ns());
   }
+}
+
+/// The same to every active rank, by one whole warp.
+__device__ inline void announce(const PartParams& p, SignalStep step) {
+  announce_to_lane(p, step);
   __syncwarp();
 }
 
+/// Whether this rank has nobody to exchange with.
+__device__ inline bool is_alone(const PartParams& p) {
+  return p.op.shape.active_ranks == uint64_t{1} << p.op.shape.rank;
+}
+
+/// Whether the part was aborted before this kernel began; thread 0 looks, for the block's decision at its first
+/// exchange.
+__device__ inline bool look_at_gate(const PartParams& p) {
+  return threadIdx.x == 0 && ld_acquire_sys(&p.words.state->aborted_part) == p.words.part;
+}
+
 /// The first kernel of a part that has nothing to route: announces `routed` at once, which lets the others read this
-/// rank's inputs and write its outputs. Any block; the first one's first warp does it.
+/// rank's inputs and write its outputs. Any block; the first one's first warp does it. `gated`: what thread 0 saw.
 __device__ inline void open_part(const PartParams& p, bool gated) {
-  if (blockIdx.x == 0 && threadIdx.x < 32 && !gated) {
-    announce(p, SignalStep::kRouted);
+  if (blockIdx.x == 0 && threadIdx.x < 32 && __shfl_sync(kFullWarp, gated ? 1 : 0, 0) == 0) {
+    if (!is_alone(p)) {
+      announce(p, SignalStep::kRouted);
+    }
     mark_start(p);
   }
 }
@@ -75,21 +92,19 @@ __device__ inline void open_part(const PartParams& p, bool gated) {
 /// or because the part was aborted.
 enum class Passage : uint32_t { kNot, kRegular, kAborted };
 
-/// Waits for the flags of all other active ranks; kNot when `patience` cycles are over. One whole warp.
-__device__ inline Passage await_flags(const PartParams& p, SignalStep step, int64_t patience) {
+/// Waits for the words of all other active ranks; kNot when `patience` cycles are over. One whole warp.
+__device__ inline Passage await_words(const PartParams& p, const uint64_t* words, int64_t patience) {
   const OpShape& shape = p.op.shape;
   const uint32_t s = threadIdx.x & 31;
   const bool waits = s < shape.ranks && s != shape.rank && rank_active(shape, s);
-  const SyncPage* page = p.peers.pages[shape.rank];
-  const uint64_t* flags = step == SignalStep::kRouted ? page->routed : page->moved;
-  uint64_t flag = waits ? 0 : p.words.group_op;
+  uint64_t word = waits ? 0 : p.words.group_op;
   const int64_t begin = clock64();
   for (;;) {
-    if (flag < p.words.group_op) {
-      flag = ld_acquire_sys(&flags[s]);
+    if (word < p.words.group_op) {
+      word = ld_acquire_sys(&words[s]);
     }
-    if (__all_sync(kFullWarp, flag >= p.words.group_op)) {
-      return __any_sync(kFullWarp, flag == EXPERTD_ABORT_WORD) ? Passage::kAborted : Passage::kRegular;
+    if (__all_sync(kFullWarp, word >= p.words.group_op)) {
+      return __any_sync(kFullWarp, word == EXPERTD_ABORT_WORD) ? Passage::kAborted : Passage::kRegular;
     }
     if (__any_sync(kFullWarp, clock64() - begin > patience)) {
       return Passage::kNot;
@@ -97,22 +112,44 @@ __device__ inline Passage await_flags(const PartParams& p, SignalStep step, int6
   }
 }
 
-/// Waits for the flags of `step` and decides, for all blocks of the kernel alike, whether it goes on; the decision is
-/// kept as that of `exchange`. Whole block, whose first warp waits.
-__device__ inline Passage passes(const PartParams& p, SignalStep step, SignalStep exchange) {
+__device__ inline Passage await_flags(const PartParams& p, SignalStep step, int64_t patience) {
+  const SyncPage* page = p.peers.pages[p.op.shape.rank];
+  return await_words(p, step == SignalStep::kRouted ? page->routed : page->moved, patience);
+}
+
+/// Who decides whether a kernel goes on: all its blocks together, or its only or last one.
+enum class Decider : uint32_t { kAllBlocks, kOneBlock };
+
+/// Keeps what was found as the decision of the exchange, or takes another block's; one thread. Returns the decision.
+__device__ inline uint64_t decide_passage(const PartParams& p, uint64_t* word, uint64_t seen, bool came,
+                                          Decider decider) {
+  const uint64_t mine = came ? kPassed : kLeft;
+  uint64_t decided = mine;
+  if (decider == Decider::kOneBlock) {
+    st_relaxed_sys(word, p.words.part * 4 + mine);
+  } else {
+    decided = first_decision(word, p.words.part, mine, seen);
+  }
+  if (decided == kLeft) {
+    // From here on the host may want to know how far the part came.
+    store_progress(p, SignalStep::kRouted);
+    publish_start(p);
+  }
+  return decided;
+}
+
+/// Waits for the flags of `step` and decides whether the kernel goes on; the decision is kept as that of `exchange`.
+/// `gated`: what thread 0 saw. Whole block, whose first warp waits.
+__device__ inline Passage passes(const PartParams& p, SignalStep step, SignalStep exchange, bool gated,
+                                 Decider decider) {
   __shared__ Passage passage;
   if (threadIdx.x < 32) {
     uint64_t* word = &p.words.state->passed[static_cast<uint32_t>(exchange)];
-    const uint64_t seen = ld_relaxed_gpu(word);
+    const uint64_t seen = decider == Decider::kAllBlocks ? ld_relaxed_gpu(word) : 0;
     Passage found = await_flags(p, step, kPatienceCycles);
     uint64_t decided = 0;
     if (threadIdx.x == 0) {
-      decided = first_decision(word, p.words.part, found == Passage::kNot ? kLeft : kPassed, seen);
-      if (decided == kLeft) {
-        // From here on the host may want to know how far the part came.
-        store_progress(p, SignalStep::kRouted);
-        publish_start(p);
-      }
+      decided = decide_passage(p, word, seen, found != Passage::kNot, decider);
     }
     decided = __shfl_sync(kFullWarp, decided, 0);
     if (decided == kLeft) {
@@ -121,7 +158,7 @@ __device__ inline Passage passes(const PartParams& p, SignalStep step, SignalSte
       found = await_flags(p, step, INT64_MAX);  // another block has seen them, so they are there
     }
     if (threadIdx.x == 0) {
-      passage = found;
+      passage = gated && found != Passage::kNot ? Passage::kAborted : found;
     }
   }
   __syncthreads();
@@ -130,9 +167,9 @@ __device__ inline Passage passes(const PartParams& p, SignalStep step, SignalSte
 
 /// Whether this block goes on past the exchange, as the kernel that waits itself or as the one behind the stream's
 /// wait. Whole block; kNot for all blocks of the kernel or for none.
-__device__ inline Passage enters(const PartParams& p, SignalStep step, Entry entry) {
+__device__ inline Passage enters(const PartParams& p, SignalStep step, Entry entry, bool gated) {
   if (entry == Entry::kWaits) {
-    return passes(p, step, step);
+    return passes(p, step, step, gated, Decider::kAllBlocks);
   }
   if (!was_left(p, step)) {
     return Passage::kNot;

@@ -276,14 +276,14 @@ __global__ __launch_bounds__(kMostSumThreads + 32, 1) void link_combine(const __
   }
   bool gated = false;
   if (entry == Entry::kWaits) {
-    gated = block_is_gated(p);
+    gated = look_at_gate(p);
     open_part(p, gated);
   }
-  const Passage passage = enters(p, SignalStep::kRouted, entry);
+  const Passage passage = enters(p, SignalStep::kRouted, entry, gated);
   if (passage == Passage::kNot) {
     return;
   }
-  const bool works = !gated && passage == Passage::kRegular;
+  const bool works = passage == Passage::kRegular;
   if (works) {
     pull_and_sum<kPieces>(p, rows, &pipeline);
   }
@@ -295,7 +295,7 @@ __global__ __launch_bounds__(kMostSumThreads + 32, 1) void link_combine(const __
   if (end.complete && threadIdx.x < 32) {
     announce(p, SignalStep::kMoved);
   }
-  const Passage moved = passes(p, SignalStep::kMoved, SignalStep::kMoved);
+  const Passage moved = passes(p, SignalStep::kMoved, SignalStep::kMoved, false, Decider::kOneBlock);
   if (moved != Passage::kNot) {
     finish_part(p, end.complete && moved == Passage::kRegular, false);
   }

@@ -262,21 +262,26 @@ __device__ void keep_rows(const PartParams& p, Crew clerks) {
   }
 }
 
-/// The clerks' work beside the movers: the handle, what only this rank can know (no other rank writes those rows and
-/// tables), and in the first block the plan.
-__device__ void keep_books(const PartParams& p) {
+/// The clerks' work beside the movers: the handle and what only this rank can know (no other rank writes those rows and
+/// tables); in the first cluster the rows per expert, in the first block the plan.
+__device__ void keep_books(const PartParams& p, const TokenSpan& span, ClusterShared* shared) {
   const OpShape& shape = p.op.shape;
   const uint32_t lane = threadIdx.x & 31;
   const Crew clerks{blockIdx.x * 32 + lane, gridDim.x * 32};
   const MoverPlan plan = plan_of_warp(p);
-  if (shape.cached == 0 && p.refused_reason == 0) {
-    keep_rows(p, clerks);
+  bool plans = blockIdx.x == 0;
+  if (shape.cached == 0) {
+    const bool counts = blockIdx.x < cooperative_groups::this_cluster().num_blocks();
+    plans = counts && count_experts(p, span, shared);
+    if (p.refused_reason == 0) {
+      keep_rows(p, clerks);
+    }
+    if (shape.worst_tokens != 0 && plan.moves) {
+      const uint32_t received = __shfl_sync(kFullWarp, plan.total, static_cast<int>(shape.rank));
+      clear_rows(p, received, shape.capacity_rows, clerks);
+    }
   }
-  if (shape.cached == 0 && shape.worst_tokens != 0 && plan.moves) {
-    const uint32_t received = __shfl_sync(kFullWarp, plan.total, static_cast<int>(shape.rank));
-    clear_rows(p, received, shape.capacity_rows, clerks);
-  }
-  if (blockIdx.x == 0) {
+  if (plans) {
     plan_dispatch(p, p.scratch.plan_work, {lane, 32}, [] { __syncwarp(); });
     if (plan.moves) {
       store_tables(p, {lane, 32});
@@ -284,22 +289,28 @@ __device__ void keep_books(const PartParams& p) {
   }
 }
 
-/// Movers and clerk of one block. Whole block; its shared memory is free.
+/// A block's shared memory beside the rows.
+struct BlockShared {
+  ClusterShared cluster;
+  uint64_t loaded[kMostMovers];
+};
+
+/// Movers and clerk of one block. Whole block; the places are free.
 __device__ void move_block(const PartParams& p, const TokenSpan& span, uint32_t cluster_blocks, char* places,
-                           uint64_t* loaded) {
+                           BlockShared* shared) {
   const uint32_t warp = threadIdx.x / 32;
   const uint32_t movers = blockDim.x / 32 - 1;
   if (warp == movers) {
-    keep_books(p);
+    keep_books(p, span, &shared->cluster);
     return;
   }
   if ((threadIdx.x & 31) == 0) {
-    barrier_init(&loaded[warp], 1);
+    barrier_init(&shared->loaded[warp], 1);
   }
   __syncwarp();
   char* place = places + warp * place_bytes(p.op.shape);
   move_tokens(p, work_of_block(p, span, cluster_blocks, movers),
-              {place, place + bulk_row_stride(p.op.shape.row_bytes), &loaded[warp], side_in_bulk(p)});
+              {place, place + bulk_row_stride(p.op.shape.row_bytes), &shared->loaded[warp], side_in_bulk(p)});
 }
 
 #endif
@@ -317,31 +328,35 @@ __global__ __launch_bounds__((kMostMovers + 1) * 32, 1) void link_dispatch(const
                                                                            Entry entry) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) char places[];
-  __shared__ uint64_t loaded[kMostMovers];
+  __shared__ BlockShared shared;
   if (p.null_operation != 0) {
     return;
   }
   const auto cluster = cooperative_groups::this_cluster();
   const TokenSpan span = span_of(p.op.shape, cluster.block_rank(), cluster.num_blocks());
+  const bool counts = p.op.shape.cached == 0 && blockIdx.x < cluster.num_blocks();
+  if (counts) {
+    clear_experts(p.op.shape, &shared.cluster);
+  }
   bool gated = false;
   if (entry == Entry::kWaits) {
-    gated = block_is_gated(p);
+    gated = look_at_gate(p);
     if (p.op.shape.cached != 0) {
       open_part(p, gated);
     } else {
-      if (!gated) {
-        mark_start(p);
-      }
-      route_cluster(p, span, gated, reinterpret_cast<RouteShared*>(places));
+      route_cluster(p, span, gated, reinterpret_cast<RouteShared*>(places), &shared.cluster);
     }
   }
-  const Passage passage = enters(p, SignalStep::kRouted, entry);
+  const Passage passage = enters(p, SignalStep::kRouted, entry, gated);
   if (passage == Passage::kNot) {
     return;
   }
-  const bool works = !gated && passage == Passage::kRegular;
+  if (counts && entry == Entry::kBehindWait) {
+    cluster.sync();  // no clerk adds to a block that has not cleared its counts
+  }
+  const bool works = passage == Passage::kRegular;
   if (works) {
-    move_block(p, span, cluster.num_blocks(), places, loaded);
+    move_block(p, span, cluster.num_blocks(), places, &shared);
   }
   const LastBlock end = end_step(p, works);
   if (!end.last) {
@@ -350,7 +365,7 @@ __global__ __launch_bounds__((kMostMovers + 1) * 32, 1) void link_dispatch(const
   if (end.complete && threadIdx.x < 32) {
     announce(p, SignalStep::kMoved);
   }
-  const Passage moved = passes(p, SignalStep::kMoved, SignalStep::kMoved);
+  const Passage moved = passes(p, SignalStep::kMoved, SignalStep::kMoved, false, Decider::kOneBlock);
   if (moved != Passage::kNot) {
     finish_part(p, end.complete && moved == Passage::kRegular, true);
   }

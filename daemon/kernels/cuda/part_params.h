@@ -17,14 +17,16 @@ namespace expertd::kernels::cuda {
 inline constexpr uint32_t kRouteChunkTokens = 64;
 
 /// One exchange page of one rank, in its own device memory; every peer writes its own index. The stream of the owner
-/// waits for routed[s] >= n and moved[s] >= n. The times are the writer's %globaltimer, for wait statistics only.
+/// waits for routed[s] >= n and moved[s] >= n, its kernels also for counted[s]. The times are the writer's
+/// %globaltimer, for wait statistics only.
 struct SyncPage {
   uint64_t routed[base::kMaxGpuRanks];
   uint64_t moved[base::kMaxGpuRanks];
   uint64_t routed_time_ns[base::kMaxGpuRanks];
   uint64_t moved_time_ns[base::kMaxGpuRanks];
+  uint64_t counted[base::kMaxGpuRanks];  // link dispatch: the rank's rows per expert are in the matrix too
 };
-static_assert(sizeof(SyncPage) == 512);
+static_assert(sizeof(SyncPage) == 640);
 
 /// Words of one part in device memory. They carry part numbers, so that nothing of an earlier part has to be reset.
 struct PartState {
