@@ -182,6 +182,12 @@ cudaError_t launch_all_null(bool bulk_copies, cudaStream_t stream) {
     if (const cudaError_t error = launch_link_route(null, stream); error != cudaSuccess) {
       return error;
     }
+    if (const cudaError_t error = launch_link_ll_dispatch(null, Entry::kWaits, stream); error != cudaSuccess) {
+      return error;
+    }
+    if (const cudaError_t error = launch_link_ll_combine(null, LowLatencyEntry::kWaits, stream); error != cudaSuccess) {
+      return error;
+    }
   }
   for (const Launcher launcher : kLaunchers) {
     if (const cudaError_t error = launcher(null, stream); error != cudaSuccess) {

@@ -38,6 +38,22 @@ __device__ __forceinline__ uint64_t ld_acquire_sys(const uint64_t* word) {
   return value;
 }
 
+/// The same word where only its value counts and nothing is read behind it.
+__device__ __forceinline__ uint64_t ld_relaxed_sys(const uint64_t* word) {
+  uint64_t value = 0;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+
+/// What fence_sys() does but for the one order of all such fences, which takes longer and which no exchange needs.
+__device__ __forceinline__ void fence_acq_rel_sys() {
+  asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
+
+__device__ __forceinline__ void fence_acq_rel_gpu() {
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
+
 /// Nanoseconds of the node-wide GPU timer; volatile because it changes between reads. There is no intrinsic for it.
 __device__ __forceinline__ uint64_t global_timer_ns() {
   uint64_t now = 0;
