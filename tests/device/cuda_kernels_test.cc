@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "tests/device/gpu_fixture.h"
+#include "tests/device/large_cases.h"
 #include "tests/support/random_case_host.h"
 
 namespace expertd::device_test {
@@ -51,13 +52,13 @@ void place_output(Arena* arena, PoisonedBuffer* buffer, const void* given, engin
   }
 }
 
-/// The request of one rank with every tensor of its params placed in the rank's arena.
-Request make_request(GpuGroup* group, uint32_t rank, const RankInput& input, const support::CombineInput* rows,
-                     GroupMemory* memory) {
+/// The request of one rank with every tensor of its params placed in the rank's arena, behind those of earlier
+/// operations.
+Request add_request(GpuGroup* group, uint32_t rank, const RankInput& input, const support::CombineInput* rows,
+                    GroupMemory* memory) {
   const OpParams& params = memory->params[rank];
   RankMemory& own = memory->ranks[rank];
   Arena& arena = group->arena(rank);
-  arena.reset();
   Request made = group->request(rank, params.shape);
   auto& t = made.tensors;
   const size_t x_bytes = rows != nullptr ? bytes_of(rows->x) : input.x.size();
@@ -81,6 +82,13 @@ Request make_request(GpuGroup* group, uint32_t rank, const RankInput& input, con
   place_output(&arena, &own.stats, params.out.stats, &t[EXPERTD_OUT_STATS]);
   place_output(&arena, &own.token_rank_mask, params.out.token_rank_mask, &t[EXPERTD_OUT_TOKEN_RANK_MASK]);
   return made;
+}
+
+/// The same, alone in the arena.
+Request make_request(GpuGroup* group, uint32_t rank, const RankInput& input, const support::CombineInput* rows,
+                     GroupMemory* memory) {
+  group->arena(rank).reset();
+  return add_request(group, rank, input, rows, memory);
 }
 
 std::vector<std::pair<const char*, PoisonedBuffer RankMemory::*>> output_buffers() {
@@ -231,6 +239,18 @@ std::vector<support::CombineInput> make_rows(const RandomCase& random_case, std:
   return rows;
 }
 
+/// The combine that follows a dispatch.
+RandomCase combine_of(const RandomCase& dispatch) {
+  RandomCase combine = dispatch;
+  combine.shape.kind = dispatch.shape.kind == OpKind::kDispatch ? OpKind::kCombine : OpKind::kLlCombine;
+  combine.shape.payload = kernels::Payload::kBf16;
+  combine.shape.row_bytes = combine.shape.hidden * 2;
+  combine.shape.out_row_bytes = combine.shape.row_bytes;
+  combine.shape.order_last_lane = dispatch.order_last_lane ? 1 : 0;
+  combine.shape.active_ranks = dispatch.later_active;
+  return combine;
+}
+
 /// Dispatch, a cached dispatch (HT), and the combine with the same handle.
 void run_case(GpuGroup* group, RandomCase random_case) {
   SCOPED_TRACE(support::repro_line(random_case));
@@ -264,13 +284,7 @@ void run_case(GpuGroup* group, RandomCase random_case) {
   }
   std::vector<uint32_t> in_rows;
   const auto rows = make_rows(random_case, &in_rows);
-  RandomCase combine = random_case;
-  combine.shape.kind = random_case.shape.kind == OpKind::kDispatch ? OpKind::kCombine : OpKind::kLlCombine;
-  combine.shape.payload = kernels::Payload::kBf16;
-  combine.shape.row_bytes = combine.shape.hidden * 2;
-  combine.shape.out_row_bytes = combine.shape.row_bytes;
-  combine.shape.order_last_lane = random_case.order_last_lane ? 1 : 0;
-  combine.shape.active_ranks = random_case.later_active;
+  const RandomCase combine = combine_of(random_case);
   GroupMemory combine_host = support::make_combine(combine, &handles, rows, in_rows);
   GroupMemory combine_gpu = support::make_combine(combine, &other_handles, rows, in_rows);
   support::drive(support::Drive::kWhole, &combine_host);
@@ -300,56 +314,102 @@ TEST_F(CudaKernels, LowLatency) {
   run_cases(group_.get(), OpKind::kLlDispatch);
 }
 
-/// More tokens than one block of the route kernels numbers, uneven over the ranks.
-RandomCase make_large_case(uint64_t seed, OpKind kind, uint32_t ranks) {
-  support::Random random(seed);
-  RandomCase made;
-  made.seed = seed;
-  made.shape.kind = kind;
-  made.shape.ranks = ranks;
-  made.shape.local_experts = random.between(1, 64);
-  made.shape.experts = ranks * made.shape.local_experts;
-  made.shape.top_k = random.between(1, 9);
-  made.shape.topk_idx_bytes = seed % 2 == 0 ? 4 : 8;
-  made.shape.active_ranks = (uint64_t{1} << ranks) - 1;
-  made.later_active = made.shape.active_ranks;
-  made.shape.hidden = 128;
-  made.shape.row_bytes = 256;
-  made.shape.out_row_bytes = 256;
-  made.shape.expanded = kind == OpKind::kDispatch ? random.below(2) : 0;
-  made.shape.worst_tokens = random.below(2);
-  made.shape.max_tokens = kind == OpKind::kDispatch ? 3000 : 700;
-  made.shape.slots_per_expert = ranks * made.shape.max_tokens;
-  made.combine_weights = kind == OpKind::kDispatch;
-  made.optional_outputs = true;
-  made.inputs.resize(ranks);
-  for (RankInput& input : made.inputs) {
-    input.tokens = random.between(made.shape.max_tokens / 2, made.shape.max_tokens);
-    for (uint32_t i = 0; i < input.tokens * made.shape.top_k; ++i) {
-      const uint32_t lane = i % made.shape.top_k;
-      // Lanes of one token choose from different experts where there are enough.
-      const uint32_t expert = random.below(made.shape.experts / made.shape.top_k + 1) * made.shape.top_k + lane;
-      input.topk_idx.push_back(expert < made.shape.experts && !random.chance(10) ? static_cast<int64_t>(expert) : -1);
-      input.topk_weights.push_back(static_cast<float>(random.unit()));
-    }
-    const auto rows = support::random_rows(&random, size_t{input.tokens} * made.shape.hidden);
-    input.x.resize(rows.size() * 2);
-    std::memcpy(input.x.data(), rows.data(), input.x.size());
-  }
-  made.capacities.assign(ranks, made.shape.local_experts * made.shape.slots_per_expert);
-  if (kind == OpKind::kDispatch) {
-    const auto dispatched = support::reference_dispatch(made.shape, made.inputs);
-    for (uint32_t r = 0; r < ranks; ++r) {
-      made.capacities[r] = static_cast<uint32_t>(dispatched[r].rows.size()) + 100;
-    }
-  }
-  return made;
-}
-
 TEST_F(CudaKernels, ManyTokens) {
   for (uint64_t seed = 2; seed < 12 && !HasFatalFailure(); ++seed) {
     run_case(group_.get(), make_large_case(seed, OpKind::kDispatch, group_->size()));
     run_case(group_.get(), make_large_case(seed, OpKind::kLlDispatch, group_->size()));
+  }
+}
+
+/// An operation of several in flight: everything that it points to, until it has ended.
+struct Outstanding {
+  RandomCase made;
+  std::vector<support::CombineInput> rows;
+  GroupMemory host;
+  GroupMemory gpu;
+  std::vector<Request> requests;
+  std::vector<LaunchedPart> parts;
+};
+
+void place_outstanding(GpuGroup* group, uint32_t handle, Outstanding* op) {
+  support::drive(support::Drive::kWhole, &op->host);
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    const support::CombineInput* rows = op->rows.empty() ? nullptr : &op->rows[r];
+    op->requests.push_back(add_request(group, r, op->made.inputs[r], rows, &op->gpu));
+    op->requests.back().handle_index = handle;
+  }
+}
+
+/// Dispatches and their combines, all launched before any has ended, so that ranks run into each other's operations.
+void run_back_to_back(GpuGroup* group, const RandomCase& first) {
+  SCOPED_TRACE(support::repro_line(first));
+  constexpr uint32_t kPairs = 4;  // as many as the group has handles
+  std::vector<std::vector<support::HandleTables>> handles(2 * kPairs);
+  std::vector<std::unique_ptr<Outstanding>> ops;
+  ASSERT_TRUE(group->create_group(first.shape).is_ok());
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    group->arena(r).reset();
+  }
+  for (uint32_t i = 0; i < kPairs; ++i) {
+    handles[2 * i] = support::make_handles(first);
+    handles[2 * i + 1] = support::make_handles(first);
+    auto& dispatch = *ops.emplace_back(std::make_unique<Outstanding>());
+    dispatch.made = first;
+    dispatch.made.later_active = first.shape.active_ranks;
+    for (RankInput& input : dispatch.made.inputs) {
+      for (int64_t& id : input.topk_idx) {
+        id = id < 0 ? id : (id + i) % first.shape.experts;
+      }
+    }
+    support::refill_payload(first.seed + i, &dispatch.made);
+    dispatch.host = support::make_dispatch(dispatch.made, &handles[2 * i]);
+    dispatch.gpu = support::make_dispatch(dispatch.made, &handles[2 * i + 1]);
+    place_outstanding(group, i, &dispatch);
+    auto& combine = *ops.emplace_back(std::make_unique<Outstanding>());
+    combine.made = combine_of(dispatch.made);
+    std::vector<uint32_t> in_rows;
+    combine.rows = make_rows(dispatch.made, &in_rows);
+    combine.host = support::make_combine(combine.made, &handles[2 * i], combine.rows, in_rows);
+    combine.gpu = support::make_combine(combine.made, &handles[2 * i + 1], combine.rows, in_rows);
+    place_outstanding(group, i, &combine);
+  }
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    group->arena(r).upload(group->device_index(r));
+  }
+  for (const auto& op : ops) {
+    op->parts = group->launch(&op->requests, op->made.shape.active_ranks);
+  }
+  for (const auto& op : ops) {
+    ASSERT_TRUE(group->drain(&op->parts));
+  }
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    if (((first.shape.active_ranks >> r) & 1) == 0) {
+      continue;
+    }
+    group->arena(r).download(group->device_index(r));
+    for (size_t i = 0; i < ops.size(); ++i) {
+      SCOPED_TRACE("rank " + std::to_string(r) + ", operation " + std::to_string(i));
+      expect_equal_reports(ops[i]->host.reports[r], ops[i]->parts[r].outcome.report);
+      expect_equal_outputs(ops[i]->host.ranks[r], ops[i]->gpu.ranks[r]);
+    }
+  }
+  group->destroy_group();
+}
+
+TEST_F(CudaKernels, LowLatencyBackToBack) {
+  uint32_t ran = 0;
+  for (uint64_t seed = 1; ran < 60 && !HasFailure(); ++seed) {
+    const RandomCase random_case = support::make_random_case(seed, OpKind::kLlDispatch);
+    if (random_case.shape.ranks == group_->size()) {
+      run_back_to_back(group_.get(), random_case);
+      ++ran;
+    }
+  }
+}
+
+TEST_F(CudaKernels, LowLatencyEdges) {
+  for (uint64_t seed = 2; seed < 26 && !HasFatalFailure(); ++seed) {
+    run_case(group_.get(), make_edge_case(seed, group_->size()));
   }
 }
 

@@ -11,7 +11,8 @@ namespace expertd::kernels::cuda {
 namespace {
 
 constexpr uint32_t kPieces = kRowPartBytes / 512;  // 16-byte pieces of a part per lane
-constexpr uint32_t kRowsAtOnce = 4;                // rows whose loads are in flight together
+constexpr uint32_t kRowsAtOnce = 4;                // rows of an owner whose loads are in flight together
+constexpr uint32_t kSumsAtOnce = 3;                // the same of owners' sums
 
 /// The row of one (token, lane) of this rank.
 struct LaneRow {
@@ -115,20 +116,21 @@ __device__ void open_exchange(const PartParams& p) {
   keep_counts(p, counts);
 }
 
-/// One lane's pieces of one part of up to kRowsAtOnce rows.
-using Loads = uint4[kRowsAtOnce][kPieces];
+/// One lane's pieces of one part of up to kRows rows.
+template <uint32_t kRows>
+using Loads = uint4[kRows][kPieces];
 
-/// `row(i)`: where row i begins, for i below `count`.
-template <typename Row>
-__device__ __forceinline__ void load_rows(uint32_t part, uint32_t pieces, uint32_t count, const Row& row, Loads& v) {
+/// `next_row()`: where the next row begins, null behind the last one; called as often as rows fit.
+template <uint32_t kRows, typename Row>
+__device__ __forceinline__ void load_rows(uint32_t part, uint32_t pieces, const Row& next_row, Loads<kRows>& v) {
   const uint32_t first = part * (kRowPartBytes / 16) + (threadIdx.x & 31);
 #pragma unroll
-  for (uint32_t i = 0; i < kRowsAtOnce; ++i) {
-    const auto* in = reinterpret_cast<const uint4*>(row(i));
+  for (uint32_t i = 0; i < kRows; ++i) {
+    const auto* in = reinterpret_cast<const uint4*>(next_row());
 #pragma unroll
     for (uint32_t c = 0; c < kPieces; ++c) {
       const uint32_t piece = first + c * 32;
-      v[i][c] = i < count && piece < pieces ? in[piece] : uint4{};
+      v[i][c] = in != nullptr && piece < pieces ? in[piece] : uint4{};
     }
   }
 }
@@ -170,26 +172,24 @@ __device__ void sum_part(const PartParams& p, uint32_t origin, uint32_t token, u
   const uint64_t bytes = shape.hidden * 2;
   Sums sums = {};
   while (left != 0) {
-    const uint32_t count = min(static_cast<uint32_t>(__popc(left)), kRowsAtOnce);
-    uint32_t rows[kRowsAtOnce];
-    float weights[kRowsAtOnce];
+    uint32_t weighted = left;
+    const auto next_row = [&] {
+      const bool none = left == 0;
+      const auto row = static_cast<uint32_t>(__shfl_sync(kFullWarp, lane.x, static_cast<int>(take_bit(&left))));
+      return none ? nullptr : static_cast<const char*>(own.in_x) + row * bytes;
+    };
+    Loads<kRowsAtOnce> v;
+    load_rows<kRowsAtOnce>(part, shape.hidden / 8, next_row, v);
 #pragma unroll
     for (uint32_t i = 0; i < kRowsAtOnce; ++i) {
-      const auto from = static_cast<int>(take_bit(&left));
-      rows[i] = static_cast<uint32_t>(__shfl_sync(kFullWarp, lane.x, from));
-      weights[i] = __int_as_float(__shfl_sync(kFullWarp, lane.y, from));
-    }
-    Loads v;
-    load_rows(part, shape.hidden / 8, count,
-              [&](uint32_t i) { return static_cast<const char*>(own.in_x) + rows[i] * bytes; }, v);
+      const bool none = weighted == 0;
+      const float weight = __int_as_float(__shfl_sync(kFullWarp, lane.y, static_cast<int>(take_bit(&weighted))));
 #pragma unroll
-    for (uint32_t i = 0; i < kRowsAtOnce; ++i) {
-#pragma unroll
-      for (uint32_t c = 0; i < count && c < kPieces; ++c) {
+      for (uint32_t c = 0; !none && c < kPieces; ++c) {
         const Bf16x8 values = to_bf16x8(v[i][c]);
 #pragma unroll
         for (uint32_t e = 0; e < 8; ++e) {
-          sums[c][e] = __fadd_rn(sums[c][e], __fmul_rn(weights[i], element(values, e)));
+          sums[c][e] = __fadd_rn(sums[c][e], __fmul_rn(weight, element(values, e)));
         }
       }
     }
@@ -226,19 +226,18 @@ __device__ void add_part(const PartParams& p, uint32_t token, uint32_t part, uin
   const char* staged = p.low_latency.staging[shape.rank] + p.low_latency.layout.combine_rows;
   Sums sums = {};
   while (owners != 0) {
-    const uint32_t count = min(static_cast<uint32_t>(__popc(owners)), kRowsAtOnce);
-    uint32_t ranks[kRowsAtOnce];
+    uint32_t added = owners;
+    const auto next_row = [&] {
+      const bool none = owners == 0;
+      const char* row = staged + row_at_index(shape, take_bit(&owners), token) * bytes;
+      return none ? nullptr : row;
+    };
+    Loads<kSumsAtOnce> v;
+    load_rows<kSumsAtOnce>(part, shape.hidden / 8, next_row, v);
 #pragma unroll
-    for (uint32_t i = 0; i < kRowsAtOnce; ++i) {
-      ranks[i] = take_bit(&owners);
-    }
-    Loads v;
-    load_rows(part, shape.hidden / 8, count,
-              [&](uint32_t i) { return staged + row_at_index(shape, ranks[i], token) * bytes; }, v);
+    for (uint32_t i = 0; i < kSumsAtOnce && added != 0; ++i, added &= added - 1) {
 #pragma unroll
-    for (uint32_t i = 0; i < kRowsAtOnce; ++i) {
-#pragma unroll
-      for (uint32_t c = 0; i < count && c < kPieces; ++c) {
+      for (uint32_t c = 0; c < kPieces; ++c) {
         const Bf16x8 values = to_bf16x8(v[i][c]);
 #pragma unroll
         for (uint32_t e = 0; e < 8; ++e) {
@@ -250,28 +249,21 @@ __device__ void add_part(const PartParams& p, uint32_t token, uint32_t part, uin
   store_sums(static_cast<char*>(p.op.out.x) + token * bytes, part, shape.hidden / 8, sums);
 }
 
-/// A warp's first part of this rank's tokens, whose owners do not depend on an exchange and are looked up before it.
-struct FirstPart {
-  uint32_t unit;
-  uint32_t owners;
-};
-
 __device__ uint32_t own_units(const PartParams& p) {
   return p.op.out.x == nullptr ? 0 : p.op.shape.tokens * row_parts(p.op.shape.hidden * 2);
 }
 
-__device__ FirstPart look_ahead(const PartParams& p, Crew warps) {
-  const bool has_one = warps.first < own_units(p);
-  return {warps.first, has_one ? owners_of(p, warps.first / row_parts(p.op.shape.hidden * 2)) : 0};
+/// The owners of the token of one unit, 0 behind the last one.
+__device__ uint32_t unit_owners(const PartParams& p, uint32_t unit) {
+  return unit < own_units(p) ? owners_of(p, unit / row_parts(p.op.shape.hidden * 2)) : 0;
 }
 
-/// This warp's parts of this rank's tokens.
-__device__ void add_tokens(const PartParams& p, Crew warps, const FirstPart& first) {
+/// This warp's parts of this rank's tokens; `owners` are those of its first one.
+__device__ void add_tokens(const PartParams& p, Crew warps, uint32_t owners) {
   const uint32_t parts = row_parts(p.op.shape.hidden * 2);
-  const uint32_t units = own_units(p);
-  for (uint32_t unit = warps.first; unit < units; unit += warps.step) {
-    const uint32_t token = unit / parts;
-    add_part(p, token, unit % parts, unit == first.unit ? first.owners : owners_of(p, token));
+  for (uint32_t unit = warps.first; unit < own_units(p); unit += warps.step) {
+    add_part(p, unit / parts, unit % parts, owners);
+    owners = unit_owners(p, unit + warps.step);
   }
 }
 
@@ -324,14 +316,14 @@ __global__ __launch_bounds__(kLowLatencyThreads, 1) void link_ll_combine(const _
     if (!last && !pass_routed(p, entry == LowLatencyEntry::kWaits)) {
       return;
     }
-    const FirstPart first = look_ahead(p, warps_behind(0));
+    const uint32_t owners = unit_owners(p, warps_behind(0).first);  // known before the exchange
     const Arrival arrival = wait_for_all(p, SignalStep::kMoved, !last);
     if (arrival == Arrival::kLate) {
       leave_block(p, SignalStep::kMoved);
       return;
     }
     if (arrival == Arrival::kCame) {
-      add_tokens(p, warps_behind(0), first);
+      add_tokens(p, warps_behind(0), owners);
     }
     end_block(p);
   }
