@@ -3,10 +3,12 @@
 // kernels (which the property tests hold to the reference) and the ends of operations against the reference itself.
 // Skips where there is no GPU.
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <thread>
 
+#include "tests/device/compare_outputs.h"
 #include "tests/device/gpu_fixture.h"
 #include "tests/device/large_cases.h"
 #include "tests/support/random_case_host.h"
@@ -89,60 +91,6 @@ Request make_request(GpuGroup* group, uint32_t rank, const RankInput& input, con
                      GroupMemory* memory) {
   group->arena(rank).reset();
   return add_request(group, rank, input, rows, memory);
-}
-
-std::vector<std::pair<const char*, PoisonedBuffer RankMemory::*>> output_buffers() {
-  return {{"x", &RankMemory::x},
-          {"side", &RankMemory::out_side},
-          {"topk_idx", &RankMemory::out_topk_idx},
-          {"topk_weights", &RankMemory::out_topk_weights},
-          {"expert_counts", &RankMemory::expert_counts},
-          {"rank_prefix", &RankMemory::rank_prefix},
-          {"src_info", &RankMemory::src_info},
-          {"layout_range", &RankMemory::layout_range},
-          {"stats", &RankMemory::stats},
-          {"token_rank_mask", &RankMemory::token_rank_mask}};
-}
-
-void expect_equal_outputs(const RankMemory& host, const RankMemory& gpu) {
-  for (const auto& [name, member] : output_buffers()) {
-    const PoisonedBuffer& a = host.*member;
-    const PoisonedBuffer& b = gpu.*member;
-    ASSERT_EQ(a.bytes(), b.bytes());
-    const auto* first = a.as<uint8_t>();
-    const auto* other = b.as<uint8_t>();
-    const auto at = std::mismatch(first, first + a.bytes(), other).first - first;
-    EXPECT_EQ(static_cast<size_t>(at), a.bytes()) << name << " differs at byte " << at;
-  }
-}
-
-void expect_equal_reports(const kernels::OpReport& host, const kernels::OpReport& gpu) {
-  EXPECT_EQ(host.reason, gpu.reason);
-  EXPECT_EQ(host.argument, gpu.argument);
-  EXPECT_EQ(host.value, gpu.value);
-  EXPECT_EQ(host.minimum, gpu.minimum);
-  EXPECT_EQ(host.maximum, gpu.maximum);
-  EXPECT_EQ(host.rank, gpu.rank);
-  if (host.reason != 0) {
-    return;
-  }
-  EXPECT_EQ(host.recv_rows, gpu.recv_rows);
-  EXPECT_EQ(host.local_bytes, gpu.local_bytes);
-  EXPECT_EQ(host.remote_bytes, gpu.remote_bytes);
-  EXPECT_EQ(host.expert_count_entries, gpu.expert_count_entries);
-  for (uint32_t e = 0; e < host.expert_count_entries; ++e) {
-    EXPECT_EQ(host.expert_counts[e], gpu.expert_counts[e]) << "expert " << e;
-  }
-}
-
-/// What a failed dispatch leaves: indices -1, counts 0.
-void expect_failed_outputs(const kernels::OpShape& shape, const RankMemory& gpu) {
-  const auto all = [](const PoisonedBuffer& buffer, uint8_t byte) {
-    return std::all_of(buffer.as<uint8_t>(), buffer.as<uint8_t>() + buffer.bytes(),
-                       [byte](uint8_t b) { return b == byte; });
-  };
-  EXPECT_TRUE(shape.kind != OpKind::kDispatch || all(gpu.out_topk_idx, 0xff));
-  EXPECT_TRUE(all(gpu.expert_counts, 0));
 }
 
 /// Longer than a kernel waits for another rank, so that the rest of its part is left to the kernel behind the stream's
@@ -411,6 +359,57 @@ TEST_F(CudaKernels, LowLatencyEdges) {
   for (uint64_t seed = 2; seed < 26 && !HasFatalFailure(); ++seed) {
     run_case(group_.get(), make_edge_case(seed, group_->size()));
   }
+}
+
+/// Launches an operation and aborts it at a random moment, some doorbells not rung. True when it was in time.
+bool launch_and_abort(GpuGroup* group, support::Random* random, std::vector<Request>* requests) {
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    (*requests)[r].doorbell_rung = random->chance(50);
+    group->arena(r).upload(group->device_index(r));
+  }
+  auto parts = group->launch(requests, ~uint64_t{0});
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    if (!(*requests)[r].doorbell_rung && random->chance(60)) {
+      group->ring(r);
+    }
+  }
+  std::this_thread::sleep_for(std::chrono::microseconds(random->below(80)));
+  bool aborted = false;
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    group->port(r).abort(parts[r].id, EXPERTD_REASON_CANCELLED);
+  }
+  EXPECT_TRUE(group->drain(&parts));
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    const uint32_t reason = parts[r].outcome.report.reason;
+    EXPECT_TRUE(reason == 0 || reason == EXPERTD_REASON_CANCELLED) << reason;
+    aborted = aborted || reason != 0;
+  }
+  return aborted;
+}
+
+TEST_F(CudaKernels, LowLatencyAborts) {
+  support::Random random(9);
+  uint32_t aborted = 0;
+  for (uint64_t seed = 2; seed < 80 && !HasFailure(); seed += 2) {
+    const RandomCase made = make_edge_case(seed, group_->size());
+    auto handles = support::make_handles(made);
+    GroupMemory dispatch = support::make_dispatch(made, &handles);
+    std::vector<uint32_t> in_rows;
+    const auto rows = make_rows(made, &in_rows);
+    GroupMemory combine = support::make_combine(combine_of(made), &handles, rows, in_rows);
+    ASSERT_TRUE(group_->create_group(made.shape).is_ok());
+    for (GroupMemory* memory : {&dispatch, &combine}) {
+      std::vector<Request> requests;
+      for (uint32_t r = 0; r < group_->size(); ++r) {
+        const bool has_rows = memory == &combine;
+        requests.push_back(make_request(group_.get(), r, made.inputs[r], has_rows ? &rows[r] : nullptr, memory));
+      }
+      aborted += launch_and_abort(group_.get(), &random, &requests) ? 1 : 0;
+    }
+    group_->destroy_group();
+    run_case(group_.get(), made);  // parts stand where the aborted ones stood
+  }
+  std::printf("%u operations were aborted\n", aborted);
 }
 
 TEST_F(CudaGeneric, HighThroughput) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Cases for the kernels on a GPU that the random ones do not reach: many tokens, many lanes, wide rows. Pure, tests only.
+// Cases for the kernels on a GPU that the random ones do not reach: many tokens, many lanes, wide rows. Pure, tests
+// only.
 #pragma once
 
 #include <cstring>

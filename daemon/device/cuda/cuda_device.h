@@ -93,7 +93,7 @@ class CudaDevice : public Device, public engine::DevicePort {
     bool words_owed = false;  // ended but for the caller's words, which settle() writes
     bool words_sent = false;
     bool waits_doorbell = false;
-    bool links = false;    // its chain is that of the link kernels
+    bool links = false;  // its chain is that of the link kernels
     bool low_latency = false;
     uint32_t entries = 0;  // counted against its stream
     uint64_t launch_ns = 0;

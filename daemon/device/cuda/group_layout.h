@@ -33,7 +33,7 @@ struct GroupLayout {
   uint64_t block_rows = 0;
   uint64_t rows = 0;
   uint64_t left_blocks = 0;
-  uint64_t low_latency = 0;  // two buffers; only of groups that serve low latency
+  uint64_t low_latency = 0;        // two buffers; only of groups that serve low latency
   uint64_t low_latency_bytes = 0;  // of one
   uint64_t handles = 0;
   uint64_t handle_bytes = 0;

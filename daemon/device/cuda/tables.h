@@ -80,7 +80,7 @@ struct GroupEntry {
   std::unique_ptr<PinnedMemory> shared;  // with relay_ranks: sync pages, counts, relay
   uint64_t last_op = 0;                  // operation launched last, and the ranks that took part; loop thread only
   uint64_t last_active = ~uint64_t{0};
-  uint32_t progress_index = 0;           // of the device's pinned progress words
+  uint32_t progress_index = 0;  // of the device's pinned progress words
   kernels::cuda::Progress* host_progress = nullptr;
   kernels::cuda::Progress* device_progress = nullptr;
 

@@ -129,8 +129,8 @@ __device__ inline void collect_sources(const PartParams& p, uint32_t token, Pull
   }
 }
 
-/// Adds one piece of a row, weighted in LL, to its rank's partial sum, which is rounded and added behind the last row of
-/// the rank.
+/// Adds one piece of a row, weighted in LL, to its rank's partial sum, which is rounded and added behind the last row
+/// of the rank.
 __device__ inline void add_piece(const Source& source, const uint4& v, bool weighted, float* partial, float* sum) {
   const Bf16x8 values = to_bf16x8(v);
 #pragma unroll

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Low latency dispatch between GPUs that all reach each other, in one kernel: a token crosses once per destination rank
-// into that rank's staging, and the destination expands it to its experts' slots. Definitions: daemon/kernels/README.md.
+// into that rank's staging, and the destination expands it to its experts' slots. Definitions:
+// daemon/kernels/README.md.
 #include <algorithm>
 
 #include "daemon/kernels/cuda/low_latency_route.cuh"
@@ -133,12 +134,9 @@ __device__ bool send_rows(const PartParams& p, Crew warps) {
 /// Everything before the exchange; the last block announces it. Whole block.
 __device__ void send_tokens(const PartParams& p, void* shared) {
   const uint64_t begin_ns = global_timer_ns();
-  bool gated = ld_relaxed_sys(&p.words.state->aborted_part) == p.words.part;
+  bool gated = false;
   if (blockIdx.x == 0) {
-    gated = __syncthreads_or(gated ? 1 : 0) != 0;
-    if (!gated) {
-      route_tokens(p, route_shared(shared, p.op.shape.experts));
-    }
+    gated = !route_tokens(p, route_shared(shared, p.op.shape.experts));
     if (!gated && threadIdx.x < 32) {
       stamp_step(p, SignalStep::kMoved);
     }
@@ -161,26 +159,29 @@ struct Slot {
   uint64_t row_index = 0;
 };
 
-/// Whole warp, one top-k lane each. Makes the handle's rows of the own tokens absolute on the way, if `keeps`.
-__device__ Slot slot_of(const PartParams& p, uint32_t source, uint32_t token, bool keeps) {
-  const OpShape& shape = p.op.shape;
+/// Lane k's top-k lane of a staged token as its source numbered it.
+__device__ RoutedLane staged_lane(const PartParams& p, uint32_t source, uint32_t token) {
   const uint32_t k = threadIdx.x & 31;
-  Slot slot;
-  if (k >= p.table_top_k) {
-    return slot;
-  }
-  const char* lanes = p.low_latency.staging[shape.rank] + p.low_latency.layout.dispatch_lanes;
-  const int2 lane = reinterpret_cast<const int2*>(lanes)[row_at_index(shape, source, token) * p.table_top_k + k];
-  const auto expert = static_cast<uint32_t>(lane.x);
-  const bool numbered = lane.x >= 0 && expert < shape.experts && lane.y >= 0;
+  const char* lanes = p.low_latency.staging[p.op.shape.rank] + p.low_latency.layout.dispatch_lanes;
+  const uint64_t at = uint64_t{row_at_index(p.op.shape, source, token)} * p.table_top_k + k;
+  const int2 lane = k < p.table_top_k ? reinterpret_cast<const int2*>(lanes)[at] : int2{-1, -1};
+  return {lane.x, lane.y};
+}
+
+/// Makes the handle's row absolute on the way, if `keeps`: those of the own tokens.
+__device__ Slot slot_of(const PartParams& p, uint32_t source, uint32_t token, RoutedLane lane, bool keeps) {
+  const OpShape& shape = p.op.shape;
+  const auto expert = static_cast<uint32_t>(lane.expert);
+  const bool numbered = expert < shape.experts && lane.row >= 0;  // -1 is a large number here
   const bool local = numbered && expert / shape.local_experts == shape.rank;
-  uint32_t row = static_cast<uint32_t>(lane.y);
+  auto row = static_cast<uint32_t>(lane.row);
   for (uint32_t s = 0; (local || (numbered && keeps)) && s < source; ++s) {
     row += static_cast<uint32_t>(p.op.counts[uint64_t{s} * matrix_row_ints(shape) + shape.ranks + expert]);
   }
   if (numbered && keeps) {
-    p.op.routing.token_expert[uint64_t{token} * p.table_top_k + k] = static_cast<int32_t>(row);
+    p.op.routing.token_expert[uint64_t{token} * p.table_top_k + (threadIdx.x & 31)] = static_cast<int32_t>(row);
   }
+  Slot slot;
   slot.wanted = local && row < shape.slots_per_expert;
   slot.local = local ? expert % shape.local_experts : 0;
   slot.row = row;
@@ -196,8 +197,7 @@ __device__ void store_scales(const PartParams& p, const char* staged, uint32_t p
   const uint32_t each = packed ? 2 : 8;
   const uint32_t lane = threadIdx.x & 31;
   const uint32_t word = part * each + lane % each;
-  const uint32_t value =
-      word < words ? reinterpret_cast<const uint32_t*>(staged + shape.out_row_bytes)[word] : 0;
+  const uint32_t value = word < words ? reinterpret_cast<const uint32_t*>(staged + shape.out_row_bytes)[word] : 0;
   // 32 / each slots at a time, one per neighbouring lanes.
   uint32_t left = slots;
   while (left != 0) {
@@ -232,16 +232,10 @@ __device__ void store_side(const PartParams& p, const char* staged, const Slot& 
   });
 }
 
-/// One part of a staged token to all its slots. Whole warp.
-__device__ void expand_part(const PartParams& p, uint32_t source, uint32_t token, uint32_t part) {
+/// One part of a staged token to all its slots, `v` its pieces. Whole warp.
+__device__ void store_part(const PartParams& p, const char* staged, uint32_t part, const uint4* v, const Slot& slot,
+                           uint32_t slots) {
   const OpShape& shape = p.op.shape;
-  const LowLatencyLayout& layout = p.low_latency.layout;
-  const char* staged = p.low_latency.staging[shape.rank] + layout.dispatch_rows +
-                       row_at_index(shape, source, token) * layout.row_stride;
-  uint4 v[2];
-  load_part(staged, shape.out_row_bytes, part, false, v);  // beside the numbers, also where no slot wants it
-  const Slot slot = slot_of(p, source, token, part == 0 && source == shape.rank);
-  const uint32_t slots = __ballot_sync(kFullWarp, slot.wanted && p.op.out.x != nullptr);
   const uint32_t piece = part * (kRowPartBytes / 16) + (threadIdx.x & 31);
   for (uint32_t left = slots; left != 0; left &= left - 1) {
     const uint64_t row = __shfl_sync(kFullWarp, slot.row_index, __ffs(static_cast<int>(left)) - 1);
@@ -258,28 +252,40 @@ __device__ void expand_part(const PartParams& p, uint32_t source, uint32_t token
   } else if (p.op.out.side != nullptr && part == 0) {
     store_side(p, staged, slot, slots);
   }
-  if (part == 0 && ((slots >> (threadIdx.x & 31)) & 1u) != 0 && p.op.out.src_info != nullptr) {
-    p.op.out.src_info[slot.row_index] = static_cast<int32_t>(token);
-  }
 }
 
-/// This warp's parts of all tokens that the ranks sent. Nothing when a rank rejected its routing.
+/// This warp's parts of all tokens that the ranks sent; nothing when a rank rejected its routing. Rows, numbers and
+/// errors are read together, also of tokens that have no slot here: waiting for one to read the next costs more.
 __device__ void expand_rows(const PartParams& p, Crew warps) {
   const OpShape& shape = p.op.shape;
+  const LowLatencyLayout& layout = p.low_latency.layout;
   const uint32_t lane = threadIdx.x & 31;
   const uint32_t parts = row_parts(shape.out_row_bytes);
   const uint32_t units = shape.ranks * most_tokens(p) * parts;
   const bool rejects = lane < shape.ranks && rank_active(shape, lane) &&
                        p.op.counts[uint64_t{lane} * matrix_row_ints(shape) + count_columns(shape)] != 0;
-  if (__any_sync(kFullWarp, rejects)) {
-    return;
-  }
   for (uint32_t unit = warps.first; unit < units; unit += warps.step) {
     const uint32_t item = unit / parts;
+    const uint32_t part = unit % parts;
     const uint32_t source = item % shape.ranks;
     const uint32_t token = item / shape.ranks;
-    if (rank_active(shape, source) && token < p.low_latency.tokens[source]) {
-      expand_part(p, source, token, unit % parts);
+    if (!rank_active(shape, source) || token >= p.low_latency.tokens[source]) {
+      continue;
+    }
+    const char* staged = p.low_latency.staging[shape.rank] + layout.dispatch_rows +
+                         row_at_index(shape, source, token) * layout.row_stride;
+    uint4 v[2];
+    load_part(staged, shape.out_row_bytes, part, false, v);
+    const RoutedLane routed = staged_lane(p, source, token);
+    if (__any_sync(kFullWarp, rejects)) {
+      return;
+    }
+    const Slot slot = slot_of(p, source, token, routed, part == 0 && source == shape.rank);
+    const bool wanted = slot.wanted && p.op.out.x != nullptr;
+    const uint32_t slots = __ballot_sync(kFullWarp, wanted);
+    store_part(p, staged, part, v, slot, slots);
+    if (part == 0 && wanted && p.op.out.src_info != nullptr) {
+      p.op.out.src_info[slot.row_index] = static_cast<int32_t>(token);
     }
   }
 }
@@ -329,7 +335,8 @@ __global__ __launch_bounds__(kLowLatencyThreads, 1) void link_ll_dispatch(const 
 uint32_t dispatch_blocks(const PartParams& params) {
   const OpShape& shape = params.op.shape;
   const uint32_t most = most_tokens(params);
-  const uint32_t units = std::max(most * row_parts(shape.row_bytes), most * shape.ranks * row_parts(shape.out_row_bytes));
+  const uint32_t units =
+      std::max(most * row_parts(shape.row_bytes), most * shape.ranks * row_parts(shape.out_row_bytes));
   constexpr uint32_t kUnitsPerBlock = kLowLatencyWarps / 4;  // fewer than it has warps: more multiprocessors are faster
   const uint32_t wanted = 1 + (units + kUnitsPerBlock - 1) / kUnitsPerBlock;
   return std::clamp(wanted, 2u, std::max(std::min(params.multiprocessors, kMostLinkSms), 2u));

@@ -58,10 +58,25 @@ __device__ inline void scan_round(uint32_t experts, int32_t* pending, const Rout
   }
 }
 
-/// The id of a (token, lane) position; -1 behind the operation's top-k and without ids.
+/// The id of a (token, lane); -1 behind the operation's top-k and without ids.
 __device__ inline int64_t id_at(const PartParams& p, uint32_t token, uint32_t k) {
   const bool given = k < p.op.shape.top_k && p.op.in.topk_idx != nullptr;
   return given ? load_id(p.op.in.topk_idx, p.op.shape.topk_idx_bytes, uint64_t{token} * p.op.shape.top_k + k) : -1;
+}
+
+/// (token, lane) positions to number, K of the group per token.
+__device__ inline uint32_t route_positions(const PartParams& p) {
+  return p.refused_reason == 0 ? p.op.shape.tokens * p.table_top_k : 0;
+}
+
+__device__ inline int64_t id_at_position(const PartParams& p, uint32_t position) {
+  return position < route_positions(p) ? id_at(p, position / p.table_top_k, position % p.table_top_k) : -1;
+}
+
+__device__ inline void clear_round(uint32_t experts, const RouteShared& s) {
+  for (uint32_t i = threadIdx.x; i < experts * kLowLatencyWarps / 8; i += kLowLatencyThreads) {
+    reinterpret_cast<uint4*>(s.warp_rows)[i] = uint4{};
+  }
 }
 
 /// Keeps one numbered lane in the handle and sends it to every active rank.
@@ -79,28 +94,22 @@ __device__ inline void hand_over_lane(const PartParams& p, uint32_t position, Ro
 }
 
 /// Numbers all (token, lane) positions in order, one per thread and round. A round: every warp counts its experts, a
-/// prefix over the warps, every position takes its number. `pending` as in scan_round(). Whole block.
-__device__ inline void number_lanes(const PartParams& p, int32_t* pending, const RouteShared& s) {
+/// prefix over the warps, every position takes its number. `id` is that of the first round's position, the ids of the
+/// others are read a round ahead; `pending` as in scan_round(). Whole block, with the first round cleared.
+__device__ inline void number_lanes(const PartParams& p, int64_t id, int32_t* pending, const RouteShared& s) {
   const OpShape& shape = p.op.shape;
-  const uint32_t warp = threadIdx.x / 32;
-  const uint32_t positions = p.refused_reason == 0 ? shape.tokens * p.table_top_k : 0;
+  const uint32_t positions = route_positions(p);
   for (uint32_t first = 0; first < positions; first += kLowLatencyThreads) {
     const uint32_t i = first + threadIdx.x;
-    const uint32_t token = i / p.table_top_k;
-    const uint32_t k = i % p.table_top_k;
-    const int64_t id = i < positions ? id_at(p, token, k) : -1;
-    for (uint32_t z = threadIdx.x; z < shape.experts * kLowLatencyWarps / 8; z += kLowLatencyThreads) {
-      reinterpret_cast<uint4*>(s.warp_rows)[z] = uint4{};
-    }
-    __syncthreads();
+    const int64_t next_id = id_at_position(p, i + kLowLatencyThreads);
     const bool valid = id >= 0 && id < static_cast<int64_t>(shape.experts);
     if (!valid && id != -1) {
-      atomicMin(s.error, token * shape.top_k + k);
+      atomicMin(s.error, i / p.table_top_k * shape.top_k + i % p.table_top_k);
     }
     const auto expert = static_cast<uint32_t>(id);
     const bool counted = valid && rank_active(shape, expert / shape.local_experts);
     const uint32_t same = __match_any_sync(kFullWarp, counted ? expert : 0x80000000u | (threadIdx.x & 31));
-    const uint32_t at = warp * shape.experts + (counted ? expert : 0);
+    const uint32_t at = threadIdx.x / 32 * shape.experts + (counted ? expert : 0);
     if (counted && (same & lanes_below()) == 0) {
       s.warp_rows[at] = static_cast<uint16_t>(__popc(same));
     }
@@ -111,7 +120,12 @@ __device__ inline void number_lanes(const PartParams& p, int32_t* pending, const
       const int32_t row = counted ? s.next[expert] + s.warp_rows[at] + __popc(same & lanes_below()) : -1;
       hand_over_lane(p, i, {valid ? static_cast<int32_t>(expert) : -1, row});
     }
-    __syncthreads();
+    if (first + kLowLatencyThreads < positions) {
+      __syncthreads();
+      clear_round(shape.experts, s);
+      __syncthreads();
+    }
+    id = next_id;
   }
 }
 
@@ -140,19 +154,24 @@ __device__ inline int32_t error_entry(const PartParams& p, uint32_t word, uint32
   return static_cast<int32_t>(word == 0 ? reason : low | high);
 }
 
-/// The whole of routing, up to the fence. Rows per rank are not counted: rows of low latency are per expert. Whole
-/// block.
-__device__ inline void route_tokens(const PartParams& p, const RouteShared& s) {
+/// The whole of routing, up to the fence; false when the part was aborted. Rows per rank are not counted: rows of low
+/// latency are per expert. The gate is read beside the first ids. Whole block.
+__device__ inline bool route_tokens(const PartParams& p, const RouteShared& s) {
   const OpShape& shape = p.op.shape;
+  const uint64_t aborted = ld_relaxed_sys(&p.words.state->aborted_part);
+  const int64_t id = id_at_position(p, threadIdx.x);
   for (uint32_t e = threadIdx.x; e < shape.experts; e += kLowLatencyThreads) {
     s.next[e] = 0;
   }
+  clear_round(shape.experts, s);
   if (threadIdx.x == 0) {
     *s.error = kNoPosition;
   }
-  __syncthreads();
+  if (__syncthreads_or(aborted == p.words.part ? 1 : 0) != 0) {
+    return false;
+  }
   int32_t pending[kColumnsPerThread] = {};
-  number_lanes(p, pending, s);
+  number_lanes(p, id, pending, s);
 #pragma unroll
   for (uint32_t c = 0; c < kColumnsPerThread; ++c) {
     const uint32_t e = c * kLowLatencyThreads + threadIdx.x;
@@ -172,6 +191,7 @@ __device__ inline void route_tokens(const PartParams& p, const RouteShared& s) {
       p.op.counts[uint64_t{j} * row + i] = 0;
     }
   }
+  return true;
 }
 
 /// Sums of the plan.

@@ -56,6 +56,9 @@ __device__ inline void stamp_step(const PartParams& p, SignalStep step) {
     const bool routed = step == SignalStep::kRouted;
     st_relaxed_sys(routed ? &page->routed_time_ns[p.op.shape.rank] : &page->moved_time_ns[p.op.shape.rank],
                    global_timer_ns());
+    if (p.op.shape.kind == OpKind::kLlDispatch) {
+      st_relaxed_sys(&page->routed_time_ns[p.op.shape.rank], 0);  // there is no such step to be late at
+    }
   }
 }
 
@@ -156,8 +159,9 @@ __device__ inline void end_low_latency(const PartParams& p) {
   __shared__ bool go;
   __shared__ uint32_t reason;
   if (threadIdx.x == 0) {
+    const uint32_t found = found_reason(p);  // read beside the gate
     go = ld_acquire_sys(&p.words.state->aborted_part) != p.words.part;
-    reason = go ? found_reason(p) : 0;
+    reason = go ? found : 0;
   }
   __syncthreads();
   const Crew block{threadIdx.x, blockDim.x};

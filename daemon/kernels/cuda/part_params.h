@@ -200,7 +200,7 @@ struct PartScratch {
   BlockRows* block_rows = nullptr;   // [kMostLinkSms]
   int32_t* chunk_counts = nullptr;   // [chunks, R + E]
   uint32_t* chunk_errors = nullptr;  // [chunks]: first bad (token, lane) position, ~0 for none
-  int32_t* rows = nullptr;  // [M, R]: what link_route numbers, relative to this rank's first row; peers read it
+  int32_t* rows = nullptr;          // [M, R]: what link_route numbers, relative to this rank's first row; peers read it
   uint64_t* left_blocks = nullptr;  // [kMostLinkSms]: by block, the exchange that it left last (low_latency_steps.cuh)
 };
 
