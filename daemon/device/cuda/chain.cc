@@ -247,7 +247,7 @@ bool CudaDevice::fill_low_latency(const LaunchSpec& spec, const Part& part, Part
         !kernels::cuda::fits_low_latency(spec.requests[j]->shape, table.layout)) {
       return false;
     }
-    table.tokens[j] = spec.requests[j]->shape.tokens;
+    table.tokens[j] = std::min(spec.requests[j]->shape.tokens, shape.max_tokens);
   }
   params->low_latency = table;
   return true;

@@ -53,7 +53,7 @@ cudaError_t launch_relay_move(const PartParams& params, cudaStream_t stream);
 /// The two kernels of layout.
 cudaError_t launch_layout_clear(const PartParams& params, cudaStream_t stream);
 cudaError_t launch_layout_count(const PartParams& params, cudaStream_t stream);
-/// Last kernel of every part: tails, counts, the report, result and completion word, `done`.
+/// Last kernel of every other part: tails, counts, the report, result and completion word, `done`.
 cudaError_t launch_finish(const PartParams& params, cudaStream_t stream);
 
 /// Launches every kernel once as a null operation, so that nothing is loaded later, and lets the kernels with bulk
