@@ -105,6 +105,7 @@ struct GroupShape {
   uint32_t hidden = 0;
   uint32_t top_k = 0;
   uint32_t max_tokens = 0;
+  bool low_latency = false;  // low latency operations are allowed: some devices keep memory for them
   std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};
   base::SessionId session;
 };

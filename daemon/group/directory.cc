@@ -31,6 +31,7 @@ engine::GroupShape shape_of(const session::GroupConfig& config) {
   shape.hidden = config.hidden;
   shape.top_k = config.top_k;
   shape.max_tokens = config.max_tokens;
+  shape.low_latency = config.mode != session::GroupMode::kNormal;
   return shape;
 }
 

@@ -3,11 +3,14 @@
 // kernels (which the property tests hold to the reference) and the ends of operations against the reference itself.
 // Skips where there is no GPU.
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <thread>
 
+#include "tests/device/compare_outputs.h"
 #include "tests/device/gpu_fixture.h"
+#include "tests/device/large_cases.h"
 #include "tests/support/random_case_host.h"
 
 namespace expertd::device_test {
@@ -51,13 +54,13 @@ void place_output(Arena* arena, PoisonedBuffer* buffer, const void* given, engin
   }
 }
 
-/// The request of one rank with every tensor of its params placed in the rank's arena.
-Request make_request(GpuGroup* group, uint32_t rank, const RankInput& input, const support::CombineInput* rows,
-                     GroupMemory* memory) {
+/// The request of one rank with every tensor of its params placed in the rank's arena, behind those of earlier
+/// operations.
+Request add_request(GpuGroup* group, uint32_t rank, const RankInput& input, const support::CombineInput* rows,
+                    GroupMemory* memory) {
   const OpParams& params = memory->params[rank];
   RankMemory& own = memory->ranks[rank];
   Arena& arena = group->arena(rank);
-  arena.reset();
   Request made = group->request(rank, params.shape);
   auto& t = made.tensors;
   const size_t x_bytes = rows != nullptr ? bytes_of(rows->x) : input.x.size();
@@ -83,58 +86,11 @@ Request make_request(GpuGroup* group, uint32_t rank, const RankInput& input, con
   return made;
 }
 
-std::vector<std::pair<const char*, PoisonedBuffer RankMemory::*>> output_buffers() {
-  return {{"x", &RankMemory::x},
-          {"side", &RankMemory::out_side},
-          {"topk_idx", &RankMemory::out_topk_idx},
-          {"topk_weights", &RankMemory::out_topk_weights},
-          {"expert_counts", &RankMemory::expert_counts},
-          {"rank_prefix", &RankMemory::rank_prefix},
-          {"src_info", &RankMemory::src_info},
-          {"layout_range", &RankMemory::layout_range},
-          {"stats", &RankMemory::stats},
-          {"token_rank_mask", &RankMemory::token_rank_mask}};
-}
-
-void expect_equal_outputs(const RankMemory& host, const RankMemory& gpu) {
-  for (const auto& [name, member] : output_buffers()) {
-    const PoisonedBuffer& a = host.*member;
-    const PoisonedBuffer& b = gpu.*member;
-    ASSERT_EQ(a.bytes(), b.bytes());
-    const auto* first = a.as<uint8_t>();
-    const auto* other = b.as<uint8_t>();
-    const auto at = std::mismatch(first, first + a.bytes(), other).first - first;
-    EXPECT_EQ(static_cast<size_t>(at), a.bytes()) << name << " differs at byte " << at;
-  }
-}
-
-void expect_equal_reports(const kernels::OpReport& host, const kernels::OpReport& gpu) {
-  EXPECT_EQ(host.reason, gpu.reason);
-  EXPECT_EQ(host.argument, gpu.argument);
-  EXPECT_EQ(host.value, gpu.value);
-  EXPECT_EQ(host.minimum, gpu.minimum);
-  EXPECT_EQ(host.maximum, gpu.maximum);
-  EXPECT_EQ(host.rank, gpu.rank);
-  if (host.reason != 0) {
-    return;
-  }
-  EXPECT_EQ(host.recv_rows, gpu.recv_rows);
-  EXPECT_EQ(host.local_bytes, gpu.local_bytes);
-  EXPECT_EQ(host.remote_bytes, gpu.remote_bytes);
-  EXPECT_EQ(host.expert_count_entries, gpu.expert_count_entries);
-  for (uint32_t e = 0; e < host.expert_count_entries; ++e) {
-    EXPECT_EQ(host.expert_counts[e], gpu.expert_counts[e]) << "expert " << e;
-  }
-}
-
-/// What a failed dispatch leaves: indices -1, counts 0.
-void expect_failed_outputs(const kernels::OpShape& shape, const RankMemory& gpu) {
-  const auto all = [](const PoisonedBuffer& buffer, uint8_t byte) {
-    return std::all_of(buffer.as<uint8_t>(), buffer.as<uint8_t>() + buffer.bytes(),
-                       [byte](uint8_t b) { return b == byte; });
-  };
-  EXPECT_TRUE(shape.kind != OpKind::kDispatch || all(gpu.out_topk_idx, 0xff));
-  EXPECT_TRUE(all(gpu.expert_counts, 0));
+/// The same, alone in the arena.
+Request make_request(GpuGroup* group, uint32_t rank, const RankInput& input, const support::CombineInput* rows,
+                     GroupMemory* memory) {
+  group->arena(rank).reset();
+  return add_request(group, rank, input, rows, memory);
 }
 
 /// Longer than a kernel waits for another rank, so that the rest of its part is left to the kernel behind the stream's
@@ -231,6 +187,18 @@ std::vector<support::CombineInput> make_rows(const RandomCase& random_case, std:
   return rows;
 }
 
+/// The combine that follows a dispatch.
+RandomCase combine_of(const RandomCase& dispatch) {
+  RandomCase combine = dispatch;
+  combine.shape.kind = dispatch.shape.kind == OpKind::kDispatch ? OpKind::kCombine : OpKind::kLlCombine;
+  combine.shape.payload = kernels::Payload::kBf16;
+  combine.shape.row_bytes = combine.shape.hidden * 2;
+  combine.shape.out_row_bytes = combine.shape.row_bytes;
+  combine.shape.order_last_lane = dispatch.order_last_lane ? 1 : 0;
+  combine.shape.active_ranks = dispatch.later_active;
+  return combine;
+}
+
 /// Dispatch, a cached dispatch (HT), and the combine with the same handle.
 void run_case(GpuGroup* group, RandomCase random_case) {
   SCOPED_TRACE(support::repro_line(random_case));
@@ -264,13 +232,7 @@ void run_case(GpuGroup* group, RandomCase random_case) {
   }
   std::vector<uint32_t> in_rows;
   const auto rows = make_rows(random_case, &in_rows);
-  RandomCase combine = random_case;
-  combine.shape.kind = random_case.shape.kind == OpKind::kDispatch ? OpKind::kCombine : OpKind::kLlCombine;
-  combine.shape.payload = kernels::Payload::kBf16;
-  combine.shape.row_bytes = combine.shape.hidden * 2;
-  combine.shape.out_row_bytes = combine.shape.row_bytes;
-  combine.shape.order_last_lane = random_case.order_last_lane ? 1 : 0;
-  combine.shape.active_ranks = random_case.later_active;
+  const RandomCase combine = combine_of(random_case);
   GroupMemory combine_host = support::make_combine(combine, &handles, rows, in_rows);
   GroupMemory combine_gpu = support::make_combine(combine, &other_handles, rows, in_rows);
   support::drive(support::Drive::kWhole, &combine_host);
@@ -300,57 +262,155 @@ TEST_F(CudaKernels, LowLatency) {
   run_cases(group_.get(), OpKind::kLlDispatch);
 }
 
-/// More tokens than one block of the route kernels numbers, uneven over the ranks.
-RandomCase make_large_case(uint64_t seed, OpKind kind, uint32_t ranks) {
-  support::Random random(seed);
-  RandomCase made;
-  made.seed = seed;
-  made.shape.kind = kind;
-  made.shape.ranks = ranks;
-  made.shape.local_experts = random.between(1, 64);
-  made.shape.experts = ranks * made.shape.local_experts;
-  made.shape.top_k = random.between(1, 9);
-  made.shape.topk_idx_bytes = seed % 2 == 0 ? 4 : 8;
-  made.shape.active_ranks = (uint64_t{1} << ranks) - 1;
-  made.later_active = made.shape.active_ranks;
-  made.shape.hidden = 128;
-  made.shape.row_bytes = 256;
-  made.shape.out_row_bytes = 256;
-  made.shape.expanded = kind == OpKind::kDispatch ? random.below(2) : 0;
-  made.shape.worst_tokens = random.below(2);
-  made.shape.max_tokens = kind == OpKind::kDispatch ? 3000 : 700;
-  made.shape.slots_per_expert = ranks * made.shape.max_tokens;
-  made.combine_weights = kind == OpKind::kDispatch;
-  made.optional_outputs = true;
-  made.inputs.resize(ranks);
-  for (RankInput& input : made.inputs) {
-    input.tokens = random.between(made.shape.max_tokens / 2, made.shape.max_tokens);
-    for (uint32_t i = 0; i < input.tokens * made.shape.top_k; ++i) {
-      const uint32_t lane = i % made.shape.top_k;
-      // Lanes of one token choose from different experts where there are enough.
-      const uint32_t expert = random.below(made.shape.experts / made.shape.top_k + 1) * made.shape.top_k + lane;
-      input.topk_idx.push_back(expert < made.shape.experts && !random.chance(10) ? static_cast<int64_t>(expert) : -1);
-      input.topk_weights.push_back(static_cast<float>(random.unit()));
-    }
-    const auto rows = support::random_rows(&random, size_t{input.tokens} * made.shape.hidden);
-    input.x.resize(rows.size() * 2);
-    std::memcpy(input.x.data(), rows.data(), input.x.size());
-  }
-  made.capacities.assign(ranks, made.shape.local_experts * made.shape.slots_per_expert);
-  if (kind == OpKind::kDispatch) {
-    const auto dispatched = support::reference_dispatch(made.shape, made.inputs);
-    for (uint32_t r = 0; r < ranks; ++r) {
-      made.capacities[r] = static_cast<uint32_t>(dispatched[r].rows.size()) + 100;
-    }
-  }
-  return made;
-}
-
 TEST_F(CudaKernels, ManyTokens) {
   for (uint64_t seed = 2; seed < 12 && !HasFatalFailure(); ++seed) {
     run_case(group_.get(), make_large_case(seed, OpKind::kDispatch, group_->size()));
     run_case(group_.get(), make_large_case(seed, OpKind::kLlDispatch, group_->size()));
   }
+}
+
+/// An operation of several in flight: everything that it points to, until it has ended.
+struct Outstanding {
+  RandomCase made;
+  std::vector<support::CombineInput> rows;
+  GroupMemory host;
+  GroupMemory gpu;
+  std::vector<Request> requests;
+  std::vector<LaunchedPart> parts;
+};
+
+void place_outstanding(GpuGroup* group, uint32_t handle, Outstanding* op) {
+  support::drive(support::Drive::kWhole, &op->host);
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    const support::CombineInput* rows = op->rows.empty() ? nullptr : &op->rows[r];
+    op->requests.push_back(add_request(group, r, op->made.inputs[r], rows, &op->gpu));
+    op->requests.back().handle_index = handle;
+  }
+}
+
+/// Dispatches and their combines, all launched before any has ended, so that ranks run into each other's operations.
+void run_back_to_back(GpuGroup* group, const RandomCase& first) {
+  SCOPED_TRACE(support::repro_line(first));
+  constexpr uint32_t kPairs = 4;  // as many as the group has handles
+  std::vector<std::vector<support::HandleTables>> handles(2 * kPairs);
+  std::vector<std::unique_ptr<Outstanding>> ops;
+  ASSERT_TRUE(group->create_group(first.shape).is_ok());
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    group->arena(r).reset();
+  }
+  for (uint32_t i = 0; i < kPairs; ++i) {
+    handles[2 * i] = support::make_handles(first);
+    handles[2 * i + 1] = support::make_handles(first);
+    auto& dispatch = *ops.emplace_back(std::make_unique<Outstanding>());
+    dispatch.made = first;
+    dispatch.made.later_active = first.shape.active_ranks;
+    for (RankInput& input : dispatch.made.inputs) {
+      for (int64_t& id : input.topk_idx) {
+        id = id < 0 ? id : (id + i) % first.shape.experts;
+      }
+    }
+    support::refill_payload(first.seed + i, &dispatch.made);
+    dispatch.host = support::make_dispatch(dispatch.made, &handles[2 * i]);
+    dispatch.gpu = support::make_dispatch(dispatch.made, &handles[2 * i + 1]);
+    place_outstanding(group, i, &dispatch);
+    auto& combine = *ops.emplace_back(std::make_unique<Outstanding>());
+    combine.made = combine_of(dispatch.made);
+    std::vector<uint32_t> in_rows;
+    combine.rows = make_rows(dispatch.made, &in_rows);
+    combine.host = support::make_combine(combine.made, &handles[2 * i], combine.rows, in_rows);
+    combine.gpu = support::make_combine(combine.made, &handles[2 * i + 1], combine.rows, in_rows);
+    place_outstanding(group, i, &combine);
+  }
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    group->arena(r).upload(group->device_index(r));
+  }
+  for (const auto& op : ops) {
+    op->parts = group->launch(&op->requests, op->made.shape.active_ranks);
+  }
+  for (const auto& op : ops) {
+    ASSERT_TRUE(group->drain(&op->parts));
+  }
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    if (((first.shape.active_ranks >> r) & 1) == 0) {
+      continue;
+    }
+    group->arena(r).download(group->device_index(r));
+    for (size_t i = 0; i < ops.size(); ++i) {
+      SCOPED_TRACE("rank " + std::to_string(r) + ", operation " + std::to_string(i));
+      expect_equal_reports(ops[i]->host.reports[r], ops[i]->parts[r].outcome.report);
+      expect_equal_outputs(ops[i]->host.ranks[r], ops[i]->gpu.ranks[r]);
+    }
+  }
+  group->destroy_group();
+}
+
+TEST_F(CudaKernels, LowLatencyBackToBack) {
+  uint32_t ran = 0;
+  for (uint64_t seed = 1; ran < 60 && !HasFailure(); ++seed) {
+    const RandomCase random_case = support::make_random_case(seed, OpKind::kLlDispatch);
+    const uint64_t all = (uint64_t{1} << group_->size()) - 1;
+    if (random_case.shape.ranks == group_->size() && random_case.shape.active_ranks == all) {
+      run_back_to_back(group_.get(), random_case);
+      ++ran;
+    }
+  }
+}
+
+TEST_F(CudaKernels, LowLatencyEdges) {
+  for (uint64_t seed = 2; seed < 26 && !HasFatalFailure(); ++seed) {
+    run_case(group_.get(), make_edge_case(seed, group_->size()));
+  }
+}
+
+/// Launches an operation and aborts it at a random moment, some doorbells not rung. True when it was in time.
+bool launch_and_abort(GpuGroup* group, support::Random* random, std::vector<Request>* requests) {
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    (*requests)[r].doorbell_rung = random->chance(50);
+    group->arena(r).upload(group->device_index(r));
+  }
+  auto parts = group->launch(requests, (uint64_t{1} << group->size()) - 1);
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    if (!(*requests)[r].doorbell_rung && random->chance(60)) {
+      group->ring(r);
+    }
+  }
+  std::this_thread::sleep_for(std::chrono::microseconds(random->below(80)));
+  bool aborted = false;
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    group->port(r).abort(parts[r].id, EXPERTD_REASON_CANCELLED);
+  }
+  EXPECT_TRUE(group->drain(&parts));
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    const uint32_t reason = parts[r].outcome.report.reason;
+    EXPECT_TRUE(reason == 0 || reason == EXPERTD_REASON_CANCELLED) << reason;
+    aborted = aborted || reason != 0;
+  }
+  return aborted;
+}
+
+TEST_F(CudaKernels, LowLatencyAborts) {
+  support::Random random(9);
+  uint32_t aborted = 0;
+  for (uint64_t seed = 2; seed < 80 && !HasFailure(); seed += 2) {
+    const RandomCase made = make_edge_case(seed, group_->size());
+    auto handles = support::make_handles(made);
+    GroupMemory dispatch = support::make_dispatch(made, &handles);
+    std::vector<uint32_t> in_rows;
+    const auto rows = make_rows(made, &in_rows);
+    GroupMemory combine = support::make_combine(combine_of(made), &handles, rows, in_rows);
+    ASSERT_TRUE(group_->create_group(made.shape).is_ok());
+    for (GroupMemory* memory : {&dispatch, &combine}) {
+      std::vector<Request> requests;
+      for (uint32_t r = 0; r < group_->size(); ++r) {
+        const bool has_rows = memory == &combine;
+        requests.push_back(make_request(group_.get(), r, made.inputs[r], has_rows ? &rows[r] : nullptr, memory));
+      }
+      aborted += launch_and_abort(group_.get(), &random, &requests) ? 1 : 0;
+    }
+    group_->destroy_group();
+    run_case(group_.get(), made);  // parts stand where the aborted ones stood
+  }
+  std::printf("%u operations were aborted\n", aborted);
 }
 
 TEST_F(CudaGeneric, HighThroughput) {

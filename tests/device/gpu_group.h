@@ -117,6 +117,7 @@ class GpuGroup {
       group.hidden = shape.hidden;
       group.top_k = shape.top_k;
       group.max_tokens = shape.max_tokens;
+      group.low_latency = shape.kind == kernels::OpKind::kLlDispatch;
       group.session = {r + 1};
       for (uint32_t j = 0; j < ranks_; ++j) {
         group.devices[j] = devices_[j]->index();

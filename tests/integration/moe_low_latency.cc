@@ -62,7 +62,9 @@ class LowLatencyRun {
       }
     }
     run_active([&](Rank& rank) { combine(rank); });
-    const auto sums = reference_ll_combine(case_.shape, case_.inputs, lane_rows(case_));
+    const auto lanes = lane_rows(case_);
+    const auto sums = reference_ll_combine(case_.shape, case_.inputs, lanes, LlSum::kOfRanks);
+    const auto plain = reference_ll_combine(case_.shape, case_.inputs, lanes, LlSum::kOfLanes);
     for (uint32_t rank = 0; rank < group_->ranks(); ++rank) {
       const Outputs& out = outputs_[rank];
       if (!active(rank)) {
@@ -71,9 +73,9 @@ class LowLatencyRun {
       if (!out.combined_end.outcome.ok()) {
         return "combine of rank " + std::to_string(rank) + ": " + describe(out.combined_end.outcome);
       }
-      const double error = relative_error(sums[rank], {out.combined, out.combined + sums[rank].size()});
-      if (!(error < 1e-5)) {
-        return "relative error of rank " + std::to_string(rank) + ": " + std::to_string(error);
+      const std::vector<uint16_t> combined(out.combined, out.combined + sums[rank].size());
+      if (std::string found = compare_ll_combine(sums[rank], plain[rank], combined); !found.empty()) {
+        return "rank " + std::to_string(rank) + ": " + found;
       }
     }
     return {};

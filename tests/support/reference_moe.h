@@ -115,10 +115,14 @@ std::string compare_ll_dispatch(const kernels::OpShape& shape, uint32_t rank, co
                                 const std::vector<LlDispatchResult>& expected, const LlDispatchView& view);
 
 /// The rows that experts return, by source: lane_rows[s] is [T,K,H] bf16, the row that expert topk_idx[t,k] returned.
-/// Gives [T,H] float sums, not rounded, per source rank.
+/// Gives [T,H] float sums, not rounded, per source rank: of the sums of each rank rounded to bf16, or of all lanes.
+enum class LlSum { kOfRanks, kOfLanes };
 std::vector<std::vector<float>> reference_ll_combine(const kernels::OpShape& shape,
                                                      const std::vector<RankInput>& inputs,
-                                                     const std::vector<std::vector<uint16_t>>& lane_rows);
+                                                     const std::vector<std::vector<uint16_t>>& lane_rows, LlSum order);
+/// Empty when a rank's combined rows are what the definition says bit for bit, and near enough to the sum of all lanes.
+std::string compare_ll_combine(const std::vector<float>& of_ranks, const std::vector<float>& of_lanes,
+                               const std::vector<uint16_t>& combined);
 /// 1 - 2<a,b>/(<a,a>+<b,b>) of a and b shifted by one; 0 for empty inputs.
 double relative_error(const std::vector<float>& a, const std::vector<uint16_t>& bf16_b);
 

@@ -30,6 +30,26 @@ uint64_t landed_bytes(const OpShape& shape) {
   return shape.out_row_bytes + uint64_t{shape.side_elements} * shape.side_element_bytes;
 }
 
+/// Adds what one rank makes of a token: its rows in lane order, rounded together if the order says so.
+void add_rank(const OpShape& shape, const RankInput& input, uint32_t token, uint32_t rank,
+              const std::vector<uint16_t>& rows, LlSum order, std::vector<float>* sum) {
+  std::vector<float> partial(shape.hidden, 0.0f);
+  for (uint32_t lane = 0; lane < shape.top_k; ++lane) {
+    const size_t at = static_cast<size_t>(token) * shape.top_k + lane;
+    const int64_t id = input.topk_idx[at];
+    if (id < 0 || static_cast<uint32_t>(id / shape.local_experts) != rank) {
+      continue;
+    }
+    for (uint32_t i = 0; i < shape.hidden; ++i) {
+      partial[i] += input.topk_weights[at] * reference_bf16_to_float(rows[at * shape.hidden + i]);
+    }
+  }
+  for (uint32_t i = 0; i < shape.hidden; ++i) {
+    const bool rounds = order == LlSum::kOfRanks;
+    (*sum)[i] += rounds ? reference_bf16_to_float(reference_float_to_bf16(partial[i])) : partial[i];
+  }
+}
+
 std::string fault(const char* what, uint32_t expert, uint64_t row) {
   return std::string(what) + " at local expert " + std::to_string(expert) + ", row " + std::to_string(row);
 }
@@ -148,26 +168,31 @@ std::string compare_ll_dispatch(const OpShape& shape, uint32_t rank, const std::
 }
 
 std::vector<std::vector<float>> reference_ll_combine(const OpShape& shape, const std::vector<RankInput>& inputs,
-                                                     const std::vector<std::vector<uint16_t>>& lane_rows) {
+                                                     const std::vector<std::vector<uint16_t>>& lane_rows, LlSum order) {
   std::vector<std::vector<float>> results(shape.ranks);
   for (uint32_t source = 0; source < shape.ranks; ++source) {
-    const RankInput& input = inputs[source];
-    for (uint32_t token = 0; active(shape, source) && token < input.tokens; ++token) {
+    for (uint32_t token = 0; active(shape, source) && token < inputs[source].tokens; ++token) {
       std::vector<float> sum(shape.hidden, 0.0f);
-      for (uint32_t lane = 0; lane < shape.top_k; ++lane) {
-        const size_t at = static_cast<size_t>(token) * shape.top_k + lane;
-        const int64_t id = input.topk_idx[at];
-        if (id < 0 || !active(shape, static_cast<uint32_t>(id / shape.local_experts))) {
-          continue;
-        }
-        for (uint32_t i = 0; i < shape.hidden; ++i) {
-          sum[i] += input.topk_weights[at] * reference_bf16_to_float(lane_rows[source][at * shape.hidden + i]);
+      for (uint32_t rank = 0; rank < shape.ranks; ++rank) {
+        if (active(shape, rank)) {
+          add_rank(shape, inputs[source], token, rank, lane_rows[source], order, &sum);
         }
       }
       results[source].insert(results[source].end(), sum.begin(), sum.end());
     }
   }
   return results;
+}
+
+std::string compare_ll_combine(const std::vector<float>& of_ranks, const std::vector<float>& of_lanes,
+                               const std::vector<uint16_t>& combined) {
+  for (size_t i = 0; i < of_ranks.size(); ++i) {
+    if (reference_float_to_bf16(of_ranks[i]) != combined[i]) {
+      return "combined element " + std::to_string(i) + " is not the sum of the ranks' sums";
+    }
+  }
+  const double error = relative_error(of_lanes, combined);
+  return error < 1e-5 ? "" : "relative error " + std::to_string(error);
 }
 
 double relative_error(const std::vector<float>& a, const std::vector<uint16_t>& bf16_b) {

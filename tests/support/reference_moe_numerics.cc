@@ -55,7 +55,7 @@ float reference_bf16_to_float(uint16_t value) {
 uint16_t reference_float_to_bf16(float value) {
   const auto sign = static_cast<uint16_t>(std::signbit(value) ? 0x8000 : 0);
   if (std::isnan(value)) {
-    return static_cast<uint16_t>(sign | 0x7fc0);
+    return 0x7fff;
   }
   // The double of the magnitude in units of bf16's last place, rounded half to even by nearbyint.
   const double magnitude = std::fabs(static_cast<double>(value));

@@ -44,6 +44,8 @@ TEST(GroupLayoutOfAGpu, KeepsItsTablesApartAlignedAndInside) {
         {layout.plan, sizeof(kernels::cuda::Plan)},
         {layout.chunk_counts, chunks * (shape.ranks + shape.experts) * 4},
         {layout.chunk_errors, chunks * 4},
+        {layout.left_blocks, kernels::cuda::kMostLinkSms * 8},
+        {layout.low_latency, 2 * layout.low_latency_bytes},
         {layout.handles, layout.handle_count * layout.handle_bytes}};
     std::sort(tables.begin(), tables.end());
     uint64_t end = 0;
@@ -59,6 +61,46 @@ TEST(GroupLayoutOfAGpu, KeepsItsTablesApartAlignedAndInside) {
     EXPECT_GE(layout.handle_rows, matrix_bytes(shape));
     EXPECT_GE(layout.handle_bytes,
               layout.handle_rows + uint64_t{shape.max_tokens} * (shape.ranks + 2 * shape.top_k) * 4);
+  }
+}
+
+TEST(GroupLayoutOfAGpu, StagesLowLatencyOnlyWhereItIsServed) {
+  for (engine::GroupShape shape : kShapes) {
+    const GroupLayout without = group_layout(shape, 7);
+    EXPECT_EQ(without.low_latency_bytes, 0U);
+    shape.low_latency = true;
+    const GroupLayout layout = group_layout(shape, 7);
+    const uint64_t rows = uint64_t{shape.ranks} * shape.max_tokens;
+    EXPECT_GE(layout.low_latency_bytes, rows * (2 * (2ULL * shape.hidden) + 2 * 8ULL * shape.top_k));
+    EXPECT_GE(layout.total_bytes, without.total_bytes + 2 * layout.low_latency_bytes);
+    EXPECT_EQ(layout.handle_count, without.handle_count);
+  }
+}
+
+TEST(GroupLayoutOfAGpu, PlacesALowLatencyBuffer) {
+  for (const engine::GroupShape& shape : kShapes) {
+    kernels::OpShape op;
+    op.ranks = shape.ranks;
+    op.hidden = shape.hidden;
+    op.max_tokens = shape.max_tokens;
+    op.out_row_bytes = 2 * shape.hidden;
+    const kernels::cuda::LowLatencyLayout layout = kernels::cuda::low_latency_layout(op, shape.top_k);
+    const uint64_t rows = uint64_t{shape.ranks} * shape.max_tokens;
+    EXPECT_EQ(layout.row_stride % 128, 0U);
+    EXPECT_GE(layout.dispatch_lanes, layout.dispatch_rows + rows * layout.row_stride);
+    EXPECT_GE(layout.combine_lanes, layout.dispatch_lanes + rows * shape.top_k * 8);
+    EXPECT_GE(layout.combine_rows, layout.combine_lanes + rows * shape.top_k * 8);
+    EXPECT_GE(layout.bytes, layout.combine_rows + rows * shape.hidden * 2);
+    EXPECT_TRUE(fits_low_latency(op, layout));
+    op.payload = kernels::Payload::kFp8;
+    op.out_row_bytes = shape.hidden;
+    EXPECT_TRUE(fits_low_latency(op, layout));
+    op.payload = kernels::Payload::kBytes;
+    op.out_row_bytes = static_cast<uint32_t>(layout.row_stride);
+    EXPECT_TRUE(fits_low_latency(op, layout));
+    op.side_elements = 1;
+    op.side_element_bytes = 1;
+    EXPECT_FALSE(fits_low_latency(op, layout));
   }
 }
 

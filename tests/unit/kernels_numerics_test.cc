@@ -31,8 +31,7 @@ TEST(KernelsNumerics, EveryBf16ValueConvertsLikeTheReference) {
     const float wanted = reference_bf16_to_float(bf16);
     if (std::isnan(wanted)) {
       ASSERT_TRUE(std::isnan(got)) << value;
-      ASSERT_TRUE(std::isnan(bf16_to_float(float_to_bf16(got)))) << value;
-      ASSERT_EQ(float_to_bf16(got) & 0x8000, value & 0x8000) << value;
+      ASSERT_EQ(float_to_bf16(got), 0x7fff) << value;
       continue;
     }
     ASSERT_EQ(float_to_bits(got), float_to_bits(wanted)) << value;
@@ -47,7 +46,7 @@ TEST(KernelsNumerics, FloatsRoundToBf16LikeTheReference) {
     for (const uint32_t low : {0x0001u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) {
       const float value = bits_to_float(high << 16 | low);
       if (std::isnan(value)) {
-        ASSERT_TRUE(std::isnan(bf16_to_float(float_to_bf16(value)))) << high << " " << low;
+        ASSERT_EQ(float_to_bf16(value), 0x7fff) << high << " " << low;
       } else {
         ASSERT_EQ(float_to_bf16(value), reference_float_to_bf16(value)) << high << " " << low;
       }

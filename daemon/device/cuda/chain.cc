@@ -18,6 +18,16 @@
 //   wait routed; the same kernel        (only if the first one did not wait that long)
 //   wait moved; finish                  (the end if nobody wrote it yet; `done` in any case)
 //
+// Where the low latency kernels serve the operation, one kernel does all of it, standing there once per wait:
+//
+//   wait doorbell
+//   link_ll_dispatch      (routes, sends, announces and waits for moved, expands, ends)
+//   wait moved; the same  (what blocks of the first one left; `done` in any case)
+// or
+//   link_ll_combine       (sends weights, routed, sums for the others, moved, adds, ends)
+//   wait routed; the same
+//   wait moved; the same  (the same for the last exchange; `done` in any case)
+//
 // A barrier is one kernel, wait routed, finish.
 //
 // Order and visibility. (1) Inputs: a rank signals routed behind its doorbell, so a peer that saw the flag may read
@@ -160,16 +170,20 @@ bool is_active(uint64_t mask, uint32_t rank) {
 
 }  // namespace
 
+const GroupEntry* CudaDevice::find_peer(const LaunchSpec& spec, uint32_t rank) const {
+  const uint32_t device = spec.devices[rank].value;
+  // Pairs with the release in start(): the peer's tables are complete.
+  const Registry::GroupTable* table =
+      device < base::kMaxDevices ? registry_->groups[device].load(std::memory_order_acquire) : nullptr;
+  return table == nullptr ? nullptr : table->find(spec.group.value);
+}
+
 bool CudaDevice::fill_peers(const LaunchSpec& spec, const Part& part, PartParams* params) const {
   for (uint32_t j = 0; j < spec.ranks; ++j) {
     if (!is_active(spec.active_ranks, j)) {
       continue;
     }
-    const uint32_t device = spec.devices[j].value;
-    // Pairs with the release in start(): the peer's tables are complete.
-    const Registry::GroupTable* table =
-        device < base::kMaxDevices ? registry_->groups[device].load(std::memory_order_acquire) : nullptr;
-    const GroupEntry* group = table == nullptr ? nullptr : table->find(spec.group.value);
+    const GroupEntry* group = find_peer(spec, j);
     if (group == nullptr || spec.requests[j] == nullptr || group->shape.rank != j) {
       return false;
     }
@@ -192,6 +206,32 @@ bool CudaDevice::fill_peers(const LaunchSpec& spec, const Part& part, PartParams
     params->peers.pages[j] = group->sync_page(spec.page);
   }
   params->op.counts = part.group->counts(spec.page);
+  return true;
+}
+
+/// Whether the low latency kernels serve the operation, and what they need of the peers. Every active rank comes to the
+/// same answer: all have the same requests before them, and the same active ranks took part in the operation before.
+bool CudaDevice::fill_low_latency(const LaunchSpec& spec, const Part& part, PartParams* params) const {
+  const OpShape& shape = params->op.shape;
+  const bool followed = part.group->last_op + 1 == spec.group_op && (spec.active_ranks & ~part.group->last_active) == 0;
+  if (!part.group->linked || !is_low_latency(shape) || !followed) {
+    return false;
+  }
+  kernels::cuda::LowLatencyTable table{};
+  table.layout = kernels::cuda::low_latency_layout(shape, params->table_top_k);
+  for (uint32_t j = 0; j < spec.ranks; ++j) {
+    if (!is_active(spec.active_ranks, j)) {
+      continue;
+    }
+    const GroupEntry* group = find_peer(spec, j);
+    table.staging[j] = group == nullptr ? nullptr : group->low_latency(spec.page);
+    if (table.staging[j] == nullptr || spec.requests[j] == nullptr ||
+        !kernels::cuda::fits_low_latency(spec.requests[j]->shape, table.layout)) {
+      return false;
+    }
+    table.tokens[j] = std::min(spec.requests[j]->shape.tokens, shape.max_tokens);
+  }
+  params->low_latency = table;
   return true;
 }
 
@@ -242,6 +282,7 @@ bool CudaDevice::fill_params(const LaunchSpec& spec, Part* taken, PartParams* pa
     }
   }
   taken->links = part.group->linked && kernels::cuda::serves_link(*params);
+  taken->low_latency = fill_low_latency(spec, part, params);
   return tensors.ok && fill_peers(spec, part, params) && kernels::cuda::validate(*params) == nullptr;
 }
 
@@ -311,6 +352,21 @@ bool CudaDevice::enqueue_link(const Part& part, const PartParams& params) {
          launch_finish(params, stream) == cudaSuccess;
 }
 
+/// The chain of the low latency kernels.
+bool CudaDevice::enqueue_low_latency(const Part& part, const PartParams& params) {
+  using namespace kernels::cuda;
+  CUstream stream = part.session->stream;
+  if (is_dispatch(params.op.shape)) {
+    return launch_link_ll_dispatch(params, Entry::kWaits, stream) == cudaSuccess && enqueue_exchange_wait(part, true) &&
+           launch_link_ll_dispatch(params, Entry::kBehindWait, stream) == cudaSuccess;
+  }
+  return launch_link_ll_combine(params, LowLatencyEntry::kWaits, stream) == cudaSuccess &&
+         enqueue_exchange_wait(part, false) &&
+         launch_link_ll_combine(params, LowLatencyEntry::kBehindRouted, stream) == cudaSuccess &&
+         enqueue_exchange_wait(part, true) &&
+         launch_link_ll_combine(params, LowLatencyEntry::kBehindMoved, stream) == cudaSuccess;
+}
+
 /// A barrier: one exchange.
 bool CudaDevice::enqueue_barrier(const Part& part, const PartParams& params) {
   using namespace kernels::cuda;
@@ -336,6 +392,9 @@ bool CudaDevice::enqueue_chain(const Part& part, const PartParams& params) {
   }
   if (shape.kind == OpKind::kBarrier) {
     return enqueue_barrier(part, params);
+  }
+  if (part.low_latency) {
+    return enqueue_low_latency(part, params);
   }
   if (part.links) {
     return enqueue_link(part, params);

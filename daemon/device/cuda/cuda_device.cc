@@ -348,6 +348,12 @@ bool CudaDevice::is_linked(const engine::GroupShape& shape) const {
          });
 }
 
+bool CudaDevice::may_be_linked(uint32_t ranks) const {
+  const auto reached = std::count_if(all_.begin(), all_.end(),
+                                     [this](const GpuFacts& gpu) { return gpu.has_bulk_copies && reaches(gpu); });
+  return bulk_copies_ && static_cast<uint64_t>(reached) >= ranks;
+}
+
 base::Status CudaDevice::allocate_tables(GroupEntry* entry) {
   auto memory = VmmMemory::create(reach(true), entry->layout.total_bytes, &pool_);
   if (!memory.is_ok()) {
@@ -372,7 +378,9 @@ base::Status CudaDevice::allocate_tables(GroupEntry* entry) {
 
 base::Result<GroupMemory> CudaDevice::plan_group(const engine::GroupShape& shape, uint32_t handle_limit) const {
   EXPERTD_RETURN_IF_ERROR(check_shape(shape));
-  const GroupLayout layout = group_layout(shape, handle_limit);
+  engine::GroupShape served = shape;
+  served.low_latency = shape.low_latency && may_be_linked(shape.ranks);
+  const GroupLayout layout = group_layout(served, handle_limit);
   const ScopedContext context(driver_, gpu_.view.context);
   const auto allocated = VmmMemory::allocation_bytes(reach(false), layout.total_bytes);
   if (!allocated.is_ok()) {
@@ -396,9 +404,10 @@ base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t 
   const ScopedContext context(driver_, gpu_.view.context);
   auto entry = std::make_unique<GroupEntry>();
   entry->shape = shape;
-  entry->layout = group_layout(shape, handle_limit);
   entry->relay_ranks = relayed.value();
   entry->linked = is_linked(shape);
+  entry->shape.low_latency = shape.low_latency && entry->linked;
+  entry->layout = group_layout(entry->shape, handle_limit);
   EXPERTD_RETURN_IF_ERROR(allocate_tables(entry.get()));
   if (!take_progress(entry.get())) {
     return base::Status(EXPERTD_REASON_GROUP_LIMIT,

@@ -93,7 +93,8 @@ class CudaDevice : public Device, public engine::DevicePort {
     bool words_owed = false;  // ended but for the caller's words, which settle() writes
     bool words_sent = false;
     bool waits_doorbell = false;
-    bool links = false;    // its chain is that of the link kernels
+    bool links = false;  // its chain is that of the link kernels
+    bool low_latency = false;
     uint32_t entries = 0;  // counted against its stream
     uint64_t launch_ns = 0;
     uint64_t group_op = 0;
@@ -121,17 +122,23 @@ class CudaDevice : public Device, public engine::DevicePort {
   base::Result<uint64_t> relay_ranks(const engine::GroupShape& shape) const;
   /// Whether the link kernels serve the group: the same answer on all its devices.
   bool is_linked(const engine::GroupShape& shape) const;
+  /// Whether they may serve a group of that many ranks, as far as that is known before it has devices.
+  bool may_be_linked(uint32_t ranks) const;
   base::Status allocate_tables(GroupEntry* entry);
   base::Status warm_up(CUstream stream);
 
   Part* take_part();
   /// Also decides whether the part takes the chain of the link kernels.
   bool fill_params(const engine::LaunchSpec& spec, Part* taken, kernels::cuda::PartParams* params) const;
+  bool fill_low_latency(const engine::LaunchSpec& spec, const Part& part, kernels::cuda::PartParams* params) const;
+  /// The tables of a rank of the operation's group, on whichever device; null for none.
+  const GroupEntry* find_peer(const engine::LaunchSpec& spec, uint32_t rank) const;
   bool fill_peers(const engine::LaunchSpec& spec, const Part& part, kernels::cuda::PartParams* params) const;
   bool enqueue_route(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_chain(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_exchange_wait(const Part& part, bool moved);
   bool enqueue_link(const Part& part, const kernels::cuda::PartParams& params);
+  bool enqueue_low_latency(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_barrier(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_move(const Part& part, const kernels::cuda::PartParams& params);
   void fail_launch(Part* part, uint32_t reason);

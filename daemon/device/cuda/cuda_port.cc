@@ -112,7 +112,12 @@ bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords&
     slot->page = slot->group->sync_page(spec.page);
   }
   kernels::cuda::PartParams params{};
-  if (!fill_params(spec, slot, &params)) {
+  const bool filled = fill_params(spec, slot, &params);
+  if (slot->group != nullptr) {
+    slot->group->last_op = spec.group_op;
+    slot->group->last_active = spec.active_ranks;
+  }
+  if (!filled) {
     fail_launch(slot, EXPERTD_REASON_UNSUPPORTED);
     return true;
   }

@@ -44,6 +44,11 @@ GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit)
   layout.plan_work = place(sizeof(kernels::cuda::PlanWork));
   layout.block_rows = place(kernels::cuda::kMostLinkSms * sizeof(kernels::cuda::BlockRows));
   layout.rows = place(uint64_t{shape.max_tokens} * shape.ranks * sizeof(int32_t));
+  layout.left_blocks = place(kernels::cuda::kMostLinkSms * sizeof(uint64_t));
+  if (shape.low_latency) {
+    layout.low_latency_bytes = kernels::cuda::low_latency_layout(widest, shape.top_k).bytes;
+    layout.low_latency = place(kLowLatencyBuffers * layout.low_latency_bytes);
+  }
   const uint64_t per_token = (shape.ranks + 2ull * shape.top_k) * sizeof(int32_t);
   layout.handle_rows = align_up(matrix_bytes(shape));
   layout.handle_bytes = align_up(layout.handle_rows + shape.max_tokens * per_token);

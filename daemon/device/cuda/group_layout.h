@@ -12,6 +12,12 @@ namespace expertd::device::cuda {
 
 inline constexpr uint64_t kMaxHandleTableBytes = 256ull << 20;  // per rank of a group
 
+/// Buffers of the low latency kernels, by the parity of the exchange page. Two do: a rank that writes into a buffer for
+/// operation n has ended n-1, for which it needed every other rank's flag of n-1, and that rank had ended n-2 before it
+/// set the flag. Where the active ranks of n-1 were others than those of n, the other kernels serve n (chain.cc).
+inline constexpr uint32_t kLowLatencyBuffers = 2;
+static_assert(engine::kExchangePages % kLowLatencyBuffers == 0);
+
 /// Offsets inside one rank's table memory; one function yields all of them. What peers write (sync pages and counts)
 /// comes first: behind the relay that part lies in pinned memory of the host, with the relay after it.
 struct GroupLayout {
@@ -26,13 +32,16 @@ struct GroupLayout {
   uint64_t plan_work = 0;
   uint64_t block_rows = 0;
   uint64_t rows = 0;
+  uint64_t left_blocks = 0;
+  uint64_t low_latency = 0;        // two buffers; only of groups that serve low latency
+  uint64_t low_latency_bytes = 0;  // of one
   uint64_t handles = 0;
   uint64_t handle_bytes = 0;
   uint64_t handle_rows = 0;  // inside a handle: behind its count matrix
   uint32_t handle_count = 0;
   uint64_t total_bytes = 0;
 };
-/// Pure; at least one handle, and no more than fit kMaxHandleTableBytes.
+/// Pure; at least one handle, and no more than fit kMaxHandleTableBytes. `shape.low_latency` asks for the buffers.
 GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit);
 /// Bytes of pinned host memory that takes the place of the shared tables behind the relay.
 uint64_t pinned_bytes(const GroupLayout& layout);

@@ -21,6 +21,7 @@ kernels::cuda::PartScratch GroupEntry::scratch() const {
   scratch.plan_work = reinterpret_cast<kernels::cuda::PlanWork*>(memory->address() + layout.plan_work);
   scratch.block_rows = reinterpret_cast<kernels::cuda::BlockRows*>(memory->address() + layout.block_rows);
   scratch.rows = reinterpret_cast<int32_t*>(memory->address() + layout.rows);
+  scratch.left_blocks = reinterpret_cast<uint64_t*>(memory->address() + layout.left_blocks);
   return scratch;
 }
 

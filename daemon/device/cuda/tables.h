@@ -78,7 +78,9 @@ struct GroupEntry {
   uint64_t relay_ranks = 0;              // ranks whose GPUs and this one do not reach each other
   bool linked = false;                   // all GPUs of the group reach each other and have the link kernels
   std::unique_ptr<PinnedMemory> shared;  // with relay_ranks: sync pages, counts, relay
-  uint32_t progress_index = 0;           // of the device's pinned progress words
+  uint64_t last_op = 0;                  // operation launched last, and the ranks that took part; loop thread only
+  uint64_t last_active = ~uint64_t{0};
+  uint32_t progress_index = 0;  // of the device's pinned progress words
   kernels::cuda::Progress* host_progress = nullptr;
   kernels::cuda::Progress* device_progress = nullptr;
 
@@ -91,6 +93,11 @@ struct GroupEntry {
   /// What this rank publishes; null when no rank needs it.
   char* relay() const {
     return shared == nullptr ? nullptr : reinterpret_cast<char*>(shared->device() + layout.shared_bytes);
+  }
+  /// The low latency buffer of a page; null when the group has none.
+  char* low_latency(uint32_t page) const {
+    const uint64_t at = layout.low_latency + page % kLowLatencyBuffers * layout.low_latency_bytes;
+    return layout.low_latency_bytes == 0 ? nullptr : reinterpret_cast<char*>(memory->address() + at);
   }
   /// The handle's tables; `handle` < layout.handle_count.
   kernels::Routing routing(uint32_t handle) const;

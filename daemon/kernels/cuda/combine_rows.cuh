@@ -106,9 +106,8 @@ __device__ inline void collect_sources(const PartParams& p, uint32_t token, Pull
     const int32_t expert = lane < p.table_top_k ? p.op.routing.topk[uint64_t{token} * p.table_top_k + lane] : -1;
     order = last_lane_of(p, expert, wanted ? source.rank : 0) + 1;
   }
-  // LL adds lane by lane; everything else rank by rank. order <= 32, rank < 16, lane < 32.
-  const bool by_lane = shape.kind == OpKind::kLlCombine;
-  const uint32_t key = by_lane ? lane : (static_cast<uint32_t>(order) * 32 + source.rank) * 32 + lane;
+  // order <= 32, rank < 16, lane < 32.
+  const uint32_t key = (static_cast<uint32_t>(order) * 32 + source.rank) * 32 + lane;
   const uint32_t ballot = __ballot_sync(kFullWarp, wanted);
   uint32_t position = 0;
   uint32_t ends_rank = 1;
@@ -130,19 +129,16 @@ __device__ inline void collect_sources(const PartParams& p, uint32_t token, Pull
   }
 }
 
-/// Adds one piece of a row: weighted rows to the sum, others to their rank's partial sum, which is rounded behind the
-/// last row of the rank.
+/// Adds one piece of a row, weighted in LL, to its rank's partial sum, which is rounded and added behind the last row
+/// of the rank.
 __device__ inline void add_piece(const Source& source, const uint4& v, bool weighted, float* partial, float* sum) {
   const Bf16x8 values = to_bf16x8(v);
 #pragma unroll
   for (uint32_t c = 0; c < 8; ++c) {
-    if (weighted) {
-      sum[c] = __fadd_rn(sum[c], __fmul_rn(source.weight, element(values, c)));
-    } else {
-      partial[c] = __fadd_rn(partial[c], element(values, c));
-    }
+    const float value = element(values, c);
+    partial[c] = __fadd_rn(partial[c], weighted ? __fmul_rn(source.weight, value) : value);
   }
-  if (!weighted && source.ends_rank != 0) {
+  if (source.ends_rank != 0) {
 #pragma unroll
     for (uint32_t c = 0; c < 8; ++c) {
       sum[c] = __fadd_rn(sum[c], bf16_to_float(float_to_bf16(partial[c])));

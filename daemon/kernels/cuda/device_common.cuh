@@ -28,10 +28,14 @@ __device__ __forceinline__ bool block_is_gated(const PartParams& p) {
 
 /// The first kernel of a part says when it started. In memory of the device, because a fence behind it would wait for a
 /// store to the host.
+__device__ __forceinline__ void mark_start_at(const PartParams& p, uint64_t begin_ns) {
+  p.words.state->start_ns = begin_ns;
+  p.words.state->started_part = p.words.part;
+}
+
 __device__ __forceinline__ void mark_start(const PartParams& p) {
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    p.words.state->start_ns = global_timer_ns();
-    p.words.state->started_part = p.words.part;
+    mark_start_at(p, global_timer_ns());
   }
 }
 

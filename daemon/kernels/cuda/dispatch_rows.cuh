@@ -3,12 +3,11 @@
 // source token to all of them. Device code only, included by the dispatch kernels' .cu files; no state.
 #pragma once
 
-#include "daemon/kernels/cuda/device_common.cuh"
+#include "daemon/kernels/cuda/quantise.cuh"
 
 namespace expertd::kernels::cuda {
 
 inline constexpr uint32_t kMoveThreads = 256;
-inline constexpr uint32_t kChannelsPerLane = 16;  // fp8: one 16-byte store per lane, eight lanes per scale
 
 /// Where one copy of the token goes.
 struct Target {
@@ -157,11 +156,7 @@ __device__ inline void push_scales(const PartParams& p, const MoveShared& s, uin
   const uint32_t group = channel / kScaleGroup;
   const uint32_t groups = shape.hidden / kScaleGroup;
   const uint64_t slots = shape.slots_per_expert;
-  const uint32_t exponent = scale_to_ue8m0(scale);
-  uint32_t word = 0;
-  for (uint32_t i = 0; i < 4; ++i) {
-    word |= __shfl_sync(kFullWarp, exponent, static_cast<int>(i * 8)) << (8 * i);
-  }
+  const uint32_t word = pack_ue8m0(scale);
   const bool packed = shape.scale == ScaleForm::kUe8m0;
   const bool writes = channel < shape.hidden && (packed ? lane == 0 : lane % 8 == 0);
   for (uint32_t t = 0; writes && t < s.count; ++t) {
@@ -188,29 +183,14 @@ __device__ inline void push_fp8(const PartParams& p, const TokenSource& token, c
     const uint32_t channel = base_channel + lane * kChannelsPerLane;
     const bool valid = channel < shape.hidden;
     const auto* source = reinterpret_cast<const uint4*>(token.x + uint64_t{channel} * 2);
-    const Bf16x8 halves[2] = {to_bf16x8(valid ? source[0] : uint4{}), to_bf16x8(valid ? source[1] : uint4{})};
-    float amax = 0.0f;
-#pragma unroll
-    for (uint32_t i = 0; i < kChannelsPerLane; ++i) {
-      amax = fmaxf(amax, fabsf(element(halves[i / 8], i % 8)));
-    }
-#pragma unroll
-    for (int step = 1; step < 8; step *= 2) {
-      amax = fmaxf(amax, __shfl_xor_sync(kFullWarp, amax, step));
-    }
-    const float scale = fp8_scale(amax, shape.scale);
-    uint32_t words[4] = {};
-#pragma unroll
-    for (uint32_t i = 0; i < kChannelsPerLane; ++i) {
-      const uint32_t code = float_to_e4m3(divide_exact(element(halves[i / 8], i % 8), scale));
-      words[i / 4] |= code << (8 * (i % 4));
-    }
+    const QuantisedLane lane_codes =
+        quantise_lane(valid ? source[0] : uint4{}, valid ? source[1] : uint4{}, shape.scale);
     for (uint32_t t = 0; valid && t < s.count; ++t) {
       const Target& target = s.targets[t];
       char* row = static_cast<char*>(p.peers.views[target.rank].out_x) + target.row * shape.out_row_bytes;
-      *reinterpret_cast<uint4*>(row + channel) = uint4{words[0], words[1], words[2], words[3]};
+      *reinterpret_cast<uint4*>(row + channel) = lane_codes.codes;
     }
-    push_scales(p, s, channel, scale);
+    push_scales(p, s, channel, lane_codes.scale);
   }
 }
 

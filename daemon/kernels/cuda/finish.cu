@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The last kernel of every part. Definitions: daemon/kernels/README.md.
+// The last kernel of every part but of those of the low latency kernels. Definitions: daemon/kernels/README.md.
 #include "daemon/kernels/cuda/finish_part.cuh"
 #include "daemon/kernels/cuda/launch.h"
 

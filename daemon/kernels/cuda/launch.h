@@ -16,6 +16,9 @@ enum class SignalStep : uint32_t { kRouted = 0, kMoved = 1 };
 /// stream's wait for them and does what the first one left.
 enum class Entry : uint32_t { kWaits = 0, kBehindWait = 1 };
 
+/// The same of a kernel that needs both exchanges.
+enum class LowLatencyEntry : uint32_t { kWaits = 0, kBehindRouted = 1, kBehindMoved = 2 };
+
 /// First kernels of an uncached dispatch: rows per chunk and column; the prefix over chunks and the count row to every
 /// active rank; after the signal, the numbers of this rank's rows.
 cudaError_t launch_route_count(const PartParams& params, cudaStream_t stream);
@@ -30,6 +33,10 @@ cudaError_t launch_link_dispatch(const PartParams& params, Entry entry, cudaStre
 cudaError_t launch_link_combine(const PartParams& params, Entry entry, cudaStream_t stream);
 /// Whether they serve this operation. The same on all ranks of a group.
 bool serves_link(const PartParams& params);
+/// The low latency kernels, for GPUs that all reach each other: each is the whole of its operation and stands in the
+/// chain once per entry. Behind the last one's stream wait it writes `done`.
+cudaError_t launch_link_ll_dispatch(const PartParams& params, Entry entry, cudaStream_t stream);
+cudaError_t launch_link_ll_combine(const PartParams& params, LowLatencyEntry entry, cudaStream_t stream);
 /// Bases, sizes and the decision whether anything moves, from the whole count matrix.
 cudaError_t launch_plan(const PartParams& params, cudaStream_t stream);
 cudaError_t launch_dispatch_move(const PartParams& params, cudaStream_t stream);
@@ -43,7 +50,7 @@ cudaError_t launch_relay_move(const PartParams& params, cudaStream_t stream);
 /// The two kernels of layout.
 cudaError_t launch_layout_clear(const PartParams& params, cudaStream_t stream);
 cudaError_t launch_layout_count(const PartParams& params, cudaStream_t stream);
-/// Last kernel of every part: tails, counts, the report, result and completion word, `done`.
+/// Last kernel of every other part: tails, counts, the report, result and completion word, `done`.
 cudaError_t launch_finish(const PartParams& params, cudaStream_t stream);
 
 /// Launches every kernel once as a null operation, so that nothing is loaded later, and lets the kernels with bulk

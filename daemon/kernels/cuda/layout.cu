@@ -179,6 +179,12 @@ cudaError_t launch_all_null(bool bulk_copies, cudaStream_t stream) {
         return error;
       }
     }
+    if (const cudaError_t error = launch_link_ll_dispatch(null, Entry::kWaits, stream); error != cudaSuccess) {
+      return error;
+    }
+    if (const cudaError_t error = launch_link_ll_combine(null, LowLatencyEntry::kWaits, stream); error != cudaSuccess) {
+      return error;
+    }
   }
   for (const Launcher launcher : kLaunchers) {
     if (const cudaError_t error = launcher(null, stream); error != cudaSuccess) {

@@ -130,6 +130,36 @@ struct RelayTable {
   RelayPeer peers[base::kMaxGpuRanks];
 };
 
+/// Where things lie in the staging of one rank of a group that serves low latency, in one of its two buffers. A source
+/// writes a token once per destination rank, and the destination expands it; an owner sums a token's rows, and the
+/// origin adds the sums of the owners. All offsets are from the buffer's start.
+struct LowLatencyLayout {
+  uint64_t row_stride = 0;      // of a dispatched token: its payload and behind it its side row or scales
+  uint64_t dispatch_rows = 0;   // [R sources, M] of row_stride
+  uint64_t dispatch_lanes = 0;  // [R sources, M, K of the group] RoutedLane
+  uint64_t combine_lanes = 0;   // [R origins, M, K of the group] WeightedLane
+  uint64_t combine_rows = 0;    // [R owners, M, H] bf16
+  uint64_t bytes = 0;           // of one buffer
+};
+
+/// One (token, lane) of a dispatch as its source numbered it.
+struct RoutedLane {
+  int32_t expert;  // global, -1 for none
+  int32_t row;     // among this source's rows for the expert, -1 for none
+};
+
+/// One (token, lane) of a combine as its origin sends it to an owner.
+struct WeightedLane {
+  int32_t row;  // of the owner's [L * N] rows, -1 for lanes that it has no part in
+  float weight;
+};
+
+struct LowLatencyTable {
+  char* staging[base::kMaxGpuRanks];  // of every active rank: the operation's buffer; all null where none serves it
+  uint32_t tokens[base::kMaxGpuRanks];
+  LowLatencyLayout layout;
+};
+
 struct PeerTable {
   PeerView views[base::kMaxGpuRanks];
   SyncPage* pages[base::kMaxGpuRanks];  // each rank's page of this operation; null for inactive ranks
@@ -159,12 +189,14 @@ struct PartScratch {
   int32_t* chunk_counts = nullptr;   // [chunks, R + E]
   uint32_t* chunk_errors = nullptr;  // [chunks]: first bad (token, lane) position, ~0 for none
   int32_t* rows = nullptr;           // [M, R]: rows at each rank, relative to this rank's first
+  uint64_t* left_blocks = nullptr;   // [kMostLinkSms]: by block, the exchange that it left last (low_latency_steps.cuh)
 };
 
 struct PartParams {
   OpParams op;
   PeerTable peers{};
   RelayTable relay{};
+  LowLatencyTable low_latency{};
   PartWords words;
   PartScratch scratch;
   uint32_t table_top_k = 0;     // K of the group: the stride of the handle's tables
@@ -193,6 +225,11 @@ RelayLayout relay_layout(const OpShape& shape, uint32_t table_top_k);
 /// Bytes of a rank's relay that hold every combine and every dispatch with rows of at most max(2 * hidden, 4096) bytes
 /// and a side of at most 4096 bytes per token.
 uint64_t relay_bytes(const OpShape& shape, uint32_t table_top_k);
+
+/// Layout of a low-latency buffer; `shape` has the group's ranks, hidden and max_tokens. Pure.
+LowLatencyLayout low_latency_layout(const OpShape& shape, uint32_t table_top_k);
+/// Whether a dispatch with rows of this shape, or a combine, fits such a buffer. Pure.
+bool fits_low_latency(const OpShape& shape, const LowLatencyLayout& layout);
 
 /// Empty when the parameters can be launched, else what is wrong with them. Host side; kernels trust it.
 const char* validate(const PartParams& params);

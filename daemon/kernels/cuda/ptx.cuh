@@ -17,7 +17,7 @@ __device__ __forceinline__ void fence_sys() {
 
 /// Orders for the threads of this GPU only: partial results of blocks before the counter of finished blocks.
 __device__ __forceinline__ void fence_gpu() {
-  __threadfence();
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
 }
 
 /// A flag word that a stream memory operation, another GPU or the host waits for. Scope sys: the observer is outside
@@ -43,6 +43,13 @@ __device__ __forceinline__ uint64_t ld_acquire_sys(const uint64_t* word) {
 __device__ __forceinline__ uint64_t ld_relaxed_gpu(const uint64_t* word) {
   uint64_t value = 0;
   asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+
+/// The same word where only its value counts and nothing is read behind it.
+__device__ __forceinline__ uint64_t ld_relaxed_sys(const uint64_t* word) {
+  uint64_t value = 0;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
   return value;
 }
 

@@ -20,6 +20,7 @@ struct TokenRows {
   struct Row {
     const uint16_t* data;
     float weight;
+    uint32_t rank;
   };
   uint32_t groups = 0;
   uint32_t rows = 0;
@@ -135,7 +136,7 @@ void take_rank_row(const OpParams& params, const PeerView& peer, uint32_t token,
   if (row < 0 || static_cast<uint32_t>(row) >= peer.in_rows) {
     return;
   }
-  rows->row[rows->rows++] = {row_at(shape, peer, static_cast<uint64_t>(row)), 1.0f};
+  rows->row[rows->rows++] = {row_at(shape, peer, static_cast<uint64_t>(row)), 1.0f, rank};
   if (params.out.topk_weights != nullptr && peer.in_topk_weights != nullptr) {
     float* out = params.out.topk_weights + size_t{token} * shape.top_k;
     const float* in = peer.in_topk_weights + static_cast<uint64_t>(row) * shape.top_k;
@@ -156,7 +157,7 @@ void take_expert_rows(const OpParams& params, const PeerView& peer, uint32_t tok
         static_cast<uint32_t>(row) >= peer.in_rows) {
       continue;
     }
-    rows->row[rows->rows++] = {row_at(shape, peer, static_cast<uint64_t>(row)), 1.0f};
+    rows->row[rows->rows++] = {row_at(shape, peer, static_cast<uint64_t>(row)), 1.0f, rank};
     if (params.out.topk_weights != nullptr && peer.in_topk_weights != nullptr) {
       params.out.topk_weights[at] = peer.in_topk_weights[row];
     }
@@ -167,7 +168,8 @@ void count_pulled(const OpShape& shape, uint32_t rank, uint32_t rows, OpReport* 
   (rank == shape.rank ? report->local_bytes : report->remote_bytes) += uint64_t{rows} * shape.hidden * 2;
 }
 
-/// Collects the rows of one token's lanes with their weights; at most one per lane.
+/// Collects the rows of one token's lanes with their weights, rank by rank and in a rank lane by lane; at most one per
+/// lane.
 void take_weighted_rows(const OpParams& params, const PeerView* peers, uint32_t token, TokenRows* rows,
                         OpReport* report) {
   const OpShape& shape = params.shape;
@@ -186,7 +188,11 @@ void take_weighted_rows(const OpParams& params, const PeerView* peers, uint32_t 
       continue;
     }
     const float weight = params.in.topk_weights == nullptr ? 1.0f : params.in.topk_weights[at];
-    rows->row[rows->rows++] = {row_at(shape, peers[rank], slot), weight};
+    uint32_t place = rows->rows++;
+    for (; place != 0 && rows->row[place - 1].rank > rank; --place) {
+      rows->row[place] = rows->row[place - 1];
+    }
+    rows->row[place] = {row_at(shape, peers[rank], slot), weight, rank};
     count_pulled(shape, rank, 1, report);
   }
 }
@@ -226,14 +232,20 @@ void ll_combine_range(const OpParams& params, const PeerView* peers, uint32_t to
   const OpShape& shape = params.shape;
   TokenRows rows;
   alignas(64) std::array<float, kBlock> sum;
+  alignas(64) std::array<float, kBlock> partial;
   for (uint32_t token = token_begin; token < token_end; ++token) {
     rows.rows = 0;
     take_weighted_rows(params, peers, token, &rows, report);
     auto* out = static_cast<uint16_t*>(params.out.x) + size_t{token} * shape.hidden;
     for (uint32_t at = 0; at < shape.hidden; at += kBlock) {
       std::fill_n(sum.data(), kBlock, 0.0f);
-      for (uint32_t row = 0; row < rows.rows; ++row) {
-        add_weighted_block(rows.row[row].data + at, rows.row[row].weight, sum.data());
+      for (uint32_t row = 0; row < rows.rows;) {
+        const uint32_t rank = rows.row[row].rank;
+        std::fill_n(partial.data(), kBlock, 0.0f);
+        for (; row < rows.rows && rows.row[row].rank == rank; ++row) {
+          add_weighted_block(rows.row[row].data + at, rows.row[row].weight, partial.data());
+        }
+        add_rounded_block(partial.data(), sum.data());
       }
       store_block(sum.data(), out + at);
     }

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+// How the low latency kernels take part in their exchanges: as exchange_steps.cuh has it (bounded waits, what is left
+// goes to the kernel behind the stream's wait), but every block decides for itself. No block needs what another block
+// of this GPU does behind an exchange, so no decision has to be shared, and a rank that is on time pays for none. The
+// kernels of one part have the same grid: what block b left, block b takes up. Device code only, no state.
+//
+// Aborts. A part that is aborted is known by its abort word, or by the abort value in the flags, which is written after
+// the word. Such a block moves nothing, but counts. Blocks that had seen the true flags go on; whether the part ended
+// well is decided once, by the block that ends last, and it sees the word if any block did.
+#pragma once
+
+#include "daemon/kernels/cuda/finish_part.cuh"
+
+namespace expertd::kernels::cuda {
+
+inline constexpr uint32_t kLowLatencyThreads = 1024;
+inline constexpr uint32_t kLowLatencyWarps = kLowLatencyThreads / 32;
+/// Of a row, what one warp moves at a time: two accesses of 16 bytes per lane.
+inline constexpr uint32_t kRowPartBytes = 1024;
+static_assert(base::kMaxTopK <= 32 && base::kMaxGpuRanks <= 32, "one lane of a warp per top-k lane or rank");
+
+enum class Arrival : uint32_t { kCame, kLate, kAborted };
+
+/// Parts of a row of `bytes`.
+__host__ __device__ constexpr uint32_t row_parts(uint32_t bytes) {
+  return (bytes + kRowPartBytes - 1) / kRowPartBytes;
+}
+
+/// The most tokens of any rank. Items of an operation are (source, token) pairs up to it.
+__host__ __device__ inline uint32_t most_tokens(const PartParams& p) {
+  uint32_t most = 0;
+  for (uint32_t s = 0; s < p.op.shape.ranks; ++s) {
+    most = p.low_latency.tokens[s] > most ? p.low_latency.tokens[s] : most;
+  }
+  return most;
+}
+
+/// The warps of all blocks but `reserved` first ones, those of different blocks next to each other; a lone block has
+/// them all. A reserved block gets no work: first == ~0.
+__device__ inline Crew warps_behind(uint32_t reserved) {
+  const uint32_t skipped = gridDim.x > reserved ? reserved : 0;
+  const uint32_t blocks = gridDim.x - skipped;
+  return {blockIdx.x < skipped ? ~0u : blockIdx.x - skipped + threadIdx.x / 32 * blocks, blocks * kLowLatencyWarps};
+}
+
+__device__ inline uint32_t row_at_index(const OpShape& shape, uint32_t rank, uint32_t token) {
+  return rank * shape.max_tokens + token;
+}
+
+/// The time of a step, beside its flag-to-be, so that no flag waits for it alone. The first warp of one block, before
+/// the fence of what is announced.
+__device__ inline void stamp_step(const PartParams& p, SignalStep step) {
+  const uint32_t j = threadIdx.x;
+  if (j < p.op.shape.ranks && rank_active(p.op.shape, j)) {
+    SyncPage* page = p.peers.pages[j];
+    const bool routed = step == SignalStep::kRouted;
+    st_relaxed_sys(routed ? &page->routed_time_ns[p.op.shape.rank] : &page->moved_time_ns[p.op.shape.rank],
+                   global_timer_ns());
+    if (p.op.shape.kind == OpKind::kLlDispatch) {
+      st_relaxed_sys(&page->routed_time_ns[p.op.shape.rank], 0);  // there is no such step to be late at
+    }
+  }
+}
+
+/// Announces a step to every active rank. One whole warp, behind the fences of all that announce.
+__device__ inline void raise_flags(const PartParams& p, SignalStep step) {
+  const uint32_t j = threadIdx.x & 31;
+  const bool routed = step == SignalStep::kRouted;
+  if (j < p.op.shape.ranks && rank_active(p.op.shape, j)) {
+    SyncPage* page = p.peers.pages[j];
+    st_release_sys(routed ? &page->routed[p.op.shape.rank] : &page->moved[p.op.shape.rank], p.words.group_op);
+  }
+  __syncwarp();
+}
+
+/// Counts this block as through with what comes before an exchange; true in the first warp of the last block when none
+/// was gated. Whole block; the words of `state` are zero again behind the last block.
+__device__ inline bool all_blocks_sent(const PartParams& p, bool gated) {
+  constexpr uint32_t kGatedBlock = 0x10000;  // above the blocks of any grid
+  const bool any_gated = __syncthreads_or(gated ? 1 : 0) != 0;
+  if (threadIdx.x >= 32) {
+    return false;
+  }
+  uint32_t before = 0;
+  if (threadIdx.x == 0) {
+    fence_sys();  // behind the barrier, so for the stores of the whole block
+    before = atomicAdd(&p.words.state->blocks_done, any_gated ? kGatedBlock + 1 : 1);
+    fence_gpu();
+    if (before % kGatedBlock == gridDim.x - 1) {
+      p.words.state->blocks_done = 0;
+    }
+  }
+  before = __shfl_sync(kFullWarp, before, 0);
+  return !any_gated && before == gridDim.x - 1;
+}
+
+/// Polls the flags of all active ranks, the own one too, which tells that all blocks of this kernel have sent. One
+/// whole warp.
+__device__ inline Arrival poll_flags(const PartParams& p, SignalStep step, int64_t patience) {
+  const OpShape& shape = p.op.shape;
+  const uint32_t s = threadIdx.x & 31;
+  const SyncPage* page = p.peers.pages[shape.rank];
+  const uint64_t* flags = step == SignalStep::kRouted ? page->routed : page->moved;
+  const bool awaited = s < shape.ranks && rank_active(shape, s);
+  const int64_t begin = clock64();
+  for (;;) {
+    const uint64_t seen = awaited ? ld_acquire_sys(&flags[s]) : p.words.group_op;
+    if (__any_sync(kFullWarp, seen > p.words.group_op)) {
+      return Arrival::kAborted;  // the page is not used again before this operation has ended
+    }
+    if (__all_sync(kFullWarp, seen == p.words.group_op)) {
+      return Arrival::kCame;
+    }
+    if (__any_sync(kFullWarp, clock64() - begin > patience)) {
+      return Arrival::kLate;
+    }
+  }
+}
+
+/// Whole block, whose first warp polls. Behind the stream's wait nothing is waited for: what is late there is this
+/// rank's own step, because the part was aborted before it.
+__device__ inline Arrival wait_for_all(const PartParams& p, SignalStep step, bool waits) {
+  __shared__ Arrival arrival;
+  if (threadIdx.x < 32) {
+    const Arrival seen = poll_flags(p, step, waits ? kPatienceCycles : 0);
+    if (threadIdx.x == 0) {
+      arrival = waits || seen != Arrival::kLate ? seen : Arrival::kAborted;
+    }
+  }
+  __syncthreads();
+  return arrival;
+}
+
+__device__ inline uint64_t left_mark(const PartParams& p, SignalStep step) {
+  return p.words.part * 4 + 1 + static_cast<uint32_t>(step);
+}
+
+/// Leaves what comes behind an exchange to this block of the kernel behind the stream's wait. Whole block.
+__device__ inline void leave_block(const PartParams& p, SignalStep step) {
+  if (threadIdx.x == 0) {
+    p.scratch.left_blocks[blockIdx.x] = left_mark(p, step);
+    // From here on the host may want to know how far the part came. Where both steps are one, both words say so, or the
+    // others would be said to miss counts.
+    store_progress(p, SignalStep::kRouted);
+    if (step == SignalStep::kMoved) {
+      store_progress(p, SignalStep::kMoved);
+    }
+    publish_start(p);
+    st_relaxed_sys(&p.words.state->passed[static_cast<uint32_t>(step)], p.words.part * 4 + kLeft);
+  }
+}
+
+__device__ inline bool block_was_left(const PartParams& p, SignalStep step) {
+  return p.scratch.left_blocks[blockIdx.x] == left_mark(p, step);
+}
+
+/// The end of the part by the block that ended last: what is left to write, the caller's words, the facts. Whole block.
+__device__ inline void end_low_latency(const PartParams& p) {
+  __shared__ bool go;
+  __shared__ uint32_t reason;
+  if (threadIdx.x == 0) {
+    const uint32_t found = found_reason(p);  // read beside the gate
+    go = ld_acquire_sys(&p.words.state->aborted_part) != p.words.part;
+    reason = go ? found : 0;
+  }
+  __syncthreads();
+  const Crew block{threadIdx.x, blockDim.x};
+  if (reason != 0 || !go) {
+    if (go || caller_is_there(p)) {
+      fail_outputs(p, block);
+    }
+    __syncthreads();
+  } else if (p.op.out.wait_stats != nullptr) {
+    store_waits(p, block);
+    __syncthreads();
+  }
+  if (threadIdx.x == 0 && go && p.words.completion != nullptr) {
+    st_relaxed_sys(p.words.result, reason);
+    st_release_sys(p.words.completion, p.words.seq);  // cumulative: for what all blocks wrote before they counted
+  }
+  write_facts(p, go, reason);
+}
+
+/// Counts this block as at its end; the last one ends the part. Whole block.
+__device__ inline void end_block(const PartParams& p) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    fence_gpu();
+    last = atomicInc(&p.words.state->finish_blocks, gridDim.x - 1) == gridDim.x - 1;
+    fence_gpu();
+  }
+  __syncthreads();
+  if (last) {
+    end_low_latency(p);
+  }
+}
+
+/// The last kernel of the chain, when all its blocks are through: tells the host that the chain has drained. Whole
+/// block. `worked`: blocks of this kernel may still be writing facts.
+__device__ inline void drain_chain(const PartParams& p, bool worked) {
+  bool tells = blockIdx.x == 0;
+  if (worked) {
+    fence_sys();
+    __syncthreads();
+    tells = threadIdx.x == 0 && atomicInc(&p.words.state->blocks_done, gridDim.x - 1) == gridDim.x - 1;
+    fence_sys();
+  }
+  if (tells && threadIdx.x == 0) {
+    store_progress(p, SignalStep::kRouted);
+    store_progress(p, SignalStep::kMoved);
+    st_release_sys(&p.words.facts->done, p.words.part);
+  }
+}
+
+}  // namespace expertd::kernels::cuda
