@@ -286,7 +286,7 @@ __device__ bool pass_routed(const PartParams& p, bool waits) {
   return true;
 }
 
-// link_ll_combine. Grid: at most one block of 32 warps per multiprocessor; the same for all entries. First kernel of
+// link_ll_combine. Grid: at most two blocks of 16 warps per multiprocessor; the same for all entries. First kernel of
 // its part. (1) The first block reads the handle and pushes a row number and a weight per (token, lane) to every owner
 // and announces `routed`. (2) Behind all ranks' routed flags a warp takes 1 KiB of the sum of one (origin, token): its
 // lanes read the numbers, all read the rows, four at once, add them in float32 in lane order, round once and store to
@@ -295,8 +295,9 @@ __device__ bool pass_routed(const PartParams& p, bool waits) {
 // facts. Every exchange is waited for, or left to the kernel behind the stream's wait for it; the last of them writes
 // `done`. Bytes per token: K * 8 per owner; H * 2 per row read, H * 2 per owner over the link and read again, H * 2
 // written. Bound: reading the rows from HBM, and the latency of two exchanges.
-__global__ __launch_bounds__(kLowLatencyThreads, 1) void link_ll_combine(const __grid_constant__ PartParams p,
-                                                                         LowLatencyEntry entry) {
+__global__ __launch_bounds__(kLowLatencyThreads,
+                             kLowLatencyBlocksPerSm) void link_ll_combine(const __grid_constant__ PartParams p,
+                                                                          LowLatencyEntry entry) {
   if (p.null_operation != 0) {
     return;
   }
@@ -338,7 +339,7 @@ uint32_t combine_blocks(const PartParams& params) {
   const uint32_t units = most_tokens(params) * shape.ranks * row_parts(shape.hidden * 2);
   constexpr uint32_t kUnitsPerBlock = kLowLatencyWarps / 4;  // fewer than it has warps: more multiprocessors are faster
   const uint32_t wanted = (units + kUnitsPerBlock - 1) / kUnitsPerBlock;
-  return std::clamp(wanted, 1u, std::min(params.multiprocessors, kMostLinkSms));
+  return std::clamp(wanted, 1u, std::max(most_low_latency_blocks(params), 1u));
 }
 
 }  // namespace

@@ -290,7 +290,7 @@ __device__ void expand_rows(const PartParams& p, Crew warps) {
   }
 }
 
-// link_ll_dispatch. Grid: at most one block of 32 warps per multiprocessor; the same for both entries. First kernel of
+// link_ll_dispatch. Grid: at most two blocks of 16 warps per multiprocessor; the same for both entries. First kernel of
 // its part. Before the exchange: the first block numbers the (token, lane) positions, writes the handle and pushes
 // numbers and counts; a warp of the others takes 1 KiB of a token: ids and row read at once, quantised in registers,
 // stored to the staging of every destination rank, the own one too. Every block counts; the last one announces `moved`.
@@ -299,8 +299,9 @@ __device__ void expand_rows(const PartParams& p, Crew warps) {
 // block writes plan, handle and the caller's tables. The last block to end releases the caller, then writes the facts;
 // the kernel behind the wait writes `done`. Bytes per token: row read; row + side + K * 8 per destination; the same
 // read there, row + side written per slot. Bound: latency of one exchange, about five memory round trips.
-__global__ __launch_bounds__(kLowLatencyThreads, 1) void link_ll_dispatch(const __grid_constant__ PartParams p,
-                                                                          Entry entry) {
+__global__ __launch_bounds__(kLowLatencyThreads,
+                             kLowLatencyBlocksPerSm) void link_ll_dispatch(const __grid_constant__ PartParams p,
+                                                                           Entry entry) {
   extern __shared__ __align__(16) char route_memory[];
   if (p.null_operation != 0) {
     return;
@@ -339,7 +340,7 @@ uint32_t dispatch_blocks(const PartParams& params) {
       std::max(most * row_parts(shape.row_bytes), most * shape.ranks * row_parts(shape.out_row_bytes));
   constexpr uint32_t kUnitsPerBlock = kLowLatencyWarps / 4;  // fewer than it has warps: more multiprocessors are faster
   const uint32_t wanted = 1 + (units + kUnitsPerBlock - 1) / kUnitsPerBlock;
-  return std::clamp(wanted, 2u, std::max(std::min(params.multiprocessors, kMostLinkSms), 2u));
+  return std::clamp(wanted, 2u, std::max(most_low_latency_blocks(params), 2u));
 }
 
 }  // namespace

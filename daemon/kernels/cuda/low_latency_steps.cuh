@@ -13,13 +13,22 @@
 
 namespace expertd::kernels::cuda {
 
-inline constexpr uint32_t kLowLatencyThreads = 1024;
+/// Two blocks fit a multiprocessor, so that one on which a small kernel runs (a caller's stream that waits) still has a
+/// place: all blocks of a grid must run together, or the others wait for the missing one until their patience is over.
+inline constexpr uint32_t kLowLatencyThreads = 512;
+inline constexpr uint32_t kLowLatencyBlocksPerSm = 2;
 inline constexpr uint32_t kLowLatencyWarps = kLowLatencyThreads / 32;
 /// Of a row, what one warp moves at a time: two accesses of 16 bytes per lane.
 inline constexpr uint32_t kRowPartBytes = 1024;
 static_assert(base::kMaxTopK <= 32 && base::kMaxGpuRanks <= 32, "one lane of a warp per top-k lane or rank");
 
 enum class Arrival : uint32_t { kCame, kLate, kAborted };
+
+/// The most blocks of a grid: all places but one of each eighth multiprocessor.
+inline uint32_t most_low_latency_blocks(const PartParams& p) {
+  const uint32_t places = p.multiprocessors * kLowLatencyBlocksPerSm - p.multiprocessors / 8;
+  return places < kMostLinkSms ? places : kMostLinkSms;
+}
 
 /// Parts of a row of `bytes`.
 __host__ __device__ constexpr uint32_t row_parts(uint32_t bytes) {
