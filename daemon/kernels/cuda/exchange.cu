@@ -49,7 +49,7 @@ __global__ __launch_bounds__(kSignalThreads) void meet(const __grid_constant__ P
   open_part(p, gated);
   const Passage passage = passes(p, SignalStep::kRouted, SignalStep::kMoved, gated, Decider::kOneBlock);
   if (passage != Passage::kNot) {
-    finish_part(p, passage == Passage::kRegular, false);
+    finish_part(p, passage == Passage::kRegular, EXPERTD_REASON_NONE, true);
   }
 }
 

@@ -224,16 +224,19 @@ __device__ inline void write_outputs(const PartParams& p, bool go, uint32_t reas
 }
 
 /// The end of a part by one whole block, the kernel's last one: everything but `done`, which finish writes when the
-/// chain has drained. `written`: the outputs of a good end are there already.
-__device__ inline void finish_part(const PartParams& p, bool go, bool written) {
-  const Crew block{threadIdx.x, blockDim.x};
-  const uint32_t reason = go ? found_reason(p) : 0;
-  if (go && reason == 0 && written) {
-    store_waits(p, block);
-  } else {
-    write_outputs(p, go, reason, block);
+/// chain has drained. `reason`: found_reason(), read while the block waited. `written`: the outputs of a good end are
+/// there already, so that nothing stands between the last flag and the caller.
+__device__ inline void finish_part(const PartParams& p, bool go, uint32_t reason, bool written) {
+  reason = go ? reason : 0;
+  if (!go || reason != 0 || !written || p.op.out.wait_stats != nullptr) {
+    const Crew block{threadIdx.x, blockDim.x};
+    if (go && reason == 0 && written) {
+      store_waits(p, block);
+    } else {
+      write_outputs(p, go, reason, block);
+    }
+    __syncthreads();
   }
-  __syncthreads();
   if (threadIdx.x == 0) {
     release_caller(p, go, reason);
   }

@@ -21,9 +21,12 @@ constexpr uint32_t sum_threads(uint32_t hidden, uint32_t pieces_each) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
 constexpr uint32_t kTokensAhead = 8;  // tokens whose rows are being loaded or summed
+constexpr uint32_t kClaimTokens = 2;  // that a block takes at a time
 
-/// What the summing warps are told of one token: which ranks' rows come, in this order.
+/// What the summing warps are told of one token: which ranks' rows come, in this order. A token behind the last one
+/// ends their work.
 struct PulledToken {
+  uint32_t token;
   uint32_t ranks;
   int32_t rows[base::kMaxGpuRanks];
 };
@@ -97,45 +100,68 @@ __device__ void load_token(const PartParams& p, int32_t row, PullPipeline* pipel
   }
 }
 
-/// The loading warp: tokens strided over blocks; row numbers are read kAhead tokens before they are used.
-__device__ Loaded load_rows(const PartParams& p, PullPipeline* pipeline, char* rows, uint32_t places) {
-  constexpr uint32_t kAhead = 8;
-  const OpShape& shape = p.op.shape;
+/// Tells the summing warps of the next token and starts its loads.
+__device__ void start_token(const PartParams& p, uint32_t token, int32_t row, PullPipeline* pipeline, char* rows,
+                            RingPlace* token_place, RingPlace* row_place) {
   const uint32_t lane = threadIdx.x & 31;
+  const uint32_t ranks = __ballot_sync(kFullWarp, row >= 0);
+  barrier_wait(&pipeline->token_free[token_place->index], token_place->parity ^ 1);
+  PulledToken& pulled = pipeline->tokens[token_place->index];
+  if (lane < p.op.shape.ranks) {
+    pulled.rows[lane] = row;
+  }
+  if (lane == 0) {
+    pulled.token = token;
+    pulled.ranks = ranks;
+  }
+  __syncwarp();
+  if (lane == 0) {
+    barrier_arrive(&pipeline->token_there[token_place->index]);
+  }
+  load_token(p, row, pipeline, rows, row_place);
+  token_place->next();
+}
+
+/// The next tokens for this block, in order over all blocks: multiprocessors differ in how far they are from the links,
+/// so that equal shares would end 12 us apart. Whole warp.
+__device__ uint32_t claim_tokens(const PartParams& p) {
+  uint32_t first = 0;
+  if ((threadIdx.x & 31) == 0) {
+    first = atomicAdd(&p.words.state->claimed_tokens, kClaimTokens);
+  }
+  return first;
+}
+
+/// The loading warp. Claims and row numbers are on their way while the tokens before are loaded.
+__device__ Loaded load_rows(const PartParams& p, PullPipeline* pipeline, char* rows, uint32_t places) {
+  const OpShape& shape = p.op.shape;
   RingPlace token_place{kTokensAhead};
   RingPlace row_place{places};
   Loaded loaded;
-  for (uint32_t first = blockIdx.x; first < shape.tokens; first += kAhead * gridDim.x) {
-    int32_t ahead[kAhead];
+  uint32_t first = __shfl_sync(kFullWarp, claim_tokens(p), 0);
+  uint32_t claimed = claim_tokens(p);
+  int32_t ahead[kClaimTokens];
 #pragma unroll
-    for (uint32_t i = 0; i < kAhead; ++i) {
-      ahead[i] = row_at_rank(p, first + i * gridDim.x);
-    }
-#pragma unroll
-    for (uint32_t i = 0; i < kAhead; ++i) {
-      if (first + i * gridDim.x >= shape.tokens) {
-        break;
-      }
-      const int32_t row = ahead[i];
-      const uint32_t ranks = __ballot_sync(kFullWarp, row >= 0);
-      barrier_wait(&pipeline->token_free[token_place.index], token_place.parity ^ 1);
-      PulledToken& token = pipeline->tokens[token_place.index];
-      if (lane < shape.ranks) {
-        token.rows[lane] = row;
-      }
-      if (lane == 0) {
-        token.ranks = ranks;
-      }
-      __syncwarp();
-      if (lane == 0) {
-        barrier_arrive(&pipeline->token_there[token_place.index]);
-      }
-      load_token(p, row, pipeline, rows, &row_place);
-      token_place.next();
-      loaded.local += (ranks >> shape.rank) & 1u;
-      loaded.remote += __popc(ranks & ~(1u << shape.rank));
-    }
+  for (uint32_t i = 0; i < kClaimTokens; ++i) {
+    ahead[i] = row_at_rank(p, first + i);
   }
+  while (first < shape.tokens) {
+    const uint32_t next = __shfl_sync(kFullWarp, claimed, 0);
+    claimed = claim_tokens(p);
+#pragma unroll
+    for (uint32_t i = 0; i < kClaimTokens; ++i) {
+      const int32_t row = ahead[i];
+      ahead[i] = row_at_rank(p, next + i);
+      if (first + i < shape.tokens) {
+        start_token(p, first + i, row, pipeline, rows, &token_place, &row_place);
+        const uint32_t ranks = __ballot_sync(kFullWarp, row >= 0);
+        loaded.local += (ranks >> shape.rank) & 1u;
+        loaded.remote += __popc(ranks & ~(1u << shape.rank));
+      }
+    }
+    first = next;
+  }
+  start_token(p, shape.tokens, -1, pipeline, rows, &token_place, &row_place);
   return loaded;
 }
 
@@ -184,25 +210,47 @@ __device__ void add_rows(const PartParams& p, uint32_t ranks, PullPipeline* pipe
   }
 }
 
+template <uint32_t kPieces>
+__device__ void begin_sums(const PartParams& p, uint32_t token, float (*sum)[8]) {
+  const uint32_t thread = threadIdx.x - 32;
+  const uint32_t threads = blockDim.x - 32;
+  const uint32_t pieces = p.op.shape.hidden / 8;
+#pragma unroll
+  for (uint32_t i = 0; i < kPieces; ++i) {
+    if (thread + i * threads < pieces) {
+      start_sum(p, uint64_t{token} * pieces + thread + i * threads, sum[i]);
+    }
+  }
+}
+
+template <uint32_t kPieces>
+__device__ void store_sums(const PartParams& p, uint32_t token, const float (*sum)[8]) {
+  const uint32_t thread = threadIdx.x - 32;
+  const uint32_t threads = blockDim.x - 32;
+  const uint32_t pieces = p.op.shape.hidden / 8;
+#pragma unroll
+  for (uint32_t i = 0; i < kPieces; ++i) {
+    if (thread + i * threads < pieces && p.op.out.x != nullptr) {
+      static_cast<uint4*>(p.op.out.x)[uint64_t{token} * pieces + thread + i * threads] = rounded(sum[i]);
+    }
+  }
+}
+
 /// The summing warps: every thread owns kPieces pieces of the token's row.
 template <uint32_t kPieces>
 __device__ void sum_rows(const PartParams& p, PullPipeline* pipeline, const char* rows, uint32_t places) {
-  const OpShape& shape = p.op.shape;
   const uint32_t thread = threadIdx.x - 32;
-  const uint32_t threads = blockDim.x - 32;
-  const uint32_t pieces = shape.hidden / 8;
   RingPlace token_place{kTokensAhead};
   RingPlace row_place{places};
-  for (uint32_t token = blockIdx.x; token < shape.tokens; token += gridDim.x) {
-    float sum[kPieces][8] = {};
-#pragma unroll
-    for (uint32_t i = 0; i < kPieces; ++i) {
-      if (thread + i * threads < pieces) {
-        start_sum(p, uint64_t{token} * pieces + thread + i * threads, sum[i]);
-      }
-    }
+  for (;;) {
     barrier_wait(&pipeline->token_there[token_place.index], token_place.parity);
     const PulledToken& pulled = pipeline->tokens[token_place.index];
+    const uint32_t token = pulled.token;
+    if (token >= p.op.shape.tokens) {
+      return;
+    }
+    float sum[kPieces][8] = {};
+    begin_sums<kPieces>(p, token, sum);
     add_rows<kPieces>(p, pulled.ranks, pipeline, rows, &row_place, sum);
     sum_weights(p, token, thread, pulled);
     __syncwarp();
@@ -210,18 +258,14 @@ __device__ void sum_rows(const PartParams& p, PullPipeline* pipeline, const char
       barrier_arrive(&pipeline->token_free[token_place.index]);
     }
     token_place.next();
-#pragma unroll
-    for (uint32_t i = 0; i < kPieces; ++i) {
-      if (thread + i * threads < pieces && p.op.out.x != nullptr) {
-        static_cast<uint4*>(p.op.out.x)[uint64_t{token} * pieces + thread + i * threads] = rounded(sum[i]);
-      }
-    }
+    store_sums<kPieces>(p, token, sum);
   }
 }
 
-/// Tells the plan how many rows all blocks pulled. The last block.
+/// Tells the plan how many rows all blocks pulled, and sets the claims back. The last block.
 __device__ void add_block_rows(const PartParams& p) {
   if (threadIdx.x == 0) {
+    p.words.state->claimed_tokens = 0;
     BlockRows sum{};
     for (uint32_t b = 0; b < gridDim.x; ++b) {
       sum.local += __ldcg(&p.scratch.block_rows[b].local);
@@ -259,9 +303,9 @@ __device__ void pull_and_sum(const PartParams& p, char* rows, PullPipeline* pipe
 
 #endif
 
-// link_combine. Grid: at most link_sms blocks, one per multiprocessor, tokens strided over blocks. As the kernel that
-// waits it announces `routed` first (this rank's rows may be read) and waits for the others'; else it runs behind the
-// stream's wait. Warp 0 reads the handle's row numbers ahead and lets the copy unit load each token's rows, one per
+// link_combine. Grid: at most link_sms blocks, one per multiprocessor, which claim tokens two by two. As the kernel
+// that waits it announces `routed` first (this rank's rows may be read) and waits for the others'; else it runs behind
+// the stream's wait. Warp 0 reads the handle's row numbers ahead and lets the copy unit load each token's rows, one per
 // rank, into as many places as shared memory has; the other warps add them in float32 in rank order, round once and
 // store. The last block announces `moved`, waits for the others' and ends the part. Bytes per token: H * 2 per rank
 // that has a row, read; H * 2 written. Bound: the links, at the rate of reads.
@@ -297,7 +341,7 @@ __global__ __launch_bounds__(kMostSumThreads + 32, 1) void link_combine(const __
   }
   const Passage moved = passes(p, SignalStep::kMoved, SignalStep::kMoved, false, Decider::kOneBlock);
   if (moved != Passage::kNot) {
-    finish_part(p, end.complete && moved == Passage::kRegular, false);
+    finish_part(p, end.complete && moved == Passage::kRegular, EXPERTD_REASON_NONE, true);
   }
 #endif
 }

@@ -10,7 +10,9 @@
 namespace expertd::kernels::cuda {
 namespace {
 
-constexpr uint32_t kMostMovers = 31;  // warps, beside the clerk
+constexpr uint32_t kBlockThreads = 1024;
+constexpr uint32_t kBlockWarps = kBlockThreads / 32;
+constexpr uint32_t kMostMovers = kBlockWarps - 1;  // beside the clerk
 
 /// Bytes of a side row when it can be moved by the copy unit wherever it lies; 0: by threads.
 __host__ __device__ constexpr uint32_t side_bytes(const OpShape& shape) {
@@ -21,6 +23,12 @@ __host__ __device__ constexpr uint32_t side_bytes(const OpShape& shape) {
 /// Shared memory of one row in flight: the row and its side row.
 __host__ __device__ constexpr uint32_t place_bytes(const OpShape& shape) {
   return bulk_row_stride(shape.row_bytes) + bulk_row_stride(side_bytes(shape));
+}
+
+/// Warps of a block that move rows: as many as rows fit into its shared memory.
+__host__ __device__ constexpr uint32_t movers_of(const OpShape& shape) {
+  const uint32_t fit = kBulkSharedBytes / place_bytes(shape);
+  return fit < kMostMovers ? fit : kMostMovers;
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -299,10 +307,12 @@ struct BlockShared {
 __device__ void move_block(const PartParams& p, const TokenSpan& span, uint32_t cluster_blocks, char* places,
                            BlockShared* shared) {
   const uint32_t warp = threadIdx.x / 32;
-  const uint32_t movers = blockDim.x / 32 - 1;
-  if (warp == movers) {
+  const uint32_t movers = movers_of(p.op.shape);
+  if (warp == kBlockWarps - 1) {
     keep_books(p, span, &shared->cluster);
-    return;
+  }
+  if (warp >= movers) {
+    return;  // these warps only help to route
   }
   if ((threadIdx.x & 31) == 0) {
     barrier_init(&shared->loaded[warp], 1);
@@ -324,8 +334,7 @@ __device__ void move_block(const PartParams& p, const TokenSpan& span, uint32_t 
 // the plan and the handle. The last block announces `moved` (this rank's rows are there), waits for the others' and
 // ends the part. Bytes per token: row + side read; row + side + K * (id + 4) + 4 written per rank. Bound: the links, at
 // the rate of writes.
-__global__ __launch_bounds__((kMostMovers + 1) * 32, 1) void link_dispatch(const __grid_constant__ PartParams p,
-                                                                           Entry entry) {
+__global__ __launch_bounds__(kBlockThreads, 1) void link_dispatch(const __grid_constant__ PartParams p, Entry entry) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) char places[];
   __shared__ BlockShared shared;
@@ -365,9 +374,10 @@ __global__ __launch_bounds__((kMostMovers + 1) * 32, 1) void link_dispatch(const
   if (end.complete && threadIdx.x < 32) {
     announce(p, SignalStep::kMoved);
   }
+  const uint32_t reason = end.complete ? found_reason(p) : 0;
   const Passage moved = passes(p, SignalStep::kMoved, SignalStep::kMoved, false, Decider::kOneBlock);
   if (moved != Passage::kNot) {
-    finish_part(p, end.complete && moved == Passage::kRegular, true);
+    finish_part(p, end.complete && moved == Passage::kRegular, reason, true);
   }
 #endif
 }
@@ -393,8 +403,7 @@ cudaError_t launch_link_dispatch(const PartParams& params, Entry entry, cudaStre
       return allowed;
     }
   }
-  const uint32_t bytes = params.null_operation != 0 ? 128 : place_bytes(params.op.shape);
-  const uint32_t movers = std::min(kMostMovers, kBulkSharedBytes / bytes);
+  const uint32_t rows = params.null_operation != 0 ? 0 : movers_of(params.op.shape) * place_bytes(params.op.shape);
   const uint32_t sms = std::min(params.link_sms, params.multiprocessors);
   const uint32_t cluster = sms >= 2 * kMostClusterBlocks ? kMostClusterBlocks : kLeastClusterBlocks;
   cudaLaunchAttribute attribute{};
@@ -404,8 +413,8 @@ cudaError_t launch_link_dispatch(const PartParams& params, Entry entry, cudaStre
   attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = std::max(sms / cluster, 1u) * cluster;
-  config.blockDim = (movers + 1) * 32;
-  config.dynamicSmemBytes = std::max<size_t>(movers * bytes, sizeof(RouteShared));
+  config.blockDim = kBlockThreads;
+  config.dynamicSmemBytes = std::max<size_t>(rows, sizeof(RouteShared));
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;

@@ -59,16 +59,33 @@ __device__ inline int64_t id_of(const PartParams& p, uint32_t token, uint32_t k)
   return given ? load_id(p.op.in.topk_idx, p.op.shape.topk_idx_bytes, uint64_t{token} * p.op.shape.top_k + k) : -1;
 }
 
-/// The ranks of a token as bits. Ids are loaded several at a time, so that their latencies overlap.
+/// The next ids of a token, several at once so that their latencies overlap; -1 behind its top-k.
+__device__ inline void load_ids(const PartParams& p, uint32_t token, uint32_t first, int64_t* ids) {
+  const OpShape& shape = p.op.shape;
+  const auto* row = static_cast<const char*>(p.op.in.topk_idx) + uint64_t{token} * shape.top_k * shape.topk_idx_bytes;
+  if (shape.top_k == kIdsAtOnce && shape.topk_idx_bytes == 8 && reinterpret_cast<uintptr_t>(row) % 16 == 0 &&
+      p.op.in.topk_idx != nullptr) {
+#pragma unroll
+    for (uint32_t i = 0; i < kIdsAtOnce / 2; ++i) {
+      const auto pair = reinterpret_cast<const longlong2*>(row)[i];
+      ids[2 * i] = pair.x;
+      ids[2 * i + 1] = pair.y;
+    }
+    return;
+  }
+#pragma unroll
+  for (uint32_t i = 0; i < kIdsAtOnce; ++i) {
+    ids[i] = id_of(p, token, first + i);
+  }
+}
+
+/// The ranks of a token as bits.
 __device__ inline uint32_t take_token(const PartParams& p, uint32_t token, ClusterShared* s) {
   const OpShape& shape = p.op.shape;
   uint32_t bits = 0;
   for (uint32_t first = 0; first < shape.top_k; first += kIdsAtOnce) {
     int64_t ids[kIdsAtOnce];
-#pragma unroll
-    for (uint32_t i = 0; i < kIdsAtOnce; ++i) {
-      ids[i] = id_of(p, token, first + i);
-    }
+    load_ids(p, token, first, ids);
 #pragma unroll
     for (uint32_t i = 0; i < kIdsAtOnce; ++i) {
       if (ids[i] >= 0 && ids[i] < static_cast<int64_t>(shape.experts)) {

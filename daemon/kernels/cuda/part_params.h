@@ -37,10 +37,10 @@ struct PartState {
   // By exchange (SignalStep): part * 4 + kPassed or kLeft, decided once for all blocks of the kernel that waits for the
   // exchange itself. What it leaves is done by the kernel behind the stream's wait for the same exchange.
   uint64_t passed[2];
-  uint64_t start_ns;      // %globaltimer of the first kernel
-  uint64_t started_part;  // whose start that is
-  uint32_t blocks_done;   // of a step of a link kernel; its last block sets it back to 0
-  uint32_t reserved_half;
+  uint64_t start_ns;        // %globaltimer of the first kernel
+  uint64_t started_part;    // whose start that is
+  uint32_t blocks_done;     // of a step of a link kernel; its last block sets it back to 0
+  uint32_t claimed_tokens;  // by the blocks of link_combine; its last block sets it back to 0
   uint64_t reserved[8];
 };
 static_assert(sizeof(PartState) == 128);
