@@ -13,6 +13,7 @@ namespace {
 constexpr uint32_t kBlockThreads = 1024;
 constexpr uint32_t kBlockWarps = kBlockThreads / 32;
 constexpr uint32_t kMostMovers = kBlockWarps - 1;  // beside the clerk
+constexpr uint32_t kNoToken = 0xffffffffu;
 
 /// Bytes of a side row when it can be moved by the copy unit wherever it lies; 0: by threads.
 __host__ __device__ constexpr uint32_t side_bytes(const OpShape& shape) {
@@ -167,6 +168,7 @@ struct Place {
   uint64_t* loaded;
   bool bulk_side;  // the side row goes through the place too
   uint32_t parity = 0;
+  uint32_t token = kNoToken;  // whose loads were started before the exchange
 };
 
 /// Starts the loads of one token into the place; one lane.
@@ -198,7 +200,7 @@ __device__ void store_place(const PartParams& p, uint32_t rank, uint64_t row, co
 __device__ void move_token(const PartParams& p, uint32_t token, uint32_t ranks, int32_t row, Place* place) {
   const OpShape& shape = p.op.shape;
   const uint32_t lane = threadIdx.x & 31;
-  if (lane == 0) {
+  if (lane == 0 && place->token != token) {
     load_place(p, token, *place);
   }
   const LaneMeta meta = load_meta(p, token);
@@ -226,28 +228,64 @@ __device__ void move_token(const PartParams& p, uint32_t token, uint32_t ranks, 
   }
 }
 
+/// What one warp has to do after the exchange.
+struct Mover {
+  BlockWork work;
+  Place place;
+};
+
+/// Makes a mover's place and starts the loads of its first token, which depend on no other rank. Whole warp.
+__device__ Mover prepare_mover(const PartParams& p, const TokenSpan& span, uint32_t cluster_blocks, char* places,
+                               uint64_t* loaded) {
+  const uint32_t warp = threadIdx.x / 32;
+  char* row = places + warp * place_bytes(p.op.shape);
+  Mover mover{work_of_block(p, span, cluster_blocks, movers_of(p.op.shape)),
+              {row, row + bulk_row_stride(p.op.shape.row_bytes), &loaded[warp], side_in_bulk(p)}};
+  const bool loads = mover.work.first < mover.work.end && p.op.in.x != nullptr;
+  if ((threadIdx.x & 31) == 0) {
+    barrier_init(mover.place.loaded, 1);
+    if (loads) {
+      load_place(p, mover.work.first, mover.place);
+    }
+  }
+  __syncwarp();
+  mover.place.token = loads ? mover.work.first : kNoToken;
+  return mover;
+}
+
+/// Waits for loads that were started and are not wanted: nothing may arrive in a place when its block has ended.
+__device__ void drop_place(const Place& place) {
+  if (place.token != kNoToken && (threadIdx.x & 31) == 0) {
+    barrier_wait(place.loaded, 0);
+  }
+}
+
 /// All tokens of one mover. Lane j knows the row at rank j, read one token ahead.
 __device__ void move_tokens(const PartParams& p, const BlockWork& work, Place place) {
   const OpShape& shape = p.op.shape;
   const uint32_t lane = threadIdx.x & 31;
-  const MoverPlan plan = plan_of_warp(p);
-  if (!plan.moves || p.op.in.x == nullptr) {
-    return;
-  }
   const int32_t* table = shape.cached != 0 ? p.op.routing.token_rank : p.scratch.rows;
   const bool mine = ((work.ranks >> lane) & 1) != 0 && lane < shape.ranks && p.peers.views[lane].out_x != nullptr;
   const uint32_t limit = mine ? p.peers.views[lane].capacity_rows : 0;
-  const auto row_of = [&](uint32_t token) {
-    const int32_t row = mine && token < work.end ? table[uint64_t{token} * shape.ranks + lane] : -1;
-    return row < 0 || static_cast<uint32_t>(row + plan.base) >= limit ? -1 : row + plan.base;
+  const auto number_of = [&](uint32_t token) {
+    return mine && token < work.end ? table[uint64_t{token} * shape.ranks + lane] : -1;
   };
-  int32_t next = row_of(work.first);
+  int32_t next = number_of(work.first);
+  const MoverPlan plan = plan_of_warp(p);
+  if (!plan.moves || place.token == kNoToken) {
+    drop_place(place);
+    return;
+  }
   for (uint32_t token = work.first; token < work.end; token += work.step) {
-    const int32_t row = next;
-    next = row_of(token + work.step);
+    const int32_t number = next;
+    next = number_of(token + work.step);
+    const int32_t row = number < 0 || static_cast<uint32_t>(number + plan.base) >= limit ? -1 : number + plan.base;
     const uint32_t ranks = __ballot_sync(kFullWarp, row >= 0);
     if (ranks != 0) {
       move_token(p, token, ranks, row, &place);
+    } else if (place.token == token) {
+      drop_place(place);
+      place.parity ^= 1;
     }
   }
   bulk_wait_written();
@@ -303,26 +341,6 @@ struct BlockShared {
   uint64_t loaded[kMostMovers];
 };
 
-/// Movers and clerk of one block. Whole block; the places are free.
-__device__ void move_block(const PartParams& p, const TokenSpan& span, uint32_t cluster_blocks, char* places,
-                           BlockShared* shared) {
-  const uint32_t warp = threadIdx.x / 32;
-  const uint32_t movers = movers_of(p.op.shape);
-  if (warp == kBlockWarps - 1) {
-    keep_books(p, span, &shared->cluster);
-  }
-  if (warp >= movers) {
-    return;  // these warps only help to route
-  }
-  if ((threadIdx.x & 31) == 0) {
-    barrier_init(&shared->loaded[warp], 1);
-  }
-  __syncwarp();
-  char* place = places + warp * place_bytes(p.op.shape);
-  move_tokens(p, work_of_block(p, span, cluster_blocks, movers),
-              {place, place + bulk_row_stride(p.op.shape.row_bytes), &shared->loaded[warp], side_in_bulk(p)});
-}
-
 #endif
 
 // link_dispatch. Grid: about link_sms blocks, one per multiprocessor, in clusters of up to 8 blocks; as many mover
@@ -356,16 +374,28 @@ __global__ __launch_bounds__(kBlockThreads, 1) void link_dispatch(const __grid_c
       route_cluster(p, span, gated, reinterpret_cast<RouteShared*>(places), &shared.cluster);
     }
   }
+  const uint32_t warp = threadIdx.x / 32;
+  const bool moves = warp < movers_of(p.op.shape);  // other warps only help to route, and the last one is the clerk
+  Mover mover{};
+  mover.place.token = kNoToken;
+  if (moves && (entry == Entry::kWaits || was_left(p, SignalStep::kRouted))) {
+    mover = prepare_mover(p, span, cluster.num_blocks(), places, shared.loaded);
+  }
   const Passage passage = enters(p, SignalStep::kRouted, entry, gated);
   if (passage == Passage::kNot) {
+    drop_place(mover.place);
     return;
   }
   if (counts && entry == Entry::kBehindWait) {
     cluster.sync();  // no clerk adds to a block that has not cleared its counts
   }
   const bool works = passage == Passage::kRegular;
-  if (works) {
-    move_block(p, span, cluster.num_blocks(), places, &shared);
+  if (works && moves) {
+    move_tokens(p, mover.work, mover.place);
+  } else if (works && warp == kBlockWarps - 1) {
+    keep_books(p, span, &shared.cluster);
+  } else {
+    drop_place(mover.place);
   }
   const LastBlock end = end_step(p, works);
   if (!end.last) {
