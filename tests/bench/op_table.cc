@@ -103,6 +103,7 @@ json document_of(const TableOptions& options, const TableRunner& runner, const s
           {"client", expertd_version()},
           {"iterations", options.iterations},
           {"arm_us", options.arm.count()},
+          {"gpu_timer_step_ns", runner.gpu_timer_step_ns()},
           {"l2", "flushed by writing " + std::to_string(StreamTimer::kFlushBytes >> 20) + " MiB before each iteration"},
           {"load", runner.load_kind()},
           {"nccl", runner.nccl()},

@@ -5,9 +5,11 @@
 
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "tests/bench/table/exchange_plan.h"
 #include "tests/bench/table/table_cases.h"
+#include "tests/bench/table/table_options.h"
 #include "tests/bench/table/table_row.h"
 
 namespace expertd::bench {
@@ -70,6 +72,25 @@ TEST(TableRowJson, HasTheFiguresAndTheFasterCopyAsFloor) {
   EXPECT_FALSE(row.contains("error"));
 }
 
+TEST(TableRowJson, NamesTheClockAndKeepsWhatItCostsApart) {
+  TableRow row = row_of("dispatch", 4096, false);
+  EXPECT_TRUE(row_json(row).at("clock").is_null());
+  row.clock = "memory words";
+  row.clock_offset_us = 3;
+  row.switch_us = {300, 290, 280};
+  json made = row_json(row);
+  EXPECT_EQ(made.at("clock"), "memory words");
+  EXPECT_EQ(made.at("p50_us"), 20);
+  EXPECT_EQ(made.at("clock_offset_us"), 3);
+  EXPECT_EQ(made.at("p50_switch_us"), 290);
+  EXPECT_EQ(made.at("p99_switch_us"), 300);
+  EXPECT_TRUE(made.at("local_wait_us").is_null());
+  row.local_wait_us = {2, 1, 9};
+  made = row_json(row);
+  EXPECT_EQ(made.at("local_wait_us"), 2);
+  EXPECT_EQ(made.at("local_wait_p99_us"), 9);
+}
+
 TEST(TableRowJson, SaysWhatFailedAndHasNoTimesThen) {
   TableRow failed = row_of("dispatch", 4096, false);
   failed.times_us.clear();
@@ -119,6 +140,33 @@ TEST(TableCases, SelectsByOperationAndTokens) {
     EXPECT_EQ(it.operation, "combine");
     EXPECT_TRUE(it.shape.tokens == 512 || it.shape.tokens == 4096);
   }
+}
+
+TEST(TableCases, OnlyWhatMovesRowsHasMultiprocessors) {
+  const Multiprocessors there_are{24, 132};
+  for (const TableCase& it : table_cases({})) {
+    const bool moves = it.operation != "layout" && it.operation != "empty";
+    const uint32_t wanted = !moves ? 0 : it.low_latency ? 132 : 24;
+    EXPECT_EQ(multiprocessors_of(it, there_are), wanted) << it.name();
+  }
+}
+
+std::optional<TableOptions> parsed(std::string word) {
+  std::string program = "op_table";
+  std::vector<char*> argv = {program.data()};
+  if (!word.empty()) {
+    argv.push_back(word.data());
+  }
+  argv.push_back(nullptr);
+  int exit_code = 0;
+  return parse_table_options(static_cast<int>(argv.size()) - 1, argv.data(), &exit_code);
+}
+
+TEST(TableOptionsOfTheCommandLine, LinkMultiprocessorsAreThoseThatADaemonTakes) {
+  EXPECT_EQ(parsed("").value().link_sms, 24u);
+  EXPECT_EQ(parsed("--link-sms=132").value().link_sms, 132u);
+  EXPECT_FALSE(parsed("--link-sms=0").has_value());
+  EXPECT_FALSE(parsed("--link-sms=257").has_value());
 }
 
 /// A row stands for itself by its rank and its place in that rank's input.

@@ -21,7 +21,13 @@ class Gate {
 
   /// `stream`, of the current device, goes on when round `round` is open.
   void park(cudaStream_t stream, uint32_t round) const;
+  /// The word itself as the current device sees it, for a kernel that waits.
+  uint32_t* device_word() const;
+  /// `place`, as the device sees it, takes `value` when the stream got there.
+  void write(cudaStream_t stream, uint32_t* place, uint32_t value) const;
   void open(uint32_t round);
+  /// When the last open() was about to store, by the clock of now_ns().
+  uint64_t opened_ns() const { return opened_ns_.load(std::memory_order_acquire); }
   /// Opens all rounds that ranks may have parked for, and says from which round on they are closed again.
   void open_all();
   uint32_t first_round() const { return first_round_.load(std::memory_order_acquire); }
@@ -32,7 +38,9 @@ class Gate {
 
   uint32_t* word_ = nullptr;
   std::atomic<uint32_t> first_round_{1};
-  void* wait_value_ = nullptr;  // cuStreamWaitValue32
+  std::atomic<uint64_t> opened_ns_{0};
+  void* wait_value_ = nullptr;   // cuStreamWaitValue32
+  void* write_value_ = nullptr;  // cuStreamWriteValue32
 };
 
 }  // namespace expertd::bench

@@ -21,8 +21,15 @@ namespace {
 constexpr uint32_t kBlock = 20;
 constexpr uint32_t kTurn = 5;
 constexpr uint32_t kTurnBusy = 2;
-/// Operations behind one gate where their time back to back is asked for, fewer than a ring has slots.
-constexpr uint32_t kQueued = 16;
+/// Of the clock's own time in a turn. A wait for a multiprocessor has a tail to be seen; of the other only the median
+/// is used, and beside GEMMs without MPS it takes long.
+constexpr uint32_t kTurnLocalWait = 10;
+constexpr uint32_t kTurnOffset = 5;
+/// Operations between events in all, beside those of the row's clock.
+constexpr uint32_t kSwitches = 30;
+/// Operations behind one gate where their time back to back is asked for: as many as a group has exchange pages. With
+/// more the daemon's host would be in the time, because it enqueues the next one when a page is free.
+constexpr uint32_t kQueued = 8;
 /// The daemon has as many more to enqueue.
 constexpr uint32_t kQueuedArm = kQueued / 2;
 constexpr std::chrono::milliseconds kLoadAlone{60};
@@ -110,6 +117,17 @@ uint64_t least_link_bytes(const TableCase& it, const ctl::BenchRouting& routing,
   return bytes;
 }
 
+/// Under MPS the operation is between kernels, because a busy client of one process would hold up the rest; else no
+/// kernel of the client's may be near it, because its context would have to come back for that.
+TimerClock clock_of(const ctl::BenchRank& rank, Start start) {
+  auto info = EXPERTD_INIT(expertd_session_info_t);
+  rank.check(expertd_session_info(rank.session(), &info), "session information");
+  if (info.mps_active != 0) {
+    return TimerClock::kKernels;
+  }
+  return start == Start::kAtOnce ? TimerClock::kEvents : TimerClock::kMemoryWords;
+}
+
 }  // namespace
 
 RankCase::RankCase(RankGroup* group, ctl::BenchRank* rank, const TableCase& it)
@@ -117,13 +135,22 @@ RankCase::RankCase(RankGroup* group, ctl::BenchRank* rank, const TableCase& it)
       rank_(rank),
       it_(it),
       start_(it.operation == "layer" && !it.low_latency ? Start::kAtOnce : Start::kAtTheGate),
+      clock_(clock_of(*rank, start_)),
       operation_(make()) {
   operation_->prepare(inputs_);
+  if (clock_ == TimerClock::kMemoryWords) {
+    // Of a session, not of the group, whose operations a peer would have to join, and with a kernel.
+    const ctl::BenchShape shape{it_.shape.ranks, it_.shape.experts, it_.shape.hidden, it_.shape.top_k, 1};
+    untimed_ = row_spec({"layout", "", it_.low_latency, shape}).make({group_->bench, shape, rank_, "untimed layout"});
+    untimed_->prepare(inputs_);
+  }
   warm_up();
   add_floors();
   add_nccl();
   add_queue();
   add_compute();
+  add_switch();
+  add_clock();
 }
 
 std::unique_ptr<ctl::BenchOperation> RankCase::make() {
@@ -148,6 +175,10 @@ void RankCase::warm_up() {
     operation_->issue(&event);
     rank_->wait(event, it_.name());
     operation_->finish();
+    if (untimed_ != nullptr) {
+      untimed_->issue(&event);
+      rank_->wait(event, "untimed layout");
+    }
   }
   check_cuda(cudaStreamSynchronize(tools().timer->stream()), "warming up");
 }
@@ -239,7 +270,7 @@ void RankCase::add_queue() {
                              rank_->wait(event, it_.name());
                            }
                          },
-                         static_cast<double>(kQueued)});
+                         static_cast<double>(kQueued), start_, clock_});
 }
 
 void RankCase::add_compute() {
@@ -248,11 +279,61 @@ void RankCase::add_compute() {
   }
 }
 
+/// What a client sees that computes before and after: the GPU goes to the daemon's context and back for it.
+void RankCase::add_switch() {
+  if (clock_ != TimerClock::kMemoryWords) {
+    return;
+  }
+  const uint32_t blocks = (group_->options.iterations + kBlock - 1) / kBlock;
+  contenders_.push_back({&RankFigures::switch_us, [this] { operation_->issue(&switched_); },
+                         [this] {
+                           rank_->wait(switched_, it_.name());
+                           operation_->finish();
+                         },
+                         1, start_, TimerClock::kEvents, (kSwitches + blocks - 1) / blocks});
+}
+
+void RankCase::add_clock() {
+  if (clock_ == TimerClock::kMemoryWords) {
+    contenders_.push_back({&RankFigures::clock_offset_us, [] {}, {}, 1, Start::kAtTheGate, clock_, kTurnOffset});
+  } else if (clock_ == TimerClock::kKernels) {
+    contenders_.push_back({&RankFigures::local_wait_us, [] {}, {}, 1, Start::kAtTheGate, clock_, kTurnLocalWait});
+  }
+}
+
+Timing RankCase::timing(TimerClock clock, Start start, double per_timing) {
+  Timing timing{clock, start, per_timing > 1 ? group_->options.arm * kQueuedArm : group_->options.arm};
+  if (clock == TimerClock::kMemoryWords) {
+    timing.before = [this] { untimed_->issue(&untimed_event_); };
+  }
+  return timing;
+}
+
+double RankCase::time_us(const Timing& timing, const std::function<void()>& enqueue) {
+  const double us = tools().timer->time_us(timing, enqueue);
+  if (timing.before) {
+    rank_->wait(untimed_event_, "untimed layout");
+  }
+  return us;
+}
+
+void RankCase::take_off_offset(RankFigures* figures) const {
+  const double offset_us = quantile_of(figures->clock_offset_us, 0.5);
+  for (double& us : figures->times_us) {
+    us -= offset_us;
+  }
+  for (double& us : figures->queued_us) {
+    us -= offset_us / kQueued;
+  }
+}
+
 void RankCase::measure(bool busy, RankFigures* figures) {
   group_->meeting->meet();
   Loaded load(busy ? tools().load.get() : nullptr);
+  figures->clock = clock_;
   iterate(busy, figures);
   load.stop();
+  take_off_offset(figures);
   figures->client_slowdown = busy ? tools().load->slowdown() : 0;
   figures->bytes = operation_->bytes();
 }
@@ -288,7 +369,7 @@ void RankCase::time_operation(RankFigures* figures, bool verified) {
   const double cpu_ns = leads() ? cpu_ns_of(group_->daemon) : 0;
   const uint64_t begin_ns = now_ns();
   expertd_event_t event{};
-  figures->times_us.push_back(tools().timer->time_us(start_, group_->options.arm, [&] { operation_->issue(&event); }));
+  figures->times_us.push_back(time_us(timing(clock_, start_, 1), [&] { operation_->issue(&event); }));
   const expertd_op_result_t result = rank_->wait(event, it_.name());
   if (leads() && !verified) {
     figures->daemon_cpu_ns += cpu_ns_of(group_->daemon) - cpu_ns;
@@ -301,10 +382,16 @@ void RankCase::time_operation(RankFigures* figures, bool verified) {
 }
 
 void RankCase::time_contenders(uint32_t turns, RankFigures* figures) {
-  for (uint32_t turn = 0; turn < turns; ++turn) {
+  const auto most = std::max_element(contenders_.begin(), contenders_.end(),
+                                     [](const auto& left, const auto& right) { return left.turns < right.turns; });
+  const uint32_t rounds = most == contenders_.end() ? 0 : std::max(turns, most->turns);
+  for (uint32_t round = 0; round < rounds; ++round) {
     for (const Contender& it : contenders_) {
-      const auto arm = it.per_timing > 1 ? group_->options.arm * kQueuedArm : group_->options.arm;
-      (figures->*it.times).push_back(tools().timer->time_us(it.start, arm, it.enqueue) / it.per_timing);
+      if (round >= (it.turns == 0 ? turns : it.turns)) {
+        continue;
+      }
+      const double us = time_us(timing(it.clock, it.start, it.per_timing), it.enqueue);
+      (figures->*it.times).push_back(us / it.per_timing);
       if (it.after) {
         it.after();
       }

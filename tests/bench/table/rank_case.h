@@ -44,7 +44,11 @@ struct RankGroup {
 
 /// What a rank found of a case with one kind of client.
 struct RankFigures {
+  TimerClock clock = TimerClock::kEvents;  // of the operation and of those back to back
   Times times_us, nccl_us, queued_us, compute_us;
+  Times switch_us;        // the operation between events, where two contexts take turns for it
+  Times clock_offset_us;  // what the words of memory take for nothing, taken off the operation's times already
+  Times local_wait_us;    // what the kernels of the clock take for nothing
   Times floor_copy_engine_us, floor_sm_us, floor_least_copy_engine_us, floor_least_sm_us;
   ctl::BenchBytes bytes;
   double client_slowdown = 0;
@@ -69,6 +73,8 @@ class RankCase {
     std::function<void()> after;  // may be empty
     double per_timing = 1;        // of it in one timing
     Start start = Start::kAtTheGate;
+    TimerClock clock = TimerClock::kEvents;
+    uint32_t turns = 0;  // in a row; 0: as many as all others
   };
 
   RankTools& tools() const { return *group_->tools[rank_->index()]; }
@@ -81,6 +87,11 @@ class RankCase {
   void add_nccl();
   void add_queue();
   void add_compute();
+  void add_switch();
+  void add_clock();
+  Timing timing(TimerClock clock, Start start, double per_timing);
+  double time_us(const Timing& timing, const std::function<void()>& enqueue);
+  void take_off_offset(RankFigures* figures) const;
   void iterate(bool busy, RankFigures* figures);
   void time_operation(RankFigures* figures, bool verified);
   void time_contenders(uint32_t turns, RankFigures* figures);
@@ -90,13 +101,18 @@ class RankCase {
   const TableCase it_;
   /// A layer with GEMMs of many sizes has too many kernels for a parked stream.
   const Start start_;
+  const TimerClock clock_;
   std::unique_ptr<Cublas> cublas_;
   LayerOperation* layer_ = nullptr;  // the operation where it is one
   std::unique_ptr<ctl::BenchOperation> operation_;
+  /// A small one, with which the daemon's context takes the GPU before the gate opens; null: the clock needs none.
+  std::unique_ptr<ctl::BenchOperation> untimed_;
+  expertd_event_t untimed_event_{};
   uint32_t inputs_ = 0;  // iteration whose inputs are in place
   std::vector<std::unique_ptr<LinkCopy>> links_;
   std::vector<std::unique_ptr<Exchange>> exchanges_;
   std::vector<expertd_event_t> queued_;
+  expertd_event_t switched_{};
   std::vector<Contender> contenders_;
 };
 

@@ -10,15 +10,17 @@ namespace {
 
 constexpr uint32_t kQuickIterations = 60;
 const char* const kFooter =
-    "Times are between two CUDA events on the caller's stream, directly before and after the operation, of the "
-    "slowest\n"
-    "rank; the stream waits for the host until every rank has enqueued, so no launch of the host is in them. Before "
-    "each\n"
-    "iteration L2 is flushed by writing 128 MiB. Operations, copies of the same bytes over the link (the floor) and "
-    "NCCL\n"
-    "take turns in blocks. The public interface has no separate halves of an operation, so that there are rows of "
-    "both\n"
-    "halves together only; streams under capture are refused, so that no row is captured.\n"
+    "Times are of the slowest rank, on the caller's stream, which waits for the host until every rank has enqueued, "
+    "so\n"
+    "no launch of the host is in them. Under MPS they are between two kernels of one thread that read the GPU's "
+    "timer;\n"
+    "without it from the host's store that lets the streams go until it sees what a stream writes behind the "
+    "operation,\n"
+    "less what that takes for nothing (SWITCH: between two events, as a client sees it that computes before and "
+    "after).\n"
+    "Before each iteration L2 is flushed by writing 128 MiB. Operations, copies of the same bytes over the link (the\n"
+    "floor) and NCCL take turns in blocks. The public interface has no separate halves of an operation, so that there\n"
+    "are rows of both halves together only; streams under capture are refused, so that no row is captured.\n"
     "Exit codes: 0 every output was right, 1 some case failed, 64 wrong arguments, 69 no two GPUs or no daemon.";
 
 /// As typed.
@@ -55,7 +57,7 @@ void add_running(CLI::App* app, Typed* typed, TableOptions* options) {
       ->type_name("LIST");
   app->add_option("--link-sms", options->link_sms,
                   "device.link_sms of the own daemon; of a running one, what it was given")
-      ->check(CLI::Range(0, 256))
+      ->check(CLI::Range(1, 256))
       ->capture_default_str();
   app->add_option("--daemon-arg", options->daemon_words, "Argument of the own daemon, as --daemon-arg=--name=value")
       ->type_name("WORD");

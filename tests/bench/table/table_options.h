@@ -17,7 +17,7 @@ struct TableOptions {
   std::string runtime_directory;          // empty: an own daemon
   std::vector<int> gpus;                  // ordinals; empty: all
   std::vector<std::string> daemon_words;  // arguments of the own daemon
-  uint32_t link_sms = 0;                  // 0: all
+  uint32_t link_sms = 24;                 // as the daemon's own default
   bool idle = true;
   bool busy = true;
   bool nccl = true;

@@ -107,8 +107,14 @@ json row_json(const TableRow& row) {
       {"sms", row.multiprocessors},
       {"mps", row.mps},
       {"client", row.busy ? "busy" : "idle"},
+      {"clock", row.clock.empty() ? json() : json(row.clock)},
       {"p50_us", number(p50)},
       {"p99_us", number(quantile_of(row.times_us, kTail))},
+      {"p50_switch_us", number(quantile_of(row.switch_us, kMedian))},
+      {"p99_switch_us", number(quantile_of(row.switch_us, kTail))},
+      {"clock_offset_us", number(row.clock_offset_us)},
+      {"local_wait_us", number(quantile_of(row.local_wait_us, kMedian))},
+      {"local_wait_p99_us", number(quantile_of(row.local_wait_us, kTail))},
       {"link_gbps", rate(row.link_bytes)},
       {"logical_gbps", rate(row.logical_bytes)},
       {"link_bytes", row.link_bytes},
@@ -164,6 +170,8 @@ std::string table_text(const json& document) {
                     {"CLIENT"},
                     {"P50 µs", Align::kRight},
                     {"P99 µs", Align::kRight},
+                    {"SWITCH µs", Align::kRight},
+                    {"LOCAL µs", Align::kRight},
                     {"LINK GB/s", Align::kRight},
                     {"FLOOR µs", Align::kRight},
                     {"RATIO", Align::kRight},
@@ -176,10 +184,10 @@ std::string table_text(const json& document) {
   for (const json& row : document.at("rows")) {
     table.add({form_of(row), cell(row, "tokens", 0), cell(row, "hidden", 0), cell(row, "top_k", 0),
                row.value("mps", false) ? "yes" : "no", row.value("client", ""), cell(row, "p50_us", 1),
-               cell(row, "p99_us", 1), cell(row, "link_gbps", 0), cell(row, "floor_us", 1), cell(row, "ratio", 2),
-               cell(row, "nccl_us", 1), cell(row, "queued_us", 1), cell(row, "compute_us", 1),
-               cell(row, "client_slowdown", 2), cell(row, "daemon_cpu_percent", 0),
-               row.value("verified", false) ? "yes" : "NO"});
+               cell(row, "p99_us", 1), cell(row, "p50_switch_us", 1), cell(row, "local_wait_us", 1),
+               cell(row, "link_gbps", 0), cell(row, "floor_us", 1), cell(row, "ratio", 2), cell(row, "nccl_us", 1),
+               cell(row, "queued_us", 1), cell(row, "compute_us", 1), cell(row, "client_slowdown", 2),
+               cell(row, "daemon_cpu_percent", 0), row.value("verified", false) ? "yes" : "NO"});
   }
   std::string text = table.text();
   for (const json& row : document.at("rows")) {

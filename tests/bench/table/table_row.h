@@ -24,10 +24,14 @@ struct TableRow {
   std::string half = "both";
   bool captured = false;
   std::string executor = "sm";
-  uint32_t multiprocessors = 0;  // that the daemon may use to move rows
+  uint32_t multiprocessors = 0;  // that the daemon may use to move rows; 0: it moves none
   bool mps = false;
   bool busy = false;
+  std::string clock;  // what the times are from; empty: there are none
   Times times_us;
+  Times switch_us;      // the same between events, with a switch of contexts before and after; empty: not measured
+  Times local_wait_us;  // what the clock's kernels take for nothing, which is in the times; empty: it has none
+  double clock_offset_us = 0;                        // of words of memory, taken off; 0: not measured
   Times floor_copy_engine_us, floor_sm_us, nccl_us;  // empty: not measured
   /// The same with a token once per rank, where the operation's rows are one per expert.
   Times floor_least_copy_engine_us, floor_least_sm_us;

@@ -144,7 +144,10 @@ TableRow TableRunner::Batch::finished_row(const TableCase& it, size_t client,
     }
     return slowest_of(all);
   };
+  row.clock = name_of(ranks.front().clock);
   row.times_us = slowest(&RankFigures::times_us);
+  row.switch_us = slowest(&RankFigures::switch_us);
+  row.local_wait_us = slowest(&RankFigures::local_wait_us);
   row.floor_copy_engine_us = slowest(&RankFigures::floor_copy_engine_us);
   row.floor_sm_us = slowest(&RankFigures::floor_sm_us);
   row.floor_least_copy_engine_us = slowest(&RankFigures::floor_least_copy_engine_us);
@@ -155,6 +158,7 @@ TableRow TableRunner::Batch::finished_row(const TableCase& it, size_t client,
   for (const RankFigures& rank : ranks) {
     row.logical_bytes += static_cast<double>(rank.bytes.logical) / static_cast<double>(ranks.size());
     row.link_bytes += static_cast<double>(rank.bytes.remote) / static_cast<double>(ranks.size());
+    row.clock_offset_us = std::max(row.clock_offset_us, quantile_of(rank.clock_offset_us, 0.5));
     row.client_slowdown = std::max(row.client_slowdown, rank.client_slowdown);
   }
   const RankFigures& leader = ranks.front();
@@ -217,6 +221,9 @@ void TableRunner::open_tools() {
   cudaDeviceProp properties{};
   check_cuda(cudaGetDeviceProperties(&properties, gpus_.front()), "cudaGetDeviceProperties");
   device_name_ = properties.name;
+  multiprocessors_.all = static_cast<uint32_t>(properties.multiProcessorCount);
+  // Bulk copies, and with them the daemon's limit, begin with compute capability 9.
+  multiprocessors_.link = properties.major >= 9 ? options_.link_sms : multiprocessors_.all;
   gate_ = std::make_unique<Gate>();
   for (const int gpu : gpus_) {
     check_cuda(cudaSetDevice(gpu), "cudaSetDevice");
@@ -254,6 +261,14 @@ std::string TableRunner::load_kind() const {
   return tools_.front()->load == nullptr ? "none" : tools_.front()->load->kind();
 }
 
+uint64_t TableRunner::gpu_timer_step_ns() const {
+  uint64_t step_ns = 0;
+  for (const auto& tools : tools_) {
+    step_ns = std::max(step_ns, tools->timer->gpu_timer_step_ns());
+  }
+  return step_ns;
+}
+
 std::vector<bool> TableRunner::clients() const {
   std::vector<bool> busy;
   if (options_.idle) {
@@ -270,7 +285,7 @@ TableRow TableRunner::new_row(const TableCase& it, bool busy) const {
   row.it = it;
   row.busy = busy;
   row.mps = mps_;
-  row.multiprocessors = options_.link_sms != 0 ? options_.link_sms : tools_.front()->multiprocessors;
+  row.multiprocessors = multiprocessors_of(it, multiprocessors_);
   row.device = device_name_;
   return row;
 }

@@ -36,6 +36,8 @@ class TableRunner {
   bool mps() const { return mps_; }
   size_t ranks() const { return gpus_.size(); }
   const std::string& device_name() const { return device_name_; }
+  /// Smallest step of the GPUs' timers, the largest of them.
+  uint64_t gpu_timer_step_ns() const;
   /// "cuBLAS" or "kernel"; "none" when no client is busy.
   std::string load_kind() const;
   /// Version, or why it is not there.
@@ -58,6 +60,7 @@ class TableRunner {
   const Renew renew_;
   const Clock::time_point end_;
   std::string device_name_;
+  Multiprocessors multiprocessors_;
   std::string nccl_text_;
   bool mps_ = false;
   std::unique_ptr<Gate> gate_;
