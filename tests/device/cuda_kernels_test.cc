@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Label gpu. Random cases of every operation through the ports of one or two GPUs, byte for byte against the host
+// Label gpu. Random cases of every operation through the ports of up to four GPUs, byte for byte against the host
 // kernels (which the property tests hold to the reference) and the ends of operations against the reference itself.
 // Skips where there is no GPU.
 #include <algorithm>

@@ -75,10 +75,10 @@ struct LaunchedPart {
   engine::Outcome outcome;
 };
 
-/// Up to two GPUs, a session on each, and the groups that a test makes.
+/// Up to four GPUs, a session on each, and the groups that a test makes.
 class GpuGroup {
  public:
-  static constexpr uint32_t kMostRanks = 2;
+  static constexpr uint32_t kMostRanks = 4;
 
   base::Status open(const device::cuda::CudaOptions& options) {
     auto created = device::cuda::create_cuda_devices(options);
