@@ -28,7 +28,7 @@
 //   wait routed; the same
 //   wait moved; the same  (the same for the last exchange; `done` in any case)
 //
-// A barrier is one kernel, wait routed, finish.
+// A barrier is one kernel, wait routed, finish; of a rank alone, the kernel.
 //
 // Order and visibility. (1) Inputs: a rank signals routed behind its doorbell, so a peer that saw the flag may read
 // that rank's inputs and write its outputs. (2) Rows and count rows: the storing kernels end with a system-scope
@@ -367,12 +367,15 @@ bool CudaDevice::enqueue_low_latency(const Part& part, const PartParams& params)
          launch_link_ll_combine(params, LowLatencyEntry::kBehindMoved, stream) == cudaSuccess;
 }
 
-/// A barrier: one exchange.
+/// A barrier: one exchange, none for a rank alone.
 bool CudaDevice::enqueue_barrier(const Part& part, const PartParams& params) {
   using namespace kernels::cuda;
   CUstream stream = part.session->stream;
-  return launch_meet(params, stream) == cudaSuccess && enqueue_exchange_wait(part, false) &&
-         launch_finish(params, stream) == cudaSuccess;
+  if (launch_meet(params, stream) != cudaSuccess) {
+    return false;
+  }
+  const bool alone = part.active_ranks == uint64_t{1} << part.rank;
+  return alone || (enqueue_exchange_wait(part, false) && launch_finish(params, stream) == cudaSuccess);
 }
 
 bool CudaDevice::enqueue_chain(const Part& part, const PartParams& params) {

@@ -40,7 +40,8 @@ __global__ __launch_bounds__(kSignalThreads) void signal(const __grid_constant__
 }
 
 // meet. Grid: one warp, the whole of a barrier: announces, waits for the others' routed flags for a bounded time, and
-// ends the part. What it leaves, finish does behind the stream's wait. 16 bytes per rank; bound by one exchange.
+// ends the part. What it leaves, finish does behind the stream's wait; of a rank alone it is the whole chain. 16 bytes
+// per rank; bound by one exchange.
 __global__ __launch_bounds__(kSignalThreads) void meet(const __grid_constant__ PartParams p) {
   if (p.null_operation != 0) {
     return;
@@ -50,6 +51,9 @@ __global__ __launch_bounds__(kSignalThreads) void meet(const __grid_constant__ P
   const Passage passage = passes(p, SignalStep::kRouted, SignalStep::kMoved, gated, Decider::kOneBlock);
   if (passage != Passage::kNot) {
     finish_part(p, passage == Passage::kRegular, EXPERTD_REASON_NONE, true);
+    if (is_alone(p) && threadIdx.x == 0) {
+      tell_done(p);
+    }
   }
 }
 

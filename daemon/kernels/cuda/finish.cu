@@ -34,11 +34,7 @@ __global__ __launch_bounds__(kFinishThreads) void finish(const __grid_constant__
   }
   if (has_passed(p, SignalStep::kMoved)) {
     if (blockIdx.x == 0 && threadIdx.x == 0) {
-      if (p.words.progress != nullptr) {
-        store_progress(p, SignalStep::kRouted);
-        store_progress(p, SignalStep::kMoved);
-      }
-      st_release_sys(&p.words.facts->done, p.words.part);
+      tell_done(p);
     }
     return;
   }

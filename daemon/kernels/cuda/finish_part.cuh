@@ -210,6 +210,13 @@ __device__ inline void write_facts(const PartParams& p, bool go, uint32_t reason
   }
 }
 
+/// Tells the host that the chain of a group's part has drained; one thread of its last kernel.
+__device__ inline void tell_done(const PartParams& p) {
+  store_progress(p, SignalStep::kRouted);
+  store_progress(p, SignalStep::kMoved);
+  st_release_sys(&p.words.facts->done, p.words.part);
+}
+
 /// What the crew has to write before the end: tails, tables and statistics, or the outputs of a failure (of an aborted
 /// part only if its caller was there).
 __device__ inline void write_outputs(const PartParams& p, bool go, uint32_t reason, Crew crew) {

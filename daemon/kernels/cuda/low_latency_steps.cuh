@@ -216,9 +216,7 @@ __device__ inline void drain_chain(const PartParams& p, bool worked) {
     fence_sys();
   }
   if (tells && threadIdx.x == 0) {
-    store_progress(p, SignalStep::kRouted);
-    store_progress(p, SignalStep::kMoved);
-    st_release_sys(&p.words.facts->done, p.words.part);
+    tell_done(p);
   }
 }
 
