@@ -15,7 +15,7 @@
 
 namespace expertd::kernels::cuda {
 
-/// How long a kernel waits for the other ranks' flags: about 30 us, twice what a late doorbell costs by itself. Ranks
+/// How long a kernel waits for the other ranks' flags: about 25 us, twice what a doorbell costs by itself. Ranks
 /// that are further apart meet in the streams, where waiting is free and costs about 5 us more.
 inline constexpr int64_t kPatienceCycles = 50'000;
 

@@ -291,8 +291,9 @@ __device__ void move_tokens(const PartParams& p, const BlockWork& work, Place pl
   bulk_wait_written();
 }
 
-/// This rank's rows in the handle, absolute from now on; by the clerks of all blocks.
-__device__ void keep_rows(const PartParams& p, Crew clerks) {
+/// The rows of a block's tokens in the handle, absolute from now on; by its clerk, because other blocks may still be
+/// numbering theirs.
+__device__ void keep_rows(const PartParams& p, const TokenSpan& span) {
   const OpShape& shape = p.op.shape;
   const uint32_t row = matrix_row_ints(shape);
   for (uint32_t j = 0; j < shape.ranks; ++j) {
@@ -300,9 +301,9 @@ __device__ void keep_rows(const PartParams& p, Crew clerks) {
     for (uint32_t s = 0; s < shape.rank; ++s) {
       base += p.op.counts[uint64_t{s} * row + j];
     }
-    for (uint32_t t = clerks.first; t < shape.tokens; t += clerks.step) {
-      const uint64_t at = uint64_t{t} * shape.ranks + j;
-      const int32_t relative = __ldcg(&p.scratch.rows[at]);
+    for (uint32_t t = threadIdx.x & 31; t < span.tokens; t += 32) {
+      const uint64_t at = uint64_t{span.first + t} * shape.ranks + j;
+      const int32_t relative = p.scratch.rows[at];
       p.op.routing.token_rank[at] = relative < 0 ? -1 : relative + base;
     }
   }
@@ -318,10 +319,10 @@ __device__ void keep_books(const PartParams& p, const TokenSpan& span, ClusterSh
   bool plans = blockIdx.x == 0;
   if (shape.cached == 0) {
     const bool counts = blockIdx.x < cooperative_groups::this_cluster().num_blocks();
-    plans = counts && count_experts(p, span, shared);
-    if (p.refused_reason == 0) {
-      keep_rows(p, clerks);
+    if (counts && p.refused_reason == 0) {
+      keep_rows(p, span);
     }
+    plans = counts && count_experts(p, span, shared);
     if (shape.worst_tokens != 0 && plan.moves) {
       const uint32_t received = __shfl_sync(kFullWarp, plan.total, static_cast<int>(shape.rank));
       clear_rows(p, received, shape.capacity_rows, clerks);
@@ -371,7 +372,7 @@ __global__ __launch_bounds__(kBlockThreads, 1) void link_dispatch(const __grid_c
     if (p.op.shape.cached != 0) {
       open_part(p, gated);
     } else {
-      route_cluster(p, span, gated, reinterpret_cast<RouteShared*>(places), &shared.cluster);
+      route_cluster(p, span, gated, reinterpret_cast<TokenRouting*>(places), &shared.cluster);
     }
   }
   const uint32_t warp = threadIdx.x / 32;
@@ -444,7 +445,7 @@ cudaError_t launch_link_dispatch(const PartParams& params, Entry entry, cudaStre
   cudaLaunchConfig_t config{};
   config.gridDim = std::max(sms / cluster, 1u) * cluster;
   config.blockDim = kBlockThreads;
-  config.dynamicSmemBytes = std::max<size_t>(rows, sizeof(RouteShared));
+  config.dynamicSmemBytes = std::max<size_t>(rows, sizeof(TokenRouting));
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;

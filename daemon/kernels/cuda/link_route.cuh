@@ -21,12 +21,12 @@ inline constexpr uint32_t kNoError = 0xffffffffu;
 inline constexpr uint32_t kIdsAtOnce = 8;
 
 /// A block's routing in shared memory, which the rows that move take over afterwards.
-struct RouteShared {
+struct TokenRouting {
   uint16_t before[kMostTokenWarps][base::kMaxGpuRanks];  // rows of the warp at the rank; then of those before it
   uint16_t bits[kMostTokenWarps * 32];                   // ranks that the token goes to
 };
 static_assert(base::kMaxGpuRanks <= 16 && kMostSpanTokens <= 0xffff, "ranks and rows of a block fit 16 bits");
-static_assert(sizeof(RouteShared) <= kBulkSharedBytes);
+static_assert(sizeof(TokenRouting) <= kBulkSharedBytes);
 
 /// What the blocks of a cluster tell each other, beside the rows that move.
 struct ClusterShared {
@@ -105,7 +105,7 @@ __device__ inline uint32_t take_token(const PartParams& p, uint32_t token, Clust
 }
 
 /// First pass: every token's ranks, every warp's rows at each rank. Whole block.
-__device__ inline void count_block(const PartParams& p, const TokenSpan& span, RouteShared* s, ClusterShared* shared) {
+__device__ inline void count_block(const PartParams& p, const TokenSpan& span, TokenRouting* s, ClusterShared* shared) {
   const uint32_t warps = blockDim.x / 32;
   for (uint32_t round = 0; round < span.rounds; ++round) {
     const uint32_t i = round * blockDim.x + threadIdx.x;
@@ -121,7 +121,7 @@ __device__ inline void count_block(const PartParams& p, const TokenSpan& span, R
 }
 
 /// Turns the warps' rows at one rank into those of the warps before them; returns the block's rows there. Whole warp.
-__device__ inline int32_t scan_warps(uint32_t entries, uint32_t rank, RouteShared* s) {
+__device__ inline int32_t scan_warps(uint32_t entries, uint32_t rank, TokenRouting* s) {
   const uint32_t lane = threadIdx.x & 31;
   int32_t running = 0;
   for (uint32_t first = 0; first < entries; first += 32) {
@@ -140,7 +140,8 @@ __device__ inline int32_t scan_warps(uint32_t entries, uint32_t rank, RouteShare
 }
 
 /// Tells every block of the cluster this block's rows at each rank and its error: a warp per rank, a lane per block.
-__device__ inline void tell_cluster(const PartParams& p, const TokenSpan& span, RouteShared* s, ClusterShared* shared) {
+__device__ inline void tell_cluster(const PartParams& p, const TokenSpan& span, TokenRouting* s,
+                                    ClusterShared* shared) {
   const auto cluster = cooperative_groups::this_cluster();
   const uint32_t lane = threadIdx.x & 31;
   const uint32_t warps = blockDim.x / 32;
@@ -156,7 +157,7 @@ __device__ inline void tell_cluster(const PartParams& p, const TokenSpan& span, 
 }
 
 /// Second pass: the row of each token at each rank, relative to this rank's first one there. Whole block.
-__device__ inline void number_block(const PartParams& p, const TokenSpan& span, uint32_t block, const RouteShared& s,
+__device__ inline void number_block(const PartParams& p, const TokenSpan& span, uint32_t block, const TokenRouting& s,
                                     const ClusterShared& shared) {
   const OpShape& shape = p.op.shape;
   const uint32_t warps = blockDim.x / 32;
@@ -230,7 +231,7 @@ __device__ inline void hand_over_rows(const PartParams& p, uint32_t blocks, cons
 /// the rows over. Afterwards the block's own rows stand in scratch and its shared memory is free for rows. `gated`:
 /// what thread 0 saw. Whole block; a gated one meets the others all the same, because they may have looked before the
 /// part was aborted.
-__device__ inline void route_cluster(const PartParams& p, const TokenSpan& whole, bool gated, RouteShared* s,
+__device__ inline void route_cluster(const PartParams& p, const TokenSpan& whole, bool gated, TokenRouting* s,
                                      ClusterShared* shared) {
   const auto cluster = cooperative_groups::this_cluster();
   TokenSpan span = whole;
