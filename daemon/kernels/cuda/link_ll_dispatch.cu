@@ -134,20 +134,22 @@ __device__ bool send_rows(const PartParams& p, Crew warps) {
 /// Everything before the exchange; the last block announces it. Whole block.
 __device__ void send_tokens(const PartParams& p, void* shared) {
   const uint64_t begin_ns = global_timer_ns();
+  const uint32_t routing = route_blocks(p, gridDim.x);
   bool gated = false;
-  if (blockIdx.x == 0) {
-    gated = !route_tokens(p, route_shared(shared, p.op.shape.experts));
-    if (!gated && threadIdx.x < 32) {
+  if (blockIdx.x < routing) {
+    gated = !route_tokens(p, routing, route_shared(shared, p.op.shape.experts));
+    if (!gated && blockIdx.x == 0 && threadIdx.x < 32) {
       stamp_step(p, SignalStep::kMoved);
     }
+  } else {
+    gated = !send_rows(p, warps_behind(routing));
   }
-  gated = !send_rows(p, warps_behind(1)) || gated;
-  const bool last = all_blocks_sent(p, gated);
-  if (last) {
-    raise_flags(p, SignalStep::kMoved);
-  }
-  if (blockIdx.x == 0 && threadIdx.x == 0 && !gated) {
-    mark_start_at(p, begin_ns);
+  send_block(p, gated);
+  if (blockIdx.x == 0 && !gated) {
+    fetch_stats(p);
+    if (threadIdx.x == 0) {
+      mark_start_at(p, begin_ns);
+    }
   }
 }
 
@@ -291,14 +293,15 @@ __device__ void expand_rows(const PartParams& p, Crew warps) {
 }
 
 // link_ll_dispatch. Grid: at most two blocks of 16 warps per multiprocessor; the same for both entries. First kernel of
-// its part. Before the exchange: the first block numbers the (token, lane) positions, writes the handle and pushes
-// numbers and counts; a warp of the others takes 1 KiB of a token: ids and row read at once, quantised in registers,
+// its part. Before the exchange: the first blocks number the (token, lane) positions, write the handle and push numbers
+// and counts; a warp of the others takes 1 KiB of a token: ids and row read at once, quantised in registers,
 // stored to the staging of every destination rank, the own one too. Every block counts; the last one announces `moved`.
 // Behind it (all ranks' moved flags, the own one too, waited for or left to the kernel behind the stream's wait): a
 // warp takes 1 KiB of a staged token, reads its numbers and stores it to every slot of this rank's experts; the first
-// block writes plan, handle and the caller's tables. The last block to end releases the caller, then writes the facts;
-// the kernel behind the wait writes `done`. Bytes per token: row read; row + side + K * 8 per destination; the same
-// read there, row + side written per slot. Bound: latency of one exchange, about five memory round trips.
+// block writes plan, the caller's tables and the handle's matrix. The last block to end releases the caller, then
+// writes the facts; the kernel behind the wait writes `done`. Bytes per token: row read; row + side + K * 8 per
+// destination; the same read there, row + side written per slot. Bound: latency of one exchange, about five memory
+// round trips.
 __global__ __launch_bounds__(kLowLatencyThreads,
                              kLowLatencyBlocksPerSm) void link_ll_dispatch(const __grid_constant__ PartParams p,
                                                                            Entry entry) {
@@ -319,13 +322,18 @@ __global__ __launch_bounds__(kLowLatencyThreads,
       leave_block(p, SignalStep::kMoved);
       return;
     }
-    if (arrival == Arrival::kCame) {
-      if (blockIdx.x == 0) {
-        plan_low_latency(p);
-      }
+    Ending ending = arrival == Arrival::kCame ? Ending::kGood : Ending::kAborted;
+    const bool plans = arrival == Arrival::kCame && blockIdx.x == 0;
+    if (plans && !plan_low_latency(p)) {
+      ending = Ending::kFailed;
+    }
+    if (arrival == Arrival::kCame && blockIdx.x != 0) {
       expand_rows(p, warps_behind(1));
     }
-    end_block(p);
+    end_block(p, ending);
+    if (plans) {
+      keep_matrix(p);  // behind the count, because the caller does not wait for it
+    }
   }
   if (!waits) {
     drain_chain(p, true);
@@ -339,7 +347,8 @@ uint32_t dispatch_blocks(const PartParams& params) {
   const uint32_t units =
       std::max(most * row_parts(shape.row_bytes), most * shape.ranks * row_parts(shape.out_row_bytes));
   constexpr uint32_t kUnitsPerBlock = kLowLatencyWarps / 4;  // fewer than it has warps: more multiprocessors are faster
-  const uint32_t wanted = 1 + (units + kUnitsPerBlock - 1) / kUnitsPerBlock;
+  const uint32_t wanted =
+      route_blocks(params, most_low_latency_blocks(params)) + (units + kUnitsPerBlock - 1) / kUnitsPerBlock;
   return std::clamp(wanted, 2u, std::max(most_low_latency_blocks(params), 2u));
 }
 
