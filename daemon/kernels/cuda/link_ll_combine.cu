@@ -92,8 +92,8 @@ __device__ LaneRow own_lane(const PartParams& p, uint32_t token) {
 /// stream wrote. The first block's first warp.
 __device__ void open_exchange(const PartParams& p) {
   const uint64_t begin_ns = global_timer_ns();
-  if (ld_relaxed_sys(&p.words.state->aborted_part) == p.words.part) {
-    return;  // the same word for all lanes
+  if (__any_sync(kFullWarp, ld_relaxed_sys(&p.words.state->aborted_part) == p.words.part)) {
+    return;
   }
   announce(p, SignalStep::kRouted);
   if (threadIdx.x == 0) {

@@ -49,6 +49,7 @@ __device__ void send_fp8(const PartParams& p, uint32_t token, uint32_t part, con
   if (channel >= shape.hidden) {
     return;
   }
+#pragma unroll 1
   for (; ranks != 0; ranks &= ranks - 1) {
     char* staged = staged_at(p, __ffs(static_cast<int>(ranks)) - 1, token);
     *reinterpret_cast<uint4*>(staged + channel) = quantised.codes;
@@ -67,8 +68,10 @@ __device__ void send_side(const PartParams& p, uint32_t token, uint32_t ranks) {
   const char* in = static_cast<const char*>(p.op.in.side) + static_cast<int64_t>(token) * shape.side_row_stride;
   with_side_type(shape.side_element_bytes, [&](auto zero) {
     using Element = decltype(zero);
+#pragma unroll 1
     for (uint32_t i = threadIdx.x & 31; i < shape.side_elements; i += 32) {
       const Element value = *reinterpret_cast<const Element*>(in + static_cast<int64_t>(i) * shape.side_element_stride);
+#pragma unroll 1
       for (uint32_t left = ranks; left != 0; left &= left - 1) {
         char* staged = staged_at(p, __ffs(static_cast<int>(left)) - 1, token);
         reinterpret_cast<Element*>(staged + shape.out_row_bytes)[i] = value;
@@ -84,6 +87,7 @@ __device__ void send_bytes(const PartParams& p, uint32_t token, uint32_t part, c
   if (part == 0) {
     send_side(p, token, ranks);
   }
+#pragma unroll 1
   for (; ranks != 0; ranks &= ranks - 1) {
     auto* staged = reinterpret_cast<uint4*>(staged_at(p, __ffs(static_cast<int>(ranks)) - 1, token));
 #pragma unroll
@@ -113,6 +117,7 @@ __device__ bool send_rows(const PartParams& p, Crew warps) {
   const uint32_t parts = row_parts(shape.row_bytes);
   const uint32_t units = p.op.in.x == nullptr || p.refused_reason != 0 ? 0 : shape.tokens * parts;
   const uint64_t aborted = ld_relaxed_sys(&p.words.state->aborted_part);
+#pragma unroll 1
   for (uint32_t unit = warps.first; unit < units; unit += warps.step) {
     const uint32_t token = unit / parts;
     const uint32_t part = unit % parts;
@@ -202,8 +207,10 @@ __device__ void store_scales(const PartParams& p, const char* staged, uint32_t p
   const uint32_t value = word < words ? reinterpret_cast<const uint32_t*>(staged + shape.out_row_bytes)[word] : 0;
   // 32 / each slots at a time, one per neighbouring lanes.
   uint32_t left = slots;
+#pragma unroll 1
   while (left != 0) {
     uint32_t mine = left;
+#pragma unroll 1
     for (uint32_t skip = 0; skip < lane / each && mine != 0; ++skip) {
       mine &= mine - 1;
     }
@@ -213,6 +220,7 @@ __device__ void store_scales(const PartParams& p, const char* staged, uint32_t p
     if (mine != 0 && word < words) {
       static_cast<uint32_t*>(p.op.out.side)[column * shape.slots_per_expert + row] = value;
     }
+#pragma unroll 1
     for (uint32_t taken = 0; taken < 32 / each; ++taken) {
       left &= left - 1;
     }
@@ -224,8 +232,10 @@ __device__ void store_side(const PartParams& p, const char* staged, const Slot& 
   const OpShape& shape = p.op.shape;
   with_side_type(shape.side_element_bytes, [&](auto zero) {
     using Element = decltype(zero);
+#pragma unroll 1
     for (; slots != 0; slots &= slots - 1) {
       const uint64_t row = __shfl_sync(kFullWarp, slot.row_index, __ffs(static_cast<int>(slots)) - 1);
+#pragma unroll 1
       for (uint32_t i = threadIdx.x & 31; i < shape.side_elements; i += 32) {
         static_cast<Element*>(p.op.out.side)[row * shape.side_elements + i] =
             reinterpret_cast<const Element*>(staged + shape.out_row_bytes)[i];
@@ -239,6 +249,7 @@ __device__ void store_part(const PartParams& p, const char* staged, uint32_t par
                            uint32_t slots) {
   const OpShape& shape = p.op.shape;
   const uint32_t piece = part * (kRowPartBytes / 16) + (threadIdx.x & 31);
+#pragma unroll 1
   for (uint32_t left = slots; left != 0; left &= left - 1) {
     const uint64_t row = __shfl_sync(kFullWarp, slot.row_index, __ffs(static_cast<int>(left)) - 1);
     auto* out = reinterpret_cast<uint4*>(static_cast<char*>(p.op.out.x) + row * shape.out_row_bytes);
@@ -266,6 +277,7 @@ __device__ void expand_rows(const PartParams& p, Crew warps) {
   const uint32_t units = shape.ranks * most_tokens(p) * parts;
   const bool rejects = lane < shape.ranks && rank_active(shape, lane) &&
                        p.op.counts[uint64_t{lane} * matrix_row_ints(shape) + count_columns(shape)] != 0;
+#pragma unroll 1
   for (uint32_t unit = warps.first; unit < units; unit += warps.step) {
     const uint32_t item = unit / parts;
     const uint32_t part = unit % parts;

@@ -19,7 +19,7 @@ static_assert(kColumnsPerThread * kLowLatencyThreads == base::kMaxExperts);
 inline constexpr uint32_t kMostRouteBlocks = 8;
 inline constexpr uint32_t kRouteBlockPositions = 256;
 /// Ids of earlier positions that a thread has under way together.
-inline constexpr uint32_t kIdsAhead = 4;
+inline constexpr uint32_t kIdsAhead = 2;
 
 /// In the block's dynamic shared memory.
 struct RouteShared {
@@ -49,6 +49,7 @@ __device__ inline void scan_round(uint32_t experts, uint32_t warps, int32_t* pen
     }
     s.next[e] += pending[c];
     uint32_t running = 0;
+#pragma unroll 1
     for (uint32_t first = 0; first < warps; first += 8) {
       uint32_t rows[8];
 #pragma unroll
@@ -102,18 +103,25 @@ struct RouteId {
   bool counted;
 };
 
-/// Keeps the first bad one on the way.
+/// Keeps the first bad position, in the caller's count. Not inlined, because it is rare.
+__device__ __noinline__ inline void keep_error(uint32_t* error, uint32_t position, uint32_t table_top_k,
+                                               uint32_t top_k) {
+  atomicMin(error, position / table_top_k * top_k + position % table_top_k);
+}
+
+/// Keeps a bad one on the way.
 __device__ __forceinline__ RouteId check_id(const PartParams& p, uint32_t position, int64_t id, const RouteShared& s) {
   const OpShape& shape = p.op.shape;
   const bool valid = id >= 0 && id < static_cast<int64_t>(shape.experts);
   if (!valid && id != -1) {
-    atomicMin(s.error, position / p.table_top_k * shape.top_k + position % p.table_top_k);
+    keep_error(s.error, position, p.table_top_k, shape.top_k);
   }
   const auto expert = static_cast<uint32_t>(id);
   return {expert, valid, valid && rank_active(shape, expert / shape.local_experts)};
 }
 
 __device__ inline void clear_round(uint32_t experts, const RouteShared& s) {
+#pragma unroll 1
   for (uint32_t i = threadIdx.x; i < experts * kLowLatencyWarps / 8; i += kLowLatencyThreads) {
     reinterpret_cast<uint4*>(s.warp_rows)[i] = uint4{};
   }
@@ -125,6 +133,7 @@ __device__ inline void hand_over_lane(const PartParams& p, uint32_t position, Ro
   p.op.routing.topk[position] = lane.expert;
   p.op.routing.token_expert[position] = lane.row;
   const uint64_t at = uint64_t{shape.rank} * shape.max_tokens * p.table_top_k + position;
+#pragma unroll 1
   for (uint32_t j = 0; j < shape.ranks; ++j) {
     if (rank_active(shape, j)) {
       char* lanes = p.low_latency.staging[j] + p.low_latency.layout.dispatch_lanes;
@@ -143,6 +152,7 @@ __device__ __forceinline__ void read_ahead(const PartParams& p, uint32_t first, 
 
 /// Counts the rows of all positions before `end` in `next`; `ids` are the first ones. Whole block.
 __device__ __forceinline__ void count_earlier(const PartParams& p, uint32_t end, int64_t* ids, const RouteShared& s) {
+#pragma unroll 1
   for (uint32_t first = 0; first < end; first += kIdsAhead * kLowLatencyThreads) {
 #pragma unroll
     for (uint32_t i = 0; i < kIdsAhead; ++i) {
@@ -167,6 +177,7 @@ struct RouteRange {
 __device__ inline void number_lanes(const PartParams& p, RouteRange range, int64_t id, int32_t* pending,
                                     const RouteShared& s) {
   const uint32_t experts = p.op.shape.experts;
+#pragma unroll 1
   for (uint32_t first = range.begin; first < range.end; first += kLowLatencyThreads) {
     const uint32_t i = first + threadIdx.x;
     const int64_t next_id = id_at_position(p, i + kLowLatencyThreads, range.end);
@@ -198,6 +209,7 @@ __device__ inline void number_lanes(const PartParams& p, RouteRange range, int64
 __device__ inline void hand_over_count(const PartParams& p, uint32_t column, int32_t value) {
   const OpShape& shape = p.op.shape;
   const uint64_t at = uint64_t{shape.rank} * matrix_row_ints(shape) + column;
+#pragma unroll 1
   for (uint32_t j = 0; j < shape.ranks; ++j) {
     if (rank_active(shape, j)) {
       p.peers.views[j].counts[at] = value;
@@ -238,7 +250,9 @@ __device__ inline void hand_over_counts(const PartParams& p, const int32_t* pend
     hand_over_count(p, count_columns(shape) + threadIdx.x, error_entry(p, threadIdx.x, *s.error));
   }
   const uint32_t row = matrix_row_ints(shape);
+#pragma unroll 1
   for (uint32_t j = 0; j < shape.ranks; ++j) {
+#pragma unroll 1
     for (uint32_t i = threadIdx.x; !rank_active(shape, j) && i < row; i += kLowLatencyThreads) {
       p.op.counts[uint64_t{j} * row + i] = 0;
     }
@@ -257,6 +271,7 @@ __device__ inline bool route_tokens(const PartParams& p, uint32_t blocks, const 
   const int64_t id = id_at_position(p, range.begin + threadIdx.x, range.end);
   int64_t earlier[kIdsAhead];
   read_ahead(p, 0, range.begin, earlier);
+#pragma unroll 1
   for (uint32_t e = threadIdx.x; e < shape.experts; e += kLowLatencyThreads) {
     s.next[e] = 0;
   }
@@ -295,6 +310,7 @@ __device__ inline void add_warp(uint32_t* sum, uint32_t value) {
 __device__ inline void sum_experts(const PartParams& p, PlanSums* sums) {
   const OpShape& shape = p.op.shape;
   const uint32_t row = matrix_row_ints(shape);
+#pragma unroll 1
   for (uint32_t first = 0; first < shape.experts; first += kLowLatencyThreads) {
     const uint32_t e = first + threadIdx.x;
     uint32_t total = 0;
@@ -322,6 +338,7 @@ __device__ inline void sum_experts(const PartParams& p, PlanSums* sums) {
 __device__ __noinline__ inline void decide_failure(const PartParams& p, uint32_t over) {
   const OpShape& shape = p.op.shape;
   PlanWork* work = p.scratch.plan_work;
+#pragma unroll 1
   for (uint32_t j = 0; j < shape.ranks; ++j) {
     work->first_over_slots[j] = -1;
   }
@@ -379,6 +396,7 @@ __device__ inline void fetch_stats(const PartParams& p) {
 __device__ inline void keep_matrix(const PartParams& p) {
   const OpShape& shape = p.op.shape;
   const uint32_t ints = p.refused_reason == 0 ? shape.ranks * matrix_row_ints(shape) : 0;
+#pragma unroll 1
   for (uint32_t i = threadIdx.x; i < ints; i += kLowLatencyThreads) {
     p.op.routing.counts[i] =
         i == handle_alignment_at(shape) ? static_cast<int32_t>(shape.expert_alignment) : p.op.counts[i];

@@ -88,6 +88,7 @@ __device__ inline void send_block(const PartParams& p, bool gated) {
   }
   if (!any_gated && before == gridDim.x - 1) {
     fence_sys();  // for what all blocks stored before they counted; one thread has the flags behind one fence
+#pragma unroll 1
     for (uint32_t j = 0; j < p.op.shape.ranks; ++j) {
       if (rank_active(p.op.shape, j)) {
         st_relaxed_sys(&p.peers.pages[j]->moved[p.op.shape.rank], p.words.group_op);
