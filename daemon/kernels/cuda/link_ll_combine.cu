@@ -15,17 +15,19 @@ constexpr uint32_t kRowsAtOnce = 8;      // rows whose loads are in flight toget
 constexpr uint32_t kSumsAtOnce = 4;      // the same of owners' sums, and of rows where a token has more lanes
 /// Warps of a block that take parts next to each other, mostly of one token, whose tables one of them then fetches for
 /// all. More of them would give some blocks only tokens with many rows.
-constexpr uint32_t kTeamWarps = 4;
+constexpr uint32_t kTeamWarps = 5;
+constexpr uint32_t kSumWarps = kLowLatencyWarps - 1;  // of a block: all but the counting one
+static_assert(kCountingWarp == kSumWarps && kSumWarps % kTeamWarps == 0);
 
 __host__ __device__ constexpr uint32_t sum_parts(const OpShape& shape) {
   return (shape.hidden * 2 + kSumPartBytes - 1) / kSumPartBytes;
 }
 
-/// This warp's parts in both steps: what a warp sums of the own tokens, it also adds.
+/// This warp's parts in both steps: what a warp sums of the own tokens, it also adds. None of the counting warp.
 __device__ Crew team_crew() {
   const uint32_t warp = threadIdx.x / 32;
   const uint32_t team = warp / kTeamWarps * gridDim.x + blockIdx.x;
-  return {team * kTeamWarps + warp % kTeamWarps, gridDim.x * kLowLatencyWarps};
+  return {warp < kSumWarps ? team * kTeamWarps + warp % kTeamWarps : ~0u, gridDim.x * kSumWarps};
 }
 
 /// One (token, lane) as it stands in the tables of its origin.
@@ -125,16 +127,15 @@ __device__ void fetch_own_tables(const PartParams& p, Crew warps) {
   }
 }
 
-/// How many rows the tokens of this rank have, for the report. One warp per block, the last one, which has no part of a
-/// row in most blocks; tokens begin at the last block for the same reason.
+/// How many rows the tokens of this rank have, for the report. The counting warp of every block.
 __device__ void count_rows(const PartParams& p) {
-  if (threadIdx.x / 32 != kLowLatencyWarps - 1) {
+  if (threadIdx.x / 32 != kCountingWarp) {
     return;
   }
   uint32_t local = 0;
   uint32_t remote = 0;
 #pragma unroll 1
-  for (uint32_t token = gridDim.x - 1 - blockIdx.x; token < p.op.shape.tokens; token += gridDim.x) {
+  for (uint32_t token = blockIdx.x; token < p.op.shape.tokens; token += gridDim.x) {
     const LaneRow lane = own_lane(p, token);
     const bool own = lane.owner == p.op.shape.rank;
     local += __popc(__ballot_sync(kFullWarp, lane.row >= 0 && own));
@@ -359,7 +360,7 @@ __device__ __forceinline__ bool pass_routed(const PartParams& p, bool waits) {
 // announces `moved`. (3) Behind all moved flags the same warp takes the same 512 bytes of an own token and adds the
 // owners' sums in rank order. The last block to end releases the caller, then writes the facts. Every exchange is
 // waited for, or left to the kernel behind the stream's wait for it; the last of them writes `done`. Bytes per token:
-// K * 20 per owner and KiB of a row, over the link; H * 2 per row read, H * 2 per owner over the link and read again,
+// K * 20 per owner and team, over the link; H * 2 per row read, H * 2 per owner over the link and read again,
 // H * 2 written. Bound: reading the rows from HBM, and the latency of two exchanges.
 template <bool kMany>
 __global__ __launch_bounds__(kLowLatencyThreads,
@@ -406,8 +407,7 @@ __global__ __launch_bounds__(kLowLatencyThreads,
 uint32_t combine_blocks(const PartParams& params) {
   const OpShape& shape = params.op.shape;
   const uint32_t units = most_tokens(params) * std::max(shape.ranks - 1, 1u) * sum_parts(shape);
-  constexpr uint32_t kUnitsPerBlock = kLowLatencyWarps / 4;  // fewer than it has warps: more multiprocessors are faster
-  const uint32_t wanted = (units + kUnitsPerBlock - 1) / kUnitsPerBlock;
+  const uint32_t wanted = (units + kTeamWarps - 1) / kTeamWarps;  // not all its warps: more multiprocessors are faster
   return std::clamp(wanted, 1u, std::max(most_low_latency_blocks(params), 1u));
 }
 

@@ -18,6 +18,8 @@ namespace expertd::kernels::cuda {
 inline constexpr uint32_t kLowLatencyThreads = 512;
 inline constexpr uint32_t kLowLatencyBlocksPerSm = 2;
 inline constexpr uint32_t kLowLatencyWarps = kLowLatencyThreads / 32;
+/// The warp that counts its block in, which takes two round trips that the others need not wait for.
+inline constexpr uint32_t kCountingWarp = kLowLatencyWarps - 1;
 /// Of a row, what one warp moves at a time: two accesses of 16 bytes per lane.
 inline constexpr uint32_t kRowPartBytes = 1024;
 static_assert(base::kMaxTopK <= 32 && base::kMaxGpuRanks <= 32, "one lane of a warp per top-k lane or rank");
@@ -78,7 +80,7 @@ static_assert(kMostLinkSms * kAbortedBlock < kFailedBlock);
 /// a block was gated. Whole block.
 __device__ inline void send_block(const PartParams& p, bool gated) {
   const bool any_gated = __syncthreads_or(gated ? 1 : 0) != 0;
-  if (threadIdx.x != 0) {
+  if (threadIdx.x != kCountingWarp * 32) {
     return;
   }
   fence_sys();  // behind the barrier, so for the stores of the whole block
