@@ -24,7 +24,7 @@
 //   link_ll_dispatch      (routes, sends, announces and waits for moved, expands, ends)
 //   wait moved; the same  (what blocks of the first one left; `done` in any case)
 // or
-//   link_ll_combine       (sends weights, routed, sums for the others, moved, adds, ends)
+//   link_ll_combine       (routed, sums for the others, moved, sums its own, adds, ends)
 //   wait routed; the same
 //   wait moved; the same  (the same for the last exchange; `done` in any case)
 //
@@ -235,6 +235,34 @@ bool CudaDevice::fill_low_latency(const LaunchSpec& spec, const Part& part, Part
   return true;
 }
 
+/// What this rank, as an owner, reads of every active rank's low latency combine. False when it cannot, which ends the
+/// operation: the other ranks count on the low latency kernels.
+bool CudaDevice::fill_lanes(const LaunchSpec& spec, PartParams* params) const {
+  for (uint32_t j = 0; j < spec.ranks; ++j) {
+    if (!is_active(spec.active_ranks, j)) {
+      continue;
+    }
+    const GroupEntry* group = find_peer(spec, j);
+    const Request* request = spec.requests[j];
+    if (group == nullptr || request == nullptr || request->handle_index >= group->layout.handle_count) {
+      return false;
+    }
+    const kernels::Routing routing = group->routing(request->handle_index);
+    TensorReader tensors{*request, gpu_.view.index};
+    kernels::cuda::LaneTables& lanes = params->low_latency.lanes[j];
+    lanes.topk = routing.topk;
+    lanes.token_expert = routing.token_expert;
+    lanes.topk_idx = tensors.at<const uint32_t>(EXPERTD_IN_TOPK_IDX);
+    lanes.topk_weights = tensors.at<const float>(EXPERTD_IN_TOPK_WEIGHTS);
+    lanes.top_k = request->shape.top_k;
+    lanes.id_words = request->shape.topk_idx_bytes / 4;
+    if (!tensors.ok) {
+      return false;
+    }
+  }
+  return true;
+}
+
 bool CudaDevice::fill_params(const LaunchSpec& spec, Part* taken, PartParams* params) const {
   const Part& part = *taken;
   OpShape& shape = params->op.shape;
@@ -283,6 +311,9 @@ bool CudaDevice::fill_params(const LaunchSpec& spec, Part* taken, PartParams* pa
   }
   taken->links = part.group->linked && kernels::cuda::serves_link(*params);
   taken->low_latency = fill_low_latency(spec, part, params);
+  if (taken->low_latency && is_combine(shape) && !fill_lanes(spec, params)) {
+    return false;
+  }
   return tensors.ok && fill_peers(spec, part, params) && kernels::cuda::validate(*params) == nullptr;
 }
 

@@ -131,6 +131,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   /// Also decides whether the part takes the chain of the link kernels.
   bool fill_params(const engine::LaunchSpec& spec, Part* taken, kernels::cuda::PartParams* params) const;
   bool fill_low_latency(const engine::LaunchSpec& spec, const Part& part, kernels::cuda::PartParams* params) const;
+  bool fill_lanes(const engine::LaunchSpec& spec, kernels::cuda::PartParams* params) const;
   /// The tables of a rank of the operation's group, on whichever device; null for none.
   const GroupEntry* find_peer(const engine::LaunchSpec& spec, uint32_t rank) const;
   bool fill_peers(const engine::LaunchSpec& spec, const Part& part, kernels::cuda::PartParams* params) const;

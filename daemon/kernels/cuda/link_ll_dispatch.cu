@@ -49,6 +49,7 @@ __device__ void send_fp8(const PartParams& p, uint32_t token, uint32_t part, con
   if (channel >= shape.hidden) {
     return;
   }
+#pragma unroll 1
   for (; ranks != 0; ranks &= ranks - 1) {
     char* staged = staged_at(p, __ffs(static_cast<int>(ranks)) - 1, token);
     *reinterpret_cast<uint4*>(staged + channel) = quantised.codes;
@@ -67,8 +68,10 @@ __device__ void send_side(const PartParams& p, uint32_t token, uint32_t ranks) {
   const char* in = static_cast<const char*>(p.op.in.side) + static_cast<int64_t>(token) * shape.side_row_stride;
   with_side_type(shape.side_element_bytes, [&](auto zero) {
     using Element = decltype(zero);
+#pragma unroll 1
     for (uint32_t i = threadIdx.x & 31; i < shape.side_elements; i += 32) {
       const Element value = *reinterpret_cast<const Element*>(in + static_cast<int64_t>(i) * shape.side_element_stride);
+#pragma unroll 1
       for (uint32_t left = ranks; left != 0; left &= left - 1) {
         char* staged = staged_at(p, __ffs(static_cast<int>(left)) - 1, token);
         reinterpret_cast<Element*>(staged + shape.out_row_bytes)[i] = value;
@@ -84,6 +87,7 @@ __device__ void send_bytes(const PartParams& p, uint32_t token, uint32_t part, c
   if (part == 0) {
     send_side(p, token, ranks);
   }
+#pragma unroll 1
   for (; ranks != 0; ranks &= ranks - 1) {
     auto* staged = reinterpret_cast<uint4*>(staged_at(p, __ffs(static_cast<int>(ranks)) - 1, token));
 #pragma unroll
@@ -113,6 +117,7 @@ __device__ bool send_rows(const PartParams& p, Crew warps) {
   const uint32_t parts = row_parts(shape.row_bytes);
   const uint32_t units = p.op.in.x == nullptr || p.refused_reason != 0 ? 0 : shape.tokens * parts;
   const uint64_t aborted = ld_relaxed_sys(&p.words.state->aborted_part);
+#pragma unroll 1
   for (uint32_t unit = warps.first; unit < units; unit += warps.step) {
     const uint32_t token = unit / parts;
     const uint32_t part = unit % parts;
@@ -134,20 +139,22 @@ __device__ bool send_rows(const PartParams& p, Crew warps) {
 /// Everything before the exchange; the last block announces it. Whole block.
 __device__ void send_tokens(const PartParams& p, void* shared) {
   const uint64_t begin_ns = global_timer_ns();
+  const uint32_t routing = route_blocks(p, gridDim.x);
   bool gated = false;
-  if (blockIdx.x == 0) {
-    gated = !route_tokens(p, route_shared(shared, p.op.shape.experts));
-    if (!gated && threadIdx.x < 32) {
+  if (blockIdx.x < routing) {
+    gated = !route_tokens(p, routing, route_shared(shared, p.op.shape.experts));
+    if (!gated && blockIdx.x == 0 && threadIdx.x < 32) {
       stamp_step(p, SignalStep::kMoved);
     }
+  } else {
+    gated = !send_rows(p, warps_behind(routing));
   }
-  gated = !send_rows(p, warps_behind(1)) || gated;
-  const bool last = all_blocks_sent(p, gated);
-  if (last) {
-    raise_flags(p, SignalStep::kMoved);
-  }
-  if (blockIdx.x == 0 && threadIdx.x == 0 && !gated) {
-    mark_start_at(p, begin_ns);
+  send_block(p, gated);
+  if (blockIdx.x == 0 && !gated) {
+    fetch_stats(p);
+    if (threadIdx.x == 0) {
+      mark_start_at(p, begin_ns);
+    }
   }
 }
 
@@ -200,8 +207,10 @@ __device__ void store_scales(const PartParams& p, const char* staged, uint32_t p
   const uint32_t value = word < words ? reinterpret_cast<const uint32_t*>(staged + shape.out_row_bytes)[word] : 0;
   // 32 / each slots at a time, one per neighbouring lanes.
   uint32_t left = slots;
+#pragma unroll 1
   while (left != 0) {
     uint32_t mine = left;
+#pragma unroll 1
     for (uint32_t skip = 0; skip < lane / each && mine != 0; ++skip) {
       mine &= mine - 1;
     }
@@ -211,6 +220,7 @@ __device__ void store_scales(const PartParams& p, const char* staged, uint32_t p
     if (mine != 0 && word < words) {
       static_cast<uint32_t*>(p.op.out.side)[column * shape.slots_per_expert + row] = value;
     }
+#pragma unroll 1
     for (uint32_t taken = 0; taken < 32 / each; ++taken) {
       left &= left - 1;
     }
@@ -222,8 +232,10 @@ __device__ void store_side(const PartParams& p, const char* staged, const Slot& 
   const OpShape& shape = p.op.shape;
   with_side_type(shape.side_element_bytes, [&](auto zero) {
     using Element = decltype(zero);
+#pragma unroll 1
     for (; slots != 0; slots &= slots - 1) {
       const uint64_t row = __shfl_sync(kFullWarp, slot.row_index, __ffs(static_cast<int>(slots)) - 1);
+#pragma unroll 1
       for (uint32_t i = threadIdx.x & 31; i < shape.side_elements; i += 32) {
         static_cast<Element*>(p.op.out.side)[row * shape.side_elements + i] =
             reinterpret_cast<const Element*>(staged + shape.out_row_bytes)[i];
@@ -237,6 +249,7 @@ __device__ void store_part(const PartParams& p, const char* staged, uint32_t par
                            uint32_t slots) {
   const OpShape& shape = p.op.shape;
   const uint32_t piece = part * (kRowPartBytes / 16) + (threadIdx.x & 31);
+#pragma unroll 1
   for (uint32_t left = slots; left != 0; left &= left - 1) {
     const uint64_t row = __shfl_sync(kFullWarp, slot.row_index, __ffs(static_cast<int>(left)) - 1);
     auto* out = reinterpret_cast<uint4*>(static_cast<char*>(p.op.out.x) + row * shape.out_row_bytes);
@@ -264,6 +277,7 @@ __device__ void expand_rows(const PartParams& p, Crew warps) {
   const uint32_t units = shape.ranks * most_tokens(p) * parts;
   const bool rejects = lane < shape.ranks && rank_active(shape, lane) &&
                        p.op.counts[uint64_t{lane} * matrix_row_ints(shape) + count_columns(shape)] != 0;
+#pragma unroll 1
   for (uint32_t unit = warps.first; unit < units; unit += warps.step) {
     const uint32_t item = unit / parts;
     const uint32_t part = unit % parts;
@@ -291,14 +305,15 @@ __device__ void expand_rows(const PartParams& p, Crew warps) {
 }
 
 // link_ll_dispatch. Grid: at most two blocks of 16 warps per multiprocessor; the same for both entries. First kernel of
-// its part. Before the exchange: the first block numbers the (token, lane) positions, writes the handle and pushes
-// numbers and counts; a warp of the others takes 1 KiB of a token: ids and row read at once, quantised in registers,
+// its part. Before the exchange: the first blocks number the (token, lane) positions, write the handle and push numbers
+// and counts; a warp of the others takes 1 KiB of a token: ids and row read at once, quantised in registers,
 // stored to the staging of every destination rank, the own one too. Every block counts; the last one announces `moved`.
 // Behind it (all ranks' moved flags, the own one too, waited for or left to the kernel behind the stream's wait): a
 // warp takes 1 KiB of a staged token, reads its numbers and stores it to every slot of this rank's experts; the first
-// block writes plan, handle and the caller's tables. The last block to end releases the caller, then writes the facts;
-// the kernel behind the wait writes `done`. Bytes per token: row read; row + side + K * 8 per destination; the same
-// read there, row + side written per slot. Bound: latency of one exchange, about five memory round trips.
+// block writes plan, the caller's tables and the handle's matrix. The last block to end releases the caller, then
+// writes the facts; the kernel behind the wait writes `done`. Bytes per token: row read; row + side + K * 8 per
+// destination; the same read there, row + side written per slot. Bound: latency of one exchange, about five memory
+// round trips.
 __global__ __launch_bounds__(kLowLatencyThreads,
                              kLowLatencyBlocksPerSm) void link_ll_dispatch(const __grid_constant__ PartParams p,
                                                                            Entry entry) {
@@ -319,13 +334,18 @@ __global__ __launch_bounds__(kLowLatencyThreads,
       leave_block(p, SignalStep::kMoved);
       return;
     }
-    if (arrival == Arrival::kCame) {
-      if (blockIdx.x == 0) {
-        plan_low_latency(p);
-      }
+    Ending ending = arrival == Arrival::kCame ? Ending::kGood : Ending::kAborted;
+    const bool plans = arrival == Arrival::kCame && blockIdx.x == 0;
+    if (plans && !plan_low_latency(p)) {
+      ending = Ending::kFailed;
+    }
+    if (arrival == Arrival::kCame && blockIdx.x != 0) {
       expand_rows(p, warps_behind(1));
     }
-    end_block(p);
+    end_block(p, ending);
+    if (plans) {
+      keep_matrix(p);  // behind the count, because the caller does not wait for it
+    }
   }
   if (!waits) {
     drain_chain(p, true);
@@ -339,7 +359,8 @@ uint32_t dispatch_blocks(const PartParams& params) {
   const uint32_t units =
       std::max(most * row_parts(shape.row_bytes), most * shape.ranks * row_parts(shape.out_row_bytes));
   constexpr uint32_t kUnitsPerBlock = kLowLatencyWarps / 4;  // fewer than it has warps: more multiprocessors are faster
-  const uint32_t wanted = 1 + (units + kUnitsPerBlock - 1) / kUnitsPerBlock;
+  const uint32_t wanted =
+      route_blocks(params, most_low_latency_blocks(params)) + (units + kUnitsPerBlock - 1) / kUnitsPerBlock;
   return std::clamp(wanted, 2u, std::max(most_low_latency_blocks(params), 2u));
 }
 

@@ -30,7 +30,6 @@ LowLatencyLayout low_latency_layout(const OpShape& shape, uint32_t table_top_k) 
   layout.row_stride = align_up(2ull * shape.hidden + std::max(scales, kLeastSideBytes), 128);
   layout.dispatch_rows = place(tokens * layout.row_stride);
   layout.dispatch_lanes = place(tokens * table_top_k * sizeof(RoutedLane));
-  layout.combine_lanes = place(tokens * table_top_k * sizeof(WeightedLane));
   layout.combine_rows = place(tokens * shape.hidden * 2);
   layout.bytes = at;
   return layout;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the first block of a low latency dispatch does beside the blocks that move rows: before the exchange it numbers
-// this rank's rows and hands over numbers and counts, behind it the plan and the caller's tables. Device code only,
-// included by link_ll_dispatch.cu; no state. Definitions: daemon/kernels/README.md.
+// What the first blocks of a low latency dispatch do beside the blocks that move rows: before the exchange they number
+// this rank's rows and hand over numbers and counts, behind it the first one writes the plan and the caller's tables.
+// Device code only, included by link_ll_dispatch.cu; no state. Definitions: daemon/kernels/README.md.
 #pragma once
 
 #include "daemon/kernels/cuda/low_latency_steps.cuh"
@@ -14,10 +14,17 @@ inline constexpr uint32_t kNoPosition = 0xffffffffu;
 inline constexpr uint32_t kColumnsPerThread = base::kMaxExperts / kLowLatencyThreads;
 static_assert(kColumnsPerThread * kLowLatencyThreads == base::kMaxExperts);
 
+/// Blocks that number rows, and the positions that a further one is worth: each reads the ids of all positions before
+/// its own, which is cheaper than to wait for another block's counts.
+inline constexpr uint32_t kMostRouteBlocks = 8;
+inline constexpr uint32_t kRouteBlockPositions = 256;
+/// Ids of earlier positions that a thread has under way together.
+inline constexpr uint32_t kIdsAhead = 2;
+
 /// In the block's dynamic shared memory.
 struct RouteShared {
   uint16_t* warp_rows;  // [warps, E]: rows of the warp for the expert in this round; then of the warps before it
-  int32_t* next;        // [E]: rows of the rounds before
+  int32_t* next;        // [E]: rows of earlier positions, up to the round before
   uint32_t* error;      // first bad (token, lane)
 };
 
@@ -31,9 +38,9 @@ __device__ inline RouteShared route_shared(void* memory, uint32_t experts) {
   return {rows, next, reinterpret_cast<uint32_t*>(next + experts)};
 }
 
-/// Turns the warps' rows of one round into those of the warps before them, and adds the round before to `next`. Every
-/// thread has its experts; `pending` holds their rows of this round.
-__device__ inline void scan_round(uint32_t experts, int32_t* pending, const RouteShared& s) {
+/// Turns the rows of the first `warps` in one round into those of the warps before them, and adds the round before to
+/// `next`. Every thread has its experts; `pending` holds their rows of this round.
+__device__ inline void scan_round(uint32_t experts, uint32_t warps, int32_t* pending, const RouteShared& s) {
 #pragma unroll
   for (uint32_t c = 0; c < kColumnsPerThread; ++c) {
     const uint32_t e = c * kLowLatencyThreads + threadIdx.x;
@@ -42,7 +49,8 @@ __device__ inline void scan_round(uint32_t experts, int32_t* pending, const Rout
     }
     s.next[e] += pending[c];
     uint32_t running = 0;
-    for (uint32_t first = 0; first < kLowLatencyWarps; first += 8) {
+#pragma unroll 1
+    for (uint32_t first = 0; first < warps; first += 8) {
       uint32_t rows[8];
 #pragma unroll
       for (uint32_t i = 0; i < 8; ++i) {
@@ -65,15 +73,55 @@ __device__ inline int64_t id_at(const PartParams& p, uint32_t token, uint32_t k)
 }
 
 /// (token, lane) positions to number, K of the group per token.
-__device__ inline uint32_t route_positions(const PartParams& p) {
+__host__ __device__ inline uint32_t route_positions(const PartParams& p) {
   return p.refused_reason == 0 ? p.op.shape.tokens * p.table_top_k : 0;
 }
 
-__device__ inline int64_t id_at_position(const PartParams& p, uint32_t position) {
-  return position < route_positions(p) ? id_at(p, position / p.table_top_k, position % p.table_top_k) : -1;
+/// The first blocks of the grid, at most half of it.
+__host__ __device__ inline uint32_t route_blocks(const PartParams& p, uint32_t grid) {
+  const uint32_t most = grid / 2 < kMostRouteBlocks ? grid / 2 : kMostRouteBlocks;
+  const uint32_t wanted = route_positions(p) / kRouteBlockPositions;
+  const uint32_t blocks = wanted < most ? wanted : most;
+  return blocks == 0 ? 1 : blocks;
+}
+
+/// The id of a position before `end`, -1 for the others.
+__device__ __forceinline__ int64_t id_at_position(const PartParams& p, uint32_t position, uint32_t end) {
+  if (position >= end) {
+    return -1;
+  }
+  if (p.table_top_k != p.op.shape.top_k) {
+    return id_at(p, position / p.table_top_k, position % p.table_top_k);
+  }
+  return p.op.in.topk_idx == nullptr ? -1 : load_id(p.op.in.topk_idx, p.op.shape.topk_idx_bytes, position);
+}
+
+/// What the id of a position says. `counted`: it gets a row.
+struct RouteId {
+  uint32_t expert;
+  bool valid;
+  bool counted;
+};
+
+/// Keeps the first bad position, in the caller's count. Not inlined, because it is rare.
+__device__ __noinline__ inline void keep_error(uint32_t* error, uint32_t position, uint32_t table_top_k,
+                                               uint32_t top_k) {
+  atomicMin(error, position / table_top_k * top_k + position % table_top_k);
+}
+
+/// Keeps a bad one on the way.
+__device__ __forceinline__ RouteId check_id(const PartParams& p, uint32_t position, int64_t id, const RouteShared& s) {
+  const OpShape& shape = p.op.shape;
+  const bool valid = id >= 0 && id < static_cast<int64_t>(shape.experts);
+  if (!valid && id != -1) {
+    keep_error(s.error, position, p.table_top_k, shape.top_k);
+  }
+  const auto expert = static_cast<uint32_t>(id);
+  return {expert, valid, valid && rank_active(shape, expert / shape.local_experts)};
 }
 
 __device__ inline void clear_round(uint32_t experts, const RouteShared& s) {
+#pragma unroll 1
   for (uint32_t i = threadIdx.x; i < experts * kLowLatencyWarps / 8; i += kLowLatencyThreads) {
     reinterpret_cast<uint4*>(s.warp_rows)[i] = uint4{};
   }
@@ -85,6 +133,7 @@ __device__ inline void hand_over_lane(const PartParams& p, uint32_t position, Ro
   p.op.routing.topk[position] = lane.expert;
   p.op.routing.token_expert[position] = lane.row;
   const uint64_t at = uint64_t{shape.rank} * shape.max_tokens * p.table_top_k + position;
+#pragma unroll 1
   for (uint32_t j = 0; j < shape.ranks; ++j) {
     if (rank_active(shape, j)) {
       char* lanes = p.low_latency.staging[j] + p.low_latency.layout.dispatch_lanes;
@@ -93,36 +142,63 @@ __device__ inline void hand_over_lane(const PartParams& p, uint32_t position, Ro
   }
 }
 
-/// Numbers all (token, lane) positions in order, one per thread and round. A round: every warp counts its experts, a
+/// The ids of positions from `first` on, one warp's next to each other.
+__device__ __forceinline__ void read_ahead(const PartParams& p, uint32_t first, uint32_t end, int64_t* ids) {
+#pragma unroll
+  for (uint32_t i = 0; i < kIdsAhead; ++i) {
+    ids[i] = id_at_position(p, first + i * kLowLatencyThreads + threadIdx.x, end);
+  }
+}
+
+/// Counts the rows of all positions before `end` in `next`; `ids` are the first ones. Whole block.
+__device__ __forceinline__ void count_earlier(const PartParams& p, uint32_t end, int64_t* ids, const RouteShared& s) {
+#pragma unroll 1
+  for (uint32_t first = 0; first < end; first += kIdsAhead * kLowLatencyThreads) {
+#pragma unroll
+    for (uint32_t i = 0; i < kIdsAhead; ++i) {
+      const RouteId id = check_id(p, first + i * kLowLatencyThreads + threadIdx.x, ids[i], s);
+      if (id.counted) {
+        atomicAdd(&s.next[id.expert], 1);
+      }
+    }
+    read_ahead(p, first + kIdsAhead * kLowLatencyThreads, end, ids);
+  }
+}
+
+/// A range of positions.
+struct RouteRange {
+  uint32_t begin;
+  uint32_t end;
+};
+
+/// Numbers the positions of a range in order, one per thread and round. A round: every warp counts its experts, a
 /// prefix over the warps, every position takes its number. `id` is that of the first round's position, the ids of the
 /// others are read a round ahead; `pending` as in scan_round(). Whole block, with the first round cleared.
-__device__ inline void number_lanes(const PartParams& p, int64_t id, int32_t* pending, const RouteShared& s) {
-  const OpShape& shape = p.op.shape;
-  const uint32_t positions = route_positions(p);
-  for (uint32_t first = 0; first < positions; first += kLowLatencyThreads) {
+__device__ inline void number_lanes(const PartParams& p, RouteRange range, int64_t id, int32_t* pending,
+                                    const RouteShared& s) {
+  const uint32_t experts = p.op.shape.experts;
+#pragma unroll 1
+  for (uint32_t first = range.begin; first < range.end; first += kLowLatencyThreads) {
     const uint32_t i = first + threadIdx.x;
-    const int64_t next_id = id_at_position(p, i + kLowLatencyThreads);
-    const bool valid = id >= 0 && id < static_cast<int64_t>(shape.experts);
-    if (!valid && id != -1) {
-      atomicMin(s.error, i / p.table_top_k * shape.top_k + i % p.table_top_k);
-    }
-    const auto expert = static_cast<uint32_t>(id);
-    const bool counted = valid && rank_active(shape, expert / shape.local_experts);
-    const uint32_t same = __match_any_sync(kFullWarp, counted ? expert : 0x80000000u | (threadIdx.x & 31));
-    const uint32_t at = threadIdx.x / 32 * shape.experts + (counted ? expert : 0);
-    if (counted && (same & lanes_below()) == 0) {
+    const int64_t next_id = id_at_position(p, i + kLowLatencyThreads, range.end);
+    const RouteId routed = check_id(p, i, id, s);
+    const uint32_t same =
+        __match_any_sync(kFullWarp, routed.counted ? routed.expert : 0x80000000u | (threadIdx.x & 31));
+    const uint32_t at = threadIdx.x / 32 * experts + (routed.counted ? routed.expert : 0);
+    if (routed.counted && (same & lanes_below()) == 0) {
       s.warp_rows[at] = static_cast<uint16_t>(__popc(same));
     }
     __syncthreads();
-    scan_round(shape.experts, pending, s);
+    const uint32_t left = range.end - first;
+    scan_round(experts, left < kLowLatencyThreads ? (left + 31) / 32 : kLowLatencyWarps, pending, s);
     __syncthreads();
-    if (i < positions) {
-      const int32_t row = counted ? s.next[expert] + s.warp_rows[at] + __popc(same & lanes_below()) : -1;
-      hand_over_lane(p, i, {valid ? static_cast<int32_t>(expert) : -1, row});
+    if (i < range.end) {
+      const int32_t row = routed.counted ? s.next[routed.expert] + s.warp_rows[at] + __popc(same & lanes_below()) : -1;
+      hand_over_lane(p, i, {routed.valid ? static_cast<int32_t>(routed.expert) : -1, row});
     }
-    if (first + kLowLatencyThreads < positions) {
+    if (first + kLowLatencyThreads < range.end) {
       __syncthreads();
-      clear_round(shape.experts, s);
+      clear_round(experts, s);
       __syncthreads();
     }
     id = next_id;
@@ -133,6 +209,7 @@ __device__ inline void number_lanes(const PartParams& p, int64_t id, int32_t* pe
 __device__ inline void hand_over_count(const PartParams& p, uint32_t column, int32_t value) {
   const OpShape& shape = p.op.shape;
   const uint64_t at = uint64_t{shape.rank} * matrix_row_ints(shape) + column;
+#pragma unroll 1
   for (uint32_t j = 0; j < shape.ranks; ++j) {
     if (rank_active(shape, j)) {
       p.peers.views[j].counts[at] = value;
@@ -154,24 +231,11 @@ __device__ inline int32_t error_entry(const PartParams& p, uint32_t word, uint32
   return static_cast<int32_t>(word == 0 ? reason : low | high);
 }
 
-/// The whole of routing, up to the fence; false when the part was aborted. Rows per rank are not counted: rows of low
-/// latency are per expert. The gate is read beside the first ids. Whole block.
-__device__ inline bool route_tokens(const PartParams& p, const RouteShared& s) {
+/// This rank's row of the count matrix and the rows of ranks that do not take part. Rows per rank are not counted: rows
+/// of low latency are per expert. The last of the routing blocks, which has seen all positions.
+__device__ inline void hand_over_counts(const PartParams& p, const int32_t* pending, const RouteShared& s) {
   const OpShape& shape = p.op.shape;
-  const uint64_t aborted = ld_relaxed_sys(&p.words.state->aborted_part);
-  const int64_t id = id_at_position(p, threadIdx.x);
-  for (uint32_t e = threadIdx.x; e < shape.experts; e += kLowLatencyThreads) {
-    s.next[e] = 0;
-  }
-  clear_round(shape.experts, s);
-  if (threadIdx.x == 0) {
-    *s.error = kNoPosition;
-  }
-  if (__syncthreads_or(aborted == p.words.part ? 1 : 0) != 0) {
-    return false;
-  }
-  int32_t pending[kColumnsPerThread] = {};
-  number_lanes(p, id, pending, s);
+  __syncthreads();  // its own range may have been empty
 #pragma unroll
   for (uint32_t c = 0; c < kColumnsPerThread; ++c) {
     const uint32_t e = c * kLowLatencyThreads + threadIdx.x;
@@ -186,10 +250,43 @@ __device__ inline bool route_tokens(const PartParams& p, const RouteShared& s) {
     hand_over_count(p, count_columns(shape) + threadIdx.x, error_entry(p, threadIdx.x, *s.error));
   }
   const uint32_t row = matrix_row_ints(shape);
+#pragma unroll 1
   for (uint32_t j = 0; j < shape.ranks; ++j) {
+#pragma unroll 1
     for (uint32_t i = threadIdx.x; !rank_active(shape, j) && i < row; i += kLowLatencyThreads) {
       p.op.counts[uint64_t{j} * row + i] = 0;
     }
+  }
+}
+
+/// The share that one of `blocks` blocks has of routing, up to the fence; false when the part was aborted. The gate is
+/// read beside the first ids. Whole block.
+__device__ inline bool route_tokens(const PartParams& p, uint32_t blocks, const RouteShared& s) {
+  const OpShape& shape = p.op.shape;
+  const uint32_t positions = route_positions(p);
+  const uint32_t each = (positions + blocks - 1) / blocks;
+  const uint32_t begin = blockIdx.x * each < positions ? blockIdx.x * each : positions;
+  const RouteRange range{begin, begin + each < positions ? begin + each : positions};
+  const uint64_t aborted = ld_relaxed_sys(&p.words.state->aborted_part);
+  const int64_t id = id_at_position(p, range.begin + threadIdx.x, range.end);
+  int64_t earlier[kIdsAhead];
+  read_ahead(p, 0, range.begin, earlier);
+#pragma unroll 1
+  for (uint32_t e = threadIdx.x; e < shape.experts; e += kLowLatencyThreads) {
+    s.next[e] = 0;
+  }
+  clear_round(shape.experts, s);
+  if (threadIdx.x == 0) {
+    *s.error = kNoPosition;
+  }
+  if (__syncthreads_or(aborted == p.words.part ? 1 : 0) != 0) {
+    return false;
+  }
+  int32_t pending[kColumnsPerThread] = {};
+  count_earlier(p, range.begin, earlier, s);
+  number_lanes(p, range, id, pending, s);
+  if (blockIdx.x == blocks - 1) {
+    hand_over_counts(p, pending, s);
   }
   return true;
 }
@@ -213,6 +310,7 @@ __device__ inline void add_warp(uint32_t* sum, uint32_t value) {
 __device__ inline void sum_experts(const PartParams& p, PlanSums* sums) {
   const OpShape& shape = p.op.shape;
   const uint32_t row = matrix_row_ints(shape);
+#pragma unroll 1
   for (uint32_t first = 0; first < shape.experts; first += kLowLatencyThreads) {
     const uint32_t e = first + threadIdx.x;
     uint32_t total = 0;
@@ -236,10 +334,11 @@ __device__ inline void sum_experts(const PartParams& p, PlanSums* sums) {
   }
 }
 
-/// Why the operation fails, as plan.cuh words it. One thread; the slow way, because it is rare.
-__device__ inline void decide_failure(const PartParams& p, uint32_t over) {
+/// Why the operation fails, as plan.cuh words it. One thread; the slow way and not inlined, because it is rare.
+__device__ __noinline__ inline void decide_failure(const PartParams& p, uint32_t over) {
   const OpShape& shape = p.op.shape;
   PlanWork* work = p.scratch.plan_work;
+#pragma unroll 1
   for (uint32_t j = 0; j < shape.ranks; ++j) {
     work->first_over_slots[j] = -1;
   }
@@ -254,19 +353,18 @@ __device__ inline void decide_failure(const PartParams& p, uint32_t over) {
   decide(p, p.op.counts, *work, p.scratch.plan);
 }
 
-/// The plan as far as the end of the part reads it, the handle's matrix, and the caller's counts, ranges and
-/// statistics when the operation runs. Whole block, behind the exchange.
-__device__ inline void plan_low_latency(const PartParams& p) {
+/// The plan as far as the end of the part reads it, and the caller's counts, ranges and statistics when the operation
+/// runs; whether it does. Whole block, behind the exchange.
+__device__ inline bool plan_low_latency(const PartParams& p) {
   __shared__ PlanSums sums;
   const OpShape& shape = p.op.shape;
   Plan* plan = p.scratch.plan;
-  const uint32_t row = matrix_row_ints(shape);
   if (threadIdx.x == 0) {
     sums = {kNoPosition, 0, 0, 0};
   }
   __syncthreads();
   const bool rejects = threadIdx.x < shape.ranks && rank_active(shape, threadIdx.x) &&
-                       p.op.counts[uint64_t{threadIdx.x} * row + count_columns(shape)] != 0;
+                       p.op.counts[uint64_t{threadIdx.x} * matrix_row_ints(shape) + count_columns(shape)] != 0;
   sum_experts(p, &sums);
   const bool rejected = __syncthreads_or(rejects ? 1 : 0) != 0;
   const bool fails = rejected || sums.over != kNoPosition;
@@ -282,7 +380,24 @@ __device__ inline void plan_low_latency(const PartParams& p) {
   if (!fails) {
     store_tables(p, {threadIdx.x, kLowLatencyThreads});
   }
-  for (uint32_t i = threadIdx.x; p.refused_reason == 0 && i < shape.ranks * row; i += kLowLatencyThreads) {
+  return !fails;
+}
+
+/// Has the caller's statistics, which are added to, in the second-level cache behind the exchange. Whole block.
+__device__ inline void fetch_stats(const PartParams& p) {
+  constexpr uint32_t kLine = 128 / sizeof(int32_t);
+  const uint32_t e = threadIdx.x * kLine;
+  if (p.op.out.stats != nullptr && e < p.op.shape.local_experts) {
+    prefetch(p.op.out.stats + e);
+  }
+}
+
+/// The handle's matrix. No other block needs it, nor does the caller. Whole block, behind the exchange.
+__device__ inline void keep_matrix(const PartParams& p) {
+  const OpShape& shape = p.op.shape;
+  const uint32_t ints = p.refused_reason == 0 ? shape.ranks * matrix_row_ints(shape) : 0;
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < ints; i += kLowLatencyThreads) {
     p.op.routing.counts[i] =
         i == handle_alignment_at(shape) ? static_cast<int32_t>(shape.expert_alignment) : p.op.counts[i];
   }

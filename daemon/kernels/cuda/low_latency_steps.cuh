@@ -5,8 +5,8 @@
 // kernels of one part have the same grid: what block b left, block b takes up. Device code only, no state.
 //
 // Aborts. A part that is aborted is known by its abort word, or by the abort value in the flags, which is written after
-// the word. Such a block moves nothing, but counts. Blocks that had seen the true flags go on; whether the part ended
-// well is decided once, by the block that ends last, and it sees the word if any block did.
+// the word. Such a block moves nothing, but counts, and says so with its count. Blocks that had seen the true flags go
+// on; the part ended well if all blocks did.
 #pragma once
 
 #include "daemon/kernels/cuda/finish_part.cuh"
@@ -18,6 +18,8 @@ namespace expertd::kernels::cuda {
 inline constexpr uint32_t kLowLatencyThreads = 512;
 inline constexpr uint32_t kLowLatencyBlocksPerSm = 2;
 inline constexpr uint32_t kLowLatencyWarps = kLowLatencyThreads / 32;
+/// The warp that counts its block in, which takes two round trips that the others need not wait for.
+inline constexpr uint32_t kCountingWarp = kLowLatencyWarps - 1;
 /// Of a row, what one warp moves at a time: two accesses of 16 bytes per lane.
 inline constexpr uint32_t kRowPartBytes = 1024;
 static_assert(base::kMaxTopK <= 32 && base::kMaxGpuRanks <= 32, "one lane of a warp per top-k lane or rank");
@@ -44,12 +46,10 @@ __host__ __device__ inline uint32_t most_tokens(const PartParams& p) {
   return most;
 }
 
-/// The warps of all blocks but `reserved` first ones, those of different blocks next to each other; a lone block has
-/// them all. A reserved block gets no work: first == ~0.
+/// The warps of all blocks but the `reserved` first ones, those of different blocks next to each other.
 __device__ inline Crew warps_behind(uint32_t reserved) {
-  const uint32_t skipped = gridDim.x > reserved ? reserved : 0;
-  const uint32_t blocks = gridDim.x - skipped;
-  return {blockIdx.x < skipped ? ~0u : blockIdx.x - skipped + threadIdx.x / 32 * blocks, blocks * kLowLatencyWarps};
+  const uint32_t blocks = gridDim.x - reserved;
+  return {blockIdx.x - reserved + threadIdx.x / 32 * blocks, blocks * kLowLatencyWarps};
 }
 
 __device__ inline uint32_t row_at_index(const OpShape& shape, uint32_t rank, uint32_t token) {
@@ -71,36 +71,33 @@ __device__ inline void stamp_step(const PartParams& p, SignalStep step) {
   }
 }
 
-/// Announces a step to every active rank. One whole warp, behind the fences of all that announce.
-__device__ inline void raise_flags(const PartParams& p, SignalStep step) {
-  const uint32_t j = threadIdx.x & 31;
-  const bool routed = step == SignalStep::kRouted;
-  if (j < p.op.shape.ranks && rank_active(p.op.shape, j)) {
-    SyncPage* page = p.peers.pages[j];
-    st_release_sys(routed ? &page->routed[p.op.shape.rank] : &page->moved[p.op.shape.rank], p.words.group_op);
-  }
-  __syncwarp();
-}
+/// Above the blocks of any grid: what the counts of blocks tell beside their number.
+inline constexpr uint32_t kAbortedBlock = 0x10000;
+inline constexpr uint32_t kFailedBlock = 0x10000000;  // of one block
+static_assert(kMostLinkSms * kAbortedBlock < kFailedBlock);
 
-/// Counts this block as through with what comes before an exchange; true in the first warp of the last block when none
-/// was gated. Whole block; the words of `state` are zero again behind the last block.
-__device__ inline bool all_blocks_sent(const PartParams& p, bool gated) {
-  constexpr uint32_t kGatedBlock = 0x10000;  // above the blocks of any grid
+/// Counts this block as through with what comes before `moved`; the last one announces it to every active rank, unless
+/// a block was gated. Whole block.
+__device__ inline void send_block(const PartParams& p, bool gated) {
   const bool any_gated = __syncthreads_or(gated ? 1 : 0) != 0;
-  if (threadIdx.x >= 32) {
-    return false;
+  if (threadIdx.x != kCountingWarp * 32) {
+    return;
   }
-  uint32_t before = 0;
-  if (threadIdx.x == 0) {
-    fence_sys();  // behind the barrier, so for the stores of the whole block
-    before = atomicAdd(&p.words.state->blocks_done, any_gated ? kGatedBlock + 1 : 1);
-    fence_gpu();
-    if (before % kGatedBlock == gridDim.x - 1) {
-      p.words.state->blocks_done = 0;
+  fence_sys();  // behind the barrier, so for the stores of the whole block
+  const uint32_t before = atomicAdd(&p.words.state->blocks_done, any_gated ? kAbortedBlock + 1 : 1);
+  if (before % kAbortedBlock != gridDim.x - 1) {
+    return;
+  }
+  if (!any_gated && before == gridDim.x - 1) {
+    fence_sys();  // for what all blocks stored before they counted; one thread has the flags behind one fence
+#pragma unroll 1
+    for (uint32_t j = 0; j < p.op.shape.ranks; ++j) {
+      if (rank_active(p.op.shape, j)) {
+        st_relaxed_sys(&p.peers.pages[j]->moved[p.op.shape.rank], p.words.group_op);
+      }
     }
   }
-  before = __shfl_sync(kFullWarp, before, 0);
-  return !any_gated && before == gridDim.x - 1;
+  p.words.state->blocks_done = 0;
 }
 
 /// Polls the flags of all active ranks, the own one too, which tells that all blocks of this kernel have sent. One
@@ -144,8 +141,9 @@ __device__ inline uint64_t left_mark(const PartParams& p, SignalStep step) {
   return p.words.part * 4 + 1 + static_cast<uint32_t>(step);
 }
 
-/// Leaves what comes behind an exchange to this block of the kernel behind the stream's wait. Whole block.
-__device__ inline void leave_block(const PartParams& p, SignalStep step) {
+/// Leaves what comes behind an exchange to this block of the kernel behind the stream's wait. Whole block; not inlined,
+/// because it is rare.
+__device__ __noinline__ inline void leave_block(const PartParams& p, SignalStep step) {
   if (threadIdx.x == 0) {
     p.scratch.left_blocks[blockIdx.x] = left_mark(p, step);
     // From here on the host may want to know how far the part came. Where both steps are one, both words say so, or the
@@ -163,46 +161,84 @@ __device__ inline bool block_was_left(const PartParams& p, SignalStep step) {
   return p.scratch.left_blocks[blockIdx.x] == left_mark(p, step);
 }
 
-/// The end of the part by the block that ended last: what is left to write, the caller's words, the facts. Whole block.
-__device__ inline void end_low_latency(const PartParams& p) {
-  __shared__ bool go;
-  __shared__ uint32_t reason;
-  if (threadIdx.x == 0) {
-    const uint32_t found = found_reason(p);  // read beside the gate
-    go = ld_acquire_sys(&p.words.state->aborted_part) != p.words.part;
-    reason = go ? found : 0;
+/// Lets the caller's stream go on, by one thread behind a fence.
+__device__ inline void release_at_once(const PartParams& p, uint32_t reason) {
+  static_assert(EXPERTD_RESULT_WORD_OFFSET(0) == EXPERTD_COMPLETION_WORD_OFFSET(0) + 8);
+  if (p.words.completion != nullptr) {
+    st_pair_relaxed_sys(p.words.completion, p.words.seq, reason);
   }
-  __syncthreads();
-  const Crew block{threadIdx.x, blockDim.x};
-  if (reason != 0 || !go) {
-    if (go || caller_is_there(p)) {
-      fail_outputs(p, block);
-    }
-    __syncthreads();
-  } else if (p.op.out.wait_stats != nullptr) {
-    store_waits(p, block);
-    __syncthreads();
-  }
-  if (threadIdx.x == 0 && go && p.words.completion != nullptr) {
-    st_relaxed_sys(p.words.result, reason);
-    st_release_sys(p.words.completion, p.words.seq);  // cumulative: for what all blocks wrote before they counted
-  }
-  write_facts(p, go, reason);
 }
 
-/// Counts this block as at its end; the last one ends the part. Whole block.
-__device__ inline void end_block(const PartParams& p) {
-  __shared__ bool last;
+/// The end of an operation that failed, was aborted or counts waits: what is left to write, the caller's words. Whole
+/// block; not inlined, because it is rare.
+__device__ __noinline__ inline void end_specially(const PartParams& p, bool go, uint32_t reason) {
+  const Crew block{threadIdx.x, blockDim.x};
+  if (go && reason == 0) {
+    store_waits(p, block);
+  } else if (go || caller_is_there(p)) {
+    fail_outputs(p, block);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0 && go) {
+    fence_sys();
+    release_at_once(p, reason);
+  }
+}
+
+/// The rows that the blocks of a combine counted, for the report; thread 0 keeps the sum, and reads it. Whole block.
+__device__ inline void sum_block_rows(const PartParams& p) {
+  if (threadIdx.x >= 32) {
+    return;
+  }
+  uint32_t local = 0;
+  uint32_t remote = 0;
+  for (uint32_t b = threadIdx.x; b < gridDim.x; b += 32) {
+    local += static_cast<uint32_t>(p.scratch.block_rows[b].local);
+    remote += static_cast<uint32_t>(p.scratch.block_rows[b].remote);
+  }
+  local = __reduce_add_sync(kFullWarp, local);
+  remote = __reduce_add_sync(kFullWarp, remote);
+  if (threadIdx.x == 0) {
+    p.scratch.plan->pulled_local_rows = local;
+    p.scratch.plan->pulled_remote_rows = remote;
+  }
+}
+
+/// How a block ends. kFailed: it has put a Reason into the plan; at most one block of a part does.
+enum class Ending : uint32_t { kGood, kFailed, kAborted };
+
+/// Counts this block as at its end; the last one ends the part, for the caller first. Its count tells how the others
+/// ended, so that nothing is read between the count and the caller's words. Whole block.
+__device__ inline void end_block(const PartParams& p, Ending ending) {
+  __shared__ uint32_t counted;
   __syncthreads();
   if (threadIdx.x == 0) {
     fence_gpu();
-    last = atomicInc(&p.words.state->finish_blocks, gridDim.x - 1) == gridDim.x - 1;
-    fence_gpu();
+    const uint32_t mine =
+        1 + (ending == Ending::kAborted ? kAbortedBlock : 0) + (ending == Ending::kFailed ? kFailedBlock : 0);
+    const uint32_t all = atomicAdd(&p.words.state->finish_blocks, mine) + mine;
+    counted = all;
+    if (all % kAbortedBlock == gridDim.x) {
+      fence_sys();  // for what all blocks wrote before they counted
+      if (all == gridDim.x && p.op.out.wait_stats == nullptr) {
+        release_at_once(p, EXPERTD_REASON_NONE);
+      }
+      p.words.state->finish_blocks = 0;
+    }
   }
   __syncthreads();
-  if (last) {
-    end_low_latency(p);
+  if (counted % kAbortedBlock != gridDim.x) {
+    return;
   }
+  const bool go = counted % kFailedBlock / kAbortedBlock == 0;
+  const uint32_t reason = go && counted >= kFailedBlock ? found_reason(p) : 0;
+  if (counted != gridDim.x || p.op.out.wait_stats != nullptr) {
+    end_specially(p, go, reason);
+  }
+  if (p.op.shape.kind == OpKind::kLlCombine) {
+    sum_block_rows(p);
+  }
+  write_facts(p, go, reason);
 }
 
 /// The last kernel of the chain, when all its blocks are through: tells the host that the chain has drained. Whole

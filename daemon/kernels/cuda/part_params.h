@@ -137,7 +137,6 @@ struct LowLatencyLayout {
   uint64_t row_stride = 0;      // of a dispatched token: its payload and behind it its side row or scales
   uint64_t dispatch_rows = 0;   // [R sources, M] of row_stride
   uint64_t dispatch_lanes = 0;  // [R sources, M, K of the group] RoutedLane
-  uint64_t combine_lanes = 0;   // [R origins, M, K of the group] WeightedLane
   uint64_t combine_rows = 0;    // [R owners, M, H] bf16
   uint64_t bytes = 0;           // of one buffer
 };
@@ -148,15 +147,21 @@ struct RoutedLane {
   int32_t row;     // among this source's rows for the expert, -1 for none
 };
 
-/// One (token, lane) of a combine as its origin sends it to an owner.
-struct WeightedLane {
-  int32_t row;  // of the owner's [L * N] rows, -1 for lanes that it has no part in
-  float weight;
+/// What the owners of a combine's rows read of their origin: two tables of its handle [M, K of the group], and what its
+/// caller gave [T, K].
+struct LaneTables {
+  const int32_t* topk = nullptr;
+  const int32_t* token_expert = nullptr;
+  const uint32_t* topk_idx = nullptr;  // ids of `id_words` words, negative for lanes that are taken away; null: none is
+  const float* topk_weights = nullptr;  // null: all are 1
+  uint32_t top_k = 0;
+  uint32_t id_words = 0;  // 1 or 2
 };
 
 struct LowLatencyTable {
   char* staging[base::kMaxGpuRanks];  // of every active rank: the operation's buffer; all null where none serves it
   uint32_t tokens[base::kMaxGpuRanks];
+  LaneTables lanes[base::kMaxGpuRanks];  // combine: of every active rank
   LowLatencyLayout layout;
 };
 
@@ -176,7 +181,7 @@ struct PartWords {
   uint64_t* result = nullptr;
 };
 
-/// Rows that one block of a combine pulled, for the report.
+/// Rows that one block of a combine pulled, or counted, for the report.
 struct BlockRows {
   uint64_t local;
   uint64_t remote;

@@ -53,6 +53,29 @@ __device__ __forceinline__ uint64_t ld_relaxed_sys(const uint64_t* word) {
   return value;
 }
 
+/// Two words next to each other, the first on a 16-byte boundary, at once: who sees one sees the other. They follow a
+/// fence. Where the compiler is older than such stores, the second word comes first, behind a fence of its own.
+__device__ __forceinline__ void st_pair_relaxed_sys(uint64_t* words, uint64_t first, uint64_t second) {
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 4)
+  asm volatile(
+      "{\n"
+      ".reg .b128 pair;\n"
+      "mov.b128 pair, {%1, %2};\n"
+      "st.relaxed.sys.global.b128 [%0], pair;\n"
+      "}" ::"l"(words),
+      "l"(first), "l"(second)
+      : "memory");
+#else
+  st_relaxed_sys(words + 1, second);
+  st_release_sys(words, first);
+#endif
+}
+
+/// Asks for the line in the second-level cache.
+__device__ __forceinline__ void prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 /// Nanoseconds of the node-wide GPU timer; volatile because it changes between reads. There is no intrinsic for it.
 __device__ __forceinline__ uint64_t global_timer_ns() {
   uint64_t now = 0;
