@@ -173,6 +173,8 @@ class FakeGpuSide final : public client::DeviceSide {
     return {};
   }
   Status wait_completion(uint32_t, uint64_t, expertd_stream_t) override { return {}; }
+  Status wait_word(const void*, uint64_t, expertd_stream_t) override { return {}; }
+  client::LocalKernels* local_kernels() override { return nullptr; }
   Status copy(void*, const void*, uint64_t, expertd_stream_t) override { return {}; }
   Status synchronize(expertd_stream_t stream, uint64_t) override {
     gpu_->synchronize(stream);
