@@ -64,6 +64,8 @@ Session::~Session() {
   connection_.reset();
   groups_.clear();
   pairs_.clear();
+  // The daemon's windows go below, and kernels may read them.
+  static_cast<void>(wait_unused(nullptr, UINT64_MAX));
   local_.reset();
   ops_.reset();
   staging_.reset();

@@ -67,32 +67,32 @@ __device__ uint32_t chunk_tokens(const LayoutParams& p, uint32_t first) {
   return first < p.tokens ? min(kLayoutChunkTokens, p.tokens - first) : 0;
 }
 
-/// The thread's first 16 bytes of the chunk's ids, loaded before the shared memory is cleared.
-__device__ int4 load_ahead(const LayoutParams& p, uint32_t first) {
-  const uint32_t bytes = chunk_tokens(p, first) * p.top_k * p.idx_bytes;
-  const uint32_t at = threadIdx.x * 16;
-  const char* ids = static_cast<const char*>(p.topk_idx) + uint64_t{first} * p.top_k * p.idx_bytes;
-  return at + 16 <= bytes ? __ldg(reinterpret_cast<const int4*>(ids + at)) : int4{};
-}
-
 __device__ int64_t join(int low, int high) {
   return static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32 | static_cast<uint32_t>(low));
 }
 
+/// 16 bytes of the chunk's ids; behind the last of them -1, which counts nowhere.
+__device__ int4 load_ids(const LayoutParams& p, uint32_t first, uint32_t lane) {
+  const uint32_t lanes = chunk_tokens(p, first) * p.top_k;
+  const uint32_t per_vector = 16 / p.idx_bytes;
+  const char* ids = static_cast<const char*>(p.topk_idx) + uint64_t{first} * p.top_k * p.idx_bytes;
+  if (lane + per_vector <= lanes) {
+    return __ldg(reinterpret_cast<const int4*>(ids + uint64_t{lane} * p.idx_bytes));
+  }
+  int words[4];
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) {
+    const uint32_t word = lane * p.idx_bytes / 4 + i;
+    words[i] = word < lanes * p.idx_bytes / 4 ? __ldg(reinterpret_cast<const int*>(ids) + word) : -1;
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+/// `ids` are the thread's first ones of the chunk, loaded before the shared memory was cleared.
 __device__ void count_chunk(const LayoutParams& p, const Shape& shape, Shared* s, uint32_t first, int4 ids) {
   const uint32_t lanes = chunk_tokens(p, first) * p.top_k;
   const uint32_t per_vector = 16 / p.idx_bytes;
-  const char* base = static_cast<const char*>(p.topk_idx) + uint64_t{first} * p.top_k * p.idx_bytes;
-  for (uint32_t lane = threadIdx.x * per_vector; lane < lanes; lane += kLayoutThreads * per_vector) {
-    if (lane + per_vector > lanes) {
-      for (uint32_t rest = lane; rest < lanes; ++rest) {
-        count_id(p, shape, s, first, rest, load_id(p, first * p.top_k + rest));
-      }
-      break;
-    }
-    if (lane != threadIdx.x * per_vector) {
-      ids = __ldg(reinterpret_cast<const int4*>(base + uint64_t{lane} * p.idx_bytes));
-    }
+  for (uint32_t lane = threadIdx.x * per_vector; lane < lanes;) {
     if (p.idx_bytes == 8) {
       count_id(p, shape, s, first, lane, join(ids.x, ids.y));
       count_id(p, shape, s, first, lane + 1, join(ids.z, ids.w));
@@ -102,6 +102,8 @@ __device__ void count_chunk(const LayoutParams& p, const Shape& shape, Shared* s
       count_id(p, shape, s, first, lane + 2, ids.z);
       count_id(p, shape, s, first, lane + 3, ids.w);
     }
+    lane += kLayoutThreads * per_vector;
+    ids = load_ids(p, first, lane);
   }
 }
 
@@ -116,28 +118,23 @@ __device__ void write_mask(const LayoutParams& p, const Shape& shape, const Shar
   }
   const uint32_t bytes = chunk_tokens(p, first) * p.ranks;
   uint8_t* mask = p.token_rank_mask + uint64_t{first} * p.ranks;
-  for (uint32_t at = threadIdx.x * 16; at < bytes; at += kLayoutThreads * 16) {
+  for (uint32_t at = threadIdx.x * 4; at < bytes; at += kLayoutThreads * 4) {
     uint32_t token = at / p.ranks;
     uint32_t rank = at % p.ranks;
-    uint32_t words[4] = {};
-    const uint32_t here = min(16u, bytes - at);
+    const uint32_t here = min(4u, bytes - at);
+    uint32_t word = 0;
 #pragma unroll
-    for (uint32_t i = 0; i < 16; ++i) {
-      if (i < here) {
-        words[i / 4] |= owns(shape, s, token, rank) << (i % 4 * 8);
-        ++rank;
-        token += rank == p.ranks ? 1 : 0;
-        rank = rank == p.ranks ? 0 : rank;
-      }
+    for (uint32_t i = 0; i < 4; ++i) {
+      word |= (i < here ? owns(shape, s, token, rank) : 0) << (i * 8);
+      ++rank;
+      token += rank == p.ranks ? 1 : 0;
+      rank = rank == p.ranks ? 0 : rank;
     }
-    if (here == 16) {
-      *reinterpret_cast<uint4*>(mask + at) = {words[0], words[1], words[2], words[3]};
+    if (here == 4) {
+      *reinterpret_cast<uint32_t*>(mask + at) = word;
     } else {
-#pragma unroll
-      for (uint32_t i = 0; i < 16; ++i) {
-        if (i < here) {
-          mask[at + i] = static_cast<uint8_t>(words[i / 4] >> (i % 4 * 8));
-        }
+      for (uint32_t i = 0; i < here; ++i) {
+        mask[at + i] = static_cast<uint8_t>(word >> (i * 8));
       }
     }
   }
@@ -207,7 +204,8 @@ extern "C" __global__ void __launch_bounds__(expertd::client::kLayoutThreads)
   __shared__ Shared s;
   const Shape shape = shape_of(p);
   uint32_t first = blockIdx.x * kLayoutChunkTokens;
-  int4 ahead = load_ahead(p, first);
+  const uint32_t own_lane = threadIdx.x * (16 / p.idx_bytes);
+  int4 ahead = load_ids(p, first, own_lane);
   for (uint32_t i = threadIdx.x; i < shape.counts; i += kLayoutThreads) {
     s.counts[i] = 0;
   }
@@ -223,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(expertd::client::kLayoutThreads)
     }
     __syncthreads();
     count_chunk(p, shape, &s, first, ahead);
-    ahead = load_ahead(p, first + gridDim.x * kLayoutChunkTokens);
+    ahead = load_ids(p, first + gridDim.x * kLayoutChunkTokens, own_lane);
     __syncthreads();
     write_mask(p, shape, s, first);
     __syncthreads();
