@@ -14,7 +14,7 @@
 namespace expertd::client {
 namespace {
 
-constexpr uint64_t kSpinNs = 20'000;     // longer than the kernels take
+constexpr uint64_t kSpinNs = 20'000;      // longer than the kernels take
 constexpr uint64_t kYieldNs = 1'000'000;  // then the stream is known to be busy with something else
 constexpr uint64_t kNapNs = 50'000;
 constexpr uintptr_t kAlignment = 16;
@@ -38,9 +38,9 @@ T* output_of(const OpRequest& request, uint32_t index) {
 bool layout_params(const OpRequest& request, LayoutParams* params) {
   const expertd_slot& slot = request.slot;
   const bool in_range = slot.tokens <= kLayoutTokensMax && slot.top_k >= 1 && slot.top_k <= kLayoutTopKMax &&
-                        slot.num_ranks >= 1 && slot.num_ranks <= kLayoutRanksMax && slot.num_experts >= slot.num_ranks &&
-                        slot.num_experts <= kLayoutExpertsMax && slot.num_experts % slot.num_ranks == 0 &&
-                        slot.flags == 0;
+                        slot.num_ranks >= 1 && slot.num_ranks <= kLayoutRanksMax &&
+                        slot.num_experts >= slot.num_ranks && slot.num_experts <= kLayoutExpertsMax &&
+                        slot.num_experts % slot.num_ranks == 0 && slot.flags == 0;
   const void* ids = request.tensors[EXPERTD_IN_TOPK_IDX].pointer;
   if (!in_range || (ids == nullptr && slot.tokens != 0)) {
     return false;

@@ -190,7 +190,8 @@ Status build_layout(const expertd_layout_args_t& args, uint64_t default_timeout_
   request->timeout_ns = args.timeout_ns == 0 ? default_timeout_ns : args.timeout_ns;
   const uint64_t tokens = std::min<uint64_t>(args.tokens, kLayoutTokensMax);
   const uint64_t ranks = std::min(args.num_ranks, kLayoutRanksMax);
-  set_in(request, EXPERTD_IN_TOPK_IDX, args.topk_idx, tokens * std::min(args.top_k, kLayoutTopKMax) * slot.topk_idx_bytes);
+  set_in(request, EXPERTD_IN_TOPK_IDX, args.topk_idx,
+         tokens * std::min(args.top_k, kLayoutTopKMax) * slot.topk_idx_bytes);
   set_out(request, EXPERTD_OUT_RANK_PREFIX, args.tokens_per_rank, ranks * 4);
   set_out(request, EXPERTD_OUT_LAYOUT_RANGE, args.tokens_per_node, 4);
   set_out(request, EXPERTD_OUT_EXPERT_COUNTS, args.tokens_per_expert,

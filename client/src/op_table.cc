@@ -151,7 +151,8 @@ bool OpTable::find_kept_locked(uint64_t event, OpOutcome* outcome) {
   return true;
 }
 
-Lookup OpTable::find(const CompletionSource* ring, uint64_t event, uint64_t seq, OpOutcome* outcome, uint64_t* deadline_ns) {
+Lookup OpTable::find(const CompletionSource* ring, uint64_t event, uint64_t seq, OpOutcome* outcome,
+                     uint64_t* deadline_ns) {
   const std::lock_guard lock(mutex_);
   if (ring != nullptr) {
     OpRecord& record = in_flight_[ring->slot_index(seq)];
