@@ -61,6 +61,7 @@ inline constexpr int kAttributeDeviceOrdinal = 9;
 inline constexpr int kAttributeIsLegacyIpcCapable = 10;
 inline constexpr unsigned kWaitGreaterOrEqual = 0;
 inline constexpr unsigned kStreamNonBlocking = 1;
+inline constexpr int kCaptureModeRelaxed = 2;
 
 // X(member, name in libcuda, arguments)
 #define EXPERTD_CUDA_FUNCTIONS(X)                                                                \
@@ -99,6 +100,7 @@ inline constexpr unsigned kStreamNonBlocking = 1;
   X(stream_destroy, "cuStreamDestroy_v2", (Stream))                                              \
   X(stream_query, "cuStreamQuery", (Stream))                                                     \
   X(stream_is_capturing, "cuStreamIsCapturing", (Stream, int*))                                  \
+  X(exchange_capture_mode, "cuThreadExchangeStreamCaptureMode", (int*))                          \
   X(stream_write, "cuStreamWriteValue64_v2", (Stream, Pointer, uint64_t, unsigned))              \
   X(stream_wait, "cuStreamWaitValue64_v2", (Stream, Pointer, uint64_t, unsigned))                \
   X(module_load, "cuModuleLoadData", (Module*, const void*))                                     \

@@ -137,9 +137,15 @@ bool CudaKernels::reaches(const Extent& bytes, Extent* known) {
   return found.contains(bytes);
 }
 
+// Another thread of the process may be capturing in the mode in which a query would end its capture.
 Status CudaKernels::health() {
   const cuda::CurrentContext current(driver_, context_);
+  int mode = cuda::kCaptureModeRelaxed;
+  const bool exchanged = driver_->exchange_capture_mode(&mode) == cuda::kSuccess;
   const cuda::Result result = driver_->stream_query(stream_);
+  if (exchanged) {
+    driver_->exchange_capture_mode(&mode);
+  }
   return result == cuda::kNotReady ? Status() : check(*driver_, "cuStreamQuery", result);
 }
 
