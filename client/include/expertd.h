@@ -222,7 +222,13 @@ EXPERTD_API expertd_status_t expertd_group_mask(expertd_group_t* group, uint64_t
  * - RING_OVERFLOW: no slot became free before the operation's deadline;
  * - UNSUPPORTED because the stream is being captured: a capture records what a later replay would issue;
  * - any refusal under a daemon of ring version 1.0, whose other ranks wait for their deadline.
- * expertd_layout is no operation of a group; nobody hears of its refusals. */
+ *
+ * expertd_layout is no operation of a group; nobody hears of its refusals. On GPU sessions it is one kernel of this
+ * library on `stream`, without the daemon: its memory need not be registered, and what was issued ends even when the
+ * daemon does. It is in the order of the stream with EXPERTD_ASYNC too. At its deadline it is reported as TIMEOUT, but
+ * stays on the stream; its result has no times. After EXPERT_OUT_OF_RANGE the counts are those of the other ids. Where
+ * the library has no kernels for the GPU (expertd_client_sessions_without_kernels_total), and for arguments that are to
+ * be refused, the daemon executes it as it does on host sessions. */
 
 enum expertd_op_flag {
   EXPERTD_ASYNC = 1,                /* the stream does not wait; use the event */

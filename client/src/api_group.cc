@@ -234,7 +234,7 @@ expertd_status_t expertd_layout(expertd_session_t* session, const expertd_layout
   if (status.ok()) {
     status = client::build_layout(*args, unwrap(session)->default_timeout_ns(), &request);
   }
-  return publish(status.ok() ? unwrap(session)->submit(&request, stream, event) : status);
+  return publish(status.ok() ? unwrap(session)->submit_layout(&request, stream, event) : status);
 }
 
 expertd_status_t expertd_dispatch(expertd_group_t* group, const expertd_dispatch_args_t* args, expertd_stream_t stream,

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The part of the CUDA driver interface that the library uses, declared here because no toolkit is needed to build it:
 // types, constants of cuda.h by value, and the table of functions that cuda_import.cc fills from libcuda.so.1. Included
-// by cuda_import.cc only.
+// by cuda_side.h and the local kernels only.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "client/src/status.h"
 
 namespace expertd::client::cuda {
 
@@ -55,9 +57,11 @@ inline constexpr int kHandlePosixFd = 1;
 inline constexpr int kAllocationPinned = 1;
 inline constexpr int kGranularityMinimum = 0;
 inline constexpr int kAttributeBufferId = 7;
+inline constexpr int kAttributeDeviceOrdinal = 9;
 inline constexpr int kAttributeIsLegacyIpcCapable = 10;
 inline constexpr unsigned kWaitGreaterOrEqual = 0;
 inline constexpr unsigned kStreamNonBlocking = 1;
+inline constexpr int kCaptureModeRelaxed = 2;
 
 // X(member, name in libcuda, arguments)
 #define EXPERTD_CUDA_FUNCTIONS(X)                                                                \
@@ -85,6 +89,9 @@ inline constexpr unsigned kStreamNonBlocking = 1;
   X(map, "cuMemMap", (Pointer, size_t, size_t, Allocation, unsigned long long))                  \
   X(unmap, "cuMemUnmap", (Pointer, size_t))                                                      \
   X(set_access, "cuMemSetAccess", (Pointer, size_t, const AccessDescription*, size_t))           \
+  X(mem_alloc, "cuMemAlloc_v2", (Pointer*, size_t))                                              \
+  X(mem_free, "cuMemFree_v2", (Pointer))                                                         \
+  X(memset_async, "cuMemsetD8Async", (Pointer, unsigned char, size_t, Stream))                   \
   X(host_alloc, "cuMemHostAlloc", (void**, size_t, unsigned))                                    \
   X(host_free, "cuMemFreeHost", (void*))                                                         \
   X(copy_async, "cuMemcpyAsync", (Pointer, Pointer, size_t, Stream))                             \
@@ -93,6 +100,7 @@ inline constexpr unsigned kStreamNonBlocking = 1;
   X(stream_destroy, "cuStreamDestroy_v2", (Stream))                                              \
   X(stream_query, "cuStreamQuery", (Stream))                                                     \
   X(stream_is_capturing, "cuStreamIsCapturing", (Stream, int*))                                  \
+  X(exchange_capture_mode, "cuThreadExchangeStreamCaptureMode", (int*))                          \
   X(stream_write, "cuStreamWriteValue64_v2", (Stream, Pointer, uint64_t, unsigned))              \
   X(stream_wait, "cuStreamWaitValue64_v2", (Stream, Pointer, uint64_t, unsigned))                \
   X(module_load, "cuModuleLoadData", (Module*, const void*))                                     \
@@ -105,6 +113,24 @@ struct Driver {
 #define EXPERTD_CUDA_MEMBER(member, name, arguments) Result(*member) arguments = nullptr;
   EXPERTD_CUDA_FUNCTIONS(EXPERTD_CUDA_MEMBER)
 #undef EXPERTD_CUDA_MEMBER
+};
+
+// Makes a context current for a scope and restores the caller's own afterwards.
+class CurrentContext {
+ public:
+  CurrentContext(const Driver* driver, Context context) : driver_(driver), result_(driver->push(context)) {}
+  ~CurrentContext() {
+    Context before = nullptr;
+    if (result_ == kSuccess) {
+      driver_->pop(&before);
+    }
+  }
+  CurrentContext(const CurrentContext&) = delete;
+  CurrentContext& operator=(const CurrentContext&) = delete;
+
+ private:
+  const Driver* const driver_;
+  const Result result_;
 };
 
 // Signal and wait as kernels of one thread, for MPS, where a busy client's stream memory operation waits for its kernel
@@ -143,3 +169,12 @@ DONE:
 )ptx";
 
 }  // namespace expertd::client::cuda
+
+namespace expertd::client {
+
+/// Fills the table from libcuda.so.1: NO_GPU, or UNSUPPORTED when it is too old.
+Status load_driver(cuda::Driver* driver);
+/// "call: NAME (number)" with Reason CUDA.
+Status cuda_error(const cuda::Driver& driver, const char* call, cuda::Result result);
+
+}  // namespace expertd::client

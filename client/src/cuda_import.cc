@@ -18,6 +18,17 @@ using cuda::Driver;
 using cuda::kSuccess;
 using cuda::Pointer;
 
+std::string uuid_text(const cuda::Uuid& uuid) {
+  std::string text = "GPU-";
+  for (size_t i = 0; i < sizeof(uuid.bytes); ++i) {
+    text += i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "";
+    text += format("%02x", uuid.bytes[i]);
+  }
+  return text;
+}
+
+}  // namespace
+
 Status load_driver(Driver* driver) {
   void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
@@ -35,17 +46,6 @@ Status load_driver(Driver* driver) {
   }
   return {};
 }
-
-std::string uuid_text(const cuda::Uuid& uuid) {
-  std::string text = "GPU-";
-  for (size_t i = 0; i < sizeof(uuid.bytes); ++i) {
-    text += i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "";
-    text += format("%02x", uuid.bytes[i]);
-  }
-  return text;
-}
-
-}  // namespace
 
 Status cuda_error(const Driver& driver, const char* call, cuda::Result result) {
   const char* name = nullptr;
@@ -138,6 +138,7 @@ CudaSide::~CudaSide() {
         unmap_window(page);
       }
     }
+    kernels_.reset();
     if (module_ != nullptr) {
       driver_.module_unload(module_);
     }

@@ -7,16 +7,16 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
 #include "client/src/cuda_driver.h"
 #include "client/src/device_side.h"
+#include "client/src/local_kernels/cuda_kernels.h"
 
 namespace expertd::client {
-
-Status cuda_error(const cuda::Driver& driver, const char* call, cuda::Result result);
 
 class CudaSide final : public DeviceSide {
  public:
@@ -36,26 +36,14 @@ class CudaSide final : public DeviceSide {
   Status check_stream(expertd_stream_t stream) override;
   Status ring_doorbell(uint32_t slot, uint64_t seq, expertd_stream_t stream) override;
   Status wait_completion(uint32_t slot, uint64_t seq, expertd_stream_t stream) override;
+  Status wait_word(const void* word, uint64_t value, expertd_stream_t stream) override;
+  LocalKernels* local_kernels() override { return kernels_.get(); }
   Status copy(void* destination, const void* source, uint64_t bytes, expertd_stream_t stream) override;
   Status synchronize(expertd_stream_t stream, uint64_t deadline_ns) override;
 
  private:
-  // Makes the context current for a scope.
-  class Current {
-   public:
-    explicit Current(const CudaSide* side) : side_(side), result_(side->driver_.push(side->context_)) {}
-    ~Current() {
-      cuda::Context before = nullptr;
-      if (result_ == cuda::kSuccess) {
-        side_->driver_.pop(&before);
-      }
-    }
-    Current(const Current&) = delete;
-    Current& operator=(const Current&) = delete;
-
-   private:
-    const CudaSide* const side_;
-    const cuda::Result result_;
+  struct Current : cuda::CurrentContext {
+    explicit Current(const CudaSide* side) : CurrentContext(&side->driver_, side->context_) {}
   };
 
   Status check(const char* call, cuda::Result result) const {
@@ -65,6 +53,7 @@ class CudaSide final : public DeviceSide {
   Status check_not_mig(int ordinal) const;
   Status reserve_for_abort();
   Status load_kernels();
+  void load_local_kernels();
   Status map_fd(int fd, uint64_t bytes, cuda::Pointer at, MappedWindow* mapped);
   Status map_allocation(cuda::Allocation allocation, uint64_t bytes, cuda::Pointer at, MappedWindow* mapped);
   Status export_descriptor(cuda::Pointer base, uint64_t bytes, ExportedMemory* exported);
@@ -88,6 +77,9 @@ class CudaSide final : public DeviceSide {
   cuda::Function wait_ = nullptr;
   cuda::Stream abort_stream_ = nullptr;
   uint64_t* abort_word_ = nullptr;  // pinned
+  /// Made at the first attach; null when they cannot be had, and then the daemon does their work.
+  std::unique_ptr<CudaKernels> kernels_;
+  bool kernels_tried_ = false;
 };
 
 inline cuda::Pointer to_pointer(const void* data) {

@@ -5,6 +5,7 @@
 
 #include "client/src/clock.h"
 #include "client/src/cuda_side.h"
+#include "client/src/metrics.h"
 
 namespace expertd::client {
 namespace {
@@ -53,6 +54,17 @@ Status CudaSide::load_kernels() {
   return status.ok() ? synchronize(abort_stream_, deadline_after(kReleaseNs)) : status;
 }
 
+// A session without them is whole, only slower: the daemon executes local work, and the library's metrics count it.
+void CudaSide::load_local_kernels() {
+  if (kernels_tried_) {
+    return;
+  }
+  kernels_tried_ = true;
+  if (!CudaKernels::create(&driver_, context_, device_, abort_stream_, &kernels_).ok()) {
+    count_missing_kernels();
+  }
+}
+
 Status CudaSide::begin(const expertd_attach_welcome& welcome, OwnedFd flag_page, uint32_t slots) {
   if (welcome.device_kind != EXPERTD_DEVICE_CUDA || welcome.flag_page_bytes < EXPERTD_FLAG_PAGE_BYTES) {
     return error(EXPERTD_REASON_WRONG_DEVICE_KIND, "the daemon serves %s as kind %u with a flag page of %llu bytes",
@@ -76,6 +88,7 @@ Status CudaSide::begin(const expertd_attach_welcome& welcome, OwnedFd flag_page,
     slots_ = slots;
   }
   mps_.store(welcome.mps_active != 0, std::memory_order_relaxed);
+  load_local_kernels();
   return welcome.mps_active != 0 ? load_kernels() : Status();
 }
 
@@ -122,12 +135,16 @@ Status CudaSide::ring_doorbell(uint32_t slot, uint64_t seq, expertd_stream_t str
 }
 
 Status CudaSide::wait_completion(uint32_t slot, uint64_t seq, expertd_stream_t stream) {
+  return wait_word(static_cast<const char*>(flags_.data) + EXPERTD_COMPLETION_WORD_OFFSET(slot), seq, stream);
+}
+
+Status CudaSide::wait_word(const void* word, uint64_t value, expertd_stream_t stream) {
   const Current current(this);
-  const Pointer word = to_pointer(flags_.data) + EXPERTD_COMPLETION_WORD_OFFSET(slot);
   if (mps_.load(std::memory_order_relaxed)) {
-    return launch(wait_, word, seq, to_stream(stream));
+    return launch(wait_, to_pointer(word), value, to_stream(stream));
   }
-  return check("cuStreamWaitValue64", driver_.stream_wait(to_stream(stream), word, seq, cuda::kWaitGreaterOrEqual));
+  return check("cuStreamWaitValue64",
+               driver_.stream_wait(to_stream(stream), to_pointer(word), value, cuda::kWaitGreaterOrEqual));
 }
 
 Status CudaSide::copy(void* destination, const void* source, uint64_t bytes, expertd_stream_t stream) {

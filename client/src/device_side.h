@@ -32,6 +32,8 @@ struct ExportedMemory {
   uint64_t buffer_id = 0;
 };
 
+class LocalKernels;
+
 class DeviceSide {
  public:
   DeviceSide() = default;
@@ -61,6 +63,10 @@ class DeviceSide {
   virtual Status check_stream(expertd_stream_t stream) = 0;
   virtual Status ring_doorbell(uint32_t slot, uint64_t seq, expertd_stream_t stream) = 0;
   virtual Status wait_completion(uint32_t slot, uint64_t seq, expertd_stream_t stream) = 0;
+  /// Makes the stream wait until the word, 8 bytes of the GPU's memory, has reached the value.
+  virtual Status wait_word(const void* word, uint64_t value, expertd_stream_t stream) = 0;
+  /// Null where the daemon does local work. Of the device side, from begin() on.
+  virtual LocalKernels* local_kernels() = 0;
   virtual Status copy(void* destination, const void* source, uint64_t bytes, expertd_stream_t stream) = 0;
   virtual Status synchronize(expertd_stream_t stream, uint64_t deadline_ns) = 0;
 };

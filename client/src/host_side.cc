@@ -45,6 +45,8 @@ class HostSide final : public DeviceSide {
   Status check_stream(expertd_stream_t) override { return {}; }
   Status ring_doorbell(uint32_t, uint64_t, expertd_stream_t) override { return {}; }
   Status wait_completion(uint32_t, uint64_t, expertd_stream_t) override { return {}; }
+  Status wait_word(const void*, uint64_t, expertd_stream_t) override { return {}; }
+  LocalKernels* local_kernels() override { return nullptr; }
   Status copy(void* destination, const void* source, uint64_t bytes, expertd_stream_t) override {
     std::memmove(destination, source, bytes);
     return {};

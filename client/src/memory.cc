@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "client/src/clock.h"
+#include "client/src/session.h"
 #include "expertd/v1/session.pb.h"
 
 namespace expertd::client {
@@ -211,7 +212,11 @@ Status Memory::release(Buffer* buffer) {
     return error(EXPERTD_REASON_BAD_STATE, "a group's window goes with its group");
   }
   if (buffer->kind != BufferKind::kView) {
-    Status status = unregister(buffer->id);
+    Status status = buffer->kind == BufferKind::kWindow ? session_->wait_unused(buffer->data, buffer->bytes) : Status();
+    if (!status.ok()) {
+      return status;
+    }
+    status = unregister(buffer->id);
     // What the daemon does not know any more, or with the daemon gone, is released here all the same.
     if (status.reason != EXPERTD_REASON_NO_SUCH_BUFFER && status.reason != EXPERTD_REASON_UNAVAILABLE && !status.ok()) {
       return status;
@@ -247,6 +252,8 @@ Status Memory::refresh(Buffer* buffer) {
 void Memory::drop(Buffer* buffer) {
   const std::unique_ptr<Buffer> owned = extract(buffer);
   if (owned != nullptr) {
+    // The group is left already: what does not end in time belongs to a stream that the caller holds back.
+    static_cast<void>(session_->wait_unused(owned->data, owned->bytes));
     unmap(owned.get());
   }
 }

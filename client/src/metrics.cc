@@ -31,6 +31,8 @@ std::array<OpMetrics, EXPERTD_OP_COUNT> ops{};
 std::atomic<uint64_t> staged_copies{0};
 std::atomic<uint64_t> staged_bytes{0};
 std::atomic<uint64_t> reattaches{0};
+std::atomic<uint64_t> local_ops{0};
+std::atomic<uint64_t> missing_kernels{0};
 std::atomic<int64_t> sessions{0};
 
 uint64_t load(const std::atomic<uint64_t>& counter) {
@@ -91,6 +93,12 @@ void count_staged_copy(uint64_t bytes) {
 void count_reattach() {
   add(&reattaches, 1);
 }
+void count_local_op() {
+  add(&local_ops, 1);
+}
+void count_missing_kernels() {
+  add(&missing_kernels, 1);
+}
 void count_session(int change) {
   sessions.fetch_add(change, std::memory_order_relaxed);
 }
@@ -119,6 +127,11 @@ std::string metrics_text() {
   append_plain(&text, "expertd_client_staged_bytes_total", "counter", "Bytes of those copies.", load(staged_bytes));
   append_plain(&text, "expertd_client_reattaches_total", "counter", "Re-attaches to a restarted daemon.",
                load(reattaches));
+  append_plain(&text, "expertd_client_local_ops_total", "counter",
+               "Operations that the library's own kernels executed on the caller's stream.", load(local_ops));
+  append_plain(&text, "expertd_client_sessions_without_kernels_total", "counter",
+               "GPU sessions that could not load the library's kernels: the daemon executes their local work.",
+               load(missing_kernels));
   const int64_t open = sessions.load(std::memory_order_relaxed);
   append_plain(&text, "expertd_client_sessions", "gauge", "Sessions of this process.",
                open > 0 ? static_cast<uint64_t>(open) : 0);

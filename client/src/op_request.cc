@@ -7,13 +7,10 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "client/src/local_kernels/layout_params.h"
+
 namespace expertd::client {
 namespace {
-
-constexpr uint64_t kMaxLayoutTokens = 65536;
-constexpr uint32_t kMaxLayoutRanks = 512;  // layout is local: it may describe more ranks than one node has
-constexpr uint32_t kMaxExperts = 2048;
-constexpr uint32_t kMaxTopK = 32;
 
 struct FlagPair {
   uint32_t caller;
@@ -191,13 +188,14 @@ Status build_layout(const expertd_layout_args_t& args, uint64_t default_timeout_
   slot.num_experts = args.num_experts;
   slot.num_ranks = args.num_ranks;
   request->timeout_ns = args.timeout_ns == 0 ? default_timeout_ns : args.timeout_ns;
-  const uint64_t tokens = std::min<uint64_t>(args.tokens, kMaxLayoutTokens);
-  const uint64_t ranks = std::min(args.num_ranks, kMaxLayoutRanks);
-  set_in(request, EXPERTD_IN_TOPK_IDX, args.topk_idx, tokens * std::min(args.top_k, kMaxTopK) * slot.topk_idx_bytes);
+  const uint64_t tokens = std::min<uint64_t>(args.tokens, kLayoutTokensMax);
+  const uint64_t ranks = std::min(args.num_ranks, kLayoutRanksMax);
+  set_in(request, EXPERTD_IN_TOPK_IDX, args.topk_idx,
+         tokens * std::min(args.top_k, kLayoutTopKMax) * slot.topk_idx_bytes);
   set_out(request, EXPERTD_OUT_RANK_PREFIX, args.tokens_per_rank, ranks * 4);
   set_out(request, EXPERTD_OUT_LAYOUT_RANGE, args.tokens_per_node, 4);
   set_out(request, EXPERTD_OUT_EXPERT_COUNTS, args.tokens_per_expert,
-          uint64_t{std::min(args.num_experts, kMaxExperts)} * 4);
+          uint64_t{std::min(args.num_experts, kLayoutExpertsMax)} * 4);
   set_out(request, EXPERTD_OUT_TOKEN_RANK_MASK, args.token_rank_mask, tokens * ranks);
   return set_flags(args.flags, request);
 }

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "client/src/clock.h"
+#include "client/src/message.h"
 #include "client/src/metrics.h"
 #include "client/src/staging.h"
 
@@ -43,7 +44,41 @@ uint64_t duration_of(const OpRecord& record, const expertd_completion& completio
   return end > record.submit_ns ? end - record.submit_ns : 0;
 }
 
+uint64_t span_ns(uint64_t from, uint64_t to) {
+  return from != 0 && to > from ? to - from : 0;
+}
+
 }  // namespace
+
+Status result_of(const OpOutcome& outcome, expertd_op_result_t* result) {
+  const expertd_completion& completion = outcome.completion;
+  Status status = completion_status(completion);
+  if (result == nullptr) {
+    return status;
+  }
+  expertd_op_result_t filled{};
+  filled.struct_size = result->struct_size;
+  filled.status = to_c(status.reason);
+  filled.recv_rows = completion.recv_rows;
+  filled.expert_count_entries = outcome.expert_counts == nullptr ? 0 : completion.expert_count_entries;
+  filled.expert_counts = outcome.expert_counts;
+  filled.degraded = (completion.flags & EXPERTD_COMPLETION_DEGRADED) != 0 ? 1 : 0;
+  filled.rank_mask = completion.rank_mask;
+  filled.epoch = completion.epoch;
+  filled.rank = completion.rank;
+  filled.queue_ns = span_ns(outcome.submit_ns, completion.start_ns);
+  filled.execute_ns = span_ns(completion.start_ns, completion.end_ns);
+  filled.total_ns = span_ns(outcome.submit_ns, completion.complete_ns);
+  filled.local_bytes = completion.local_bytes;
+  filled.remote_bytes = completion.remote_bytes;
+  std::memcpy(result, &filled, std::min(filled.struct_size, sizeof(filled)));
+  return status;
+}
+
+Status forgotten_status() {
+  return error(EXPERTD_REASON_BAD_STATE, "the operation ended, its result is not kept: only the last %u are",
+               OpTable::kHistory);
+}
 
 OpTable::OpTable(Staging* staging)
     : staging_(staging),
@@ -55,7 +90,7 @@ void OpTable::begin(OpRecord record, uint32_t slot) {
   in_flight_[slot % EXPERTD_RING_SLOTS_MAX] = std::move(record);
 }
 
-void OpTable::collect(const RingClient& ring, uint64_t seq) {
+void OpTable::collect(const CompletionSource& ring, uint64_t seq) {
   const std::lock_guard lock(mutex_);
   OpRecord& record = in_flight_[ring.slot_index(seq)];
   if (record.seq == seq) {
@@ -63,12 +98,12 @@ void OpTable::collect(const RingClient& ring, uint64_t seq) {
   }
 }
 
-bool OpTable::holds(const RingClient& ring, uint64_t seq) {
+bool OpTable::holds(const CompletionSource& ring, uint64_t seq) {
   const std::lock_guard lock(mutex_);
   return in_flight_[ring.slot_index(seq)].seq == seq;
 }
 
-void OpTable::collect_all(const RingClient& ring) {
+void OpTable::collect_all(const CompletionSource& ring) {
   const std::lock_guard lock(mutex_);
   for (OpRecord& record : in_flight_) {
     if (record.seq != 0) {
@@ -77,7 +112,7 @@ void OpTable::collect_all(const RingClient& ring) {
   }
 }
 
-void OpTable::collect_locked(const RingClient& ring, OpRecord* record) {
+void OpTable::collect_locked(const CompletionSource& ring, OpRecord* record) {
   expertd_completion completion;
   if (!ring.try_read(record->seq, &completion)) {
     return;
@@ -116,7 +151,8 @@ bool OpTable::find_kept_locked(uint64_t event, OpOutcome* outcome) {
   return true;
 }
 
-Lookup OpTable::find(const RingClient* ring, uint64_t event, uint64_t seq, OpOutcome* outcome, uint64_t* deadline_ns) {
+Lookup OpTable::find(const CompletionSource* ring, uint64_t event, uint64_t seq, OpOutcome* outcome,
+                     uint64_t* deadline_ns) {
   const std::lock_guard lock(mutex_);
   if (ring != nullptr) {
     OpRecord& record = in_flight_[ring->slot_index(seq)];

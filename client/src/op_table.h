@@ -10,7 +10,7 @@
 #include <mutex>
 #include <vector>
 
-#include "client/src/ring_client.h"
+#include "client/src/completion_source.h"
 #include "client/src/status.h"
 
 namespace expertd::client {
@@ -48,6 +48,9 @@ struct OpOutcome {
   const uint32_t* expert_counts = nullptr;
 };
 
+/// The operation's status, and the caller's form of its result where one is wanted.
+Status result_of(const OpOutcome& outcome, expertd_op_result_t* result);
+
 enum class Lookup { kDone, kInFlight, kForgotten, kLost };
 
 class OpTable {
@@ -56,17 +59,18 @@ class OpTable {
   /// More than the 64 operations for which the counts of a result are promised.
   static constexpr uint32_t kCountTables = 128;
 
+  /// Null staging: no operation has a chunk of it.
   explicit OpTable(Staging* staging);
 
   /// Before the record's slot is written; the slot's earlier operation has been collected.
   void begin(OpRecord record, uint32_t slot);
-  /// Moves a completed operation of the ring into the history.
-  void collect(const RingClient& ring, uint64_t seq);
-  void collect_all(const RingClient& ring);
+  /// Moves a completed operation of the ring, or other source, into the history.
+  void collect(const CompletionSource& ring, uint64_t seq);
+  void collect_all(const CompletionSource& ring);
   /// The operation has an event and was not collected yet; false for what tells the daemon of a refusal.
-  bool holds(const RingClient& ring, uint64_t seq);
+  bool holds(const CompletionSource& ring, uint64_t seq);
   /// Looks at the history, and at the ring when it is the event's own.
-  Lookup find(const RingClient* ring, uint64_t event, uint64_t seq, OpOutcome* outcome, uint64_t* deadline_ns);
+  Lookup find(const CompletionSource* ring, uint64_t event, uint64_t seq, OpOutcome* outcome, uint64_t* deadline_ns);
   /// The ring is gone: whatever had not completed is lost.
   void forget_in_flight();
 
@@ -81,7 +85,7 @@ class OpTable {
     std::array<uint32_t, EXPERTD_COMPLETION_EXPERTS> values{};
   };
 
-  void collect_locked(const RingClient& ring, OpRecord* record);
+  void collect_locked(const CompletionSource& ring, OpRecord* record);
   bool find_kept_locked(uint64_t event, OpOutcome* outcome);
   Kept& kept_at(uint64_t event) { return (*kept_)[event % kHistory]; }
   Counts& counts_at(uint64_t event) { return (*counts_)[event % kCountTables]; }
@@ -92,5 +96,8 @@ class OpTable {
   std::unique_ptr<std::array<Kept, kHistory>> kept_;
   std::unique_ptr<std::array<Counts, kCountTables>> counts_;
 };
+
+/// What an event gets whose result was kept and is not any more.
+Status forgotten_status();
 
 }  // namespace expertd::client

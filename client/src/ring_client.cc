@@ -13,6 +13,7 @@
 #include <cstring>
 
 #include "client/src/clock.h"
+#include "client/src/cpu_pause.h"
 
 namespace expertd::client {
 namespace {
@@ -28,14 +29,6 @@ static_assert(std::atomic_ref<uint64_t>::is_always_lock_free && std::atomic_ref<
 template <typename Word>
 std::atomic_ref<Word> atomic_word(Word* word) {
   return std::atomic_ref<Word>(*word);
-}
-
-void pause_cpu() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");  // A hint to the core; orders nothing.
-#endif
 }
 
 // Shared, because the daemon wakes from another process: std::atomic::wait would use a private futex.

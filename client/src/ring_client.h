@@ -8,15 +8,14 @@
 #include <cstdint>
 #include <memory>
 
+#include "client/src/completion_source.h"
 #include "client/src/owned_fd.h"
 #include "client/src/status.h"
 #include "proto/abi/ring_v1.h"
 
 namespace expertd::client {
 
-enum class WaitEnd { kComplete, kClosed, kDeadline };
-
-class RingClient {
+class RingClient final : public CompletionSource {
   struct Private {
     explicit Private() = default;
   };
@@ -26,14 +25,12 @@ class RingClient {
   static Status open(const OwnedFd& fd, uint64_t ring_bytes, int wake_fd, std::unique_ptr<RingClient>* ring);
   /// Only for open().
   RingClient(Private, void* mapping, uint64_t mapping_bytes, int wake_fd);
-  ~RingClient();
-  RingClient(const RingClient&) = delete;
-  RingClient& operator=(const RingClient&) = delete;
+  ~RingClient() override;
 
   uint32_t slot_count() const { return slot_count_; }
   /// The daemon knows EXPERTD_SLOT_REFUSED.
   bool takes_refusals() const { return abi_minor_ >= 1; }
-  uint32_t slot_index(uint64_t seq) const { return static_cast<uint32_t>((seq - 1) & (slot_count_ - 1)); }
+  uint32_t slot_index(uint64_t seq) const override { return static_cast<uint32_t>((seq - 1) & (slot_count_ - 1)); }
   /// Sequence of the next submission.
   uint64_t next_seq() const { return next_seq_.load(std::memory_order_acquire); }
   /// The place of next_seq() is free: the operation that had it has completed.
@@ -44,8 +41,7 @@ class RingClient {
 
   /// The operation seq has ended; its completion may have been overwritten by a later user of its slot.
   bool has_ended(uint64_t seq) const;
-  /// Copies the completion of seq if it is there.
-  bool try_read(uint64_t seq, expertd_completion* completion) const;
+  bool try_read(uint64_t seq, expertd_completion* completion) const override;
   /// Until has_ended(seq). Spins about 20 us, then sleeps on the shared futex.
   WaitEnd wait(uint64_t seq, uint64_t deadline_ns);
   /// Ends all waits, present and future. For the client thread when the lease is over.

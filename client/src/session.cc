@@ -64,6 +64,9 @@ Session::~Session() {
   connection_.reset();
   groups_.clear();
   pairs_.clear();
+  // The daemon's windows go below, and kernels may read them.
+  static_cast<void>(wait_unused(nullptr, UINT64_MAX));
+  local_.reset();
   ops_.reset();
   staging_.reset();
   memory_.reset();
@@ -103,6 +106,7 @@ Status Session::connect() {
     // The new attachment has words of its own.
     doorbells_.fill(Doorbell());
     ++incarnation_;
+    begin_local();
   }
   return status;
 }
@@ -154,6 +158,9 @@ Status Session::reattach(uint64_t timeout_ns) {
   drain_callers(0);
   // Streams that wait on the ended attachment's words are released before the new one has words of its own.
   connection_->finish();
+  // Windows are about to be mapped anew, under operations that read them. What is still not over belongs to a stream
+  // that the caller holds back.
+  static_cast<void>(wait_unused(nullptr, UINT64_MAX));
   ops_->collect_all(*connection_->ring());
   ops_->forget_in_flight();
   staging_->give_back_all();

@@ -15,6 +15,7 @@
 #include "client/src/connection.h"
 #include "client/src/device_side.h"
 #include "client/src/handle_table.h"
+#include "client/src/local_ops.h"
 #include "client/src/memory.h"
 #include "client/src/op_table.h"
 #include "client/src/staging.h"
@@ -69,6 +70,9 @@ class Session {
 
   /// Resolves, stages, writes the descriptor and rings the doorbell (submit.cc).
   Status submit(OpRequest* request, expertd_stream_t stream, expertd_event_t* event);
+  /// By the library's own kernel where the device side has one and the arguments are right, else as submit()
+  /// (session_local.cc).
+  Status submit_layout(OpRequest* request, expertd_stream_t stream, expertd_event_t* event);
   /// Only the descriptor of build_refusal(): it has no tensors, no event and nothing on a stream.
   Status submit_refusal(OpRequest* refusal);
 
@@ -77,6 +81,9 @@ class Session {
   Status wait(uint64_t event, uint64_t timeout_ns, expertd_op_result_t* result);
   Status stream_wait(uint64_t event, expertd_stream_t stream);
   Status synchronize(expertd_stream_t stream, uint64_t timeout_ns);
+  /// Until no local operation uses these bytes (of UINT64_MAX: any), or BUFFER_BUSY after 5 s: before memory of the
+  /// daemon is unmapped.
+  Status wait_unused(const void* data, uint64_t bytes);
 
  private:
   friend class SessionUse;
@@ -95,6 +102,11 @@ class Session {
   Status place_tensor(OpRequest* request, uint32_t index, bool* staged);
   Status place_device_tensor(OpRequest* request, uint32_t index);
   Status stage_tensors(OpRequest* request, const std::vector<uint32_t>& staged, OpRecord* record);
+  void begin_local();
+  bool reaches(const OpRequest& request);
+  Status query_local(uint64_t event, int* done);
+  Status wait_local(uint64_t event, uint64_t timeout_ns, expertd_op_result_t* result);
+  Status stream_wait_local(uint64_t event, expertd_stream_t stream);
   bool rings_late(uint32_t slot, expertd_stream_t stream);
 
   const uint32_t fork_generation_;
@@ -106,6 +118,7 @@ class Session {
   std::unique_ptr<Memory> memory_;
   std::unique_ptr<Staging> staging_;
   std::unique_ptr<OpTable> ops_;
+  std::unique_ptr<LocalOps> local_;  // null where the daemon does local work
   HandleTable handles_;
   std::unique_ptr<Connection> connection_;
   uint64_t incarnation_ = 0;

@@ -1,10 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Asking and waiting for issued operations. Waits hold no lock.
-#include <algorithm>
-#include <cstring>
-
 #include "client/src/clock.h"
-#include "client/src/message.h"
 #include "client/src/session.h"
 
 namespace expertd::client {
@@ -12,35 +8,6 @@ namespace {
 
 // Behind the daemon's own deadline, whose completion names what was missing.
 constexpr uint64_t kWaitGraceNs = kNsPerS;
-
-uint64_t span_ns(uint64_t from, uint64_t to) {
-  return from != 0 && to > from ? to - from : 0;
-}
-
-Status fill_result(const OpOutcome& outcome, expertd_op_result_t* result) {
-  const expertd_completion& completion = outcome.completion;
-  Status status = completion_status(completion);
-  if (result == nullptr) {
-    return status;
-  }
-  expertd_op_result_t filled{};
-  filled.struct_size = result->struct_size;
-  filled.status = to_c(status.reason);
-  filled.recv_rows = completion.recv_rows;
-  filled.expert_count_entries = outcome.expert_counts == nullptr ? 0 : completion.expert_count_entries;
-  filled.expert_counts = outcome.expert_counts;
-  filled.degraded = (completion.flags & EXPERTD_COMPLETION_DEGRADED) != 0 ? 1 : 0;
-  filled.rank_mask = completion.rank_mask;
-  filled.epoch = completion.epoch;
-  filled.rank = completion.rank;
-  filled.queue_ns = span_ns(outcome.submit_ns, completion.start_ns);
-  filled.execute_ns = span_ns(completion.start_ns, completion.end_ns);
-  filled.total_ns = span_ns(outcome.submit_ns, completion.complete_ns);
-  filled.local_bytes = completion.local_bytes;
-  filled.remote_bytes = completion.remote_bytes;
-  std::memcpy(result, &filled, std::min(filled.struct_size, sizeof(filled)));
-  return status;
-}
 
 Status lost_status() {
   return {EXPERTD_REASON_UNAVAILABLE, "the daemon ended before the operation did; call expertd_reattach"};
@@ -64,6 +31,9 @@ Status Session::find(uint64_t event, Lookup* lookup, OpOutcome* outcome, uint64_
 }
 
 Status Session::query(uint64_t event, int* done) {
+  if (LocalOps::is_local(event)) {
+    return query_local(event, done);
+  }
   Lookup lookup = Lookup::kLost;
   OpOutcome outcome;
   uint64_t deadline_ns = 0;
@@ -80,6 +50,9 @@ Status Session::query(uint64_t event, int* done) {
 }
 
 Status Session::wait(uint64_t event, uint64_t timeout_ns, expertd_op_result_t* result) {
+  if (LocalOps::is_local(event)) {
+    return wait_local(event, timeout_ns, result);
+  }
   const uint64_t given_deadline_ns = timeout_ns == 0 ? 0 : deadline_after(timeout_ns);
   for (;;) {
     Lookup lookup = Lookup::kLost;
@@ -90,14 +63,13 @@ Status Session::wait(uint64_t event, uint64_t timeout_ns, expertd_op_result_t* r
       return status;
     }
     if (lookup == Lookup::kDone) {
-      return fill_result(outcome, result);
+      return result_of(outcome, result);
     }
     if (lookup == Lookup::kLost) {
       return lost_status();
     }
     if (lookup == Lookup::kForgotten) {
-      return error(EXPERTD_REASON_BAD_STATE, "the operation ended, its result is not kept: only the last %u are",
-                   OpTable::kHistory);
+      return forgotten_status();
     }
     const uint64_t deadline_ns = timeout_ns == 0 ? op_deadline_ns + kWaitGraceNs : given_deadline_ns;
     switch (connection_->ring()->wait(event & kSeqMask, deadline_ns)) {
@@ -112,6 +84,9 @@ Status Session::wait(uint64_t event, uint64_t timeout_ns, expertd_op_result_t* r
 }
 
 Status Session::stream_wait(uint64_t event, expertd_stream_t stream) {
+  if (LocalOps::is_local(event)) {
+    return stream_wait_local(event, stream);
+  }
   const uint64_t seq = event & kSeqMask;
   if (event >> kIncarnationShift != incarnation_) {
     return lost_status();

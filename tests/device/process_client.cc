@@ -14,6 +14,7 @@
 #include <map>
 #include <sstream>
 
+#include "tests/device/client_layout.h"
 #include "tests/device/client_rounds.h"
 #include "tests/support/temp_dir.h"
 
@@ -65,6 +66,7 @@ class Client {
   std::string attach(std::istringstream& words);
   std::string memory(std::istringstream& words);
   std::string join(std::istringstream& words);
+  std::string layout(uint64_t cases);
   std::string batches(uint64_t count, uint32_t depth, bool until_a_line);
   OpEnd barrier(uint64_t timeout_ns);
   std::string sync();
@@ -78,6 +80,7 @@ class Client {
   bool on_gpu_ = false;
   support::ClientSession session_;
   Rounds rounds_;
+  Layouts layouts_;
   OpCounts own_counts_;
   OpCounts* counts_ = &own_counts_;
   expertd_event_t event_{};
@@ -124,6 +127,7 @@ Client::Client() {
        }},
       {"loop", [this](auto& words) { return batches(UINT64_MAX, static_cast<uint32_t>(number(words, 1)), true); }},
   };
+  verbs_["layout"] = [this](auto& words) { return layout(number(words, 10)); };
   verbs_["count"] = [this](auto& words) {
     std::string path;
     words >> path;
@@ -198,6 +202,19 @@ std::string Client::join(std::istringstream& words) {
   uint32_t ranks = 0;
   words >> name >> rank >> ranks >> mode;
   return said(rounds_.join(name, rank, ranks, mode == "ll", number(words, kDefaultOpMs) * kNsPerMs));
+}
+
+std::string Client::layout(uint64_t cases) {
+  double many_us = 0;
+  double alone_us = 0;
+  std::string problem = layouts_.open(session_.get(), on_gpu_ ? &gpu_ : nullptr);
+  problem = problem.empty() ? layouts_.run(cases) : problem;
+  if (on_gpu_) {
+    problem = problem.empty() ? layouts_.time_out() : problem;
+    problem = problem.empty() ? layouts_.time(&many_us, &alone_us) : problem;
+  }
+  return said(problem, " cases=" + std::to_string(cases) + " local=" + std::to_string(Layouts::local_operations()) +
+                           " many_us=" + std::to_string(many_us) + " alone_us=" + std::to_string(alone_us));
 }
 
 std::string Client::batches(uint64_t count, uint32_t depth, bool until_a_line) {

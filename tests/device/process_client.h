@@ -18,12 +18,12 @@ inline constexpr const char* kClientMode = "--client";
 ///   loop [DEPTH]               batches until one fails or a line comes; answers "ok looping" after the first, then the
 ///                              end
 ///   count FILE                 counts operations in a shared file (OpCounts)
-///   barrier [MS]               sync                          barriers until one succeeds
-///   submit [MS]                a barrier that the stream waits for, not this thread
-///   wait [MS]                  for that one                  query                     done=B
-///   hold                       the stream waits              open                      until now
-///   block                      "ok blocking", then waits for the stream: "ok at=NS error=NAME"
-///   illegal                    a kernel stores to an address that nobody has: error=NAME
+///   layout N                   N random layouts against the reference; local= by the library's kernels, many_us=
+///   alone_us= barrier [MS]               sync                          barriers until one succeeds submit [MS] a
+///   barrier that the stream waits for, not this thread wait [MS]                  for that one                  query
+///   done=B hold                       the stream waits              open                      until now block "ok
+///   blocking", then waits for the stream: "ok at=NS error=NAME" illegal                    a kernel stores to an
+///   address that nobody has: error=NAME
 int run_process_client();
 
 }  // namespace expertd::device_test

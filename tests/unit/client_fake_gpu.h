@@ -25,6 +25,12 @@ struct Rung {
   uint64_t seq = 0;
 };
 
+struct WordWait {
+  const void* word = nullptr;
+  uint64_t value = 0;
+  expertd_stream_t stream = nullptr;
+};
+
 class FakeGpu {
  public:
   FakeGpu() { current_ = this; }
@@ -101,6 +107,17 @@ class FakeGpu {
     const std::lock_guard lock(mutex_);
     return synchronized_;
   }
+  void note_wait(const WordWait& wait) {
+    const std::lock_guard lock(mutex_);
+    waits_.push_back(wait);
+  }
+  std::vector<WordWait> waits() {
+    const std::lock_guard lock(mutex_);
+    return waits_;
+  }
+  /// Before the session attaches; null: the daemon does local work.
+  void set_kernels(client::LocalKernels* kernels) { kernels_ = kernels; }
+  client::LocalKernels* kernels() { return kernels_; }
   void count_export() {
     const std::lock_guard lock(mutex_);
     ++exports_;
@@ -124,6 +141,8 @@ class FakeGpu {
   std::function<void()> on_release_;
   std::vector<Rung> rung_;
   std::vector<expertd_stream_t> synchronized_;
+  std::vector<WordWait> waits_;
+  client::LocalKernels* kernels_ = nullptr;
 };
 
 // The client's side of the stand-in GPU; windows are the host's.
@@ -173,6 +192,11 @@ class FakeGpuSide final : public client::DeviceSide {
     return {};
   }
   Status wait_completion(uint32_t, uint64_t, expertd_stream_t) override { return {}; }
+  Status wait_word(const void* word, uint64_t value, expertd_stream_t stream) override {
+    gpu_->note_wait({word, value, stream});
+    return {};
+  }
+  client::LocalKernels* local_kernels() override { return gpu_->kernels(); }
   Status copy(void*, const void*, uint64_t, expertd_stream_t) override { return {}; }
   Status synchronize(expertd_stream_t stream, uint64_t) override {
     gpu_->synchronize(stream);

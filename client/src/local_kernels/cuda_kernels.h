@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// CudaKernels: the library's kernels, loaded into one context through the driver, with the memory that they need beside
+// the caller's: a record and a scratch per slot. Everything is loaded, allocated and launched once by create(), at the
+// first attach: what loads or allocates later may hang beside a stream that waits. Any thread; owned by CudaSide, whose
+// driver it borrows, and gone before the context is given back.
+#pragma once
+
+#include <memory>
+
+#include "client/src/cuda_driver.h"
+#include "client/src/local_kernels/local_kernels.h"
+
+namespace expertd::client {
+
+class CudaKernels final : public LocalKernels {
+  struct Private {
+    explicit Private() = default;
+  };
+
+ public:
+  /// `stream` is one of the library's own. UNSUPPORTED in a build without kernels.
+  static Status create(const cuda::Driver* driver, cuda::Context context, cuda::Device device, cuda::Stream stream,
+                       std::unique_ptr<CudaKernels>* kernels);
+  /// Only for create().
+  CudaKernels(Private, const cuda::Driver* driver, cuda::Context context, cuda::Device device, cuda::Stream stream)
+      : driver_(driver), context_(context), device_(device), stream_(stream) {}
+  /// Nothing that was launched is on its way any more.
+  ~CudaKernels() override;
+
+  LocalRecord* record(uint32_t slot) override { return records_ + slot; }
+  const void* word(uint32_t slot) const override;
+  Status launch_layout(const LayoutParams& params, uint32_t slot, expertd_stream_t stream) override;
+  bool reaches(const Extent& bytes, Extent* known) override;
+  Status health() override;
+
+ private:
+  Status load();
+  Status allocate();
+  Status launch_all();
+  LocalScratch* scratch(uint32_t slot) const;
+
+  const cuda::Driver* const driver_;
+  const cuda::Context context_;
+  const cuda::Device device_;
+  const cuda::Stream stream_;
+  cuda::Module module_ = nullptr;
+  cuda::Function layout_ = nullptr;
+  LocalRecord* records_ = nullptr;  // pinned
+  cuda::Pointer scratch_ = 0;
+};
+
+}  // namespace expertd::client
