@@ -344,9 +344,12 @@ uint32_t combine_blocks(const PartParams& params) {
 
 }  // namespace
 
+uint32_t link_ll_combine_blocks(const PartParams& params) {
+  return params.null_operation != 0 ? 1 : combine_blocks(params);
+}
+
 cudaError_t launch_link_ll_combine(const PartParams& params, LowLatencyEntry entry, cudaStream_t stream) {
-  const uint32_t blocks = params.null_operation != 0 ? 1 : combine_blocks(params);
-  link_ll_combine<<<blocks, kLowLatencyThreads, 0, stream>>>(params, entry);
+  link_ll_combine<<<link_ll_combine_blocks(params), kLowLatencyThreads, 0, stream>>>(params, entry);
   return cudaGetLastError();
 }
 
