@@ -211,6 +211,8 @@ TEST_F(ClientSession, TellsWhatExecutedAnOperationToWhoeverHasRoomForIt) {
   ASSERT_EQ(0, expertd_event_wait(event, 0, &older).reason) << message();
   EXPECT_EQ(7u, older.execute_ns);
   EXPECT_EQ(77u, older.executor) << "behind the struct of before";
+  older.struct_size -= 1;
+  EXPECT_EQ(EXPERTD_REASON_ARGUMENT_RANGE, expertd_event_wait(event, 0, &older).reason);
 }
 
 TEST_F(ClientSession, EndsWithRingOverflowWhenNoSlotBecomesFree) {
