@@ -110,6 +110,19 @@ void Layout::verify(const expertd_op_result_t&) {
 
 }  // namespace
 
+const char* executor_name(uint32_t executor) {
+  switch (executor) {
+    case EXPERTD_EXECUTOR_HOST:
+      return "host";
+    case EXPERTD_EXECUTOR_SM:
+      return "sm";
+    case EXPERTD_EXECUTOR_COPY_ENGINE:
+      return "copy_engine";
+    default:
+      return "none";  // also of a daemon newer than this
+  }
+}
+
 std::vector<BenchRowSpec> common_rows(bool low_latency) {
   return {
       {"barrier", "-", low_latency, false, [](const BenchCase& it) { return std::make_unique<Barrier>(it); }},

@@ -23,6 +23,19 @@ struct BenchBytes {
   uint64_t remote = 0;
 };
 
+/// What did a rank's operations, as their results say.
+struct BenchExecution {
+  uint32_t executor = EXPERTD_EXECUTOR_NONE;  // of the last one
+  uint32_t sms = 0;                           // the most of any
+
+  void add(uint32_t by, uint32_t on_sms) {
+    executor = by;
+    sms = on_sms > sms ? on_sms : sms;
+  }
+};
+/// "host", "sm", "copy_engine"; "none" for those that are not known.
+const char* executor_name(uint32_t executor);
+
 class BenchOperation {
  public:
   virtual ~BenchOperation() = default;

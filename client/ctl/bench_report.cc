@@ -48,6 +48,8 @@ json row_json(const BenchMeasured& row) {
       {"flags", row.flags},
       {"mode", row.mode},
       {"tokens", row.tokens},
+      {"executor", executor_name(row.execution.executor)},
+      {"sms", row.execution.sms},
       {"iterations", row.times_ns.size()},
       {"p50_us", static_cast<double>(row.time_ns(kMedian)) / kNsPerUs},
       {"p99_us", static_cast<double>(row.time_ns(kTail)) / kNsPerUs},
@@ -65,6 +67,8 @@ std::string bench_table(const BenchResult& result) {
   Table table({{"OPERATION"},
                {"DTYPE AND FLAGS"},
                {"TOKENS", Align::kRight},
+               {"BY"},
+               {"SMS", Align::kRight},
                {"P50 µs", Align::kRight},
                {"P99 µs", Align::kRight},
                {"LOGICAL GB/s", Align::kRight},
@@ -72,7 +76,8 @@ std::string bench_table(const BenchResult& result) {
                {"VERIFIED", Align::kRight}});
   for (const BenchMeasured& row : result.rows) {
     const bool moves = row.logical_bytes != 0;
-    table.add({row.operation, row.flags, std::to_string(row.tokens),
+    table.add({row.operation, row.flags, std::to_string(row.tokens), executor_name(row.execution.executor),
+               row.execution.sms == 0 ? "-" : std::to_string(row.execution.sms),
                fixed(static_cast<double>(row.time_ns(kMedian)) / kNsPerUs, 1),
                fixed(static_cast<double>(row.time_ns(kTail)) / kNsPerUs, 1),
                moves ? fixed(gb_per_s(row.logical_bytes, row), 2) : "-",

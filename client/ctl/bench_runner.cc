@@ -27,6 +27,7 @@ uint64_t now_ns() {
 struct RankRow {
   std::vector<uint64_t> times_ns;
   BenchBytes bytes;
+  BenchExecution execution;
   uint64_t verified = 0;
 };
 
@@ -145,6 +146,7 @@ void Run::run_row(BenchRank* rank, size_t row) {
       operation->poison();
     }
     found.times_ns.push_back(time_one(rank, operation.get(), name, &result));
+    found.execution.add(result.executor, result.sms);
     if (verified) {
       operation->verify(result);
       ++found.verified;
@@ -167,6 +169,7 @@ BenchMeasured merge(const BenchOptions& options, const BenchRowSpec& spec, const
     row.logical_bytes += static_cast<double>(rank.bytes.logical) / static_cast<double>(ranks.size());
     row.link_bytes += static_cast<double>(rank.bytes.remote) / static_cast<double>(ranks.size());
     row.verified += rank.verified;
+    row.execution.add(rank.execution.executor, rank.execution.sms);
   }
   std::sort(row.times_ns.begin(), row.times_ns.end());
   return row;

@@ -21,7 +21,8 @@ struct BenchMeasured {
   std::vector<uint64_t> times_ns;
   double logical_bytes = 0;  // per rank, mean of the ranks
   double link_bytes = 0;
-  uint64_t verified = 0;  // outputs: one rank's result of one operation
+  BenchExecution execution;  // of the ranks together
+  uint64_t verified = 0;     // outputs: one rank's result of one operation
 
   /// Of the sorted times; quantile in 0..1.
   uint64_t time_ns(double quantile) const;

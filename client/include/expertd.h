@@ -253,6 +253,15 @@ typedef struct expertd_event {
   uint64_t seq;
 } expertd_event_t;
 
+/* What did the work of an operation. NONE: nothing was launched, or the daemon's ring is older than 1.2 and does not
+ * tell. No daemon moves rows by COPY_ENGINE yet. A newer daemon may have more. */
+typedef enum expertd_executor {
+  EXPERTD_EXECUTOR_NONE = 0,
+  EXPERTD_EXECUTOR_HOST = 1,
+  EXPERTD_EXECUTOR_SM = 2,
+  EXPERTD_EXECUTOR_COPY_ENGINE = 3
+} expertd_executor_t;
+
 typedef struct expertd_op_result {
   size_t struct_size;
   expertd_status_t status;
@@ -263,8 +272,13 @@ typedef struct expertd_op_result {
   uint64_t rank_mask;            /* ranks that took part */
   uint64_t epoch;
   int32_t rank; /* the rank that the status names, or -1 */
+  /* Submission to start, start to end, submission to completion; 0: not reached. On a GPU an operation starts with its
+   * first kernel, when the caller's stream has come to it, and execute_ns is the GPU's own time to the end of the last
+   * one, waits for other ranks included. */
   uint64_t queue_ns, execute_ns, total_ns;
   uint64_t local_bytes, remote_bytes;
+  uint32_t executor; /* expertd_executor_t */
+  uint32_t sms;      /* multiprocessors that its largest kernel takes; 0 on host devices */
 } expertd_op_result_t;
 
 typedef struct expertd_layout_args {

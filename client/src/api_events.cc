@@ -46,7 +46,8 @@ expertd_status_t expertd_event_query(expertd_event_t event, int* done) {
 }
 
 expertd_status_t expertd_event_wait(expertd_event_t event, uint64_t timeout_ns, expertd_op_result_t* result) {
-  Status checked = result == nullptr ? Status() : client::check_struct(result, "result");
+  Status checked =
+      result == nullptr ? Status() : client::check_struct(result, "result", offsetof(expertd_op_result_t, executor));
   return on_event(event, std::move(checked),
                   [=](client::Session* it) { return it->wait(event.seq, timeout_ns, result); });
 }

@@ -78,6 +78,7 @@ bool LocalOps::try_read(uint64_t seq, expertd_completion* completion) const {
   *completion = expertd_completion{};
   completion->seq = seq;
   completion->rank = -1;
+  completion->executor = EXPERTD_COMPLETION_EXECUTOR_SM;
   if (record.failed != 0) {
     completion->reason = EXPERTD_REASON_EXPERT_OUT_OF_RANGE;
     completion->argument = EXPERTD_ARGUMENT_EXPERT_ID;

@@ -44,6 +44,10 @@ uint64_t duration_of(const OpRecord& record, const expertd_completion& completio
   return end > record.submit_ns ? end - record.submit_ns : 0;
 }
 
+static_assert(int{EXPERTD_EXECUTOR_HOST} == int{EXPERTD_COMPLETION_EXECUTOR_HOST} &&
+              int{EXPERTD_EXECUTOR_SM} == int{EXPERTD_COMPLETION_EXECUTOR_SM} &&
+              int{EXPERTD_EXECUTOR_COPY_ENGINE} == int{EXPERTD_COMPLETION_EXECUTOR_COPY_ENGINE});
+
 uint64_t span_ns(uint64_t from, uint64_t to) {
   return from != 0 && to > from ? to - from : 0;
 }
@@ -71,6 +75,8 @@ Status result_of(const OpOutcome& outcome, expertd_op_result_t* result) {
   filled.total_ns = span_ns(outcome.submit_ns, completion.complete_ns);
   filled.local_bytes = completion.local_bytes;
   filled.remote_bytes = completion.remote_bytes;
+  filled.executor = completion.executor;
+  filled.sms = completion.sms;
   std::memcpy(result, &filled, std::min(filled.struct_size, sizeof(filled)));
   return status;
 }

@@ -25,6 +25,8 @@ void DeviceObserver::completed(base::DeviceIndex /*device*/, const engine::Reque
   record.tokens = request.shape.tokens;
   record.local_bytes = completion.local_bytes;
   record.remote_bytes = completion.remote_bytes;
+  record.executor = completion.executor;
+  record.sms = completion.sms;
   ops_->record(record);
 }
 

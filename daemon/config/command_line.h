@@ -51,7 +51,7 @@ struct Startup {
 /// Loads, checks or prints as the command line asked.
 Startup carry_out(const CommandLine& command_line);
 
-/// "expertd 0.1.0 (abi 1.1)".
+/// "expertd 0.1.0 (abi 1.2)".
 std::string version_line();
 
 }  // namespace expertd::config

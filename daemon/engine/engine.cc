@@ -415,7 +415,10 @@ void Engine::complete(EngineSession& session, Op& op, uint64_t now_ns) {
   completion.launch_ns = op.outcome.launch_ns;
   completion.start_ns = op.outcome.start_ns;
   completion.end_ns = op.outcome.end_ns;
-  completion.complete_ns = now_ns;
+  // The turn's time is that of its beginning, and the device may have seen the end since.
+  completion.complete_ns = std::max(now_ns, op.outcome.end_ns);
+  completion.executor = op.outcome.executor;
+  completion.sms = op.outcome.sms;
   op.stage = EngineSession::Stage::kDone;
   --outstanding_;
   if (!session.closing_) {

@@ -66,7 +66,9 @@ struct SlotWords {
 /// Facts of one finished or failed rank part.
 struct Outcome {
   kernels::OpReport report;
-  uint32_t missing = 0;  // expertd_missing, with TIMEOUT
+  uint32_t missing = 0;   // expertd_missing, with TIMEOUT
+  uint32_t executor = 0;  // expertd_completion_executor
+  uint32_t sms = 0;       // multiprocessors that its largest kernel takes
   uint64_t launch_ns = 0;
   uint64_t start_ns = 0;
   uint64_t end_ns = 0;

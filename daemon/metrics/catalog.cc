@@ -78,6 +78,7 @@ std::string metrics_markdown() {
   out += "- `result`: `ok`, `failed`.\n";
   out += "- `phase`: " + join(kPhaseNames, 0) + ".\n";
   out += "- `path`: `local`, `remote`.\n";
+  out += "- `executor`: " + join(kExecutorNames, 1) + "; `host` with host devices alone, the others with GPUs.\n";
   out += "- `missing`: " + join(kMissingNames, 0) + ".\n";
   out += "- `state` of `expertd_state`: " + join(kStateNames, 0) +
          "; of `expertd_pool_bytes`: `free`, `used`, `registered`, `quarantined`.\n";

@@ -29,6 +29,10 @@ enum class MetricType { kCounter, kGauge, kHistogram };
   X(OpTokens, "expertd_op_tokens_total", Counter, "op,gpu", "Tokens of successful operations.")                       \
   X(OpBytes, "expertd_op_bytes_total", Counter, "op,gpu,path",                                                        \
     "Bytes moved by successful operations: local stays on the device, remote goes to another rank's.")                \
+  X(OpExecuted, "expertd_op_executed_total", Counter, "op,gpu,executor",                                              \
+    "Successful operations, by what did their work.")                                                                 \
+  X(OpSmSeconds, "expertd_op_sm_seconds_total", Counter, "op,gpu",                                                    \
+    "Time from start to end of successful operations, times the multiprocessors that their largest kernel takes.")    \
   X(OpRejected, "expertd_op_rejected_total", Counter, "gpu,reason",                                                   \
     "Operations refused, at admission or by their client's library, by Reason.")                                      \
   X(OpDeadlineExceeded, "expertd_op_deadline_exceeded_total", Counter, "op,missing",                                  \
@@ -110,6 +114,7 @@ enum class Phase : size_t { kQueue, kKernel, kFabric, kComplete, kTotal, kCount 
 inline constexpr std::array<std::string_view, static_cast<size_t>(Phase::kCount)> kPhaseNames = {
     "queue", "kernel", "fabric", "complete", "total"};
 inline constexpr std::array<std::string_view, 5> kMissingNames = {"none", "submission", "doorbell", "counts", "rows"};
+inline constexpr std::array<std::string_view, 4> kExecutorNames = {"none", "host", "sm", "copy_engine"};
 inline constexpr std::array<std::string_view, 4> kStateNames = {"starting", "ready", "degraded", "draining"};
 enum class CloseCause : size_t { kBye, kEof, kLease, kKicked, kDrain, kAbi, kCount };
 inline constexpr std::array<std::string_view, static_cast<size_t>(CloseCause::kCount)> kCloseCauseNames = {

@@ -149,6 +149,7 @@ class Page {
   std::vector<MetricFamily> write() {
     write_state();
     write_op_counts();
+    write_op_executors();
     write_op_durations();
     write_rings();
     write_sessions();
@@ -212,6 +213,26 @@ class Page {
     for (FamilyWriter* writer : {&ops, &failed, &tokens, &bytes, &late}) {
       end(*writer);
     }
+  }
+
+  /// Of the executors, those that a device of the label can have.
+  void write_op_executors() {
+    FamilyWriter executed = start(Metric::kOpExecuted);
+    FamilyWriter sm_seconds = start(Metric::kOpSmSeconds);
+    for (uint32_t op = 1; op < EXPERTD_OP_COUNT; ++op) {
+      for (const auto& [gpu, devices] : devices_) {
+        for (size_t i = EXPERTD_COMPLETION_EXECUTOR_HOST; i < kExecutorNames.size(); ++i) {
+          if ((gpu == kHostLabel) == (i == EXPERTD_COMPLETION_EXECUTOR_HOST)) {
+            executed.put({kOpNames[op], gpu, kExecutorNames[i]},
+                         sum_over(devices, [op, i](const auto& d) { return read(d.ops.block(op).executed[i]); }));
+          }
+        }
+        const uint64_t sm_ns = sum_over(devices, [op](const auto& d) { return read(d.ops.block(op).sm_ns); });
+        sm_seconds.put({kOpNames[op], gpu}, static_cast<double>(sm_ns) * kSecondsPerNs);
+      }
+    }
+    end(executed);
+    end(sm_seconds);
   }
 
   void write_op_durations() {

@@ -48,7 +48,7 @@ struct BuildInfo {
   std::string commit;
   std::string cuda;  // empty: built without
   std::string ucx;   // empty: built without
-  std::string abi;   // "1.1"
+  std::string abi;   // "1.2"
 };
 
 struct CollectorOptions {

@@ -84,6 +84,8 @@ struct OpRecord {
   uint64_t tokens = 0;
   uint64_t local_bytes = 0;
   uint64_t remote_bytes = 0;
+  uint32_t executor = EXPERTD_COMPLETION_EXECUTOR_NONE;
+  uint32_t sms = 0;
 };
 
 /// What is known of one kind of operation on one device.
@@ -93,6 +95,8 @@ struct OpBlock {
   Count tokens{0};
   Count local_bytes{0};
   Count remote_bytes{0};
+  std::array<Count, kExecutorNames.size()> executed{};
+  Count sm_ns{0};  // multiprocessors times the kernel phase
   std::array<Histogram<kOpBoundsNs.size()>, static_cast<size_t>(Phase::kCount)> phases{};
 };
 
@@ -124,6 +128,10 @@ class alignas(kLineBytes) OpCounters {
     add_alone(block.tokens, op.tokens);
     add_alone(block.local_bytes, op.local_bytes);
     add_alone(block.remote_bytes, op.remote_bytes);
+    add_alone(block.executed[op.executor < kExecutorNames.size() ? op.executor : 0], 1);
+    if (op.phases[Phase::kKernel] != kPhaseAbsent) {
+      add_alone(block.sm_ns, op.sms * op.phases[Phase::kKernel]);
+    }
     for (size_t phase = 0; phase < block.phases.size(); ++phase) {
       if (op.phases.ns[phase] != kPhaseAbsent) {
         block.phases[phase].observe_alone(kOpBoundsNs, op.phases.ns[phase]);

@@ -11,8 +11,9 @@
 
 #define EXPERTD_RING_MAGIC 0x31474e5244505845ULL /* "EXPDRNG1" read as little-endian */
 #define EXPERTD_ABI_MAJOR 1u
-/* 1: EXPERTD_SLOT_REFUSED. A client reads the daemon's in the header and uses nothing that is newer. */
-#define EXPERTD_ABI_MINOR 1u
+/* 1: EXPERTD_SLOT_REFUSED. 2: executor and sms of a completion. A client reads the daemon's in the header and uses
+ * nothing that is newer. */
+#define EXPERTD_ABI_MINOR 2u
 
 #define EXPERTD_RING_HEADER_BYTES 4096u
 #define EXPERTD_SLOT_BYTES 512u
@@ -199,6 +200,15 @@ enum expertd_missing {
   EXPERTD_MISSING_ROWS = 4
 };
 
+/* What did the work of an operation (1.2). NONE: nothing was launched, or the daemon is older and does not tell. No
+ * daemon moves rows by the copy engine yet; the number is kept for it. */
+enum expertd_completion_executor {
+  EXPERTD_COMPLETION_EXECUTOR_NONE = 0,
+  EXPERTD_COMPLETION_EXECUTOR_HOST = 1,
+  EXPERTD_COMPLETION_EXECUTOR_SM = 2,
+  EXPERTD_COMPLETION_EXECUTOR_COPY_ENGINE = 3
+};
+
 /* Written by the daemon in place at the slot's index; seq is stored last (release). */
 struct expertd_completion {
   uint64_t seq;
@@ -224,7 +234,9 @@ struct expertd_completion {
   uint64_t complete_ns;
   uint64_t local_bytes;
   uint64_t remote_bytes;
-  uint8_t reserved[112];
+  uint32_t executor; /* expertd_completion_executor (1.2) */
+  uint32_t sms;      /* multiprocessors that the operation's largest kernel takes (1.2); 0 without one */
+  uint8_t reserved[104];
   uint32_t expert_counts[EXPERTD_COMPLETION_EXPERTS]; /* dispatch: rows per local expert, rounded up as asked */
   uint8_t reserved_tail[768];
 };
@@ -302,6 +314,7 @@ EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, reserved) == 128, "reserved");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, refused_reason) == 192, "refused_reason");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, tensors) == 224, "tensors");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_completion) == EXPERTD_COMPLETION_BYTES, "completion: bump the major version");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_completion, executor) == 144, "executor");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_completion, expert_counts) == 256, "expert_counts");
 
 #endif /* EXPERTD_RING_V1_H_ */

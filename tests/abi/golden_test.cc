@@ -182,6 +182,16 @@ expertd_completion sample_completion() {
   return completion;
 }
 
+/// Of version 1.2: kernels on 24 multiprocessors did it.
+expertd_completion sample_executed() {
+  expertd_completion completion{};
+  completion.seq = 0x0102030405060708;
+  completion.rank = -1;
+  completion.executor = EXPERTD_COMPLETION_EXECUTOR_SM;
+  completion.sms = 24;
+  return completion;
+}
+
 expertd_attach_hello sample_hello() {
   expertd_attach_hello hello{};
   hello.magic = EXPERTD_ATTACH_MAGIC;
@@ -235,6 +245,9 @@ TEST(Golden, KeepsTheBytesOfARefusal) {
 }
 TEST(Golden, KeepsTheBytesOfACompletion) {
   expect_golden("completion_v1.hex", sample_completion());
+}
+TEST(Golden, KeepsTheBytesOfACompletionThatTellsItsExecutor) {
+  expect_golden("completion_executor_v1.hex", sample_executed());
 }
 TEST(Golden, KeepsTheBytesOfAHello) {
   expect_golden("hello_v1.hex", sample_hello());
@@ -302,7 +315,9 @@ TEST(Golden, KeepsTheNumbersOfEveryOperationFlagAndDtype) {
           << EXPERTD_PAYLOADS_ALL << "\nmissing " << EXPERTD_MISSING_NONE << EXPERTD_MISSING_SUBMISSION
           << EXPERTD_MISSING_DOORBELL << EXPERTD_MISSING_COUNTS << EXPERTD_MISSING_ROWS << "\nattach "
           << EXPERTD_ATTACH_HELLO << EXPERTD_ATTACH_WELCOME << EXPERTD_ATTACH_REFUSED << EXPERTD_ATTACH_PUT_FD
-          << EXPERTD_ATTACH_GET_FD << EXPERTD_ATTACH_FD_REPLY << "\n";
+          << EXPERTD_ATTACH_GET_FD << EXPERTD_ATTACH_FD_REPLY << "\nexecutors " << EXPERTD_COMPLETION_EXECUTOR_NONE
+          << EXPERTD_COMPLETION_EXECUTOR_HOST << EXPERTD_COMPLETION_EXECUTOR_SM
+          << EXPERTD_COMPLETION_EXECUTOR_COPY_ENGINE << "\n";
   EXPECT_EQ(current.str(), golden("enums_v1.txt", current.str()));
 }
 

@@ -93,6 +93,8 @@
   X(expertd_completion, complete_ns)             \
   X(expertd_completion, local_bytes)             \
   X(expertd_completion, remote_bytes)            \
+  X(expertd_completion, executor)                \
+  X(expertd_completion, sms)                     \
   X(expertd_completion, reserved)                \
   X(expertd_completion, expert_counts)           \
   X(expertd_completion, reserved_tail)           \

@@ -141,6 +141,10 @@ void run_and_compare(GpuGroup* group, const RandomCase& random_case, const std::
     EXPECT_EQ(completion, group->seq());
     EXPECT_EQ(result, host.reports[r].reason);
     EXPECT_GE(parts[r].outcome.end_ns, parts[r].outcome.start_ns);
+    EXPECT_GE(parts[r].outcome.start_ns, parts[r].outcome.launch_ns);
+    EXPECT_EQ(parts[r].outcome.executor, static_cast<uint32_t>(EXPERTD_COMPLETION_EXECUTOR_SM));
+    EXPECT_GE(parts[r].outcome.sms, 1u);
+    EXPECT_LE(parts[r].outcome.sms, group->multiprocessors(r));
     if (host.reports[r].reason == 0) {
       expect_equal_outputs(host.ranks[r], gpu->ranks[r]);
     } else {

@@ -103,6 +103,12 @@ class GpuGroup {
   Arena& arena(uint32_t rank) { return arenas_[rank]; }
   engine::DevicePort& port(uint32_t rank) { return devices_[rank]->port(); }
   uint32_t device_index(uint32_t rank) const { return devices_[rank]->index().value; }
+  uint32_t multiprocessors(uint32_t rank) const {
+    int count = 0;
+    EXPECT_EQ(cudaSuccess,
+              cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, static_cast<int>(device_index(rank))));
+    return static_cast<uint32_t>(count);
+  }
 
   base::Status create_group(const kernels::OpShape& shape) {
     group_ = {++last_group_};

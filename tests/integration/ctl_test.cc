@@ -41,6 +41,8 @@ TEST_F(Ctl, BenchRunsBothModesAndVerifiesThem) {
   for (const json& row : document["rows"]) {
     modes.insert(row["mode"]);
     EXPECT_GE(row["p99_us"], row["p50_us"]) << row;
+    EXPECT_EQ(row["executor"], "host") << row;
+    EXPECT_EQ(row["sms"], 0) << row;
     EXPECT_GE(row["logical_gb_per_s"], row["link_gb_per_s"]) << row;
   }
   EXPECT_EQ(modes, (std::set<std::string>{"inference", "normal"}));

@@ -187,6 +187,9 @@ class HighThroughputRun {
         (result.degraded != 0) != degraded_) {
       return fault("result", rank, result.recv_rows);
     }
+    if (result.executor != EXPERTD_EXECUTOR_HOST || result.sms != 0) {
+      return fault("executor", rank, result.executor);
+    }
     if (!std::equal(wanted.report_counts.begin(), wanted.report_counts.end(), result.expert_counts,
                     result.expert_counts + result.expert_count_entries)) {
       return fault("reported counts", rank, 0);

@@ -174,6 +174,9 @@ class LowLatencyRun {
         result.expert_count_entries != case_.shape.local_experts) {
       return "result of ll_dispatch";
     }
+    if (result.executor != EXPERTD_EXECUTOR_HOST || result.sms != 0) {
+      return "executor " + std::to_string(result.executor);
+    }
     for (uint32_t expert = 0; expert < case_.shape.local_experts; ++expert) {
       const size_t count = expected[rank].expert_rows[expert].size();
       if (result.expert_counts[expert] != count || stats_[rank][expert] != 1000 + static_cast<int32_t>(count)) {

@@ -45,6 +45,7 @@ TEST_F(Stream, AThousandOperationsBackToBackWrapTheRing) {
     }
   });
   EXPECT_TRUE(daemon_.metric_becomes("expertd_ops_total{op=\"barrier\",gpu=\"host\",result=\"ok\"}", 2000));
+  EXPECT_TRUE(daemon_.metric_becomes("expertd_op_executed_total{op=\"barrier\",gpu=\"host\",executor=\"host\"}", 2000));
 }
 
 TEST_F(Stream, AnEventKeepsItsResultAfterItsSlotWasUsedAgain) {

@@ -51,6 +51,18 @@ TEST_F(DeviceObserverTest, ARefusalIsNoOperationThatFailed) {
   EXPECT_EQ(ops_.totals(EXPERTD_OP_DISPATCH).ok, 1U);
 }
 
+TEST_F(DeviceObserverTest, TheExecutorAndItsMultiprocessorsAreCounted) {
+  expertd_completion done = completion(0);
+  done.executor = EXPERTD_COMPLETION_EXECUTOR_SM;
+  done.sms = 24;
+  done.start_ns = 100;
+  done.end_ns = 150;
+  observer_.completed(kDevice, request(kernels::OpKind::kCombine, 0), done);
+  const metrics::OpBlock& block = ops_.block(EXPERTD_OP_COMBINE);
+  EXPECT_EQ(metrics::read(block.executed[EXPERTD_COMPLETION_EXECUTOR_SM]), 1U);
+  EXPECT_EQ(metrics::read(block.sm_ns), 24U * 50U);
+}
+
 TEST_F(DeviceObserverTest, OnlyWhatCannotBeUnderstoodIsAnInvalidDescriptor) {
   observer_.completed(kDevice, request(kernels::OpKind::kBarrier, EXPERTD_REASON_UNALIGNED), completion(0));
   observer_.completed(kDevice, request(kernels::OpKind::kBarrier, EXPERTD_REASON_DESCRIPTOR_MALFORMED), completion(0));

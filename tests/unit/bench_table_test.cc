@@ -26,6 +26,8 @@ TableRow row_of(const std::string& operation, uint32_t tokens, bool mps) {
   row.it = {operation, "fp8", false, {2, 256, 7168, 8, tokens}};
   row.mps = mps;
   row.times_us = {30, 10, 20, 40};
+  row.executor = "sm";
+  row.sms = 24;
   row.floor_copy_engine_us = {9, 8};
   row.floor_sm_us = {12, 12};
   row.link_bytes = 20e3;
@@ -61,6 +63,8 @@ TEST(TableRowJson, HasTheFiguresAndTheFasterCopyAsFloor) {
   EXPECT_EQ(row.at("mode"), "ht");
   EXPECT_EQ(row.at("dtype"), "fp8");
   EXPECT_EQ(row.at("client"), "idle");
+  EXPECT_EQ(row.at("executor"), "sm");
+  EXPECT_EQ(row.at("sms"), 24);
   EXPECT_EQ(row.at("p50_us"), 20);
   EXPECT_EQ(row.at("p99_us"), 40);
   EXPECT_EQ(row.at("floor_us"), 8);
@@ -94,10 +98,13 @@ TEST(TableRowJson, NamesTheClockAndKeepsWhatItCostsApart) {
 TEST(TableRowJson, SaysWhatFailedAndHasNoTimesThen) {
   TableRow failed = row_of("dispatch", 4096, false);
   failed.times_us.clear();
+  failed.executor.clear();
   failed.verified = false;
   failed.error = "wrong output";
   const json row = row_json(failed);
   EXPECT_TRUE(row.at("p50_us").is_null());
+  EXPECT_TRUE(row.at("executor").is_null());
+  EXPECT_TRUE(row.at("sms").is_null());
   EXPECT_EQ(row.at("verified"), false);
   EXPECT_EQ(row.at("error"), "wrong output");
   EXPECT_FALSE(all_verified(document_of({row_of("combine", 1, false), failed}, false)));
@@ -115,6 +122,21 @@ TEST(TableMerge, AddsRowsOfTheOtherStateAndReplacesThoseOfTheSame) {
   EXPECT_EQ(both.at("mps"), "both");
   EXPECT_EQ(both.at("commit"), "a");
   EXPECT_EQ(merged(both, document_of({row_of("dispatch", 512, true)}, true)).at("mps"), "both");
+}
+
+TEST(TableMerge, ARowOfOtherMultiprocessorsIsAnotherAndAFailedOneGivesWay) {
+  TableRow failed = row_of("dispatch", 4096, false);
+  failed.executor.clear();
+  failed.sms = 0;
+  TableRow wide = row_of("dispatch", 4096, false);
+  wide.sms = 132;
+  const json narrow = document_of({row_of("dispatch", 4096, false)}, false);
+  EXPECT_EQ(merged(narrow, document_of({wide}, false)).at("rows").size(), 2u);
+  EXPECT_EQ(merged(narrow, document_of({failed}, false)).at("rows").size(), 2u) << "figures stay";
+  const json again = merged(document_of({failed}, false), document_of({wide}, false));
+  ASSERT_EQ(again.at("rows").size(), 1u);
+  EXPECT_EQ(again.at("rows")[0].at("sms"), 132);
+  EXPECT_EQ(merged(document_of({failed}, false), document_of({failed}, false)).at("rows").size(), 1u);
 }
 
 TEST(TableMerge, RefusesWhatIsNoTable) {
@@ -139,15 +161,6 @@ TEST(TableCases, SelectsByOperationAndTokens) {
   for (const TableCase& it : cases) {
     EXPECT_EQ(it.operation, "combine");
     EXPECT_TRUE(it.shape.tokens == 512 || it.shape.tokens == 4096);
-  }
-}
-
-TEST(TableCases, OnlyWhatMovesRowsHasMultiprocessors) {
-  const Multiprocessors there_are{24, 132};
-  for (const TableCase& it : table_cases({})) {
-    const bool moves = it.operation != "layout" && it.operation != "empty";
-    const uint32_t wanted = !moves ? 0 : it.low_latency ? 132 : 24;
-    EXPECT_EQ(multiprocessors_of(it, there_are), wanted) << it.name();
   }
 }
 

@@ -187,6 +187,34 @@ TEST_F(ClientSession, KeepsResultsAfterTheSlotWasUsedAgain) {
   EXPECT_EQ(0, expertd_event_wait(events.back(), 0, nullptr).reason);
 }
 
+TEST_F(ClientSession, TellsWhatExecutedAnOperationToWhoeverHasRoomForIt) {
+  expertd_group_t* group = join();
+  daemon_.set_script([](const expertd_slot& slot, expertd_completion* completion) {
+    completion->executor = EXPERTD_COMPLETION_EXECUTOR_SM;
+    completion->sms = 24;
+    completion->start_ns = slot.submit_ns + 5;
+    completion->end_ns = slot.submit_ns + 12;
+    completion->complete_ns = slot.submit_ns + 14;
+  });
+  expertd_event_t event{};
+  ASSERT_EQ(0, expertd_barrier(group, nullptr, 0, 0, &event).reason) << message();
+  expertd_op_result_t result = EXPERTD_INIT(expertd_op_result_t);
+  ASSERT_EQ(0, expertd_event_wait(event, 0, &result).reason) << message();
+  EXPECT_EQ(uint32_t{EXPERTD_EXECUTOR_SM}, result.executor);
+  EXPECT_EQ(24u, result.sms);
+  EXPECT_EQ(5u, result.queue_ns);
+  EXPECT_EQ(7u, result.execute_ns);
+  EXPECT_EQ(14u, result.total_ns);
+  expertd_op_result_t older{};
+  older.struct_size = offsetof(expertd_op_result_t, executor);
+  older.executor = 77;
+  ASSERT_EQ(0, expertd_event_wait(event, 0, &older).reason) << message();
+  EXPECT_EQ(7u, older.execute_ns);
+  EXPECT_EQ(77u, older.executor) << "behind the struct of before";
+  older.struct_size -= 1;
+  EXPECT_EQ(EXPERTD_REASON_ARGUMENT_RANGE, expertd_event_wait(event, 0, &older).reason);
+}
+
 TEST_F(ClientSession, EndsWithRingOverflowWhenNoSlotBecomesFree) {
   expertd_group_t* group = join();
   daemon_.hold(true);

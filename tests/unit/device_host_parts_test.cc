@@ -75,6 +75,8 @@ TEST_F(HostParts, AHandleServesOnlyTheDispatchThatLeftIt) {
   auto right = world_.combine(kTokens, 2 * kTokens, 1);
   ASSERT_TRUE(world_.run(right.get()));
   EXPECT_EQ(right->reason(0), 0U);
+  EXPECT_EQ(right->outcomes[0].executor, static_cast<uint32_t>(EXPERTD_COMPLETION_EXECUTOR_HOST));
+  EXPECT_EQ(right->outcomes[0].sms, 0U);
   auto more_tokens = world_.combine(2 * kTokens, 2 * kTokens, 1);
   ASSERT_TRUE(world_.run(more_tokens.get()));
   EXPECT_EQ(more_tokens->reason(0), static_cast<uint32_t>(EXPERTD_REASON_STALE_HANDLE));

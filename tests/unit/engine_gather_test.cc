@@ -128,6 +128,11 @@ TEST(EngineGather, CopiesTheReportOfThePartIntoTheCompletion) {
   report.expert_counts[0] = 3;
   report.expert_counts[1] = 6;
   group[0].port.finish(1, report);
+  engine::Outcome& outcome = group[0].port.at(1).outcome;
+  outcome.executor = EXPERTD_COMPLETION_EXECUTOR_SM;
+  outcome.sms = 24;
+  outcome.start_ns = 6;
+  outcome.end_ns = 7;
   ASSERT_TRUE(group.settle(8));
   const expertd_completion& completion = group[0].completion(seq);
   EXPECT_EQ(completion.seq, seq);
@@ -141,6 +146,18 @@ TEST(EngineGather, CopiesTheReportOfThePartIntoTheCompletion) {
   EXPECT_EQ(completion.flags, 0U);
   EXPECT_EQ(completion.launch_ns, 5U);
   EXPECT_EQ(completion.complete_ns, 8U);
+  EXPECT_EQ(completion.executor, static_cast<uint32_t>(EXPERTD_COMPLETION_EXECUTOR_SM));
+  EXPECT_EQ(completion.sms, 24U);
+}
+
+TEST(EngineGather, AnEndThatADeviceSawDuringTheTurnIsNotBehindTheCompletion) {
+  FakeGroup group(1);
+  const uint64_t seq = group.submit_all();
+  ASSERT_TRUE(group.settle(5));
+  group[0].port.finish(1);
+  group[0].port.at(1).outcome.end_ns = 11;
+  ASSERT_TRUE(group.settle(8));
+  EXPECT_EQ(group[0].completion(seq).complete_ns, 11U);
 }
 
 TEST(EngineGather, NeverReportsMoreExpertCountsThanACompletionHolds) {

@@ -152,6 +152,7 @@ TEST(MetricsServer, SeriesDoNotGrowWithValues) {
         record.op = op;
         record.reason = reason;
         record.missing = reason;
+        record.executor = reason;
         device->ops.record(record);
         device->ops.reject(reason);
         device->ops.descriptor_invalid(reason);
@@ -174,8 +175,12 @@ TEST(MetricsServer, ValuesOfHostDevicesAreTakenTogether) {
   op.tokens = 4;
   op.remote_bytes = 64;
   op.phases[Phase::kTotal] = 25'000;
+  op.executor = EXPERTD_COMPLETION_EXECUTOR_HOST;
   first.ops.record(op);
   second.ops.record(op);
+  op.executor = EXPERTD_COMPLETION_EXECUTOR_SM;
+  op.sms = 100;
+  op.phases[Phase::kKernel] = 20'000;
   gpu.ops.record(op);
   op.reason = EXPERTD_REASON_PEER_LOST;
   gpu.ops.record(op);
@@ -203,6 +208,11 @@ TEST(MetricsServer, ValuesOfHostDevicesAreTakenTogether) {
            R"(expertd_op_failed_total{op="ll_dispatch",reason="PEER_LOST"} 1)",
            R"(expertd_op_tokens_total{op="ll_dispatch",gpu="host"} 8)",
            R"(expertd_op_bytes_total{op="ll_dispatch",gpu="2",path="remote"} 64)",
+           R"(expertd_op_executed_total{op="ll_dispatch",gpu="host",executor="host"} 2)",
+           R"(expertd_op_executed_total{op="ll_dispatch",gpu="2",executor="sm"} 1)",
+           R"(expertd_op_executed_total{op="ll_dispatch",gpu="2",executor="copy_engine"} 0)",
+           R"(expertd_op_sm_seconds_total{op="ll_dispatch",gpu="host"} 0)",
+           R"(expertd_op_sm_seconds_total{op="ll_dispatch",gpu="2"} 0.002)",
            R"(expertd_op_duration_seconds_count{op="ll_dispatch",phase="total"} 3)",
            R"(expertd_op_duration_seconds_count{op="ll_dispatch",phase="queue"} 0)",
            R"(expertd_op_total_duration_seconds_bucket{op="ll",gpu="host",le="2e-05"} 0)",
@@ -263,9 +273,9 @@ TEST(MetricsServer, BusyPortIsNamed) {
 }
 
 TEST(MetricsCatalog, NamesFollowTheRules) {
-  const std::set<std::string> allowed_labels = {"version", "commit", "cuda",  "ucx",    "abi",
-                                                "state",   "op",     "gpu",   "result", "reason",
-                                                "phase",   "path",   "cause", "thread", "missing"};
+  const std::set<std::string> allowed_labels = {"version", "commit", "cuda",    "ucx",     "abi",   "state",
+                                                "op",      "gpu",    "result",  "reason",  "phase", "path",
+                                                "cause",   "thread", "missing", "executor"};
   std::set<std::string_view> names;
   for (const MetricInfo& metric : kCatalog) {
     const std::string name(metric.name);

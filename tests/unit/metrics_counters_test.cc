@@ -56,6 +56,29 @@ TEST(MetricsOpCounters, SuccessCountsVolumeAndDurations) {
   EXPECT_EQ(counters.totals(EXPERTD_OP_COMBINE).ok, 0U);
 }
 
+TEST(MetricsOpCounters, SuccessCountsItsExecutorAndTheTimeOnMultiprocessors) {
+  OpCounters counters;
+  OpRecord op = ok_dispatch(1);
+  op.executor = EXPERTD_COMPLETION_EXECUTOR_SM;
+  op.sms = 24;
+  counters.record(op);  // without a kernel phase
+  op.phases[Phase::kKernel] = 1'000;
+  counters.record(op);
+  op.executor = EXPERTD_COMPLETION_EXECUTOR_HOST;
+  op.sms = 0;
+  counters.record(op);
+  op.executor = 99;  // out of the list: counted as none
+  counters.record(op);
+  op.reason = EXPERTD_REASON_TIMEOUT;
+  op.sms = 24;
+  counters.record(op);
+  const OpBlock& block = counters.block(EXPERTD_OP_DISPATCH);
+  EXPECT_EQ(read(block.executed[EXPERTD_COMPLETION_EXECUTOR_SM]), 2U);
+  EXPECT_EQ(read(block.executed[EXPERTD_COMPLETION_EXECUTOR_HOST]), 1U);
+  EXPECT_EQ(read(block.executed[EXPERTD_COMPLETION_EXECUTOR_NONE]), 1U);
+  EXPECT_EQ(read(block.sm_ns), 24'000U);
+}
+
 TEST(MetricsOpCounters, FailureCountsItsReasonOnly) {
   OpCounters counters;
   OpRecord op = ok_dispatch(1);

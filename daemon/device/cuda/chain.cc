@@ -409,6 +409,27 @@ bool CudaDevice::enqueue_barrier(const Part& part, const PartParams& params) {
   return alone || (enqueue_exchange_wait(part, false) && launch_finish(params, stream) == cudaSuccess);
 }
 
+/// Multiprocessors that the largest kernel of the part's chain takes. A link or low latency chain has one that counts;
+/// of the others any may be the largest: few tokens beside large outputs leave most to finish.
+uint32_t CudaDevice::sms_of(const Part& part, const PartParams& params) {
+  using namespace kernels::cuda;
+  const OpShape& shape = params.op.shape;
+  uint32_t blocks = 1;  // of a barrier
+  if (part.low_latency) {
+    blocks = is_dispatch(shape) ? link_ll_dispatch_blocks(params) : link_ll_combine_blocks(params);
+  } else if (part.links) {
+    blocks = is_dispatch(shape) ? link_dispatch_blocks(params) : link_combine_blocks(params);
+  } else if (shape.kind == OpKind::kLayout) {
+    blocks = layout_count_blocks(params);
+  } else if (shape.kind != OpKind::kBarrier) {
+    const bool relays = params.relay.ranks != 0;
+    blocks = std::max({is_dispatch(shape) ? dispatch_move_blocks(params) : combine_pull_blocks(params),
+                       relays ? relay_publish_blocks(params) : 1u,
+                       relays && is_dispatch(shape) ? relay_move_blocks(params) : 1u, finish_blocks(params)});
+  }
+  return std::clamp(blocks, 1u, std::max(params.multiprocessors, 1u));
+}
+
 bool CudaDevice::enqueue_chain(const Part& part, const PartParams& params) {
   using namespace kernels::cuda;
   CUstream stream = part.session->stream;

@@ -95,6 +95,7 @@ class CudaDevice : public Device, public engine::DevicePort {
     bool waits_doorbell = false;
     bool links = false;  // its chain is that of the link kernels
     bool low_latency = false;
+    uint32_t sms = 0;      // multiprocessors that its largest kernel takes; 0: it has no kernels
     uint32_t entries = 0;  // counted against its stream
     uint64_t launch_ns = 0;
     uint64_t group_op = 0;
@@ -136,6 +137,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   const GroupEntry* find_peer(const engine::LaunchSpec& spec, uint32_t rank) const;
   bool fill_peers(const engine::LaunchSpec& spec, const Part& part, kernels::cuda::PartParams* params) const;
   bool enqueue_route(const Part& part, const kernels::cuda::PartParams& params);
+  static uint32_t sms_of(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_chain(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_exchange_wait(const Part& part, bool moved);
   bool enqueue_link(const Part& part, const kernels::cuda::PartParams& params);

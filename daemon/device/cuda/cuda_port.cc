@@ -122,6 +122,7 @@ bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords&
     return true;
   }
   const ScopedContext context(driver_, gpu_.view.context);
+  slot->sms = sms_of(*slot, params);
   slot->entries = kEntriesPerPart;
   session->queued_entries += slot->entries;
   if (!enqueue_chain(*slot, params)) {
@@ -278,6 +279,8 @@ void CudaDevice::report_part(const Part& part, engine::Outcome* outcome) const {
   *outcome = {};
   outcome->launch_ns = part.launch_ns;
   outcome->end_ns = base::now_ns();
+  outcome->executor = part.sms == 0 ? EXPERTD_COMPLETION_EXECUTOR_NONE : EXPERTD_COMPLETION_EXECUTOR_SM;
+  outcome->sms = part.sms;
   // The GPU's timer is another clock: the part's length is taken from it, its end is when the host saw it.
   if (facts.start_ns != 0 && facts.end_ns >= facts.start_ns) {
     outcome->start_ns = std::max(part.launch_ns, outcome->end_ns - (facts.end_ns - facts.start_ns));

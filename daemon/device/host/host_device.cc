@@ -146,6 +146,7 @@ bool HostDevice::poll(engine::PartId part_id, engine::Outcome* outcome) {
     return false;
   }
   outcome->report = part->report();
+  outcome->executor = EXPERTD_COMPLETION_EXECUTOR_HOST;
   outcome->start_ns = part->start_ns();
   outcome->end_ns = base::now_ns();
   end(*part);

@@ -52,11 +52,14 @@ __global__ __launch_bounds__(kPullThreads) void combine_pull(const __grid_consta
 
 }  // namespace
 
-cudaError_t launch_combine_pull(const PartParams& params, cudaStream_t stream) {
+uint32_t combine_pull_blocks(const PartParams& params) {
   const uint32_t most = params.multiprocessors * kBlocksPerMultiprocessor;
   const uint32_t tokens = params.op.shape.tokens == 0 ? 1 : params.op.shape.tokens;
-  const uint32_t blocks = tokens > most ? most : tokens;
-  combine_pull<<<blocks, kPullThreads, 0, stream>>>(params);
+  return tokens > most ? most : tokens;
+}
+
+cudaError_t launch_combine_pull(const PartParams& params, cudaStream_t stream) {
+  combine_pull<<<combine_pull_blocks(params), kPullThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

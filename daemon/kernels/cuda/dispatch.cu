@@ -108,16 +108,23 @@ __global__ __launch_bounds__(kMoveThreads) void dispatch_move(const __grid_const
 
 }  // namespace
 
+uint32_t relay_move_blocks(const PartParams& params) {
+  return params.multiprocessors * kBlocksPerMultiprocessor;
+}
+
 cudaError_t launch_relay_move(const PartParams& params, cudaStream_t stream) {
-  relay_move<<<params.multiprocessors * kBlocksPerMultiprocessor, kMoveThreads, 0, stream>>>(params);
+  relay_move<<<relay_move_blocks(params), kMoveThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
-cudaError_t launch_dispatch_move(const PartParams& params, cudaStream_t stream) {
+uint32_t dispatch_move_blocks(const PartParams& params) {
   const uint32_t most = params.multiprocessors * kBlocksPerMultiprocessor;
   const uint32_t tokens = params.op.shape.tokens == 0 ? 1 : params.op.shape.tokens;
-  const uint32_t blocks = tokens > most ? most : tokens;
-  dispatch_move<<<blocks, kMoveThreads, 0, stream>>>(params);
+  return tokens > most ? most : tokens;
+}
+
+cudaError_t launch_dispatch_move(const PartParams& params, cudaStream_t stream) {
+  dispatch_move<<<dispatch_move_blocks(params), kMoveThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

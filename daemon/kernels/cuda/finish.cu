@@ -63,7 +63,10 @@ __global__ __launch_bounds__(kFinishThreads) void finish(const __grid_constant__
   }
 }
 
-uint32_t finish_blocks(const OpShape& shape) {
+}  // namespace
+
+uint32_t finish_blocks(const PartParams& params) {
+  const OpShape& shape = params.op.shape;
   if (shape.kind != OpKind::kDispatch) {
     return 1;
   }
@@ -72,10 +75,8 @@ uint32_t finish_blocks(const OpShape& shape) {
   return static_cast<uint32_t>(blocks < 1 ? 1 : (blocks > kMostFinishBlocks ? kMostFinishBlocks : blocks));
 }
 
-}  // namespace
-
 cudaError_t launch_finish(const PartParams& params, cudaStream_t stream) {
-  finish<<<finish_blocks(params.op.shape), kFinishThreads, 0, stream>>>(params);
+  finish<<<finish_blocks(params), kFinishThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

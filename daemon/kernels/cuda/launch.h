@@ -53,6 +53,18 @@ cudaError_t launch_layout_count(const PartParams& params, cudaStream_t stream);
 /// Last kernel of every other part: tails, counts, the report, result and completion word, `done`.
 cudaError_t launch_finish(const PartParams& params, cudaStream_t stream);
 
+/// Blocks of the kernels that do the work of a part, as their launchers take them. Pure.
+uint32_t link_dispatch_blocks(const PartParams& params);
+uint32_t link_combine_blocks(const PartParams& params);
+uint32_t link_ll_dispatch_blocks(const PartParams& params);
+uint32_t link_ll_combine_blocks(const PartParams& params);
+uint32_t dispatch_move_blocks(const PartParams& params);
+uint32_t combine_pull_blocks(const PartParams& params);
+uint32_t relay_publish_blocks(const PartParams& params);
+uint32_t relay_move_blocks(const PartParams& params);
+uint32_t layout_count_blocks(const PartParams& params);
+uint32_t finish_blocks(const PartParams& params);
+
 /// Launches every kernel once as a null operation, so that nothing is loaded later, and lets the kernels with bulk
 /// copies have the shared memory they want in the current context.
 cudaError_t launch_all_null(bool bulk_copies, cudaStream_t stream);

@@ -157,10 +157,13 @@ cudaError_t launch_layout_clear(const PartParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-cudaError_t launch_layout_count(const PartParams& params, cudaStream_t stream) {
+uint32_t layout_count_blocks(const PartParams& params) {
   const uint32_t tokens = params.op.shape.tokens;
-  const uint32_t blocks = tokens == 0 ? 1 : (tokens + kLayoutTokens - 1) / kLayoutTokens;
-  layout_count<<<blocks, kLayoutThreads, 0, stream>>>(params);
+  return tokens == 0 ? 1 : (tokens + kLayoutTokens - 1) / kLayoutTokens;
+}
+
+cudaError_t launch_layout_count(const PartParams& params, cudaStream_t stream) {
+  layout_count<<<layout_count_blocks(params), kLayoutThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

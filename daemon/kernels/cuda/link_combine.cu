@@ -358,12 +358,16 @@ cudaError_t launch_pieces(const PartParams& params, Entry entry, cudaStream_t st
   }
   const uint32_t bytes = null ? 16 : params.op.shape.hidden * 2;
   const uint32_t threads = 32 + (null ? 32 : sum_threads(params.op.shape.hidden, kPieces));
-  const uint32_t blocks = std::clamp(params.link_sms, 1u, std::min(params.multiprocessors, kMostLinkSms));
-  link_combine<kPieces><<<blocks, threads, bulk_rows(bytes) * bulk_row_stride(bytes), stream>>>(params, entry);
+  const uint32_t shared_bytes = bulk_rows(bytes) * bulk_row_stride(bytes);
+  link_combine<kPieces><<<link_combine_blocks(params), threads, shared_bytes, stream>>>(params, entry);
   return cudaGetLastError();
 }
 
 }  // namespace
+
+uint32_t link_combine_blocks(const PartParams& params) {
+  return std::clamp(params.link_sms, 1u, std::min(params.multiprocessors, kMostLinkSms));
+}
 
 cudaError_t launch_link_combine(const PartParams& params, Entry entry, cudaStream_t stream) {
   if (params.null_operation != 0) {

@@ -413,6 +413,14 @@ __global__ __launch_bounds__(kBlockThreads, 1) void link_dispatch(const __grid_c
 #endif
 }
 
+uint32_t most_blocks(const PartParams& params) {
+  return std::min(params.link_sms, params.multiprocessors);
+}
+
+uint32_t blocks_per_cluster(const PartParams& params) {
+  return most_blocks(params) >= 2 * kMostClusterBlocks ? kMostClusterBlocks : kLeastClusterBlocks;
+}
+
 }  // namespace
 
 bool serves_link(const PartParams& params) {
@@ -426,6 +434,11 @@ bool serves_link(const PartParams& params) {
   return shape.kind == OpKind::kCombine && shape.order_last_lane == 0 && shape.hidden != 0;
 }
 
+uint32_t link_dispatch_blocks(const PartParams& params) {
+  const uint32_t cluster = blocks_per_cluster(params);
+  return std::max(most_blocks(params) / cluster, 1u) * cluster;
+}
+
 cudaError_t launch_link_dispatch(const PartParams& params, Entry entry, cudaStream_t stream) {
   if (params.null_operation != 0) {
     const cudaError_t allowed =
@@ -435,15 +448,13 @@ cudaError_t launch_link_dispatch(const PartParams& params, Entry entry, cudaStre
     }
   }
   const uint32_t rows = params.null_operation != 0 ? 0 : movers_of(params.op.shape) * place_bytes(params.op.shape);
-  const uint32_t sms = std::min(params.link_sms, params.multiprocessors);
-  const uint32_t cluster = sms >= 2 * kMostClusterBlocks ? kMostClusterBlocks : kLeastClusterBlocks;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.x = blocks_per_cluster(params);
   attribute.val.clusterDim.y = 1;
   attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = std::max(sms / cluster, 1u) * cluster;
+  config.gridDim = link_dispatch_blocks(params);
   config.blockDim = kBlockThreads;
   config.dynamicSmemBytes = std::max<size_t>(rows, sizeof(TokenRouting));
   config.stream = stream;

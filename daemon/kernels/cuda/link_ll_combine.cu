@@ -413,10 +413,14 @@ uint32_t combine_blocks(const PartParams& params) {
 
 }  // namespace
 
+uint32_t link_ll_combine_blocks(const PartParams& params) {
+  return params.null_operation != 0 ? 1 : combine_blocks(params);
+}
+
 cudaError_t launch_link_ll_combine(const PartParams& params, LowLatencyEntry entry, cudaStream_t stream) {
   const bool null = params.null_operation != 0;
   const bool many = params.table_top_k > kRowsAtOnce;
-  const uint32_t blocks = null ? 1 : combine_blocks(params);
+  const uint32_t blocks = link_ll_combine_blocks(params);
   if (null || many) {
     link_ll_combine<true><<<blocks, kLowLatencyThreads, 0, stream>>>(params, entry);
   }

@@ -366,6 +366,10 @@ uint32_t dispatch_blocks(const PartParams& params) {
 
 }  // namespace
 
+uint32_t link_ll_dispatch_blocks(const PartParams& params) {
+  return params.null_operation != 0 ? 1 : dispatch_blocks(params);
+}
+
 cudaError_t launch_link_ll_dispatch(const PartParams& params, Entry entry, cudaStream_t stream) {
   const bool null = params.null_operation != 0;
   if (null) {
@@ -376,7 +380,7 @@ cudaError_t launch_link_ll_dispatch(const PartParams& params, Entry entry, cudaS
     }
   }
   const uint32_t bytes = entry == Entry::kWaits && !null ? route_shared_bytes(params.op.shape.experts) : 0;
-  link_ll_dispatch<<<null ? 1 : dispatch_blocks(params), kLowLatencyThreads, bytes, stream>>>(params, entry);
+  link_ll_dispatch<<<link_ll_dispatch_blocks(params), kLowLatencyThreads, bytes, stream>>>(params, entry);
   return cudaGetLastError();
 }
 

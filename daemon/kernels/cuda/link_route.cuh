@@ -240,6 +240,9 @@ __device__ inline void route_cluster(const PartParams& p, const TokenSpan& whole
   }
   if (threadIdx.x == 0) {
     shared->error = kNoError;
+    if (!gated) {
+      mark_start(p);
+    }
   }
   __syncthreads();
   count_block(p, span, s, shared);
@@ -248,7 +251,6 @@ __device__ inline void route_cluster(const PartParams& p, const TokenSpan& whole
   cluster.sync();
   if (blockIdx.x == 0 && threadIdx.x < 32 && __shfl_sync(kFullWarp, gated ? 1 : 0, 0) == 0) {
     hand_over_rows(p, cluster.num_blocks(), *shared);
-    mark_start(p);
   }
   number_block(p, span, cluster.block_rank(), *s, *shared);
   fence_copy_unit();

@@ -204,14 +204,21 @@ cudaError_t launch_relay_plan(const PartParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-cudaError_t launch_relay_publish(const PartParams& params, cudaStream_t stream) {
+uint32_t relay_publish_blocks(const PartParams& params) {
+  const OpShape& shape = params.op.shape;
   const uint32_t most = params.multiprocessors * kBlocksPerMultiprocessor;
+  const bool rows = shape.kind == OpKind::kCombine || shape.kind == OpKind::kLlCombine;
+  return rows ? most : std::clamp(shape.tokens, 1u, most);
+}
+
+cudaError_t launch_relay_publish(const PartParams& params, cudaStream_t stream) {
+  const uint32_t blocks = relay_publish_blocks(params);
   const OpShape& shape = params.op.shape;
   if (params.null_operation != 0 || shape.kind == OpKind::kDispatch || shape.kind == OpKind::kLlDispatch) {
-    relay_publish_tokens<<<std::clamp(shape.tokens, 1u, most), kPublishThreads, 0, stream>>>(params);
+    relay_publish_tokens<<<blocks, kPublishThreads, 0, stream>>>(params);
   }
   if (params.null_operation != 0 || shape.kind == OpKind::kCombine || shape.kind == OpKind::kLlCombine) {
-    relay_publish_rows<<<most, kPublishThreads, 0, stream>>>(params);
+    relay_publish_rows<<<blocks, kPublishThreads, 0, stream>>>(params);
   }
   return cudaGetLastError();
 }

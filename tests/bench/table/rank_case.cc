@@ -371,6 +371,7 @@ void RankCase::time_operation(RankFigures* figures, bool verified) {
   expertd_event_t event{};
   figures->times_us.push_back(time_us(timing(clock_, start_, 1), [&] { operation_->issue(&event); }));
   const expertd_op_result_t result = rank_->wait(event, it_.name());
+  figures->execution.add(result.executor, result.sms);
   if (leads() && !verified) {
     figures->daemon_cpu_ns += cpu_ns_of(group_->daemon) - cpu_ns;
     figures->wall_ns += static_cast<double>(now_ns() - begin_ns);

@@ -51,6 +51,7 @@ struct RankFigures {
   Times local_wait_us;    // what the kernels of the clock take for nothing
   Times floor_copy_engine_us, floor_sm_us, floor_least_copy_engine_us, floor_least_sm_us;
   ctl::BenchBytes bytes;
+  ctl::BenchExecution execution;  // of the operation that the row is of; of a pair and a layer, of their combine
   double client_slowdown = 0;
   double daemon_cpu_ns = 0;  // of the leading rank alone
   double wall_ns = 0;

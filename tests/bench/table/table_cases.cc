@@ -113,13 +113,6 @@ std::vector<TableCase> table_cases(const TableSelection& selection) {
   return cases;
 }
 
-uint32_t multiprocessors_of(const TableCase& it, const Multiprocessors& there_are) {
-  if (it.operation == "layout" || it.operation == "empty") {
-    return 0;
-  }
-  return it.low_latency ? there_are.all : there_are.link;
-}
-
 BenchRowSpec row_spec(const TableCase& it) {
   if (it.operation == "pair") {
     return ctl::low_latency_pair_row();

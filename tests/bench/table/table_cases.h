@@ -38,13 +38,6 @@ struct TableCase {
 const std::vector<std::string>& table_operations();
 /// The main shape first, and groups behind one another.
 std::vector<TableCase> table_cases(const TableSelection& selection);
-/// Multiprocessors that the daemon may use to move the rows of a case: normal operations take as many as it is told
-/// to, low latency ones all that there are. 0: no rows.
-struct Multiprocessors {
-  uint32_t link = 0;  // device.link_sms
-  uint32_t all = 0;
-};
-uint32_t multiprocessors_of(const TableCase& it, const Multiprocessors& there_are);
 /// What makes the operation of a case, other than a layer, which needs a GPU.
 ctl::BenchRowSpec row_spec(const TableCase& it);
 

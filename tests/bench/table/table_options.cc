@@ -55,8 +55,7 @@ void add_running(CLI::App* app, Typed* typed, TableOptions* options) {
       ->delimiter(',')
       ->check(CLI::NonNegativeNumber)
       ->type_name("LIST");
-  app->add_option("--link-sms", options->link_sms,
-                  "device.link_sms of the own daemon; of a running one, what it was given")
+  app->add_option("--link-sms", options->link_sms, "device.link_sms of the own daemon")
       ->check(CLI::Range(1, 256))
       ->capture_default_str();
   app->add_option("--daemon-arg", options->daemon_words, "Argument of the own daemon, as --daemon-arg=--name=value")

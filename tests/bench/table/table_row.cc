@@ -27,9 +27,14 @@ const std::vector<const char*>& identity() {
   return keys;
 }
 
-bool same_case(const json& left, const json& right) {
-  return std::all_of(identity().begin(), identity().end(),
-                     [&](const char* key) { return left.value(key, json()) == right.value(key, json()); });
+/// Whether a row takes the place of an older one. Which executor and multiprocessors a row is of is known from its
+/// results alone: one that failed is of any, and never takes the place of one that has figures.
+bool replaces(const json& row, const json& old) {
+  const bool has_results = !old.value("executor", json()).is_null();
+  return std::all_of(identity().begin(), identity().end(), [&](const std::string& key) {
+    const bool of_results = key == "executor" || key == "sms";
+    return (of_results && !has_results) || row.value(key, json()) == old.value(key, json());
+  });
 }
 
 json number(double value) {
@@ -103,8 +108,8 @@ json row_json(const TableRow& row) {
       {"top_k", row.it.shape.top_k},
       {"experts", row.it.shape.experts},
       {"ranks", row.it.shape.ranks},
-      {"executor", row.executor},
-      {"sms", row.multiprocessors},
+      {"executor", row.executor.empty() ? json() : json(row.executor)},
+      {"sms", row.executor.empty() ? json() : json(row.sms)},
       {"mps", row.mps},
       {"client", row.busy ? "busy" : "idle"},
       {"clock", row.clock.empty() ? json() : json(row.clock)},
@@ -147,7 +152,7 @@ json merged(json base, const json& more) {
   }
   json& rows = base["rows"];
   for (const json& row : more["rows"]) {
-    const auto found = std::find_if(rows.begin(), rows.end(), [&](const json& old) { return same_case(old, row); });
+    const auto found = std::find_if(rows.begin(), rows.end(), [&](const json& old) { return replaces(row, old); });
     if (found == rows.end()) {
       rows.push_back(row);
     } else {
@@ -168,6 +173,8 @@ std::string table_text(const json& document) {
                     {"TOP", Align::kRight},
                     {"MPS"},
                     {"CLIENT"},
+                    {"BY"},
+                    {"SMS", Align::kRight},
                     {"P50 µs", Align::kRight},
                     {"P99 µs", Align::kRight},
                     {"SWITCH µs", Align::kRight},
@@ -182,12 +189,27 @@ std::string table_text(const json& document) {
                     {"CPU %", Align::kRight},
                     {"VERIFIED"}});
   for (const json& row : document.at("rows")) {
-    table.add({form_of(row), cell(row, "tokens", 0), cell(row, "hidden", 0), cell(row, "top_k", 0),
-               row.value("mps", false) ? "yes" : "no", row.value("client", ""), cell(row, "p50_us", 1),
-               cell(row, "p99_us", 1), cell(row, "p50_switch_us", 1), cell(row, "local_wait_us", 1),
-               cell(row, "link_gbps", 0), cell(row, "floor_us", 1), cell(row, "ratio", 2), cell(row, "nccl_us", 1),
-               cell(row, "queued_us", 1), cell(row, "compute_us", 1), cell(row, "client_slowdown", 2),
-               cell(row, "daemon_cpu_percent", 0), row.value("verified", false) ? "yes" : "NO"});
+    table.add({form_of(row),
+               cell(row, "tokens", 0),
+               cell(row, "hidden", 0),
+               cell(row, "top_k", 0),
+               row.value("mps", false) ? "yes" : "no",
+               row.value("client", ""),
+               row.value("executor", json()).is_string() ? row.value("executor", "") : "-",
+               cell(row, "sms", 0),
+               cell(row, "p50_us", 1),
+               cell(row, "p99_us", 1),
+               cell(row, "p50_switch_us", 1),
+               cell(row, "local_wait_us", 1),
+               cell(row, "link_gbps", 0),
+               cell(row, "floor_us", 1),
+               cell(row, "ratio", 2),
+               cell(row, "nccl_us", 1),
+               cell(row, "queued_us", 1),
+               cell(row, "compute_us", 1),
+               cell(row, "client_slowdown", 2),
+               cell(row, "daemon_cpu_percent", 0),
+               row.value("verified", false) ? "yes" : "NO"});
   }
   std::string text = table.text();
   for (const json& row : document.at("rows")) {

@@ -23,8 +23,8 @@ struct TableRow {
   TableCase it;
   std::string half = "both";
   bool captured = false;
-  std::string executor = "sm";
-  uint32_t multiprocessors = 0;  // that the daemon may use to move rows; 0: it moves none
+  std::string executor;  // as the operations' results say; empty: there are none
+  uint32_t sms = 0;      // that the largest kernel takes, the most of any rank and iteration
   bool mps = false;
   bool busy = false;
   std::string clock;  // what the times are from; empty: there are none

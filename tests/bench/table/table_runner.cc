@@ -155,12 +155,16 @@ TableRow TableRunner::Batch::finished_row(const TableCase& it, size_t client,
   row.nccl_us = slowest(&RankFigures::nccl_us);
   row.queued_us = quantile_of(slowest(&RankFigures::queued_us), 0.5);
   row.compute_us = quantile_of(slowest(&RankFigures::compute_us), 0.5);
+  ctl::BenchExecution execution;
   for (const RankFigures& rank : ranks) {
+    execution.add(rank.execution.executor, rank.execution.sms);
     row.logical_bytes += static_cast<double>(rank.bytes.logical) / static_cast<double>(ranks.size());
     row.link_bytes += static_cast<double>(rank.bytes.remote) / static_cast<double>(ranks.size());
     row.clock_offset_us = std::max(row.clock_offset_us, quantile_of(rank.clock_offset_us, 0.5));
     row.client_slowdown = std::max(row.client_slowdown, rank.client_slowdown);
   }
+  row.executor = ctl::executor_name(execution.executor);
+  row.sms = execution.sms;
   const RankFigures& leader = ranks.front();
   row.daemon_cpu_percent =
       leader.wall_ns == 0 ? 0 : 100 * leader.daemon_cpu_ns / leader.wall_ns / static_cast<double>(ranks.size());
@@ -221,9 +225,6 @@ void TableRunner::open_tools() {
   cudaDeviceProp properties{};
   check_cuda(cudaGetDeviceProperties(&properties, gpus_.front()), "cudaGetDeviceProperties");
   device_name_ = properties.name;
-  multiprocessors_.all = static_cast<uint32_t>(properties.multiProcessorCount);
-  // Bulk copies, and with them the daemon's limit, begin with compute capability 9.
-  multiprocessors_.link = properties.major >= 9 ? options_.link_sms : multiprocessors_.all;
   gate_ = std::make_unique<Gate>();
   for (const int gpu : gpus_) {
     check_cuda(cudaSetDevice(gpu), "cudaSetDevice");
@@ -285,7 +286,6 @@ TableRow TableRunner::new_row(const TableCase& it, bool busy) const {
   row.it = it;
   row.busy = busy;
   row.mps = mps_;
-  row.multiprocessors = multiprocessors_of(it, multiprocessors_);
   row.device = device_name_;
   return row;
 }

@@ -60,7 +60,6 @@ class TableRunner {
   const Renew renew_;
   const Clock::time_point end_;
   std::string device_name_;
-  Multiprocessors multiprocessors_;
   std::string nccl_text_;
   bool mps_ = false;
   std::unique_ptr<Gate> gate_;
