@@ -17,7 +17,7 @@ constexpr uint32_t kPlanThreads = 1024;
 
 __device__ bool first_kernel_is_signal(const PartParams& p) {
   const OpShape& shape = p.op.shape;
-  if (p.relay.own != nullptr) {
+  if (p.relay.ranks != 0) {
     return false;  // what is published comes before
   }
   return shape.kind == OpKind::kBarrier || shape.kind == OpKind::kCombine || shape.kind == OpKind::kLlCombine ||

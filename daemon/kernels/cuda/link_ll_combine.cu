@@ -147,7 +147,7 @@ __device__ void count_rows(const PartParams& p) {
 }
 
 /// Which tokens a step sums: those of the other ranks, who wait for them, or the own ones.
-enum class Sums : uint32_t { kOthers = 0, kOwn = 1 };
+enum class Sums : uint32_t { kOthers = 0, kOwnTokens = 1 };
 
 /// Where the lane's 16 bytes of one part of rank `owner`'s sum for a token lie in the origin's staging.
 __device__ __forceinline__ uint4* staged_sum(const PartParams& p, uint32_t origin, uint32_t owner, uint32_t token,
@@ -267,7 +267,8 @@ __device__ __forceinline__ void sum_part(const PartParams& p, const Unit& unit, 
 template <bool kMany>
 __device__ __forceinline__ void sum_tokens(const PartParams& p, Sums which, Crew warps) {
   const OpShape& shape = p.op.shape;
-  const uint32_t units = which == Sums::kOwn ? own_units(p) : (shape.ranks - 1) * most_tokens(p) * sum_parts(shape);
+  const uint32_t units =
+      which == Sums::kOwnTokens ? own_units(p) : (shape.ranks - 1) * most_tokens(p) * sum_parts(shape);
 #pragma unroll 1
   for (uint32_t index = warps.first; index < units; index += warps.step) {
     LaneEntry entry;

@@ -139,9 +139,9 @@ RankCase::RankCase(RankGroup* group, ctl::BenchRank* rank, const TableCase& it)
       operation_(make()) {
   operation_->prepare(inputs_);
   if (clock_ == TimerClock::kMemoryWords) {
-    // Of a session, not of the group, whose operations a peer would have to join, and with a kernel.
-    const ctl::BenchShape shape{it_.shape.ranks, it_.shape.experts, it_.shape.hidden, it_.shape.top_k, 1};
-    untimed_ = row_spec({"layout", "", it_.low_latency, shape}).make({group_->bench, shape, rank_, "untimed layout"});
+    // What is certain to run in the daemon's context: a layout runs in the caller's own. Every rank issues one.
+    untimed_ =
+        row_spec({"empty", "", it_.low_latency, it_.shape}).make({group_->bench, it_.shape, rank_, "untimed barrier"});
     untimed_->prepare(inputs_);
   }
   warm_up();
@@ -177,7 +177,7 @@ void RankCase::warm_up() {
     operation_->finish();
     if (untimed_ != nullptr) {
       untimed_->issue(&event);
-      rank_->wait(event, "untimed layout");
+      rank_->wait(event, "untimed barrier");
     }
   }
   check_cuda(cudaStreamSynchronize(tools().timer->stream()), "warming up");
@@ -312,7 +312,7 @@ Timing RankCase::timing(TimerClock clock, Start start, double per_timing) {
 double RankCase::time_us(const Timing& timing, const std::function<void()>& enqueue) {
   const double us = tools().timer->time_us(timing, enqueue);
   if (timing.before) {
-    rank_->wait(untimed_event_, "untimed layout");
+    rank_->wait(untimed_event_, "untimed barrier");
   }
   return us;
 }
