@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <thread>
 
 #include "tests/device/compare_outputs.h"
@@ -392,29 +393,43 @@ bool launch_and_abort(GpuGroup* group, support::Random* random, std::vector<Requ
   return aborted;
 }
 
-TEST_F(CudaKernels, LowLatencyAborts) {
+/// Dispatches and combines that are aborted at random moments; after each pair the whole of the case, in the same
+/// places.
+void abort_cases(GpuGroup* group, const std::function<RandomCase(uint64_t)>& make) {
   support::Random random(9);
   uint32_t aborted = 0;
-  for (uint64_t seed = 2; seed < 80 && !HasFailure(); seed += 2) {
-    const RandomCase made = make_edge_case(seed, group_->size());
+  for (uint64_t seed = 2; seed < 80 && !testing::Test::HasFailure(); seed += 2) {
+    const RandomCase made = make(seed);
     auto handles = support::make_handles(made);
     GroupMemory dispatch = support::make_dispatch(made, &handles);
     std::vector<uint32_t> in_rows;
     const auto rows = make_rows(made, &in_rows);
     GroupMemory combine = support::make_combine(combine_of(made), &handles, rows, in_rows);
-    ASSERT_TRUE(group_->create_group(made.shape).is_ok());
+    ASSERT_TRUE(group->create_group(made.shape).is_ok());
     for (GroupMemory* memory : {&dispatch, &combine}) {
       std::vector<Request> requests;
-      for (uint32_t r = 0; r < group_->size(); ++r) {
+      for (uint32_t r = 0; r < group->size(); ++r) {
         const bool has_rows = memory == &combine;
-        requests.push_back(make_request(group_.get(), r, made.inputs[r], has_rows ? &rows[r] : nullptr, memory));
+        requests.push_back(make_request(group, r, made.inputs[r], has_rows ? &rows[r] : nullptr, memory));
       }
-      aborted += launch_and_abort(group_.get(), &random, &requests) ? 1 : 0;
+      aborted += launch_and_abort(group, &random, &requests) ? 1 : 0;
     }
-    group_->destroy_group();
-    run_case(group_.get(), made);  // parts stand where the aborted ones stood
+    group->destroy_group();
+    run_case(group, made);  // parts stand where the aborted ones stood
   }
   std::printf("%u operations were aborted\n", aborted);
+}
+
+TEST_F(CudaKernels, LowLatencyAborts) {
+  abort_cases(group_.get(), [&](uint64_t seed) { return make_edge_case(seed, group_->size()); });
+}
+
+TEST_F(CudaKernels, HighThroughputAborts) {
+  abort_cases(group_.get(), [&](uint64_t seed) {
+    RandomCase made = make_large_case(seed, OpKind::kDispatch, group_->size());
+    made.shape.expanded = 0;
+    return made;
+  });
 }
 
 TEST_F(CudaGeneric, HighThroughput) {

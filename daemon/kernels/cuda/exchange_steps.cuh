@@ -92,11 +92,12 @@ __device__ inline void open_part(const PartParams& p, bool gated) {
 /// or because the part was aborted.
 enum class Passage : uint32_t { kNot, kRegular, kAborted };
 
-/// Waits for the words of all other active ranks; kNot when `patience` cycles are over. One whole warp.
-__device__ inline Passage await_words(const PartParams& p, const uint64_t* words, int64_t patience) {
+/// Waits for the words of all other active ranks, and for the own one where `own_too`; kNot when `patience` cycles are
+/// over. One whole warp.
+__device__ inline Passage await_words(const PartParams& p, const uint64_t* words, bool own_too, int64_t patience) {
   const OpShape& shape = p.op.shape;
   const uint32_t s = threadIdx.x & 31;
-  const bool waits = s < shape.ranks && s != shape.rank && rank_active(shape, s);
+  const bool waits = s < shape.ranks && (own_too || s != shape.rank) && rank_active(shape, s);
   uint64_t word = waits ? 0 : p.words.group_op;
   const int64_t begin = clock64();
   for (;;) {
@@ -112,9 +113,13 @@ __device__ inline Passage await_words(const PartParams& p, const uint64_t* words
   }
 }
 
+/// The flags of a step. A dispatch that routes waits for its own rank's too: the rows that one block hands over stand
+/// in the matrix that all blocks read.
 __device__ inline Passage await_flags(const PartParams& p, SignalStep step, int64_t patience) {
   const SyncPage* page = p.peers.pages[p.op.shape.rank];
-  return await_words(p, step == SignalStep::kRouted ? page->routed : page->moved, patience);
+  const bool routed = step == SignalStep::kRouted;
+  const bool own_too = routed && p.op.shape.kind == OpKind::kDispatch && p.op.shape.cached == 0;
+  return await_words(p, routed ? page->routed : page->moved, own_too, patience);
 }
 
 /// Who decides whether a kernel goes on: all its blocks together, or its only or last one.

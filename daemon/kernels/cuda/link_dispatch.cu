@@ -309,38 +309,39 @@ __device__ void keep_rows(const PartParams& p, const TokenSpan& span) {
   }
 }
 
+/// A block's shared memory beside the rows.
+struct BlockShared {
+  ClusterShared cluster;
+  uint64_t loaded[kMostMovers];
+  uint32_t aborted;  // the clerk found the part aborted, so the block has not done its work
+};
+
 /// The clerks' work beside the movers: the handle and what only this rank can know (no other rank writes those rows and
 /// tables); in the first cluster the rows per expert, in the first block the plan.
-__device__ void keep_books(const PartParams& p, const TokenSpan& span, ClusterShared* shared) {
+__device__ void keep_books(const PartParams& p, const TokenSpan& span, bool works, BlockShared* shared) {
   const OpShape& shape = p.op.shape;
   const uint32_t lane = threadIdx.x & 31;
-  const Crew clerks{blockIdx.x * 32 + lane, gridDim.x * 32};
-  const MoverPlan plan = plan_of_warp(p);
-  bool plans = blockIdx.x == 0;
-  if (shape.cached == 0) {
-    const bool counts = blockIdx.x < cooperative_groups::this_cluster().num_blocks();
-    if (counts && p.refused_reason == 0) {
-      keep_rows(p, span);
-    }
-    plans = counts && count_experts(p, span, shared);
-    if (shape.worst_tokens != 0 && plan.moves) {
-      const uint32_t received = __shfl_sync(kFullWarp, plan.total, static_cast<int>(shape.rank));
-      clear_rows(p, received, shape.capacity_rows, clerks);
-    }
+  const bool counts = shape.cached == 0 && blockIdx.x < cooperative_groups::this_cluster().num_blocks();
+  if (counts && works && p.refused_reason == 0) {
+    keep_rows(p, span);
   }
-  if (plans) {
+  const Passage counted = counts ? count_experts(p, span, works, &shared->cluster) : Passage::kNot;
+  if (!works || counted == Passage::kAborted) {
+    shared->aborted = 1;
+    return;
+  }
+  const MoverPlan plan = plan_of_warp(p);
+  if (shape.cached == 0 && shape.worst_tokens != 0 && plan.moves) {
+    const uint32_t received = __shfl_sync(kFullWarp, plan.total, static_cast<int>(shape.rank));
+    clear_rows(p, received, shape.capacity_rows, {blockIdx.x * 32 + lane, gridDim.x * 32});
+  }
+  if (blockIdx.x == 0) {
     plan_dispatch(p, p.scratch.plan_work, {lane, 32}, [] { __syncwarp(); });
     if (plan.moves) {
       store_tables(p, {lane, 32});
     }
   }
 }
-
-/// A block's shared memory beside the rows.
-struct BlockShared {
-  ClusterShared cluster;
-  uint64_t loaded[kMostMovers];
-};
 
 #endif
 
@@ -359,6 +360,9 @@ __global__ __launch_bounds__(kBlockThreads, 1) void link_dispatch(const __grid_c
   __shared__ BlockShared shared;
   if (p.null_operation != 0) {
     return;
+  }
+  if (threadIdx.x == 0) {
+    shared.aborted = 0;
   }
   const auto cluster = cooperative_groups::this_cluster();
   const TokenSpan span = span_of(p.op.shape, cluster.block_rank(), cluster.num_blocks());
@@ -393,12 +397,14 @@ __global__ __launch_bounds__(kBlockThreads, 1) void link_dispatch(const __grid_c
   const bool works = passage == Passage::kRegular;
   if (works && moves) {
     move_tokens(p, mover.work, mover.place);
-  } else if (works && warp == kBlockWarps - 1) {
-    keep_books(p, span, &shared.cluster);
   } else {
     drop_place(mover.place);
   }
-  const LastBlock end = end_step(p, works);
+  if (warp == kBlockWarps - 1) {
+    keep_books(p, span, works, &shared);
+  }
+  __syncthreads();  // the clerk is through
+  const LastBlock end = end_step(p, works && shared.aborted == 0);
   if (!end.last) {
     return;
   }

@@ -259,9 +259,9 @@ __device__ inline void route_cluster(const PartParams& p, const TokenSpan& whole
 
 /// The clerks' share of routing, in the blocks of the first cluster while rows move: the ids into the handle and the
 /// rows per expert, which the first block's clerk hands over, announces as `counted` and waits for from the others.
-/// True in that one when the whole matrix is there; false when the part is aborted. One whole warp per block; `counts`
-/// has been cleared and its barrier made.
-__device__ inline bool count_experts(const PartParams& p, const TokenSpan& span, ClusterShared* shared) {
+/// There kRegular when the whole matrix is there, kAborted when the part was aborted meanwhile; kNot in the other
+/// blocks. One whole warp per block, which clear_experts() has made ready.
+__device__ inline Passage count_experts(const PartParams& p, const TokenSpan& span, bool works, ClusterShared* shared) {
   const auto cluster = cooperative_groups::this_cluster();
   const OpShape& shape = p.op.shape;
   const uint32_t lane = threadIdx.x & 31;
@@ -295,9 +295,12 @@ __device__ inline bool count_experts(const PartParams& p, const TokenSpan& span,
   }
   barrier_arrive_at(&shared->experts_there, 0);
   if (cluster.block_rank() != 0) {
-    return false;
+    return Passage::kNot;
   }
   barrier_wait_cluster(&shared->experts_there, 0);
+  if (!works) {
+    return Passage::kAborted;
+  }
   const uint32_t row = matrix_row_ints(shape);
   for (uint32_t j = 0; j < shape.ranks; ++j) {
     for (uint32_t e = lane; rank_active(shape, j) && e < shape.experts; e += 32) {
@@ -309,7 +312,7 @@ __device__ inline bool count_experts(const PartParams& p, const TokenSpan& span,
     st_release_sys(&p.peers.pages[lane]->counted[shape.rank], p.words.group_op);
   }
   // Unbounded but for an abort: who announced `routed` counts without waiting for anybody.
-  return await_words(p, p.peers.pages[shape.rank]->counted, INT64_MAX) == Passage::kRegular;
+  return await_words(p, p.peers.pages[shape.rank]->counted, false, INT64_MAX);
 }
 
 /// Makes a block of the first cluster ready for its clerk. Whole block, before the first cluster barrier of the kernel
