@@ -9,12 +9,11 @@
 //   wait moved[s] >= n for every other active rank s
 //   finish: tails, report, result word, completion word, `done`
 //
-// Where the link kernels serve the operation, two kernels do all of that and wait for the flags themselves as long as
-// the ranks are together (exchange_steps.cuh); what stands behind the stream's waits is there for ranks that are late:
+// Where the link kernels serve the operation, one kernel does all of that and waits for the flags itself as long as the
+// ranks are together (exchange_steps.cuh); what stands behind the stream's waits is there for ranks that are late:
 //
 //   wait doorbell
-//   dispatch without a handle: link_route                (announces routed; else the next kernel does)
-//   link_dispatch or link_combine                        (waits for routed, moves, announces and waits for moved, ends)
+//   link_dispatch or link_combine       (announces and waits for routed, moves, announces and waits for moved, ends)
 //   wait routed; the same kernel        (only if the first one did not wait that long)
 //   wait moved; finish                  (the end if nobody wrote it yet; `done` in any case)
 //
@@ -31,14 +30,14 @@
 // A barrier is one kernel, wait routed, finish; of a rank alone, the kernel.
 //
 // Order and visibility. (1) Inputs: a rank signals routed behind its doorbell, so a peer that saw the flag may read
-// that rank's inputs and write its outputs. (2) Rows and count rows: the storing kernels end with a system-scope
-// fence in every thread and the signal kernel, later in the stream, stores its flag with release at system scope;
-// NVLink stores are acknowledged by the peer's L2 before the fence passes, so the flag cannot overtake the data. (3)
-// A stream wait is no acquire by itself; it orders by starting later kernels only after the word was seen in the
-// waiting GPU's own memory, and a kernel starts with an invalid L1. Where the device can flush remote writes (stores
-// that arrive over PCIe without acknowledgement) the exchange waits ask for it. (4) All parts of one group on a
-// device run on one session's stream, so scratch and handles need no pages; count rows and flags, which peers write,
-// have kExchangePages.
+// that rank's inputs and write its outputs. (2) Rows and count rows: in the generic chain the storing kernels end with
+// a system-scope fence in every thread and the signal kernel, later in the stream, stores its flag with release at
+// system scope; a link kernel fences once per block, behind a barrier, and its last block stores the flag. NVLink
+// stores are acknowledged by the peer's L2 before the fence passes, so the flag cannot overtake the data. (3) A stream
+// wait is no acquire by itself; it orders by starting later kernels only after the word was seen in the waiting GPU's
+// own memory, and a kernel starts with an invalid L1. Where the device can flush remote writes (stores that arrive over
+// PCIe without acknowledgement) the exchange waits ask for it. (4) All parts of one group on a device run on one
+// session's stream, so scratch and handles need no pages; count rows and flags, which peers write, have kExchangePages.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>

@@ -2,7 +2,7 @@
 // One GPU: its memory and tables for control threads (Device), its parts for its loop (DevicePort). Control calls
 // serialise on a mutex that the loop thread never takes; what both sides share are the lookup tables and atomics.
 // Owned by main and outlived by no window, session or group of it. The port never blocks and calls nothing of CUDA
-// that can synchronise; no kernel of it waits.
+// that can synchronise; its kernels wait for other ranks as kernels/cuda/exchange_steps.cuh says.
 #pragma once
 
 #include <array>
