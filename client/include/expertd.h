@@ -179,6 +179,11 @@ typedef struct expertd_group_options {
    * and the low-latency window has no room for it: FP8 alone takes about a quarter less than any. With NORMAL it cannot
    * be FP8 alone. A struct_size that ends before this member means 0. */
   uint32_t dispatch_dtypes;
+  /* GPUs: how many low-latency operations of the group may be captured in CUDA graphs and outstanding at once, 0..2 (2:
+   * both halves of a double batch); 0: none is captured. Each takes two more buffers of the group's low-latency staging
+   * and 12 MiB per rank, and two of the GPU's armed streams. Not with NORMAL; host devices refuse it (UNSUPPORTED). A
+   * struct_size that ends before this member means 0. */
+  uint32_t capture_lanes;
 } expertd_group_options_t;
 
 typedef struct expertd_group_plan_s {

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "client/src/api_check.h"
+#include "client/src/capture.h"
 #include "client/src/group.h"
 #include "client/src/op_request.h"
 #include "client/src/session.h"
@@ -58,7 +59,9 @@ Status config_of(const expertd_group_options_t* options, client::GroupConfig* co
   config->op_timeout_ns = options->op_timeout_ns;
   config->first_op_timeout_ns = options->first_op_timeout_ns;
   config->join_timeout_ns = options->join_timeout_ns;
-  config->dispatch_dtypes = options->struct_size >= sizeof(*options) ? options->dispatch_dtypes : 0;
+  config->dispatch_dtypes =
+      options->struct_size >= offsetof(expertd_group_options_t, capture_lanes) ? options->dispatch_dtypes : 0;
+  config->capture_lanes = options->struct_size >= sizeof(*options) ? options->capture_lanes : 0;
   return {};
 }
 
@@ -99,12 +102,15 @@ Status refuse(Group* group, const Issue& issue, Status why) {
 template <typename Call>
 expertd_status_t on_operation(expertd_group_t* group, const Issue& issue, const Status& checked, const Call& call) {
   return on_group(group, {}, [&](Group* it) {
-    Status status = it->session()->device()->check_stream(issue.stream);
+    OpRequest request;
+    Status status = it->session()->device()->check_stream(issue.stream, &request.captured);
+    if (status.ok() && request.captured) {
+      status = client::check_capture(*it, issue.op);
+    }
     if (status.reason == EXPERTD_REASON_UNSUPPORTED) {
-      return status;  // a capture records what a later replay would issue
+      return status;
     }
     status = client::both(checked, std::move(status));
-    OpRequest request;
     if (status.ok()) {
       status = call(it, &request);
     }
@@ -155,7 +161,7 @@ Status ll_dispatch(Group* group, const expertd_ll_dispatch_args_t& args, expertd
   }
   request->slot.handle_index = next.index;
   request->slot.handle_generation = next.generation;
-  status = group->session()->submit(request, stream, event);
+  status = client::issue_low_latency(group, request, stream, event);
   if (status.ok()) {
     group->commit_ll(next);
     *handle = next;
@@ -230,7 +236,10 @@ expertd_status_t expertd_layout(expertd_session_t* session, const expertd_layout
     return publish(use.status());
   }
   OpRequest request;
-  status = unwrap(session)->device()->check_stream(stream);
+  status = unwrap(session)->device()->check_stream(stream, &request.captured);
+  if (status.ok() && request.captured) {
+    status = client::error(EXPERTD_REASON_UNSUPPORTED, "layout is not captured; call it before the capture begins");
+  }
   if (status.ok()) {
     status = client::build_layout(*args, unwrap(session)->default_timeout_ns(), &request);
   }
@@ -277,7 +286,7 @@ expertd_status_t expertd_ll_combine(expertd_group_t* group, const expertd_ll_com
     if (built.ok()) {
       built = client::build_ll_combine(*it, *args, request);
     }
-    return built.ok() ? it->session()->submit(request, stream, event) : built;
+    return built.ok() ? client::issue_low_latency(it, request, stream, event) : built;
   });
 }
 

@@ -136,7 +136,7 @@ class CurrentContext {
 // Signal and wait as kernels of one thread, for MPS, where a busy client's stream memory operation waits for its kernel
 // boundary. System scope, because the other side is another process and maybe another GPU. Release on the signal orders
 // the stream's earlier writes before the word; acquire on the wait orders later reads behind it. The wait ends by the
-// signed compare, so that the abort word releases it too.
+// signed compare, so that the abort word releases it too. Take waits in the same way and sets the word back to 0.
 inline constexpr const char* kWordKernels = R"ptx(
 .version 7.0
 .target sm_80
@@ -164,6 +164,24 @@ AGAIN:
   nanosleep.u32 20;
   bra AGAIN;
 DONE:
+  ret;
+}
+
+.visible .entry expertd_take(.param .u64 p_word, .param .u64 p_value)
+{
+  .reg .b64 %rd<4>;
+  .reg .pred %p<2>;
+  ld.param.u64 %rd1, [p_word];
+  ld.param.u64 %rd2, [p_value];
+AGAIN:
+  ld.acquire.sys.global.u64 %rd3, [%rd1];
+  setp.ge.s64 %p1, %rd3, %rd2;
+  @%p1 bra DONE;
+  nanosleep.u32 20;
+  bra AGAIN;
+DONE:
+  mov.b64 %rd3, 0;
+  st.relaxed.sys.global.u64 [%rd1], %rd3;
   ret;
 }
 )ptx";

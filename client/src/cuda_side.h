@@ -33,7 +33,10 @@ class CudaSide final : public DeviceSide {
   Status export_memory(const void* data, uint64_t bytes, bool same_pid, ExportedMemory* exported) override;
   Status buffer_id(const void* data, uint64_t* id) override;
   Status allocation_of(const void* data, void** base, uint64_t* bytes) override;
-  Status check_stream(expertd_stream_t stream) override;
+  Status check_stream(expertd_stream_t stream, bool* capturing) override;
+  Status ring_captured(uint32_t words, uint64_t entry, expertd_stream_t stream) override;
+  Status take_captured(uint32_t words, expertd_stream_t stream) override;
+  void exchange_capture_mode(int* mode) override;
   Status ring_doorbell(uint32_t slot, uint64_t seq, expertd_stream_t stream) override;
   Status wait_completion(uint32_t slot, uint64_t seq, expertd_stream_t stream) override;
   Status wait_word(const void* word, uint64_t value, expertd_stream_t stream) override;
@@ -71,10 +74,12 @@ class CudaSide final : public DeviceSide {
   /// Flag pages of ended attachments: streams of the caller may still have waits on them.
   std::vector<MappedWindow> retired_flags_;
   uint32_t slots_ = 0;
+  uint32_t capture_words_ = 0;  // on the flag page
   std::atomic<bool> mps_{false};
   cuda::Module module_ = nullptr;
   cuda::Function signal_ = nullptr;
   cuda::Function wait_ = nullptr;
+  cuda::Function take_ = nullptr;
   cuda::Stream abort_stream_ = nullptr;
   uint64_t* abort_word_ = nullptr;  // pinned
   /// Made at the first attach; null when they cannot be had, and then the daemon does their work.

@@ -43,6 +43,9 @@ Status CudaSide::load_kernels() {
   if (status.ok()) {
     status = check("cuModuleGetFunction", driver_.module_function(&wait_, module_, "expertd_wait"));
   }
+  if (status.ok()) {
+    status = check("cuModuleGetFunction", driver_.module_function(&take_, module_, "expertd_take"));
+  }
   const Pointer page = to_pointer(flags_.data);
   if (status.ok()) {
     // Doorbell 0 is 0 before the first operation, and every word is at least 0.
@@ -50,6 +53,9 @@ Status CudaSide::load_kernels() {
   }
   if (status.ok()) {
     status = launch(wait_, page + EXPERTD_COMPLETION_WORD_OFFSET(0), 0, abort_stream_);
+  }
+  if (status.ok()) {
+    status = launch(take_, page + EXPERTD_COMPLETION_WORD_OFFSET(0), 0, abort_stream_);
   }
   return status.ok() ? synchronize(abort_stream_, deadline_after(kReleaseNs)) : status;
 }
@@ -66,7 +72,7 @@ void CudaSide::load_local_kernels() {
 }
 
 Status CudaSide::begin(const expertd_attach_welcome& welcome, OwnedFd flag_page, uint32_t slots) {
-  if (welcome.device_kind != EXPERTD_DEVICE_CUDA || welcome.flag_page_bytes < EXPERTD_FLAG_PAGE_BYTES) {
+  if (welcome.device_kind != EXPERTD_DEVICE_CUDA || welcome.flag_page_bytes < EXPERTD_CAPTURE_DOORBELL_OFFSET(0)) {
     return error(EXPERTD_REASON_WRONG_DEVICE_KIND, "the daemon serves %s as kind %u with a flag page of %llu bytes",
                  uuid_.c_str(), welcome.device_kind, static_cast<unsigned long long>(welcome.flag_page_bytes));
   }
@@ -86,6 +92,7 @@ Status CudaSide::begin(const expertd_attach_welcome& welcome, OwnedFd flag_page,
     }
     flags_ = page;
     slots_ = slots;
+    capture_words_ = welcome.flag_page_bytes < EXPERTD_FLAG_PAGE_BYTES ? 0 : EXPERTD_CAPTURE_LANES_MAX;
   }
   mps_.store(welcome.mps_active != 0, std::memory_order_relaxed);
   load_local_kernels();
@@ -103,21 +110,54 @@ void CudaSide::release_waiters() {
       const Pointer word = to_pointer(flags_.data) + EXPERTD_COMPLETION_WORD_OFFSET(slot);
       driver_.copy_to_device_async(word, abort_word_, sizeof(uint64_t), abort_stream_);
     }
+    for (uint32_t words = 0; words < capture_words_; ++words) {
+      const Pointer word = to_pointer(flags_.data) + EXPERTD_CAPTURE_COMPLETION_OFFSET(words);
+      driver_.copy_to_device_async(word, abort_word_, sizeof(uint64_t), abort_stream_);
+    }
   }
   // Nothing more can be done when it fails: the context is lost, and with it the waits.
   static_cast<void>(synchronize(abort_stream_, deadline_after(kReleaseNs)));
 }
 
-Status CudaSide::check_stream(expertd_stream_t stream) {
+Status CudaSide::check_stream(expertd_stream_t stream, bool* capturing) {
   const Current current(this);
-  int capturing = 0;
-  const cuda::Result result = driver_.stream_is_capturing(to_stream(stream), &capturing);
+  int captures = 0;
+  const cuda::Result result = driver_.stream_is_capturing(to_stream(stream), &captures);
   Status status = check("cuStreamIsCapturing", result);
-  // The legacy default stream takes part in every capture of the context's blocking streams.
-  if (result == cuda::kStreamCaptureImplicit || (status.ok() && capturing != 0)) {
-    return error(EXPERTD_REASON_UNSUPPORTED, "the stream is being captured; operations are issued eagerly");
+  *capturing = status.ok() && captures != 0;
+  if (result == cuda::kStreamCaptureImplicit) {
+    // It takes part in every capture of the context's blocking streams.
+    return error(EXPERTD_REASON_UNSUPPORTED, "the legacy default stream cannot be used while a stream is captured");
   }
   return status;
+}
+
+Status CudaSide::ring_captured(uint32_t words, uint64_t entry, expertd_stream_t stream) {
+  if (words >= capture_words_) {
+    return error(EXPERTD_REASON_BAD_MESSAGE, "the daemon named capture words %u of %u", words, capture_words_);
+  }
+  const Current current(this);
+  const Pointer word = to_pointer(flags_.data) + EXPERTD_CAPTURE_DOORBELL_OFFSET(words);
+  if (mps_.load(std::memory_order_relaxed)) {
+    return launch(signal_, word, entry, to_stream(stream));
+  }
+  return check("cuStreamWriteValue64", driver_.stream_write(to_stream(stream), word, entry, 0));
+}
+
+Status CudaSide::take_captured(uint32_t words, expertd_stream_t stream) {
+  const Current current(this);
+  const Pointer word = to_pointer(flags_.data) + EXPERTD_CAPTURE_COMPLETION_OFFSET(words);
+  if (mps_.load(std::memory_order_relaxed)) {
+    return launch(take_, word, 1, to_stream(stream));
+  }
+  Status status =
+      check("cuStreamWaitValue64", driver_.stream_wait(to_stream(stream), word, 1, cuda::kWaitGreaterOrEqual));
+  return status.ok() ? check("cuStreamWriteValue64", driver_.stream_write(to_stream(stream), word, 0, 0)) : status;
+}
+
+void CudaSide::exchange_capture_mode(int* mode) {
+  const Current current(this);
+  driver_.exchange_capture_mode(mode);
 }
 
 Status CudaSide::launch(cuda::Function function, Pointer word, uint64_t value, cuda::Stream stream) {

@@ -59,8 +59,14 @@ class DeviceSide {
   /// Extent of the allocation behind a pointer.
   virtual Status allocation_of(const void* data, void** base, uint64_t* bytes) = 0;
 
-  /// UNSUPPORTED while the stream is being captured.
-  virtual Status check_stream(expertd_stream_t stream) = 0;
+  /// Whether the stream is being captured. UNSUPPORTED for the legacy default stream while another one is.
+  virtual Status check_stream(expertd_stream_t stream, bool* capturing) = 0;
+  /// The words of captured operations (ring_v1.h), into the stream's capture: `entry` into the doorbell; a wait for the
+  /// completion that takes it back to 0.
+  virtual Status ring_captured(uint32_t words, uint64_t entry, expertd_stream_t stream) = 0;
+  virtual Status take_captured(uint32_t words, expertd_stream_t stream) = 0;
+  /// The calling thread's capture mode, of which calls of the driver depend that have nothing to do with the capture.
+  virtual void exchange_capture_mode(int* mode) = 0;
   virtual Status ring_doorbell(uint32_t slot, uint64_t seq, expertd_stream_t stream) = 0;
   virtual Status wait_completion(uint32_t slot, uint64_t seq, expertd_stream_t stream) = 0;
   /// Makes the stream wait until the word, 8 bytes of the GPU's memory, has reached the value.

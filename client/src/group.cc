@@ -29,6 +29,7 @@ expertd_v1_GroupConfig to_proto(const GroupConfig& config) {
   message.op_timeout_ns = config.op_timeout_ns;
   message.first_op_timeout_ns = config.first_op_timeout_ns;
   message.dispatch_dtypes = config.dispatch_dtypes;
+  message.capture_lanes = config.capture_lanes;
   return message;
 }
 

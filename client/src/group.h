@@ -33,6 +33,7 @@ struct GroupConfig {
   uint64_t first_op_timeout_ns = 0;
   uint64_t join_timeout_ns = 0;
   uint32_t dispatch_dtypes = 0;  // set of expertd_payload; 0: any
+  uint32_t capture_lanes = 0;
 
   uint32_t local_experts() const { return ranks == 0 ? 0 : num_experts / ranks; }
   uint64_t worst_rows() const { return uint64_t{ranks} * max_tokens; }
@@ -67,6 +68,9 @@ class Group {
 
   /// The handle and the window set of the next ll_dispatch; commit_ll() makes them the current ones.
   expertd_handle_t next_ll_handle(uint32_t* set) const;
+  /// Where the next captured operation goes; every second one, so that two may be outstanding.
+  uint32_t next_capture_lane() const { return static_cast<uint32_t>(captures_ % config_.capture_lanes); }
+  void commit_capture() { ++captures_; }
   void commit_ll(expertd_handle_t handle);
   /// STALE_HANDLE unless the handle is one of the last two ll_dispatches.
   Status ll_set_of(expertd_handle_t handle, uint32_t* set) const;
@@ -93,6 +97,7 @@ class Group {
   bool issued_any_ = false;
   std::array<expertd_handle_t, kLlHandles> ll_handles_{};
   uint64_t ll_count_ = 0;
+  uint64_t captures_ = 0;
 };
 
 inline Group* unwrap(expertd_group_t* group) {

@@ -15,6 +15,10 @@ Status only_on_gpu(const char* what) {
   return error(EXPERTD_REASON_WRONG_DEVICE_KIND, "%s belongs to GPU sessions", what);
 }
 
+Status no_capture() {
+  return error(EXPERTD_REASON_UNSUPPORTED, "host sessions have no graphs to capture operations in");
+}
+
 class HostSide final : public DeviceSide {
  public:
   explicit HostSide(std::string name) : name_(std::move(name)) {}
@@ -42,7 +46,13 @@ class HostSide final : public DeviceSide {
   Status buffer_id(const void*, uint64_t*) override { return only_on_gpu("a buffer id"); }
   Status allocation_of(const void*, void**, uint64_t*) override { return only_on_gpu("an allocation"); }
 
-  Status check_stream(expertd_stream_t) override { return {}; }
+  Status check_stream(expertd_stream_t, bool* capturing) override {
+    *capturing = false;
+    return {};
+  }
+  Status ring_captured(uint32_t, uint64_t, expertd_stream_t) override { return no_capture(); }
+  Status take_captured(uint32_t, expertd_stream_t) override { return no_capture(); }
+  void exchange_capture_mode(int*) override {}
   Status ring_doorbell(uint32_t, uint64_t, expertd_stream_t) override { return {}; }
   Status wait_completion(uint32_t, uint64_t, expertd_stream_t) override { return {}; }
   Status wait_word(const void*, uint64_t, expertd_stream_t) override { return {}; }

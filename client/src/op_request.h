@@ -31,6 +31,7 @@ struct OpRequest {
   uint32_t flags = 0;  // the caller's
   uint32_t rows_per_expert = 0;
   uint64_t timeout_ns = 0;  // effective
+  bool captured = false;    // into the graph of a stream that is being captured
   bool submitted = false;   // the daemon has the descriptor, whatever failed after that
 };
 

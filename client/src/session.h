@@ -73,6 +73,8 @@ class Session {
   /// By the library's own kernel where the device side has one and the arguments are right, else as submit()
   /// (session_local.cc).
   Status submit_layout(OpRequest* request, expertd_stream_t stream, expertd_event_t* event);
+  /// Lets the daemon keep an operation for replays of a graph, and returns how they name it (capture.cc).
+  Status submit_capture(OpRequest* request, uint64_t* entry, uint32_t* words);
   /// Only the descriptor of build_refusal(): it has no tensors, no event and nothing on a stream.
   Status submit_refusal(OpRequest* refusal);
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Asking and waiting for issued operations. Waits hold no lock.
+#include "client/src/capture.h"
 #include "client/src/clock.h"
 #include "client/src/session.h"
 
@@ -16,6 +17,10 @@ Status lost_status() {
 }  // namespace
 
 Status Session::find(uint64_t event, Lookup* lookup, OpOutcome* outcome, uint64_t* deadline_ns) {
+  if (is_captured_event(event)) {
+    return error(EXPERTD_REASON_UNSUPPORTED,
+                 "a captured operation has no end of its own: wait for the stream that its graph was launched on");
+  }
   const uint64_t seq = event & kSeqMask;
   const uint64_t incarnation = event >> kIncarnationShift;
   if (seq == 0 || incarnation == 0 || incarnation > incarnation_) {
@@ -90,6 +95,9 @@ Status Session::stream_wait(uint64_t event, expertd_stream_t stream) {
   const uint64_t seq = event & kSeqMask;
   if (event >> kIncarnationShift != incarnation_) {
     return lost_status();
+  }
+  if (is_captured_event(event)) {
+    return device_->take_captured(capture_words_of(event), stream);
   }
   if (seq == 0 || seq >= connection_->ring()->next_seq()) {
     return missing_argument("event");

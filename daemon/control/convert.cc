@@ -82,6 +82,7 @@ void put_group(const session::GroupSnapshot& group, v1::GroupStatus* message) {
   message->set_lost(group.lost);
   message->set_ops(group.ops);
   message->set_dispatch_dtypes(group.config.dispatch_dtypes);
+  message->set_capture_lanes(group.config.capture_lanes);
 }
 
 void put_session(const session::SessionSnapshot& session, v1::SessionStatus* message) {
@@ -165,6 +166,7 @@ Converted<session::GroupConfig> from_proto(const v1::GroupConfig& message) {
   out.value.op_timeout_ns = message.op_timeout_ns();
   out.value.first_op_timeout_ns = message.first_op_timeout_ns();
   out.value.dispatch_dtypes = message.dispatch_dtypes();
+  out.value.capture_lanes = message.capture_lanes();
   return out;
 }
 

@@ -96,6 +96,8 @@ class Engine {
   void finish_unlaunched(EngineSession& session, Op& op, uint64_t now_ns);
   void complete(EngineSession& session, Op& op, uint64_t now_ns);
   void wake_group(const GroupShared& group);
+  /// Tells the observer of replays of captured operations.
+  bool observe_replays(uint64_t now_ns);
 
   base::DeviceIndex device_;
   DevicePort* port_;

@@ -45,7 +45,9 @@ struct Request {
   uint32_t handle_generation = 0;
   bool doorbell_rung = false;
   bool with_weights = false;     // top-k weights travel; all ranks alike, also those with no tokens
-  bool without_words = false;    // refused by the client, which rang no doorbell and has nothing waiting
+  bool without_words = false;    // refused by the client or captured: no doorbell was rung and nothing waits
+  bool captured = false;         // kept for replays of a CUDA graph; nothing runs now, and there are no words
+  uint32_t capture_lane = 0;
   uint32_t rejected_reason = 0;  // refused, at admission or by the client, but counted as this rank's operation
   uint32_t rejected_argument = 0;
   int64_t rejected_value = 0;
@@ -69,6 +71,8 @@ struct Outcome {
   uint32_t missing = 0;   // expertd_missing, with TIMEOUT
   uint32_t executor = 0;  // expertd_completion_executor
   uint32_t sms = 0;       // multiprocessors that its largest kernel takes
+  uint32_t capture_entry = 0;  // captured: what the graph writes into the doorbell, and whose words it uses
+  uint32_t capture_words = 0;
   uint64_t launch_ns = 0;
   uint64_t start_ns = 0;
   uint64_t end_ns = 0;
@@ -97,6 +101,8 @@ struct LaunchSpec {
 };
 
 inline constexpr uint32_t kExchangePages = 8;
+/// Captured operations of a group that may be outstanding at once: both halves of a double batch.
+inline constexpr uint32_t kMostCaptureLanes = 2;
 
 /// Sizes of the tables a device keeps for one rank of a group.
 struct GroupShape {
@@ -108,6 +114,7 @@ struct GroupShape {
   uint32_t top_k = 0;
   uint32_t max_tokens = 0;
   bool low_latency = false;  // low latency operations are allowed: some devices keep memory for them
+  uint32_t capture_lanes = 0;  // how many captured operations may be outstanding at once; 0: none is captured
   std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};
   base::SessionId session;
 };
@@ -137,6 +144,29 @@ class DevicePort {
   /// True while a part may advance without anybody waking the loop (a GPU works on it): the loop then looks again after
   /// a while, rarer the longer nothing moved.
   virtual bool polls() const { return false; }
+  /// Advances what the device does without a part, such as replays of captured operations; true when something moved.
+  virtual bool tend(uint64_t now_ns) {
+    (void)now_ns;
+    return false;
+  }
+  /// Takes the next replay that ended: of which captured request, and how. False when there is none.
+  virtual bool next_replay(const Request** request, Outcome* outcome) {
+    (void)request;
+    (void)outcome;
+    return false;
+  }
+  /// Whether a captured operation names the mapping.
+  virtual bool captured(const Mapping* mapping) const {
+    (void)mapping;
+    return false;
+  }
+  /// The rank leaves its group: ends its captured operations. Called again until it returns true, which says that
+  /// nothing of them, nor of the other ranks', touches the rank's memory any more.
+  virtual bool end_captures(base::GroupId group, uint32_t rank) {
+    (void)group;
+    (void)rank;
+    return true;
+  }
   /// Releases a slot's stream waiters for an operation that was never launched (rejected, failed while gathering).
   virtual void release_words(const SlotWords& words, uint32_t reason) = 0;
 };

@@ -36,6 +36,7 @@ struct GroupConfig {
   uint64_t op_timeout_ns = 0;
   uint64_t first_op_timeout_ns = 0;
   uint32_t dispatch_dtypes = 0;  // set of expertd_payload; 0: any
+  uint32_t capture_lanes = 0;    // captured operations outstanding at once
   friend bool operator==(const GroupConfig&, const GroupConfig&) = default;
 };
 

@@ -38,6 +38,7 @@ class Admission {
   bool ll_dispatch(const engine::GroupShared& group);
   bool ll_combine(const engine::GroupShared& group);
   bool common(const engine::GroupShared& group);
+  bool capture(const engine::GroupShared& group);
   bool payload(uint32_t hidden, bool fp8_allowed);
   bool carried(const engine::GroupShared& group);
   bool side_input();
@@ -118,7 +119,28 @@ bool Admission::operation(const engine::GroupShared* group) {
   }
 }
 
+// A captured operation runs when a graph is replayed, so it has no words of its slot.
+bool Admission::capture(const engine::GroupShared& group) {
+  if ((slot_.flags & EXPERTD_SLOT_CAPTURED) == 0) {
+    return slot_.capture_lane == 0 ||
+           check_.refuse(EXPERTD_REASON_DESCRIPTOR_MALFORMED, EXPERTD_ARGUMENT_CAPTURE_LANE, slot_.capture_lane, 0, 0);
+  }
+  request_->captured = true;
+  request_->without_words = true;
+  request_->capture_lane = slot_.capture_lane;
+  const bool low_latency = slot_.op == EXPERTD_OP_LL_DISPATCH || slot_.op == EXPERTD_OP_LL_COMBINE;
+  if (!low_latency) {
+    return check_.refuse(EXPERTD_REASON_UNSUPPORTED, EXPERTD_ARGUMENT_FLAGS, slot_.flags, 0, EXPERTD_SLOT_FLAGS_ALL);
+  }
+  const uint32_t lanes = group.settings().shape.capture_lanes;
+  return slot_.capture_lane < lanes || check_.refuse(EXPERTD_REASON_UNSUPPORTED, EXPERTD_ARGUMENT_CAPTURE_LANE,
+                                                     slot_.capture_lane, 0, int64_t{lanes} - 1);
+}
+
 bool Admission::common(const engine::GroupShared& group) {
+  if (!capture(group)) {
+    return false;
+  }
   const engine::GroupSettings& settings = group.settings();
   kernels::OpShape& shape = request_->shape;
   shape.ranks = settings.shape.ranks;

@@ -182,11 +182,12 @@ bool DeviceLoop::in_flight(base::SessionId session, const Thing* thing) {
 }
 
 bool DeviceLoop::uses(base::SessionId session, const engine::Mapping* mapping) {
-  return in_flight(session, mapping);
+  return in_flight(session, mapping) || port_->captured(mapping);
 }
 
 bool DeviceLoop::uses_group(base::SessionId session, const engine::RankState* rank) {
-  return in_flight(session, rank);
+  const bool captures = !port_->end_captures(rank->group->settings().shape.id, rank->rank);
+  return in_flight(session, rank) || captures;
 }
 
 void DeviceLoop::raise_session_flags(uint32_t flags) {

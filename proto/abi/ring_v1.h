@@ -11,9 +11,9 @@
 
 #define EXPERTD_RING_MAGIC 0x31474e5244505845ULL /* "EXPDRNG1" read as little-endian */
 #define EXPERTD_ABI_MAJOR 1u
-/* 1: EXPERTD_SLOT_REFUSED. 2: executor and sms of a completion. A client reads the daemon's in the header and uses
- * nothing that is newer. */
-#define EXPERTD_ABI_MINOR 2u
+/* 1: EXPERTD_SLOT_REFUSED. 2: executor and sms of a completion. 3: EXPERTD_SLOT_CAPTURED and the words of captured
+ * operations. A client reads the daemon's in the header and uses nothing that is newer. */
+#define EXPERTD_ABI_MINOR 3u
 
 #define EXPERTD_RING_HEADER_BYTES 4096u
 #define EXPERTD_SLOT_BYTES 512u
@@ -29,7 +29,17 @@
 #define EXPERTD_COMPLETION_WORD_OFFSET(slot) ((UINT64_C(2) * (slot) + 1u) * EXPERTD_FLAG_STRIDE)
 /* A device-readable result word behind each completion word: the Reason of the operation (0 = ok). */
 #define EXPERTD_RESULT_WORD_OFFSET(slot) (EXPERTD_COMPLETION_WORD_OFFSET(slot) + 8u)
-#define EXPERTD_FLAG_PAGE_BYTES (UINT64_C(2) * EXPERTD_RING_SLOTS_MAX * EXPERTD_FLAG_STRIDE)
+/* Words of the captured operations of lane i of the session (1.3), behind those of the slots. They reset themselves:
+ * the client's graph writes the operation's entry (>= 1) into the doorbell, which the daemon takes back to 0; the daemon
+ * writes 1 into the completion word, which the graph takes back to 0. */
+#define EXPERTD_CAPTURE_LANES_MAX 16u
+#define EXPERTD_CAPTURE_DOORBELL_OFFSET(lane) EXPERTD_DOORBELL_OFFSET(EXPERTD_RING_SLOTS_MAX + (lane))
+#define EXPERTD_CAPTURE_COMPLETION_OFFSET(lane) EXPERTD_COMPLETION_WORD_OFFSET(EXPERTD_RING_SLOTS_MAX + (lane))
+#define EXPERTD_CAPTURE_RESULT_OFFSET(lane) EXPERTD_RESULT_WORD_OFFSET(EXPERTD_RING_SLOTS_MAX + (lane))
+#define EXPERTD_CAPTURE_RUNG_MAX 0xffffu      /* entries are 1 .. this */
+#define EXPERTD_CAPTURE_CANCEL 0x4000000000000000ULL /* written by the daemon into a doorbell that is 0 */
+#define EXPERTD_FLAG_PAGE_BYTES \
+  (UINT64_C(2) * (EXPERTD_RING_SLOTS_MAX + EXPERTD_CAPTURE_LANES_MAX) * EXPERTD_FLAG_STRIDE)
 
 enum expertd_ring_session_flag {
   EXPERTD_SESSION_DRAINING = 1u, /* operations end that any rank had submitted; new ones are refused with DRAINING */
@@ -93,7 +103,8 @@ enum expertd_slot_flag {
   EXPERTD_SLOT_UE8M0 = 128u,              /* with ROUND_SCALE: scales as packed exponent bytes */
   EXPERTD_SLOT_RUNG = 256u,               /* the doorbell has rung: do not wait for the GPU word */
   EXPERTD_SLOT_REFUSED = 512u,            /* alone: the rank refused its operation itself, refused_* say why (1.1) */
-  EXPERTD_SLOT_FLAGS_ALL = 1023u
+  EXPERTD_SLOT_CAPTURED = 1024u,          /* ll_dispatch, ll_combine: keep it for replays, run nothing now (1.3) */
+  EXPERTD_SLOT_FLAGS_ALL = 2047u
 };
 
 enum expertd_dtype {
@@ -177,7 +188,8 @@ struct expertd_slot {
   uint32_t handle_generation; /* >= 1 */
   uint32_t num_experts;       /* layout only */
   uint32_t num_ranks;         /* layout only */
-  uint8_t reserved[64];
+  uint32_t capture_lane;       /* with EXPERTD_SLOT_CAPTURED: 0 .. the group's capture_lanes - 1 (1.3) */
+  uint8_t reserved[60];
   /* With EXPERTD_SLOT_REFUSED, else zero: what the client told its caller, as a completion says it. */
   uint32_t refused_reason;   /* expertd_reason, not NONE */
   uint32_t refused_argument; /* expertd_argument */
@@ -236,7 +248,10 @@ struct expertd_completion {
   uint64_t remote_bytes;
   uint32_t executor; /* expertd_completion_executor (1.2) */
   uint32_t sms;      /* multiprocessors that the operation's largest kernel takes (1.2); 0 without one */
-  uint8_t reserved[104];
+  /* Of a captured operation (1.3): what its graph writes into the doorbell, and whose words on the flag page it uses. */
+  uint32_t capture_entry;
+  uint32_t capture_words;
+  uint8_t reserved[96];
   uint32_t expert_counts[EXPERTD_COMPLETION_EXPERTS]; /* dispatch: rows per local expert, rounded up as asked */
   uint8_t reserved_tail[768];
 };
@@ -270,6 +285,7 @@ struct expertd_completion {
   X(REFUSED_REASON, 23, "refused_reason")         \
   X(REFUSED_ARGUMENT, 24, "refused_argument")     \
   X(DISPATCH_DTYPE, 25, "dispatch dtype")         \
+  X(CAPTURE_LANE, 26, "capture_lane")             \
   X(IN_X, 32, "x")                                \
   X(IN_TOPK_IDX, 33, "topk_idx")                  \
   X(IN_TOPK_WEIGHTS, 34, "topk_weights")          \
@@ -310,7 +326,7 @@ EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, client_waiters) == 512, 
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, completion_futex) == 640, "completion_futex");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_tensor_ref) == 16, "tensor_ref: bump the major version");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_slot) == EXPERTD_SLOT_BYTES, "slot: bump the major version");
-EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, reserved) == 128, "reserved");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, capture_lane) == 128, "capture_lane");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, refused_reason) == 192, "refused_reason");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, tensors) == 224, "tensors");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_completion) == EXPERTD_COMPLETION_BYTES, "completion: bump the major version");

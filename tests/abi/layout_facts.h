@@ -64,6 +64,7 @@
   X(expertd_slot, handle_generation)             \
   X(expertd_slot, num_experts)                   \
   X(expertd_slot, num_ranks)                     \
+  X(expertd_slot, capture_lane)                  \
   X(expertd_slot, reserved)                      \
   X(expertd_slot, refused_reason)                \
   X(expertd_slot, refused_argument)              \
@@ -95,6 +96,8 @@
   X(expertd_completion, remote_bytes)            \
   X(expertd_completion, executor)                \
   X(expertd_completion, sms)                     \
+  X(expertd_completion, capture_entry)           \
+  X(expertd_completion, capture_words)           \
   X(expertd_completion, reserved)                \
   X(expertd_completion, expert_counts)           \
   X(expertd_completion, reserved_tail)           \

@@ -132,7 +132,8 @@ Outcome Rounds::release() {
   return first;
 }
 
-Outcome Rounds::join(const std::string& name, uint32_t rank, uint32_t ranks, bool low_latency, uint64_t op_ns) {
+Outcome Rounds::join(const std::string& name, uint32_t rank, uint32_t ranks, const std::string& mode, uint64_t op_ns) {
+  const bool low_latency = mode != "normal";
   if (ranks == 0 || ranks > kMostRanks || x_ == nullptr) {
     return failure("there is no memory for that group");
   }
@@ -146,6 +147,7 @@ Outcome Rounds::join(const std::string& name, uint32_t rank, uint32_t ranks, boo
   options.top_k = kTopK;
   options.max_tokens = kTokens;
   options.mode = low_latency ? EXPERTD_MODE_INFERENCE : EXPERTD_MODE_NORMAL;
+  options.capture_lanes = mode == "captured" ? 2 : 0;
   options.op_timeout_ns = op_ns;
   options.first_op_timeout_ns = op_ns;
   return outcome_of(expertd_group_join(session_, &options, &group_));
@@ -227,16 +229,42 @@ Outcome Rounds::issue_normal(OpCounts* counts) {
   return outcome;
 }
 
-Outcome Rounds::issue_low_latency(OpCounts* counts, BatchEnd* batch) {
+Outcome Rounds::issue_ll_dispatch(uint32_t tokens, uint32_t flags, expertd_handle_t* handle, expertd_event_t* event) {
   expertd_ll_dispatch_args_t dispatch = EXPERTD_INIT(expertd_ll_dispatch_args_t);
   dispatch.x = x_;
   dispatch.dtype = EXPERTD_BF16;
   dispatch.topk_idx = topk_idx_;
   dispatch.idx_type = EXPERTD_I64;
-  dispatch.tokens = kTokens;
+  dispatch.tokens = tokens;
+  dispatch.flags = flags;
+  return outcome_of(expertd_ll_dispatch(group_, &dispatch, stream(), handle, event));
+}
+
+// The experts of this rank, two of them, give back what they got.
+Outcome Rounds::give_back(expertd_handle_t handle) {
+  expertd_ll_outputs_t outputs = EXPERTD_INIT(expertd_ll_outputs_t);
+  Outcome outcome = outcome_of(expertd_ll_handle_outputs(group_, handle, &outputs));
+  return outcome.ok() ? copy(outputs.combine_x, outputs.recv_x, uint64_t{2} * outputs.rows_per_expert * kHidden * 2)
+                      : outcome;
+}
+
+Outcome Rounds::issue_ll_combine(uint32_t tokens, uint32_t flags, expertd_handle_t handle, uint16_t* out,
+                                 expertd_event_t* event) {
+  expertd_ll_combine_args_t combine = EXPERTD_INIT(expertd_ll_combine_args_t);
+  combine.topk_idx = topk_idx_;
+  combine.idx_type = EXPERTD_I64;
+  combine.topk_weights = weights_;
+  combine.handle = handle;
+  combine.tokens = tokens;
+  combine.combined_x = out;
+  combine.flags = flags;
+  return outcome_of(expertd_ll_combine(group_, &combine, stream(), event));
+}
+
+Outcome Rounds::issue_low_latency(OpCounts* counts, BatchEnd* batch) {
   expertd_handle_t handle{};
   expertd_event_t event{};
-  Outcome outcome = outcome_of(expertd_ll_dispatch(group_, &dispatch, stream(), &handle, &event));
+  Outcome outcome = issue_ll_dispatch(kTokens, 0, &handle, &event);
   if (!outcome.ok()) {
     return outcome;
   }
@@ -248,27 +276,19 @@ Outcome Rounds::issue_low_latency(OpCounts* counts, BatchEnd* batch) {
       return batch->end.outcome;
     }
   }
-  expertd_ll_outputs_t outputs = EXPERTD_INIT(expertd_ll_outputs_t);
-  outcome = outcome_of(expertd_ll_handle_outputs(group_, handle, &outputs));
+  outcome = give_back(handle);
   if (outcome.ok()) {
-    // The experts of this rank, two of them, give back what they got.
-    outcome = copy(outputs.combine_x, outputs.recv_x, uint64_t{2} * outputs.rows_per_expert * kHidden * 2);
+    outcome = issue_ll_combine(kTokens, 0, handle, combined_, &event);
   }
-  if (!outcome.ok()) {
-    return outcome;
-  }
-  expertd_ll_combine_args_t combine = EXPERTD_INIT(expertd_ll_combine_args_t);
-  combine.topk_idx = topk_idx_;
-  combine.idx_type = EXPERTD_I64;
-  combine.topk_weights = weights_;
-  combine.handle = handle;
-  combine.tokens = kTokens;
-  combine.combined_x = combined_;
-  outcome = outcome_of(expertd_ll_combine(group_, &combine, stream(), &event));
   if (outcome.ok()) {
     note_issued(event, counts);
   }
   return outcome;
+}
+
+Outcome Rounds::fetch() {
+  const Outcome outcome = copy(host_out_, combined_, kXBytes);
+  return outcome.ok() ? synchronize() : outcome;
 }
 
 void Rounds::collect(Issued* op, OpCounts* counts, BatchEnd* batch) {
@@ -284,8 +304,8 @@ void Rounds::collect(Issued* op, OpCounts* counts, BatchEnd* batch) {
   }
 }
 
-std::string Rounds::check() const {
-  for (uint32_t token = 0; token < kTokens; ++token) {
+std::string Rounds::check(uint32_t tokens) const {
+  for (uint32_t token = 0; token < tokens; ++token) {
     const bool second = token % 5 != 0;
     const bool twice = second && target(token, 0) != target(token, 1);
     const float factor = low_latency_ ? (second ? 0.75f : 0.5f) : (twice ? 2.0f : 1.0f);
@@ -322,13 +342,10 @@ BatchEnd Rounds::batch(uint32_t depth, OpCounts* counts) {
     }
   }
   if (batch.end.outcome.ok()) {
-    batch.end.outcome = copy(host_out_, combined_, kXBytes);
+    batch.end.outcome = fetch();
   }
   if (batch.end.outcome.ok()) {
-    batch.end.outcome = synchronize();
-  }
-  if (batch.end.outcome.ok()) {
-    batch.wrong = check();
+    batch.wrong = check(kTokens);
   }
   return batch;
 }

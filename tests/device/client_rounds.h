@@ -43,7 +43,8 @@ class Rounds {
   /// Gives the registrations back.
   support::Outcome release();
 
-  support::Outcome join(const std::string& name, uint32_t rank, uint32_t ranks, bool low_latency, uint64_t op_ns);
+  /// `mode`: normal, ll, or captured, which is ll with two capture lanes.
+  support::Outcome join(const std::string& name, uint32_t rank, uint32_t ranks, const std::string& mode, uint64_t op_ns);
   support::Outcome leave();
   expertd_group_t* group() const { return group_; }
 
@@ -51,6 +52,7 @@ class Rounds {
   BatchEnd batch(uint32_t depth, OpCounts* counts);
 
  private:
+  friend class Graphs;
   struct Issued {
     expertd_event_t event{};
     bool seen = false;  // its end
@@ -71,7 +73,12 @@ class Rounds {
   void collect(Issued* op, OpCounts* counts, BatchEnd* batch);
   float sent(uint32_t token, uint32_t channel) const;
   uint32_t target(uint32_t token, uint32_t lane) const { return (rank_ + token + lane) % ranks_; }
-  std::string check() const;
+  support::Outcome issue_ll_dispatch(uint32_t tokens, uint32_t flags, expertd_handle_t* handle, expertd_event_t* event);
+  support::Outcome give_back(expertd_handle_t handle);
+  support::Outcome issue_ll_combine(uint32_t tokens, uint32_t flags, expertd_handle_t handle, uint16_t* out,
+                                    expertd_event_t* event);
+  support::Outcome fetch();
+  std::string check(uint32_t tokens) const;
   void* stream() const { return gpu_ == nullptr ? nullptr : gpu_->stream(); }
 
   expertd_session_t* session_ = nullptr;

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "daemon/base/clock.h"
+#include "daemon/device/cuda/cuda_device.h"
 #include "daemon/device/cuda/cuda_devices.h"
 #include "tests/support/random_case_buffers.h"
 
@@ -110,7 +111,7 @@ class GpuGroup {
     return static_cast<uint32_t>(count);
   }
 
-  base::Status create_group(const kernels::OpShape& shape) {
+  base::Status create_group(const kernels::OpShape& shape, uint32_t capture_lanes = 0) {
     group_ = {++last_group_};
     group_op_ = 0;
     ranks_ = shape.ranks;
@@ -124,6 +125,7 @@ class GpuGroup {
       group.top_k = shape.top_k;
       group.max_tokens = shape.max_tokens;
       group.low_latency = shape.kind == kernels::OpKind::kLlDispatch;
+      group.capture_lanes = capture_lanes;
       group.session = {r + 1};
       for (uint32_t j = 0; j < ranks_; ++j) {
         group.devices[j] = devices_[j]->index();
@@ -212,6 +214,27 @@ class GpuGroup {
               cudaMemcpy(values, static_cast<char*>(at.flag_page) + EXPERTD_COMPLETION_WORD_OFFSET(at.slot),
                          sizeof(values), cudaMemcpyDeviceToHost));
     return {values[0], values[1]};
+  }
+  /// Of the rank's device, as a close of memory holds it.
+  device::cuda::LaunchGate& gate(uint32_t rank) {
+    return *static_cast<device::cuda::CudaDevice&>(*devices_[rank]).gate();
+  }
+  base::GroupId group() const { return group_; }
+  void* flag_page(uint32_t rank) { return devices_[rank]->session_flag_page({rank + 1}); }
+  /// A word of the rank's flag page, through the stream of ring().
+  void write_word(uint32_t rank, uint64_t offset, uint64_t value) {
+    EXPECT_EQ(cudaSuccess, cudaSetDevice(static_cast<int>(device_index(rank))));
+    *bells_[rank].value = value;
+    EXPECT_EQ(cudaSuccess, cudaMemcpyAsync(static_cast<char*>(flag_page(rank)) + offset, bells_[rank].value,
+                                           sizeof(value), cudaMemcpyHostToDevice, bells_[rank].stream));
+    EXPECT_EQ(cudaSuccess, cudaStreamSynchronize(bells_[rank].stream));
+  }
+  uint64_t read_word(uint32_t rank, uint64_t offset) {
+    EXPECT_EQ(cudaSuccess, cudaSetDevice(static_cast<int>(device_index(rank))));
+    EXPECT_EQ(cudaSuccess, cudaMemcpyAsync(bells_[rank].value, static_cast<char*>(flag_page(rank)) + offset,
+                                           sizeof(uint64_t), cudaMemcpyDeviceToHost, bells_[rank].stream));
+    EXPECT_EQ(cudaSuccess, cudaStreamSynchronize(bells_[rank].stream));
+    return *bells_[rank].value;
   }
   /// Through a stream that was used before anything parked: a first copy of a context may wait for parked streams.
   void ring(uint32_t rank) {

@@ -14,6 +14,7 @@
 #include <map>
 #include <sstream>
 
+#include "tests/device/client_graphs.h"
 #include "tests/device/client_layout.h"
 #include "tests/device/client_rounds.h"
 #include "tests/support/temp_dir.h"
@@ -81,6 +82,7 @@ class Client {
   support::ClientSession session_;
   Rounds rounds_;
   Layouts layouts_;
+  Graphs graphs_{&rounds_};
   OpCounts own_counts_;
   OpCounts* counts_ = &own_counts_;
   expertd_event_t event_{};
@@ -127,6 +129,18 @@ Client::Client() {
        }},
       {"loop", [this](auto& words) { return batches(UINT64_MAX, static_cast<uint32_t>(number(words, 1)), true); }},
   };
+  verbs_["capture"] = [this](auto&) { return said(graphs_.capture(), ""); };
+  verbs_["replay"] = [this](auto& words) {
+    const uint64_t seed = number(words, 1);
+    const uint64_t count = number(words, 1);
+    return said(graphs_.replay(seed, count, number(words, 0)), " replays=" + std::to_string(count));
+  };
+  verbs_["replay-time"] = [this](auto&) {
+    double pair_us = 0;
+    const std::string problem = graphs_.time(&pair_us);
+    return said(problem, " pair_us=" + std::to_string(pair_us));
+  };
+  verbs_["replay-alone"] = [this](auto&) { return said(graphs_.replay_alone(), ""); };
   verbs_["layout"] = [this](auto& words) { return layout(number(words, 10)); };
   verbs_["count"] = [this](auto& words) {
     std::string path;
@@ -201,7 +215,7 @@ std::string Client::join(std::istringstream& words) {
   uint32_t rank = 0;
   uint32_t ranks = 0;
   words >> name >> rank >> ranks >> mode;
-  return said(rounds_.join(name, rank, ranks, mode == "ll", number(words, kDefaultOpMs) * kNsPerMs));
+  return said(rounds_.join(name, rank, ranks, mode, number(words, kDefaultOpMs) * kNsPerMs));
 }
 
 std::string Client::layout(uint64_t cases) {

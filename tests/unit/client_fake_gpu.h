@@ -39,6 +39,10 @@ class FakeGpu {
   FakeGpu& operator=(const FakeGpu&) = delete;
   static FakeGpu* current() { return current_; }
 
+  /// Every stream is being captured; what went into the graph: words and entry, or 0 for the wait.
+  bool capturing = false;
+  std::vector<std::pair<uint32_t, uint64_t>> captured;
+
   char* allocate(uint64_t bytes) {
     const uintptr_t address = next_address_;
     next_address_ += bytes + kGap;
@@ -186,7 +190,19 @@ class FakeGpuSide final : public client::DeviceSide {
     *bytes = found.bytes;
     return found.bytes == 0 ? Status{EXPERTD_REASON_CUDA, "no such memory"} : Status();
   }
-  Status check_stream(expertd_stream_t) override { return {}; }
+  Status check_stream(expertd_stream_t, bool* capturing) override {
+    *capturing = gpu_->capturing;
+    return {};
+  }
+  Status ring_captured(uint32_t words, uint64_t entry, expertd_stream_t) override {
+    gpu_->captured.push_back({words, entry});
+    return {};
+  }
+  Status take_captured(uint32_t words, expertd_stream_t) override {
+    gpu_->captured.push_back({words, 0});
+    return {};
+  }
+  void exchange_capture_mode(int*) override {}
   Status ring_doorbell(uint32_t, uint64_t seq, expertd_stream_t stream) override {
     gpu_->ring(stream, seq);
     return {};

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "daemon/kernels/cuda/part_params.h"
+#include "daemon/kernels/cuda/arm_params.h"
 
 namespace expertd::device::cuda {
 namespace {
@@ -34,19 +34,30 @@ uint64_t matrix_bytes(const engine::GroupShape& shape) {
 }
 
 TEST(GroupLayoutOfAGpu, KeepsItsTablesApartAlignedAndInside) {
-  for (const engine::GroupShape& shape : kShapes) {
+  for (engine::GroupShape shape : kShapes) {
     SCOPED_TRACE(shape.max_tokens);
+    shape.low_latency = true;
+    shape.capture_lanes = 2;
+    const uint32_t pages = engine::kExchangePages + 2 * kLanePages;
     const GroupLayout layout = group_layout(shape, 7);
     const uint64_t chunks = (shape.max_tokens + 63) / 64;
     std::vector<std::pair<uint64_t, uint64_t>> tables = {
-        {layout.sync_pages, engine::kExchangePages * 512ULL},
-        {layout.counts, engine::kExchangePages * layout.counts_page_bytes},
-        {layout.plan, sizeof(kernels::cuda::Plan)},
-        {layout.chunk_counts, chunks * (shape.ranks + shape.experts) * 4},
-        {layout.chunk_errors, chunks * 4},
-        {layout.left_blocks, kernels::cuda::kMostLinkSms * 8},
-        {layout.low_latency, 2 * layout.low_latency_bytes},
+        {layout.sync_pages, pages * sizeof(kernels::cuda::SyncPage)},
+        {layout.counts, pages * layout.counts_page_bytes},
+        {layout.low_latency, (2 + 2 * kLanePages) * layout.low_latency_bytes},
         {layout.handles, layout.handle_count * layout.handle_bytes}};
+    for (const ScratchLayout& scratch : layout.scratch) {
+      tables.push_back({scratch.plan, sizeof(kernels::cuda::Plan)});
+      tables.push_back({scratch.chunk_counts, chunks * (shape.ranks + shape.experts) * 4});
+      tables.push_back({scratch.chunk_errors, chunks * 4});
+      tables.push_back({scratch.left_blocks, kernels::cuda::kMostLinkSms * 8});
+    }
+    for (const LaneLayout& lane : layout.lanes) {
+      tables.push_back({lane.state, sizeof(kernels::cuda::LaneState)});
+      tables.push_back({lane.arm_states, kArms * sizeof(kernels::cuda::PartState)});
+      tables.push_back(
+          {lane.entries, kLanePages * kernels::cuda::kMostCapturedEntries * sizeof(kernels::cuda::PartParams)});
+    }
     std::sort(tables.begin(), tables.end());
     uint64_t end = 0;
     for (const auto& [offset, bytes] : tables) {
@@ -56,8 +67,8 @@ TEST(GroupLayoutOfAGpu, KeepsItsTablesApartAlignedAndInside) {
     }
     EXPECT_LE(end, layout.total_bytes);
     EXPECT_GE(layout.counts_page_bytes, matrix_bytes(shape));
-    EXPECT_LE(layout.counts + engine::kExchangePages * layout.counts_page_bytes, layout.shared_bytes);
-    EXPECT_LE(layout.shared_bytes, layout.plan) << "what peers write is in front of the rest";
+    EXPECT_LE(layout.counts + pages * layout.counts_page_bytes, layout.shared_bytes);
+    EXPECT_LE(layout.shared_bytes, layout.scratch[0].plan) << "what peers write is in front of the rest";
     EXPECT_GE(layout.handle_rows, matrix_bytes(shape));
     EXPECT_GE(layout.handle_bytes,
               layout.handle_rows + uint64_t{shape.max_tokens} * (shape.ranks + 2 * shape.top_k) * 4);

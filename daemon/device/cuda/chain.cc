@@ -213,7 +213,7 @@ bool CudaDevice::fill_peers(const LaunchSpec& spec, const Part& part, PartParams
 bool CudaDevice::fill_low_latency(const LaunchSpec& spec, const Part& part, PartParams* params) const {
   const OpShape& shape = params->op.shape;
   const bool followed = part.group->last_op + 1 == spec.group_op && (spec.active_ranks & ~part.group->last_active) == 0;
-  if (!part.group->linked || !is_low_latency(shape) || !followed) {
+  if (!part.group->linked || !is_low_latency(shape) || (!followed && !spec.own->captured)) {
     return false;
   }
   kernels::cuda::LowLatencyTable table{};
@@ -294,7 +294,7 @@ bool CudaDevice::fill_params(const LaunchSpec& spec, Part* taken, PartParams* pa
   params->table_top_k = group.top_k;
   params->words.group_op = spec.group_op;
   params->words.progress = part.group->device_progress;
-  params->scratch = part.group->scratch();
+  params->scratch = part.group->scratch(spec.own->captured ? 1 + spec.own->capture_lane : 0);
   if (shape.kind != OpKind::kBarrier) {
     if (spec.own->handle_index >= part.group->layout.handle_count) {
       return false;

@@ -34,6 +34,8 @@ class LaunchGate {
   }
   void leave() { in_flight_.fetch_sub(1, std::memory_order_seq_cst); }
 
+  bool held() const { return held_.load(std::memory_order_seq_cst); }
+
   void hold() { held_.store(true, std::memory_order_seq_cst); }
   bool idle() const { return in_flight_.load(std::memory_order_seq_cst) == 0; }
   void release() { held_.store(false, std::memory_order_seq_cst); }

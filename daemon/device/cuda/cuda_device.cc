@@ -407,9 +407,17 @@ base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t 
   entry->relay_ranks = relayed.value();
   entry->linked = is_linked(shape);
   entry->shape.low_latency = shape.low_latency && entry->linked;
+  if (shape.capture_lanes != 0 && !entry->shape.low_latency) {
+    return base::Status(EXPERTD_REASON_UNSUPPORTED,
+                        "capture_lanes = " + std::to_string(shape.capture_lanes) +
+                            ": operations are captured between GPUs that reach each other and have the bulk-copy "
+                            "kernels (sm_90, device.kernels = auto), in groups of mode inference or any");
+  }
   entry->layout = group_layout(entry->shape, handle_limit);
   EXPERTD_RETURN_IF_ERROR(allocate_tables(entry.get()));
+  EXPERTD_RETURN_IF_ERROR(create_lanes(entry.get()));
   if (!take_progress(entry.get())) {
+    give_back_words(*entry);
     return base::Status(EXPERTD_REASON_GROUP_LIMIT,
                         "GPU " + gpu_.uuid + " has " + std::to_string(kMaxGroupsPerDevice) + " groups already");
   }
@@ -428,6 +436,7 @@ void CudaDevice::destroy_group(base::GroupId group, base::Rank rank) {
     }
     groups_.erase(group.value);
     progress_used_[found->second->progress_index] = false;
+    give_back_words(*found->second);
     destroyed = std::move(found->second);
     groups_owned_.erase(found);
   }

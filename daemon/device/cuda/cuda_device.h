@@ -56,6 +56,9 @@ class CudaDevice : public Device, public engine::DevicePort {
   /// What the context took; told once, before any other thread knows the device.
   void set_context_use(ContextUse use) { context_ = std::move(use); }
 
+  /// What closes of memory hold launches back with.
+  LaunchGate* gate() { return gpu_.view.gate; }
+
   base::DeviceIndex index() const override { return gpu_.view.index; }
   DeviceInfo info() const override;
   engine::DevicePort& port() override { return *this; }
@@ -78,7 +81,11 @@ class CudaDevice : public Device, public engine::DevicePort {
   void abort(engine::PartId part, uint32_t reason) override;
   uint32_t missing(engine::PartId part, uint64_t* ranks) override;
   bool busy() const override { return false; }
-  bool polls() const override { return parts_in_flight_ != 0 || launch_refused_; }
+  bool polls() const override { return parts_in_flight_ != 0 || launch_refused_ || capturing_; }
+  bool tend(uint64_t now_ns) override;
+  bool next_replay(const engine::Request** request, engine::Outcome* outcome) override;
+  bool captured(const engine::Mapping* mapping) const override;
+  bool end_captures(base::GroupId group, uint32_t rank) override;
   bool settle(engine::PartId part) override;
   void release_words(const engine::SlotWords& words, uint32_t reason) override;
 
@@ -97,6 +104,8 @@ class CudaDevice : public Device, public engine::DevicePort {
     bool low_latency = false;
     uint32_t sms = 0;      // multiprocessors that its largest kernel takes; 0: it has no kernels
     uint32_t entries = 0;  // counted against its stream
+    uint32_t capture_entry = 0;
+    uint32_t capture_words = 0;
     uint64_t launch_ns = 0;
     uint64_t group_op = 0;
     uint32_t rank = 0;
@@ -126,9 +135,17 @@ class CudaDevice : public Device, public engine::DevicePort {
   /// Whether they may serve a group of that many ranks, as far as that is known before it has devices.
   bool may_be_linked(uint32_t ranks) const;
   base::Status allocate_tables(GroupEntry* entry);
+  /// The group's capture lanes, with words of its session.
+  base::Status create_lanes(GroupEntry* entry);
+  void give_back_words(const GroupEntry& entry);
   base::Status warm_up(CUstream stream);
 
   Part* take_part();
+  /// Keeps the operation for replays instead of running it.
+  void capture(const engine::LaunchSpec& spec, Part* part);
+  /// The Reason of a lane that broke on another rank of the group; 0 for none. `all_detached`: every other rank's lane
+  /// has let go of this one.
+  uint32_t peers_broken(const GroupEntry& group, uint32_t lane, bool* all_detached) const;
   /// Also decides whether the part takes the chain of the link kernels.
   bool fill_params(const engine::LaunchSpec& spec, Part* taken, kernels::cuda::PartParams* params) const;
   bool fill_low_latency(const engine::LaunchSpec& spec, const Part& part, kernels::cuda::PartParams* params) const;
@@ -186,6 +203,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   uint32_t parts_in_flight_ = 0;
   bool launch_refused_ = false;  // nobody wakes the loop when a close that held launches back is over
   uint64_t next_part_ = 1;
+  bool capturing_ = false;  // a group has capture lanes
   uint64_t health_checked_ns_ = 0;
 };
 

@@ -111,6 +111,10 @@ bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords&
     std::copy_n(spec.devices.begin(), spec.ranks, slot->devices.begin());
     slot->page = slot->group->sync_page(spec.page);
   }
+  if (spec.own->captured) {
+    capture(spec, slot);
+    return true;
+  }
   kernels::cuda::PartParams params{};
   const bool filled = fill_params(spec, slot, &params);
   if (slot->group != nullptr) {
@@ -285,6 +289,8 @@ void CudaDevice::report_part(const Part& part, engine::Outcome* outcome) const {
   if (facts.start_ns != 0 && facts.end_ns >= facts.start_ns) {
     outcome->start_ns = std::max(part.launch_ns, outcome->end_ns - (facts.end_ns - facts.start_ns));
   }
+  outcome->capture_entry = part.capture_entry;
+  outcome->capture_words = part.capture_words;
   const bool finished = load_word(facts.done) == part.id && facts.verdict == kernels::cuda::kVerdictGo;
   if (finished) {
     outcome->report = facts.report;

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "daemon/kernels/cuda/part_params.h"
+#include "daemon/kernels/cuda/arm_params.h"
 
 namespace expertd::device::cuda {
 namespace {
@@ -29,25 +29,36 @@ GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit)
     at = align_up(at + bytes);
     return begin;
   };
-  layout.sync_pages = place(engine::kExchangePages * sizeof(kernels::cuda::SyncPage));
+  const uint32_t lanes = shape.low_latency ? std::min(shape.capture_lanes, kMaxGroupLanes) : 0;
+  const uint32_t pages = engine::kExchangePages + lanes * kLanePages;
+  layout.sync_pages = place(pages * sizeof(kernels::cuda::SyncPage));
   layout.counts_page_bytes = align_up(matrix_bytes(shape));
-  layout.counts = place(engine::kExchangePages * layout.counts_page_bytes);
+  layout.counts = place(pages * layout.counts_page_bytes);
   layout.shared_bytes = at;
   kernels::OpShape widest;
   widest.ranks = shape.ranks;
   widest.hidden = shape.hidden;
   widest.max_tokens = shape.max_tokens;
   layout.relay_bytes = kernels::cuda::relay_bytes(widest, shape.top_k);
-  layout.plan = place(sizeof(kernels::cuda::Plan));
-  layout.chunk_counts = place(chunks * (uint64_t{shape.ranks} + shape.experts) * sizeof(int32_t));
-  layout.chunk_errors = place(chunks * sizeof(uint32_t));
-  layout.plan_work = place(sizeof(kernels::cuda::PlanWork));
-  layout.block_rows = place(kernels::cuda::kMostLinkSms * sizeof(kernels::cuda::BlockRows));
-  layout.rows = place(uint64_t{shape.max_tokens} * shape.ranks * sizeof(int32_t));
-  layout.left_blocks = place(kernels::cuda::kMostLinkSms * sizeof(uint64_t));
+  for (uint32_t i = 0; i <= lanes; ++i) {
+    ScratchLayout& scratch = layout.scratch[i];
+    scratch.plan = place(sizeof(kernels::cuda::Plan));
+    scratch.chunk_counts = place(chunks * (uint64_t{shape.ranks} + shape.experts) * sizeof(int32_t));
+    scratch.chunk_errors = place(chunks * sizeof(uint32_t));
+    scratch.plan_work = place(sizeof(kernels::cuda::PlanWork));
+    scratch.block_rows = place(kernels::cuda::kMostLinkSms * sizeof(kernels::cuda::BlockRows));
+    scratch.rows = place(uint64_t{shape.max_tokens} * shape.ranks * sizeof(int32_t));
+    scratch.left_blocks = place(kernels::cuda::kMostLinkSms * sizeof(uint64_t));
+  }
+  for (uint32_t i = 0; i < lanes; ++i) {
+    layout.lanes[i].state = place(sizeof(kernels::cuda::LaneState));
+    layout.lanes[i].arm_states = place(kArms * sizeof(kernels::cuda::PartState));
+    layout.lanes[i].entries =
+        place(uint64_t{kLanePages} * kernels::cuda::kMostCapturedEntries * sizeof(kernels::cuda::PartParams));
+  }
   if (shape.low_latency) {
     layout.low_latency_bytes = kernels::cuda::low_latency_layout(widest, shape.top_k).bytes;
-    layout.low_latency = place(kLowLatencyBuffers * layout.low_latency_bytes);
+    layout.low_latency = place((kLowLatencyBuffers + lanes * kLanePages) * layout.low_latency_bytes);
   }
   const uint64_t per_token = (shape.ranks + 2ull * shape.top_k) * sizeof(int32_t);
   layout.handle_rows = align_up(matrix_bytes(shape));

@@ -3,6 +3,7 @@
 // they are built and tested everywhere; any thread.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "daemon/device/device.h"
@@ -18,6 +19,34 @@ inline constexpr uint64_t kMaxHandleTableBytes = 256ull << 20;  // per rank of a
 inline constexpr uint32_t kLowLatencyBuffers = 2;
 static_assert(engine::kExchangePages % kLowLatencyBuffers == 0);
 
+/// Capture lanes take exchange pages of their own, two each, behind those of eager operations, and a low latency buffer
+/// per page: their operations have their own order.
+inline constexpr uint32_t kMaxGroupLanes = engine::kMostCaptureLanes;
+inline constexpr uint32_t kLanePages = 2;
+/// Arms of a lane ahead: with two stream entries each, half of what a parked stream may hold.
+inline constexpr uint32_t kArms = 64;
+inline constexpr uint32_t lane_page(uint32_t lane, uint64_t parity) {
+  return engine::kExchangePages + lane * kLanePages + static_cast<uint32_t>(parity);
+}
+
+/// Scratch of one stream of parts: that of eager operations, or a capture lane's.
+struct ScratchLayout {
+  uint64_t plan = 0;
+  uint64_t chunk_counts = 0;
+  uint64_t chunk_errors = 0;
+  uint64_t plan_work = 0;
+  uint64_t block_rows = 0;
+  uint64_t rows = 0;
+  uint64_t left_blocks = 0;
+};
+
+/// What else a capture lane has.
+struct LaneLayout {
+  uint64_t state = 0;       // LaneState
+  uint64_t arm_states = 0;  // [kArms] PartState
+  uint64_t entries = 0;     // [kLanePages, kMostCapturedEntries] PartParams
+};
+
 /// Offsets inside one rank's table memory; one function yields all of them. What peers write (sync pages and counts)
 /// comes first: behind the relay that part lies in pinned memory of the host, with the relay after it.
 struct GroupLayout {
@@ -26,14 +55,9 @@ struct GroupLayout {
   uint64_t counts_page_bytes = 0;
   uint64_t shared_bytes = 0;  // sync pages and counts
   uint64_t relay_bytes = 0;
-  uint64_t plan = 0;
-  uint64_t chunk_counts = 0;
-  uint64_t chunk_errors = 0;
-  uint64_t plan_work = 0;
-  uint64_t block_rows = 0;
-  uint64_t rows = 0;
-  uint64_t left_blocks = 0;
-  uint64_t low_latency = 0;        // two buffers; only of groups that serve low latency
+  std::array<ScratchLayout, 1 + kMaxGroupLanes> scratch{};
+  std::array<LaneLayout, kMaxGroupLanes> lanes{};
+  uint64_t low_latency = 0;        // two buffers and two per lane; only of groups that serve low latency
   uint64_t low_latency_bytes = 0;  // of one
   uint64_t handles = 0;
   uint64_t handle_bytes = 0;

@@ -13,15 +13,17 @@ kernels::Routing GroupEntry::routing(uint32_t handle) const {
   return routing;
 }
 
-kernels::cuda::PartScratch GroupEntry::scratch() const {
+kernels::cuda::PartScratch GroupEntry::scratch(uint32_t stream) const {
+  const ScratchLayout& at = layout.scratch[stream];
+  const CUdeviceptr base = memory->address();
   kernels::cuda::PartScratch scratch;
-  scratch.plan = reinterpret_cast<kernels::cuda::Plan*>(memory->address() + layout.plan);
-  scratch.chunk_counts = reinterpret_cast<int32_t*>(memory->address() + layout.chunk_counts);
-  scratch.chunk_errors = reinterpret_cast<uint32_t*>(memory->address() + layout.chunk_errors);
-  scratch.plan_work = reinterpret_cast<kernels::cuda::PlanWork*>(memory->address() + layout.plan_work);
-  scratch.block_rows = reinterpret_cast<kernels::cuda::BlockRows*>(memory->address() + layout.block_rows);
-  scratch.rows = reinterpret_cast<int32_t*>(memory->address() + layout.rows);
-  scratch.left_blocks = reinterpret_cast<uint64_t*>(memory->address() + layout.left_blocks);
+  scratch.plan = reinterpret_cast<kernels::cuda::Plan*>(base + at.plan);
+  scratch.chunk_counts = reinterpret_cast<int32_t*>(base + at.chunk_counts);
+  scratch.chunk_errors = reinterpret_cast<uint32_t*>(base + at.chunk_errors);
+  scratch.plan_work = reinterpret_cast<kernels::cuda::PlanWork*>(base + at.plan_work);
+  scratch.block_rows = reinterpret_cast<kernels::cuda::BlockRows*>(base + at.block_rows);
+  scratch.rows = reinterpret_cast<int32_t*>(base + at.rows);
+  scratch.left_blocks = reinterpret_cast<uint64_t*>(base + at.left_blocks);
   return scratch;
 }
 

@@ -10,6 +10,7 @@
 #include <memory>
 
 #include "daemon/base/limits.h"
+#include "daemon/device/cuda/capture_lane.h"
 #include "daemon/device/cuda/group_layout.h"
 #include "daemon/device/cuda/memory.h"
 #include "daemon/engine/ports.h"
@@ -18,6 +19,7 @@
 namespace expertd::device::cuda {
 
 inline constexpr uint32_t kMaxArmedStreams = 24;    // of 32 connections; measured: 32 streams progress independently
+inline constexpr uint32_t kMaxParkedStreams = 28;   // those of sessions, and two of each capture lane
 inline constexpr uint32_t kMaxStreamEntries = 256;  // measured: 256 behind a wait are fine, 1024 hang the thread
 inline constexpr uint32_t kEntriesPerPart = 16;     // the longest chain: doorbell, 10 kernels, 2 waits, slack
 // As many as the streams hold: with fewer, parts on two devices could each hold the place that the other's peer needs.
@@ -36,6 +38,15 @@ class LookupTable {
       }
     }
     return nullptr;
+  }
+  /// Every value; for the thread that inserts and erases, or beside it as find() is.
+  template <typename Visit>
+  void for_each(const Visit& visit) const {
+    for (const Slot& slot : slots_) {
+      if (slot.key.load(std::memory_order_acquire) != 0) {
+        visit(slot.value);
+      }
+    }
   }
   /// False when the table is full.
   bool insert(uint64_t key, T* value) {
@@ -69,6 +80,7 @@ struct SessionEntry {
   std::unique_ptr<VmmMemory> flag_page;
   CUstream stream = nullptr;
   uint32_t queued_entries = 0;  // loop thread only
+  uint32_t capture_words = 0;   // used ones of the flag page, as bits; control threads only
 };
 
 struct GroupEntry {
@@ -83,6 +95,7 @@ struct GroupEntry {
   uint32_t progress_index = 0;  // of the device's pinned progress words
   kernels::cuda::Progress* host_progress = nullptr;
   kernels::cuda::Progress* device_progress = nullptr;
+  std::array<std::unique_ptr<CaptureLane>, kMaxGroupLanes> lanes;  // as many as the shape says
 
   kernels::cuda::SyncPage* sync_page(uint32_t page) const {
     return reinterpret_cast<kernels::cuda::SyncPage*>(shared_address() + layout.sync_pages) + page;
@@ -96,12 +109,26 @@ struct GroupEntry {
   }
   /// The low latency buffer of a page; null when the group has none.
   char* low_latency(uint32_t page) const {
-    const uint64_t at = layout.low_latency + page % kLowLatencyBuffers * layout.low_latency_bytes;
+    const uint32_t buffer = page < engine::kExchangePages ? page % kLowLatencyBuffers
+                                                          : kLowLatencyBuffers + page - engine::kExchangePages;
+    const uint64_t at = layout.low_latency + buffer * layout.low_latency_bytes;
     return layout.low_latency_bytes == 0 ? nullptr : reinterpret_cast<char*>(memory->address() + at);
   }
   /// The handle's tables; `handle` < layout.handle_count.
   kernels::Routing routing(uint32_t handle) const;
-  kernels::cuda::PartScratch scratch() const;
+  /// Of eager operations, or of capture lane `stream` - 1.
+  kernels::cuda::PartScratch scratch(uint32_t stream) const;
+  kernels::cuda::LaneState* lane_state(uint32_t lane) const {
+    return reinterpret_cast<kernels::cuda::LaneState*>(memory->address() + layout.lanes[lane].state);
+  }
+  kernels::cuda::PartState* arm_states(uint32_t lane) const {
+    return reinterpret_cast<kernels::cuda::PartState*>(memory->address() + layout.lanes[lane].arm_states);
+  }
+  /// The lane's table of captured operations for one of its exchange pages.
+  kernels::cuda::PartParams* captured(uint32_t lane, uint64_t parity) const {
+    return reinterpret_cast<kernels::cuda::PartParams*>(memory->address() + layout.lanes[lane].entries) +
+           parity * kernels::cuda::kMostCapturedEntries;
+  }
 
  private:
   CUdeviceptr shared_address() const { return shared == nullptr ? memory->address() : shared->device(); }

@@ -188,6 +188,15 @@ cudaError_t launch_all_null(bool bulk_copies, cudaStream_t stream) {
     if (const cudaError_t error = launch_link_ll_combine(null, LowLatencyEntry::kWaits, stream); error != cudaSuccess) {
       return error;
     }
+    ArmParams no_arm;
+    no_arm.null_operation = 1;
+    if (const cudaError_t error = launch_link_ll_captured(no_arm, LowLatencyEntry::kWaits, stream);
+        error != cudaSuccess) {
+      return error;
+    }
+    if (const cudaError_t error = launch_swap_word({}, stream); error != cudaSuccess) {
+      return error;
+    }
   }
   for (const Launcher launcher : kLaunchers) {
     if (const cudaError_t error = launcher(null, stream); error != cudaSuccess) {

@@ -46,9 +46,14 @@ __host__ __device__ inline uint32_t most_tokens(const PartParams& p) {
   return most;
 }
 
+/// Blocks that work: of a captured operation fewer than the grid has, which serves any.
+__device__ __forceinline__ uint32_t grid_blocks(const PartParams& p) {
+  return p.captured.blocks != 0 ? p.captured.blocks : gridDim.x;
+}
+
 /// The warps of all blocks but the `reserved` first ones, those of different blocks next to each other.
-__device__ inline Crew warps_behind(uint32_t reserved) {
-  const uint32_t blocks = gridDim.x - reserved;
+__device__ inline Crew warps_behind(const PartParams& p, uint32_t reserved) {
+  const uint32_t blocks = grid_blocks(p) - reserved;
   return {blockIdx.x - reserved + threadIdx.x / 32 * blocks, blocks * kLowLatencyWarps};
 }
 
@@ -68,6 +73,9 @@ __device__ inline void stamp_step(const PartParams& p, SignalStep step) {
     if (p.op.shape.kind == OpKind::kLlDispatch) {
       st_relaxed_sys(&page->routed_time_ns[p.op.shape.rank], 0);  // there is no such step to be late at
     }
+    if (p.captured.number != 0) {
+      st_relaxed_sys(&page->captured[p.op.shape.rank], p.captured.number);
+    }
   }
 }
 
@@ -85,14 +93,18 @@ __device__ inline void send_block(const PartParams& p, bool gated) {
   }
   fence_sys();  // behind the barrier, so for the stores of the whole block
   const uint32_t before = atomicAdd(&p.words.state->blocks_done, any_gated ? kAbortedBlock + 1 : 1);
-  if (before % kAbortedBlock != gridDim.x - 1) {
+  if (before % kAbortedBlock != grid_blocks(p) - 1) {
     return;
   }
-  if (!any_gated && before == gridDim.x - 1) {
+  if (!any_gated && before == grid_blocks(p) - 1) {
     fence_sys();  // for what all blocks stored before they counted; one thread has the flags behind one fence
 #pragma unroll 1
     for (uint32_t j = 0; j < p.op.shape.ranks; ++j) {
       if (rank_active(p.op.shape, j)) {
+        if (p.captured.number != 0) {
+          // The chain behind a captured operation is the same for all, so it waits for both steps.
+          st_relaxed_sys(&p.peers.pages[j]->routed[p.op.shape.rank], p.words.group_op);
+        }
         st_relaxed_sys(&p.peers.pages[j]->moved[p.op.shape.rank], p.words.group_op);
       }
     }
@@ -123,12 +135,24 @@ __device__ inline Arrival poll_flags(const PartParams& p, SignalStep step, int64
   }
 }
 
+/// Whether a rank replays another captured operation than this one: their graphs went apart. One whole warp, behind the
+/// flags.
+__device__ inline bool ranks_differ(const PartParams& p) {
+  const uint32_t s = threadIdx.x & 31;
+  const bool compares = p.captured.number != 0 && s < p.op.shape.ranks && rank_active(p.op.shape, s);
+  const SyncPage* page = p.peers.pages[p.op.shape.rank];
+  return __any_sync(kFullWarp, compares && ld_relaxed_sys(&page->captured[s]) != p.captured.number) != 0;
+}
+
 /// Whole block, whose first warp polls. Behind the stream's wait nothing is waited for: what is late there is this
 /// rank's own step, because the part was aborted before it.
 __device__ inline Arrival wait_for_all(const PartParams& p, SignalStep step, bool waits) {
   __shared__ Arrival arrival;
   if (threadIdx.x < 32) {
-    const Arrival seen = poll_flags(p, step, waits ? kPatienceCycles : 0);
+    Arrival seen = poll_flags(p, step, waits ? kPatienceCycles : 0);
+    if (p.captured.number != 0 && step == SignalStep::kMoved && seen == Arrival::kCame && ranks_differ(p)) {
+      seen = Arrival::kAborted;
+    }
     if (threadIdx.x == 0) {
       arrival = waits || seen != Arrival::kLate ? seen : Arrival::kAborted;
     }
@@ -192,7 +216,7 @@ __device__ inline void sum_block_rows(const PartParams& p) {
   }
   uint32_t local = 0;
   uint32_t remote = 0;
-  for (uint32_t b = threadIdx.x; b < gridDim.x; b += 32) {
+  for (uint32_t b = threadIdx.x; b < grid_blocks(p); b += 32) {
     local += static_cast<uint32_t>(p.scratch.block_rows[b].local);
     remote += static_cast<uint32_t>(p.scratch.block_rows[b].remote);
   }
@@ -218,27 +242,34 @@ __device__ inline void end_block(const PartParams& p, Ending ending) {
         1 + (ending == Ending::kAborted ? kAbortedBlock : 0) + (ending == Ending::kFailed ? kFailedBlock : 0);
     const uint32_t all = atomicAdd(&p.words.state->finish_blocks, mine) + mine;
     counted = all;
-    if (all % kAbortedBlock == gridDim.x) {
+    if (all % kAbortedBlock == grid_blocks(p)) {
       fence_sys();  // for what all blocks wrote before they counted
-      if (all == gridDim.x && p.op.out.wait_stats == nullptr) {
+      if (all == grid_blocks(p) && p.op.out.wait_stats == nullptr) {
         release_at_once(p, EXPERTD_REASON_NONE);
       }
       p.words.state->finish_blocks = 0;
     }
   }
   __syncthreads();
-  if (counted % kAbortedBlock != gridDim.x) {
+  if (counted % kAbortedBlock != grid_blocks(p)) {
     return;
   }
   const bool go = counted % kFailedBlock / kAbortedBlock == 0;
   const uint32_t reason = go && counted >= kFailedBlock ? found_reason(p) : 0;
-  if (counted != gridDim.x || p.op.out.wait_stats != nullptr) {
+  if (counted != grid_blocks(p) || p.op.out.wait_stats != nullptr) {
     end_specially(p, go, reason);
   }
   if (p.op.shape.kind == OpKind::kLlCombine) {
     sum_block_rows(p);
   }
   write_facts(p, go, reason);
+  if (p.captured.ends_chain != 0) {
+    fence_sys();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      tell_done(p);
+    }
+  }
 }
 
 /// The last kernel of the chain, when all its blocks are through: tells the host that the chain has drained. Whole
@@ -248,7 +279,7 @@ __device__ inline void drain_chain(const PartParams& p, bool worked) {
   if (worked) {
     fence_sys();
     __syncthreads();
-    tells = threadIdx.x == 0 && atomicInc(&p.words.state->blocks_done, gridDim.x - 1) == gridDim.x - 1;
+    tells = threadIdx.x == 0 && atomicInc(&p.words.state->blocks_done, grid_blocks(p) - 1) == grid_blocks(p) - 1;
     fence_sys();
   }
   if (tells && threadIdx.x == 0) {

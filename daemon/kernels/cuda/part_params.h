@@ -18,15 +18,16 @@ inline constexpr uint32_t kRouteChunkTokens = 64;
 
 /// One exchange page of one rank, in its own device memory; every peer writes its own index. The stream of the owner
 /// waits for routed[s] >= n and moved[s] >= n, its kernels also for counted[s]. The times are the writer's
-/// %globaltimer, for wait statistics only.
+/// %globaltimer, for wait statistics only. Behind `moved` stands which captured operation the rank replays.
 struct SyncPage {
   uint64_t routed[base::kMaxGpuRanks];
   uint64_t moved[base::kMaxGpuRanks];
   uint64_t routed_time_ns[base::kMaxGpuRanks];
   uint64_t moved_time_ns[base::kMaxGpuRanks];
   uint64_t counted[base::kMaxGpuRanks];  // link dispatch: the rank's rows per expert are in the matrix too
+  uint64_t captured[base::kMaxGpuRanks];  // number of the captured operation
 };
-static_assert(sizeof(SyncPage) == 640);
+static_assert(sizeof(SyncPage) == 768);
 
 /// Words of one part in device memory. They carry part numbers, so that nothing of an earlier part has to be reset.
 struct PartState {
@@ -41,12 +42,16 @@ struct PartState {
   uint64_t started_part;    // whose start that is
   uint32_t blocks_done;     // of a step of a link kernel; its last block sets it back to 0
   uint32_t claimed_tokens;  // by the blocks of link_combine; its last block sets it back to 0
-  uint64_t reserved[8];
+  uint64_t taken_entry;     // captured: part << 16 | entry that the doorbell named, or kNoEntry; decided by block 0
+  uint32_t blocks_through;  // captured: blocks at the end of the first kernel; its last one sets it back to 0
+  uint32_t unused;
+  uint64_t reserved[6];
 };
 static_assert(sizeof(PartState) == 128);
 
 inline constexpr uint64_t kVerdictGo = 1;
 inline constexpr uint64_t kVerdictAborted = 2;
+inline constexpr uint64_t kVerdictCancelled = 3;  // captured: the arm was taken back before its doorbell rang
 inline constexpr uint64_t kPassed = 1;
 inline constexpr uint64_t kLeft = 2;
 
@@ -59,9 +64,12 @@ struct PartFacts {
   uint64_t rescued;   // written by the rescue stream: the part's number when its waits were released
   uint64_t restored;  // written by the rescue stream: the part's number when its words are as after a normal end
   uint64_t settled;   // written by the rescue stream: the part's number when its caller's words are written
-  uint64_t reserved[1];
+  uint64_t entry;     // captured: what the doorbell named; 0 before
+  uint64_t left;      // captured: the part's number when blocks of its first kernel left work behind
+  uint64_t reserved[7];
   OpReport report;
 };
+static_assert(offsetof(PartFacts, report) == 128);
 
 /// How far the own rank's parts of one group came, in pinned host memory: read by the peers' missing().
 struct Progress {
@@ -197,7 +205,14 @@ struct PartScratch {
   uint64_t* left_blocks = nullptr;   // [kMostLinkSms]: by block, the exchange that it left last (low_latency_steps.cuh)
 };
 
-struct PartParams {
+/// Of an operation that was captured in a CUDA graph; zero otherwise.
+struct CapturedParams {
+  uint64_t number = 0;      // of the operation in its group: the same on all ranks
+  uint32_t blocks = 0;      // that work, of the grid that serves any operation
+  uint32_t ends_chain = 0;  // the last block to end tells `done`: nothing is enqueued behind this kernel
+};
+
+struct alignas(16) PartParams {
   OpParams op;
   PeerTable peers{};
   RelayTable relay{};
@@ -210,6 +225,7 @@ struct PartParams {
   uint32_t multiprocessors = 1;
   uint32_t bulk_copies = 0;  // the context has the kernels with them
   uint32_t link_sms = 0;     // multiprocessors for the link kernels
+  CapturedParams captured;
 };
 static_assert(std::is_trivially_copyable_v<PartParams>);
 static_assert(sizeof(PartParams) <= 4096 - 64, "kernel parameters are limited to 4 KiB on sm_80");
