@@ -461,7 +461,7 @@ void Engine::close_session(EngineSession* session, uint64_t now_ns) {
 }
 
 bool Engine::forget_if_drained(EngineSession* session) {
-  if (session->outstanding() != 0) {
+  if (session->outstanding() != 0 || !port_->end_captures(session->id(), base::GroupId{})) {
     return false;
   }
   std::erase(sessions_, session);

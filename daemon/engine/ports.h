@@ -160,11 +160,11 @@ class DevicePort {
     (void)mapping;
     return false;
   }
-  /// The rank leaves its group: ends its captured operations. Called again until it returns true, which says that
-  /// nothing of them, nor of the other ranks', touches the rank's memory any more.
-  virtual bool end_captures(base::GroupId group, uint32_t rank) {
+  /// The session leaves the group (0: ends, and leaves all of its groups): ends its captured operations. Called again
+  /// until it returns true, which says that nothing of them, nor of the other ranks', touches its memory any more.
+  virtual bool end_captures(base::SessionId session, base::GroupId group) {
+    (void)session;
     (void)group;
-    (void)rank;
     return true;
   }
   /// Releases a slot's stream waiters for an operation that was never launched (rejected, failed while gathering).

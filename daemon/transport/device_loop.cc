@@ -186,7 +186,7 @@ bool DeviceLoop::uses(base::SessionId session, const engine::Mapping* mapping) {
 }
 
 bool DeviceLoop::uses_group(base::SessionId session, const engine::RankState* rank) {
-  const bool captures = !port_->end_captures(rank->group->settings().shape.id, rank->rank);
+  const bool captures = !port_->end_captures(session, rank->group->settings().shape.id);
   return in_flight(session, rank) || captures;
 }
 

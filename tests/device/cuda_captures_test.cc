@@ -66,8 +66,12 @@ class CudaCaptures : public GpuTest {
     }
   }
 
-  /// A case whose operations end with a Reason has no outputs to compare.
+  /// A case whose operations end with a Reason has no outputs to compare; rows of bytes may not fit the staging, and
+  /// such operations are not captured.
   static bool is_wrong(const RandomCase& it) {
+    if (it.shape.payload == kernels::Payload::kBytes) {
+      return true;
+    }
     for (const RankInput& input : it.inputs) {
       for (const int64_t id : input.topk_idx) {
         if (id < -1 || id >= static_cast<int64_t>(it.shape.experts)) {
@@ -156,7 +160,7 @@ class CudaCaptures : public GpuTest {
     while (!ended && base::now_ns() < until) {
       ended = true;
       for (uint32_t r = 0; r < group_->size(); ++r) {
-        ended = group_->port(r).end_captures(group_->group(), r) && ended;
+        ended = group_->port(r).end_captures({r + 1}, group_->group()) && ended;
       }
       tend();
     }
@@ -381,7 +385,7 @@ TEST_F(CudaCaptures, ARankThatLeavesReleasesTheOthers) {
   const uint64_t until = base::now_ns() + kDrainNs;
   bool ended = false;
   while (!ended && base::now_ns() < until) {
-    ended = group_->port(1).end_captures(group_->group(), 1);
+    ended = group_->port(1).end_captures({2}, {});
     tend();
   }
   EXPECT_TRUE(ended);

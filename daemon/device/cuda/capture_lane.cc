@@ -237,6 +237,7 @@ bool CaptureLane::take_head() {
     if (!cancelled_) {
       cancelled_ = true;
       next_number_ = arm.number;
+      mode_ = Mode::kDraining;  // also when it was the client that wrote the cancel value
     }
     ++head_;
     return true;
@@ -348,7 +349,7 @@ bool CaptureLane::arm(uint64_t now_ns) {
     }
     gated_ = true;
     mode_ = Mode::kClearing;
-    return generation_ == 1 || swap(EXPERTD_CAPTURE_CANCEL, 0);
+    return swap(EXPERTD_CAPTURE_CANCEL, 0);  // of this lane, or of one before it that had the words
   }
   if (mode_ == Mode::kClearing) {
     if (!swap_done()) {

@@ -169,22 +169,23 @@ bool CudaDevice::captured(const engine::Mapping* mapping) const {
   return uses;
 }
 
-bool CudaDevice::end_captures(base::GroupId id, uint32_t rank) {
-  GroupEntry* group = groups_.find(id.value);
-  if (group == nullptr || group->shape.rank != rank) {
-    return true;
-  }
+bool CudaDevice::end_captures(base::SessionId session, base::GroupId id) {
   bool ended = true;
-  for (uint32_t lane = 0; lane < kMaxGroupLanes && group->lanes[lane] != nullptr; ++lane) {
-    if (!healthy_.load(std::memory_order_relaxed)) {
-      group->lanes[lane]->forget();
-      continue;
+  groups_.for_each([&](GroupEntry* group) {
+    if (!(group->shape.session == session) || (id.value != 0 && !(group->shape.id == id))) {
+      return;
     }
-    bool detached = false;
-    group->lanes[lane]->end();
-    (void)peers_broken(*group, lane, &detached);
-    ended = ended && group->lanes[lane]->ended() && detached;
-  }
+    for (uint32_t lane = 0; lane < kMaxGroupLanes && group->lanes[lane] != nullptr; ++lane) {
+      if (!healthy_.load(std::memory_order_relaxed)) {
+        group->lanes[lane]->forget();
+        continue;
+      }
+      bool detached = false;
+      group->lanes[lane]->end();
+      (void)peers_broken(*group, lane, &detached);
+      ended = ended && group->lanes[lane]->ended() && detached;
+    }
+  });
   return ended;
 }
 

@@ -85,7 +85,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   bool tend(uint64_t now_ns) override;
   bool next_replay(const engine::Request** request, engine::Outcome* outcome) override;
   bool captured(const engine::Mapping* mapping) const override;
-  bool end_captures(base::GroupId group, uint32_t rank) override;
+  bool end_captures(base::SessionId session, base::GroupId group) override;
   bool settle(engine::PartId part) override;
   void release_words(const engine::SlotWords& words, uint32_t reason) override;
 
