@@ -90,8 +90,8 @@ Check check_mps_users(const MpsView& view) {
     check.finding = "the MPS server serves all users";
   } else {
     check.level = Level::kWarn;
-    const std::string whom = view.server_uid.has_value() ? "user " + std::to_string(*view.server_uid) + " alone"
-                                                         : "one user at a time";
+    const std::string whom =
+        view.server_uid.has_value() ? "user " + std::to_string(*view.server_uid) + " alone" : "one user at a time";
     check.finding = "the MPS server serves " + whom +
                     ": processes of other users hang in their first CUDA call until its last client has ended";
     check.remedy = "start nvidia-cuda-mps-control with -multiuser-server, or run expertd and its clients as one user";

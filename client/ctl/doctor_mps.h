@@ -14,8 +14,8 @@ namespace expertd::ctl {
 
 /// The MPS control daemon of a pipe directory, as far as its processes can be seen.
 struct MpsView {
-  bool control = false;     // it is seen, and there is one alone that it can be
-  bool multi_user = false;  // it was started with -multiuser-server
+  bool control = false;             // it is seen, and there is one alone that it can be
+  bool multi_user = false;          // it was started with -multiuser-server
   std::optional<uid_t> server_uid;  // of a server that runs already
 };
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a rank that is late by a known time costs the others: how long after the late doorbell the operation ends at the
 // rank that waited, against the same when nobody is late, and what its computation on another stream takes meanwhile.
-// Both by the host's clock, from words that the streams write, so that no two GPUs' timers are compared. Needs two GPUs;
-// starts a daemon of its own, under MPS or not as the environment has it.
+// Both by the host's clock, from words that the streams write, so that no two GPUs' timers are compared. Needs two
+// GPUs; starts a daemon of its own, under MPS or not as the environment has it.
 #include <cuda_runtime_api.h>
 #include <unistd.h>
 
@@ -256,8 +256,7 @@ void LateRank::note(size_t form, const RoundTimes& times) {
   if (kForms[form].operates) {
     // A doorbell that rings after the end was seen to be written is the host's delay, and counts as none.
     const uint64_t arrived_ns = std::max(times.arrived_ns[0], times.arrived_ns[1]);
-    all.after_arrival_us.push_back(
-        (static_cast<double>(times.ended_ns) - static_cast<double>(arrived_ns)) * 1e-3);
+    all.after_arrival_us.push_back((static_cast<double>(times.ended_ns) - static_cast<double>(arrived_ns)) * 1e-3);
   }
   if (kForms[form].computes) {
     all.compute_us.push_back(compute_us());

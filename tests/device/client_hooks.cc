@@ -55,8 +55,9 @@ bool has_lane(uint32_t token, uint32_t lane) {
 std::vector<HookAction> hook_order(uint32_t seed) {
   using enum HookStep;
   if (seed == 0) {
-    return {{0, kSendDispatch}, {1, kSendDispatch}, {0, kReceiveDispatch}, {0, kCompute},        {0, kSendCombine},
-            {1, kReceiveDispatch}, {1, kCompute},   {1, kSendCombine},     {0, kReceiveCombine}, {1, kReceiveCombine}};
+    return {{0, kSendDispatch},   {1, kSendDispatch},    {0, kReceiveDispatch}, {0, kCompute},
+            {0, kSendCombine},    {1, kReceiveDispatch}, {1, kCompute},         {1, kSendCombine},
+            {0, kReceiveCombine}, {1, kReceiveCombine}};
   }
   std::minstd_rand random(seed);
   std::array<uint32_t, Hooks::kBatches> done{};
@@ -154,9 +155,8 @@ std::string Hooks::send_dispatch(Batch* batch) {
   std::string problem = problem_of(
       "send of a dispatch", expertd_ll_dispatch(group_, &args, send_stream(), &batch->handle, &batch->dispatched));
   batch->outputs = EXPERTD_INIT(expertd_ll_outputs_t);
-  return problem.empty()
-             ? problem_of("outputs", expertd_ll_handle_outputs(group_, batch->handle, &batch->outputs))
-             : problem;
+  return problem.empty() ? problem_of("outputs", expertd_ll_handle_outputs(group_, batch->handle, &batch->outputs))
+                         : problem;
 }
 
 /// On a host device nothing is ordered by a stream, so this thread waits.

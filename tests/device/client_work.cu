@@ -42,9 +42,8 @@ std::string make_stream(void** stream) {
 }
 
 std::string enqueue_scale(const uint16_t* source, uint16_t* target, uint64_t elements, float factor, void* stream) {
-  scale<<<kBlocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(reinterpret_cast<const __nv_bfloat16*>(source),
-                                                                     reinterpret_cast<__nv_bfloat16*>(target), elements,
-                                                                     factor);
+  scale<<<kBlocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      reinterpret_cast<const __nv_bfloat16*>(source), reinterpret_cast<__nv_bfloat16*>(target), elements, factor);
   return failed("launch of a scaling", cudaGetLastError());
 }
 

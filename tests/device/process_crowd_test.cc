@@ -99,9 +99,9 @@ TEST_F(ProcessCrowd, OfSixteenGoesOnAsBeforeWhenOneIsStopped) {
   const double ratio = before_us == 0 ? 0 : median(p99_us_[true]) / before_us;
   const std::string title = machine().mps ? "16 sessions under MPS" : "16 sessions";
   figure(title + ", one stopped, verified batches, us p50/max of the sessions", {{"p50 before", p50_us_[false]},
-                                                                                {"p50 stopped", p50_us_[true]},
-                                                                                {"p99 before", p99_us_[false]},
-                                                                                {"p99 stopped", p99_us_[true]}});
+                                                                                 {"p50 stopped", p50_us_[true]},
+                                                                                 {"p99 before", p99_us_[false]},
+                                                                                 {"p99 stopped", p99_us_[true]}});
   std::printf("figure %s, one stopped: p99 of the others x %.3f, target %.2f %s\n", title.c_str(), ratio, kRatioTarget,
               ratio <= kRatioTarget ? "met" : "MISSED");
   EXPECT_GT(ratio, 0);

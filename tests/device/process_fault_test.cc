@@ -132,10 +132,11 @@ bool ProcessFaultUnderMps::restart_mps() {
     return result.exit_code == 0;
   };
   // The control daemon is gone some time after it took the word; another one finds the lock of the first until then.
-  const std::string gone = "for try in $(seq 200); do echo get_server_list | nvidia-cuda-mps-control >/dev/null 2>&1 || "
-                           "exit 0; sleep 0.05; done; exit 1";
-  const bool good = shell("echo 'quit -t 1' | nvidia-cuda-mps-control") && shell(gone) &&
-                    shell("nvidia-cuda-mps-control -d");
+  const std::string gone =
+      "for try in $(seq 200); do echo get_server_list | nvidia-cuda-mps-control >/dev/null 2>&1 || "
+      "exit 0; sleep 0.05; done; exit 1";
+  const bool good =
+      shell("echo 'quit -t 1' | nvidia-cuda-mps-control") && shell(gone) && shell("nvidia-cuda-mps-control -d");
   figure("MPS torn down and started anew, ms", {{"both", {support::elapsed_ms(begin)}}});
   return good;
 }
@@ -165,7 +166,8 @@ void ProcessFaultUnderMps::come_back() {
   good = good && all_ok(both(fresh_), "join neighbours # 2 normal") && all_ok(both(fresh_), "rounds 5 4");
   const double back_ms = support::elapsed_ms(begin);
   EXPECT_TRUE(good);
-  figure("restart after a lost GPU, ms", {{"daemon ready", {ready_ms}}, {"verified operations of new processes", {back_ms}}});
+  figure("restart after a lost GPU, ms",
+         {{"daemon ready", {ready_ms}}, {"verified operations of new processes", {back_ms}}});
   EXPECT_LT(back_ms, support::bound_ms(kBackMs));
 }
 

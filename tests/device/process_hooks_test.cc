@@ -34,9 +34,10 @@ TEST_F(ProcessHooks, OfTwoOutstandingPairsComeInAnyOrder) {
   // Seed 0 is the order of serving.
   EXPECT_TRUE(all_ok(both, "hooks 0 20"));
   EXPECT_TRUE(all_ok(both, "hooks " + std::to_string(first_seed()) + " " + std::to_string(kOrders)));
-  std::printf("figure hooks: 20 double batches in the order of serving and %u in random orders from seed %u, all "
-              "verified, %.1f s\n",
-              kOrders, first_seed(), support::elapsed_ms(begin) / 1e3);
+  std::printf(
+      "figure hooks: 20 double batches in the order of serving and %u in random orders from seed %u, all "
+      "verified, %.1f s\n",
+      kOrders, first_seed(), support::elapsed_ms(begin) / 1e3);
   // What a half leaves behind must not be in the way of whole operations.
   EXPECT_TRUE(all_ok(both, "rounds 10 4"));
 }

@@ -145,9 +145,15 @@ class Overlap final : public OverlapOperation {
   Overlap(const BenchCase& it, uint32_t sms)
       : case_(it), sms_(sms), sink_(kSinkBytes), batches_{MicroBatch(it, 0), MicroBatch(it, 1)} {}
 
-  void prepare(uint32_t iteration) override { each([&](MicroBatch& batch) { batch.prepare(iteration); }); }
-  void poison() override { each([](MicroBatch& batch) { batch.poison(); }); }
-  void verify(const expertd_op_result_t&) override { each([](MicroBatch& batch) { batch.verify(); }); }
+  void prepare(uint32_t iteration) override {
+    each([&](MicroBatch& batch) { batch.prepare(iteration); });
+  }
+  void poison() override {
+    each([](MicroBatch& batch) { batch.poison(); });
+  }
+  void verify(const expertd_op_result_t&) override {
+    each([](MicroBatch& batch) { batch.verify(); });
+  }
   BenchBytes bytes() const override;
 
   void issue(expertd_event_t* event) override;

@@ -146,8 +146,8 @@ RankCase::RankCase(RankGroup* group, ctl::BenchRank* rank, const TableCase& it)
   operation_->prepare(inputs_);
   if (clock_ == TimerClock::kMemoryWords) {
     // What is certain to run in the daemon's context: a layout runs in the caller's own. Every rank issues one.
-    untimed_ =
-        row_spec({"empty", "", it_.low_latency, it_.shape}).make({group_->bench, it_.shape, rank_, "untimed barrier", 0});
+    untimed_ = row_spec({"empty", "", it_.low_latency, it_.shape})
+                   .make({group_->bench, it_.shape, rank_, "untimed barrier", 0});
     untimed_->prepare(inputs_);
   }
   warm_up();
@@ -325,12 +325,9 @@ void RankCase::add_overlap() {
   }
   using Issue = void (OverlapOperation::*)(expertd_event_t*);
   const auto contender = [this](Times RankFigures::*times, Issue issue) {
-    return Contender{times,
-                     [=, this] { (overlap_->*issue)(&switched_); },
-                     [this] { rank_->wait(switched_, it_.name()); },
-                     1,
-                     start_,
-                     clock_};
+    return Contender{
+        times, [=, this] { (overlap_->*issue)(&switched_); }, [this] { rank_->wait(switched_, it_.name()); }, 1, start_,
+        clock_};
   };
   const Contender computes{&RankFigures::compute_us, [this] { overlap_->compute(); }, {}, 1, start_};
   const auto median = [&](const Contender& it) {

@@ -74,26 +74,27 @@ BenchRowSpec find(const std::vector<BenchRowSpec>& rows, const std::string& flag
 }  // namespace
 
 std::string TableCase::name() const {
-  return operation + " " + mode() + (dtype.empty() ? "" : " " + dtype) + (half == "both" ? "" : " " + half) + ", " + std::to_string(shape.tokens) +
-         " tokens, hidden " + std::to_string(shape.hidden) + ", top " + std::to_string(shape.top_k);
+  return operation + " " + mode() + (dtype.empty() ? "" : " " + dtype) + (half == "both" ? "" : " " + half) + ", " +
+         std::to_string(shape.tokens) + " tokens, hidden " + std::to_string(shape.hidden) + ", top " +
+         std::to_string(shape.top_k);
 }
 
 bool TableCase::has_main_shape() const {
-  return shape.hidden == kHidden && shape.top_k == kTopK &&
-         shape.tokens == (low_latency ? kLowLatencyTokens : kTokens);
+  return shape.hidden == kHidden && shape.top_k == kTopK && shape.tokens == (low_latency ? kLowLatencyTokens : kTokens);
 }
 
 bool TableCase::shares_group(const TableCase& other) const {
   const auto key = [](const TableCase& it) {
     // A double batch is measured with an idle client alone.
-    return std::tuple(it.operation == "overlap", it.low_latency, it.shape.ranks, it.shape.experts, it.shape.hidden, it.shape.top_k,
-                      it.shape.tokens);
+    return std::tuple(it.operation == "overlap", it.low_latency, it.shape.ranks, it.shape.experts, it.shape.hidden,
+                      it.shape.top_k, it.shape.tokens);
   };
   return key(*this) == key(other);
 }
 
 const std::vector<std::string>& table_operations() {
-  static const std::vector<std::string> operations = {"dispatch", "combine", "layout", "empty", "pair", "layer", "overlap"};
+  static const std::vector<std::string> operations = {"dispatch", "combine", "layout", "empty",
+                                                      "pair",     "layer",   "overlap"};
   return operations;
 }
 

@@ -43,7 +43,7 @@ struct TableCase {
 const std::vector<std::string>& table_operations();
 /// The main shape first, and groups behind one another.
 std::vector<TableCase> table_cases(const TableSelection& selection);
-/// What makes the operation of a case, other than a layer, which needs a GPU.
+/// What makes the operation of a case, other than a layer and a double batch, which need a GPU.
 ctl::BenchRowSpec row_spec(const TableCase& it);
 
 }  // namespace expertd::bench
