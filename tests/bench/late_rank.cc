@@ -254,7 +254,6 @@ void LateRank::note(size_t form, const RoundTimes& times) {
   }
   FormTimes& all = shared_->times[form];
   if (kForms[form].operates) {
-    // A doorbell that rings after the end was seen to be written is the host's delay, and counts as none.
     const uint64_t arrived_ns = std::max(times.arrived_ns[0], times.arrived_ns[1]);
     all.after_arrival_us.push_back((static_cast<double>(times.ended_ns) - static_cast<double>(arrived_ns)) * 1e-3);
   }
@@ -327,14 +326,21 @@ void rank_thread(Shared* shared, uint32_t index) {
   try {
     use_device(*shared, index);
     LateRank rank(shared, index);
-    rank.run();
+    try {
+      rank.run();
+    } catch (...) {
+      // What unwinds from here frees memory, which never ends beside a parked stream.
+      shared->gate.open_all();
+      shared->meeting.abort();
+      throw;
+    }
   } catch (const ctl::BenchAborted&) {
     // The other rank failed and has said why.
   } catch (const std::exception& error) {
     const std::lock_guard lock(shared->mutex);
     shared->failure = shared->failure.empty() ? error.what() : shared->failure;
+    // A rank that could not be made has not told the other one yet.
     shared->meeting.abort();
-    shared->gate.open_all();
   }
 }
 
