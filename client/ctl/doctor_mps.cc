@@ -43,8 +43,9 @@ bool may_serve(const std::filesystem::path& process, const std::string& pipe_dir
   const auto found = std::find_if(environment.begin(), environment.end(),
                                   [&](const std::string& word) { return word.rfind(name, 0) == 0; });
   const std::string directory = found == environment.end() ? kDefaultDirectory : found->substr(name.size());
-  return std::filesystem::path(directory).lexically_normal() ==
-         std::filesystem::path(pipe_directory).lexically_normal();
+  // With a slash at the end or without one.
+  const auto normal = [](const std::string& path) { return (std::filesystem::path(path) / "").lexically_normal(); };
+  return normal(directory) == normal(pipe_directory);
 }
 
 /// With one dash or two: the older and the newer interface.
