@@ -113,6 +113,7 @@ void LowLatencyCombine::issue(expertd_event_t* event) {
   args.handle = handle_;
   args.tokens = case_.shape.tokens;
   args.combined_x = combined_x_.data();
+  args.flags = case_.extra_flags;
   args.timeout_ns = case_.rank->timeout_ns();
   case_.rank->check(expertd_ll_combine(case_.rank->group(), &args, case_.rank->stream(), event), case_.name);
 }

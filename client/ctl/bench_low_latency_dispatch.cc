@@ -171,7 +171,7 @@ void LowLatencyDispatch::issue(expertd_event_t* event) {
   args.stats = stats_.as<int32_t>();
   args.flags = flag(EXPERTD_USE_FP8, quantised()) |
                flag(EXPERTD_ROUND_SCALE, form_ == Form::kFp8Rounded || form_ == Form::kFp8Ue8m0) |
-               flag(EXPERTD_UE8M0, form_ == Form::kFp8Ue8m0);
+               flag(EXPERTD_UE8M0, form_ == Form::kFp8Ue8m0) | case_.extra_flags;
   args.timeout_ns = case_.rank->timeout_ns();
   case_.rank->check(expertd_ll_dispatch(case_.rank->group(), &args, case_.rank->stream(), &handle_, event), case_.name);
 }

@@ -13,6 +13,7 @@ constexpr float kLargest = 448.0f;
 constexpr float kSmallestAmax = 1e-4f;
 constexpr float kSmallestNormal = 0x1p-6f;
 constexpr float kSubnormalSteps = 0x1p9f;  // per 1.0
+constexpr float kUnitsOnly = 0x1p23f;
 constexpr uint8_t kLargestCode = 0x7e;
 constexpr int kDroppedBits = 20;                      // mantissa bits of a float behind the three of E4M3
 constexpr uint32_t kBiasDifference = (127 - 7) << 3;  // exponent biases, in units of a code's exponent field
@@ -43,7 +44,8 @@ uint8_t float_to_e4m3(float value) {
     return sign | kLargestCode;
   }
   if (size < kSmallestNormal) {
-    return sign | static_cast<uint8_t>(std::nearbyint(size * kSubnormalSteps));
+    // The sum keeps no bit behind the units, so it rounds to the nearest, and its last bits are the number of steps.
+    return sign | static_cast<uint8_t>(std::bit_cast<uint32_t>(size * kSubnormalSteps + kUnitsOnly));
   }
   uint32_t bits = std::bit_cast<uint32_t>(size);
   bits += (1u << (kDroppedBits - 1)) - 1 + ((bits >> kDroppedBits) & 1);

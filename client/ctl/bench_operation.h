@@ -60,6 +60,8 @@ struct BenchCase {
   BenchShape shape;
   BenchRank* rank;
   std::string name;
+  /// Of what makes an operation a half: EXPERTD_ASYNC. Low latency alone takes them.
+  uint32_t extra_flags = 0;
 
   BenchInput input(uint32_t iteration) const { return BenchInput(options.seed, iteration); }
   /// The iterations with inputs of their own: the first, whose inputs all but the last use, and the last.

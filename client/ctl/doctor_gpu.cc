@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "client/ctl/doctor.h"
+#include "client/ctl/doctor_mps.h"
 #include "client/ctl/shared_library.h"
 
 namespace expertd::ctl {
@@ -199,12 +200,19 @@ Checks check_nvml() {
   return checks;
 }
 
-Check check_mps(const std::vector<Gpu>& gpus) {
+std::string mps_directory() {
   const char* const directory = std::getenv("CUDA_MPS_PIPE_DIRECTORY");
-  const std::string control =
-      std::string(directory != nullptr && *directory != '\0' ? directory : "/tmp/nvidia-mps") + "/control";
+  return directory != nullptr && *directory != '\0' ? directory : "/tmp/nvidia-mps";
+}
+
+bool mps_is_there() {
   struct stat info {};
-  const bool mps = stat(control.c_str(), &info) == 0;
+  return stat((mps_directory() + "/control").c_str(), &info) == 0;
+}
+
+Check check_mps(const std::vector<Gpu>& gpus) {
+  const std::string control = mps_directory() + "/control";
+  const bool mps = mps_is_there();
   const std::string socket = mps ? "control pipe " + control : "no MPS control pipe at " + control;
   for (size_t i = 0; i < gpus.size(); ++i) {
     const std::string gpu = "GPU " + std::to_string(i);
@@ -274,6 +282,9 @@ Checks check_gpus() {
     checks.push_back(std::move(check));
   }
   checks.push_back(check_mps(gpus));
+  if (mps_is_there()) {
+    checks.push_back(check_mps_users(look_for_mps("/proc", mps_directory())));
+  }
   checks.push_back(check_sharing(gpus));
   return checks;
 }

@@ -146,6 +146,23 @@ void tell_warnings(const std::string& log_file) {
   }
 }
 
+/// Where the time went, so that it can be seen what more rows would take.
+void tell_seconds(const std::vector<TableRow>& rows, double all_s) {
+  double set_up_s = 0;
+  double verify_s = 0;
+  double measure_s[2] = {};  // [busy]
+  for (const TableRow& row : rows) {
+    set_up_s += row.set_up_s;
+    verify_s += row.verify_s;
+    measure_s[row.busy] += row.measure_s - row.verify_s;
+  }
+  const double known_s = set_up_s + verify_s + measure_s[0] + measure_s[1];
+  std::cerr << "figure seconds of the table: " + fixed(all_s, 1) + " in all for " + std::to_string(rows.size()) +
+                   " rows: set up " + fixed(set_up_s, 1) + ", verified " + fixed(verify_s, 1) + ", measured idle " +
+                   fixed(measure_s[0], 1) + ", busy " + fixed(measure_s[1], 1) + ", joining and else " +
+                   fixed(all_s - known_s, 1) + "\n";
+}
+
 /// Where there is no cuBLAS, which is no failure.
 void leave_out_layers(std::vector<TableCase>* cases) {
   const auto is_layer = [](const TableCase& it) { return it.operation == "layer"; };
@@ -194,7 +211,9 @@ int run(const TableOptions& options) {
       write_file(options.append_file, merged(before, document));
     }
   };
+  const uint64_t begin_ns = now_ns();
   const std::vector<TableRow> rows = runner.run(cases, keep);
+  tell_seconds(rows, static_cast<double>(now_ns() - begin_ns) * 1e-9);
   keep(rows);
   if (options.runtime_directory.empty() && daemon != nullptr) {
     tell_warnings(daemon->log_file());

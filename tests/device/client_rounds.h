@@ -47,6 +47,8 @@ class Rounds {
   support::Outcome join(const std::string& name, uint32_t rank, uint32_t ranks, const std::string& mode, uint64_t op_ns);
   support::Outcome leave();
   expertd_group_t* group() const { return group_; }
+  uint32_t rank() const { return rank_; }
+  uint32_t ranks() const { return ranks_; }
 
   /// Issues `depth` rounds, waits for all of them and checks the output of the last.
   BatchEnd batch(uint32_t depth, OpCounts* counts);

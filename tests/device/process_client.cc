@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,6 +16,7 @@
 #include <sstream>
 
 #include "tests/device/client_graphs.h"
+#include "tests/device/client_hooks.h"
 #include "tests/device/client_layout.h"
 #include "tests/device/client_rounds.h"
 #include "tests/support/temp_dir.h"
@@ -68,6 +70,8 @@ class Client {
   std::string memory(std::istringstream& words);
   std::string join(std::istringstream& words);
   std::string layout(uint64_t cases);
+  std::string hooks(std::istringstream& words);
+  std::string become(uint64_t uid);
   std::string batches(uint64_t count, uint32_t depth, bool until_a_line);
   OpEnd barrier(uint64_t timeout_ns);
   std::string sync();
@@ -83,6 +87,8 @@ class Client {
   Rounds rounds_;
   Layouts layouts_;
   Graphs graphs_{&rounds_};
+  Hooks hooks_;
+  bool hooks_open_ = false;
   OpCounts own_counts_;
   OpCounts* counts_ = &own_counts_;
   expertd_event_t event_{};
@@ -142,6 +148,8 @@ Client::Client() {
   };
   verbs_["replay-alone"] = [this](auto&) { return said(graphs_.replay_alone(), ""); };
   verbs_["layout"] = [this](auto& words) { return layout(number(words, 10)); };
+  verbs_["hooks"] = [this](auto& words) { return hooks(words); };
+  verbs_["become"] = [this](auto& words) { return become(number(words, 0)); };
   verbs_["count"] = [this](auto& words) {
     std::string path;
     words >> path;
@@ -231,6 +239,26 @@ std::string Client::layout(uint64_t cases) {
                            " many_us=" + std::to_string(many_us) + " alone_us=" + std::to_string(alone_us));
 }
 
+std::string Client::hooks(std::istringstream& words) {
+  const auto seed = static_cast<uint32_t>(number(words, 0));
+  const auto rounds = static_cast<uint32_t>(number(words, 1));
+  std::string problem = hooks_open_ ? std::string() : hooks_.open(session_.get(), on_gpu_ ? &gpu_ : nullptr);
+  hooks_open_ = problem.empty();
+  problem = problem.empty() ? hooks_.run(rounds_.group(), rounds_.rank(), rounds_.ranks(), seed, rounds) : problem;
+  return said(problem, " double_batches=" + std::to_string(rounds));
+}
+
+/// Before the first call into CUDA, which remembers whose process it is in.
+std::string Client::become(uint64_t uid) {
+  const auto id = static_cast<uid_t>(uid);
+  if (::setresgid(id, id, id) != 0 || ::setresuid(id, id, id) != 0) {
+    return said("this process may not become another user's", "");
+  }
+  // The change took it away, and with it the process's own /proc.
+  static_cast<void>(::prctl(PR_SET_DUMPABLE, 1));
+  return said("", " uid=" + std::to_string(::getuid()));
+}
+
 std::string Client::batches(uint64_t count, uint32_t depth, bool until_a_line) {
   std::vector<double> times;
   uint64_t done = 0;
@@ -257,6 +285,7 @@ std::string Client::batches(uint64_t count, uint32_t depth, bool until_a_line) {
   std::sort(times.begin(), times.end());
   std::ostringstream text;
   text << "ok batches=" << done << " depth=" << depth << " p50_us=" << (times.empty() ? 0 : times[times.size() / 2])
+       << " p99_us=" << (times.empty() ? 0 : times[(times.size() * 99 + 99) / 100 - 1])
        << " max_us=" << (times.empty() ? 0 : times.back());
   return text.str();
 }

@@ -13,19 +13,24 @@ inline constexpr const char* kClientMode = "--client";
 ///   gpus                       count=N mps=B uuid0=...       free                      free0=BYTES total0=BYTES ...
 ///   cuda ORDINAL               a context and a stream        attach SOCKET DEVICE NAME
 ///   memory KIND                tensors for rounds            release                   gives them back
-///   join NAME RANK RANKS normal|ll|captured [MS]                      leave                     detach
-///   rounds N [DEPTH]           batches=N p50_us= max_us=     state                     reattach MS
+///   join NAME RANK RANKS normal|ll|captured [MS]             leave                     detach
+///   rounds N [DEPTH]           batches=N p50_us= p99_us= max_us=                           state
+///   reattach MS
 ///   loop [DEPTH]               batches until one fails or a line comes; answers "ok looping" after the first, then the
 ///                              end
 ///   count FILE                 counts operations in a shared file (OpCounts)
 ///   capture                    graphs (Graphs)               replay SEED N [IDLE_US]    replays=N, each checked
 ///   replay-time                pair_us=                      replay-alone               without the other ranks
 ///   layout N                   N random layouts against the reference; local= by the library's kernels, many_us=
-///   alone_us= barrier [MS]               sync                          barriers until one succeeds submit [MS] a
-///   barrier that the stream waits for, not this thread wait [MS]                  for that one                  query
-///   done=B hold                       the stream waits              open                      until now block "ok
-///   blocking", then waits for the stream: "ok at=NS error=NAME" illegal                    a kernel stores to an
-///   address that nobody has: error=NAME
+///                              alone_us=
+///   hooks SEED N               N double batches in halves (client_hooks.h)
+///   become UID                 the process is that user's from now on; before anything that needs a GPU
+///   barrier [MS]               sync                          barriers until one succeeds
+///   submit [MS]                a barrier that the stream waits for, not this thread
+///   wait [MS]                  for that one                  query                         done=B
+///   hold                       the stream waits              open                          until now
+///   block                      "ok blocking", then waits for the stream: "ok at=NS error=NAME"
+///   illegal                    a kernel stores to an address that nobody has: error=NAME
 int run_process_client();
 
 }  // namespace expertd::device_test

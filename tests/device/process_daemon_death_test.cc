@@ -16,6 +16,7 @@ namespace {
 
 constexpr double kAfterEndOfFileMs = 200;  // the promise of the client library
 constexpr double kAfterKillMs = 10'000;    // a kernel takes a process with GPUs apart in this time
+constexpr double kBackMs = 5'000;          // from the restart on
 constexpr int kCycles = 3;
 
 /// A connection to the daemon that says nothing, to see when the kernel closes them.
@@ -95,6 +96,7 @@ bool ProcessDaemonDeath::restart(const std::string& group) {
   const uint64_t begin = support::monotonic_ns();
   const bool good = daemon_->start() && all_ok(both(), "reattach 20000") && ready(group);
   restart_ms_.push_back(support::elapsed_ms(begin));
+  EXPECT_LT(restart_ms_.back(), support::bound_ms(kBackMs));
   return good;
 }
 

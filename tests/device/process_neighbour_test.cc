@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Label gpu. What one tenant does must not reach another: an operation whose doorbell never rings, and an access to
-// memory that nobody has. Under MPS the second one does reach everybody, the daemon too, which then ends so that it is
-// restarted; that case is for a run of its own, because the MPS server is not the same afterwards.
+// Label gpu. What one tenant does must not reach another: an operation whose doorbell never rings.
 #include <map>
 
 #include "tests/device/process_fixture.h"
@@ -120,77 +118,6 @@ TEST_F(ProcessNeighbour, OfAnOperationWhoseDoorbellNeverRingsLivesAsAlone) {
   std::printf("figure memory of ended sessions still held: %.0f MiB beside the operation, %.0f MiB after it\n",
               parked_mib, left_mib);
   EXPECT_TRUE(back);
-}
-
-class ProcessFault : public ProcessTest {
- protected:
-  ProcessFault() : ProcessTest(2, seconds(90)) {}
-
-  /// A neighbour pair in a loop, and a group of a survivor and the culprit.
-  bool prepare() {
-    bool good = start_daemon();
-    for (uint32_t i = 0; i < 2 && good; ++i) {
-      neighbours_[i] = make_client();
-      pair_[i] = make_client();
-      good = attach(*neighbours_[i], i, "neighbour-" + std::to_string(i)) &&
-             attach(*pair_[i], i, "pair-" + std::to_string(i));
-    }
-    return good && all_ok({neighbours_[0].get(), neighbours_[1].get()}, "join neighbours # 2 normal") &&
-           all_ok({neighbours_[0].get(), neighbours_[1].get()}, "loop 4") &&
-           all_ok({pair_[0].get(), pair_[1].get()}, "join pair # 2 normal") &&
-           all_ok({pair_[0].get(), pair_[1].get()}, "rounds 5 4");
-  }
-
-  std::unique_ptr<FaultClient> neighbours_[2];
-  std::unique_ptr<FaultClient> pair_[2];  // the second one is the culprit
-};
-
-TEST_F(ProcessFault, AnIllegalAccessOfAClientReachesNobodyElse) {
-  if (machine().host) {
-    GTEST_SKIP() << "host devices have no kernels of clients";
-  }
-  if (machine().mps_promised) {
-    GTEST_SKIP() << "under MPS it reaches everybody: ProcessFaultUnderMps";
-  }
-  ASSERT_TRUE(prepare());
-  pair_[0]->send("barrier 20000");
-  const std::string error = expect_ok(*pair_[1], "illegal");
-  EXPECT_EQ(text_in(error, "error"), "cudaErrorIllegalAddress") << error;
-  pair_[1]->signal_kill();
-  const std::string lost = pair_[0]->answer(seconds(25)).value_or("no answer");
-  EXPECT_EQ(lost.rfind("failed PEER_LOST rank=1 ", 0), 0u) << lost;
-  std::printf("the culprit's peer: %s\n", lost.c_str());
-  // The neighbours have to do batches after the fault, and not only before it.
-  EXPECT_TRUE(is_ok(expect_ok(*pair_[0], "leave")));
-  expect_ok(*pair_[0], "join alone 0 1 normal");
-  expect_ok(*pair_[0], "rounds 100 4");
-  EXPECT_TRUE(daemon_->running());
-  EXPECT_EQ(daemon_->metric("expertd_gpu_context_lost_total"), 0);
-  for (const std::string& end : stop_loops(*neighbours_[0], *neighbours_[1], "rounds 1 4")) {
-    EXPECT_TRUE(is_ok(end) && number_in(end, "batches") > 0) << "a neighbour: " << end;
-    std::printf("a neighbour: %s\n", end.c_str());
-  }
-}
-
-class ProcessFaultUnderMps : public ProcessFault {};
-
-TEST_F(ProcessFaultUnderMps, EndsTheDaemonForARestart) {
-  constexpr int kExitTryAgain = 75;
-  if (machine().host || !machine().mps_promised) {
-    GTEST_SKIP() << "without MPS it reaches nobody: ProcessFault";
-  }
-  ASSERT_TRUE(prepare());
-  const uint64_t begin = support::monotonic_ns();
-  const std::string error = pair_[1]->ask("illegal", seconds(10));
-  std::printf("the culprit: %s\n", error.c_str());
-  const int code = daemon_->wait_exit(seconds(5));
-  figure("illegal access under MPS to the end of the daemon", {{"ms", {support::elapsed_ms(begin)}}});
-  EXPECT_EQ(code, kExitTryAgain);
-  const std::string log = daemon_->log();
-  EXPECT_TRUE(log.find("GPU context lost") != std::string::npos || log.find("GPU_LOST") != std::string::npos);
-  for (const auto& neighbour : neighbours_) {
-    std::printf("a neighbour: %s\n", neighbour->answer(seconds(5)).value_or("no answer").c_str());
-  }
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 // comparison with an all-to-all, which are played through on numbers in place of rows.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -146,13 +147,60 @@ TEST(TableMerge, RefusesWhatIsNoTable) {
 
 TEST(TableCases, EveryCaseHasAnOperationAndGroupsLieTogether) {
   const std::vector<TableCase> cases = table_cases({});
-  for (size_t i = 0; i < cases.size() && cases[i].operation != "layer"; ++i) {
-    EXPECT_TRUE(row_spec(cases[i]).make) << cases[i].name();
+  for (size_t i = 0; i < cases.size(); ++i) {
+    const bool needs_gpu = cases[i].operation == "layer" || cases[i].operation == "overlap";
+    EXPECT_TRUE(needs_gpu || row_spec(cases[i]).make) << cases[i].name();
     for (size_t j = 0; j + 1 < i; ++j) {
       EXPECT_TRUE(!cases[j].shares_group(cases[i]) || cases[i - 1].shares_group(cases[i])) << cases[i].name();
     }
   }
   EXPECT_LT(table_cases({.quick = true}).size(), cases.size());
+}
+
+TEST(TableCases, LayersAndDoubleBatchesComeBeforeOtherShapes) {
+  const std::vector<TableCase> cases = table_cases({});
+  size_t other_shape = cases.size();
+  for (size_t i = 0; i < cases.size(); ++i) {
+    const bool early = cases[i].operation == "layer" || cases[i].operation == "overlap";
+    other_shape = cases[i].has_main_shape() || cases[i].operation == "empty" ? other_shape : std::min(other_shape, i);
+    EXPECT_TRUE(!early || i < other_shape) << cases[i].name();
+  }
+}
+
+TEST(TableCases, HalvesAreOfBothLowLatencyOperationsOfTheMainShape) {
+  std::map<std::string, int> halves;
+  for (const TableCase& it : table_cases({.quick = true})) {
+    EXPECT_EQ(it.is_whole(), it.half == "both" && it.operation != "overlap");
+    halves[it.operation + " " + it.half] += it.half == "both" ? 0 : 1;
+    EXPECT_TRUE(it.half == "both" || (it.low_latency && it.has_main_shape())) << it.name();
+  }
+  for (const char* name : {"dispatch send", "dispatch receive", "combine send", "combine receive"}) {
+    EXPECT_EQ(halves[name], 1) << name;
+  }
+}
+
+TEST(TableRowJson, OfADoubleBatchComparesItWithOneAndWithBothInTurn) {
+  TableRow row = row_of("overlap", 128, true);
+  row.single_us = 16;
+  row.serial_us = 32;
+  row.communication_us = 8;
+  row.compute_us = 8.4;
+  row.compute_sms = 66;
+  const json overlap = row_json(row).at("overlap");
+  EXPECT_EQ(overlap.at("ratio_to_one"), 1.25);
+  EXPECT_EQ(overlap.at("serial_ratio"), 2);
+  EXPECT_EQ(overlap.at("compute_to_communication"), 1.05);
+  EXPECT_EQ(overlap.at("compute_sms"), 66);
+  EXPECT_NE(table_text(document_of({row}, true)).find("x 1.25 of one (16.0 us"), std::string::npos);
+  EXPECT_FALSE(row_json(row_of("pair", 128, true)).contains("overlap"));
+}
+
+TEST(TableMerge, HalvesAreRowsOfTheirOwn) {
+  TableRow send = row_of("dispatch", 128, false);
+  send.it.half = "send";
+  const json base = document_of({row_of("dispatch", 128, false)}, false);
+  EXPECT_EQ(merged(base, document_of({send}, false)).at("rows").size(), 2u);
+  EXPECT_EQ(row_json(send).at("half"), "send");
 }
 
 TEST(TableCases, SelectsByOperationAndTokens) {

@@ -2,6 +2,7 @@
 #include "tests/bench/table/layer.h"
 
 #include <algorithm>
+#include <array>
 #include <utility>
 
 #include "client/ctl/bench_weighted_sum.h"
@@ -209,7 +210,14 @@ class PrefillLayer final : public Layer {
     }
   }
 
-  void issue(expertd_event_t* event) override;
+  void issue(expertd_event_t* event) override {
+    send_dispatch(0, event);
+    compute();
+    send_combine(0, event);
+  }
+  /// `flags`: EXPERTD_ASYNC or none.
+  void send_dispatch(uint32_t flags, expertd_event_t* event);
+  void send_combine(uint32_t flags, expertd_event_t* event);
   void finish() override {
     if (handle_.generation != 0) {
       case_.rank->check(expertd_handle_free(case_.rank->group(), std::exchange(handle_, {})), "free of a handle");
@@ -233,7 +241,7 @@ class PrefillLayer final : public Layer {
   BenchTensor recv_idx_, src_info_, counts_, prefix_;
 };
 
-void PrefillLayer::issue(expertd_event_t* event) {
+void PrefillLayer::send_dispatch(uint32_t flags, expertd_event_t* event) {
   ctl::BenchRank* const rank = case_.rank;
   auto there = EXPERTD_INIT(expertd_dispatch_args_t);
   there.x = x_.data();
@@ -248,20 +256,101 @@ void PrefillLayer::issue(expertd_event_t* event) {
   there.recv_src_info = src_info_.as<int32_t>();
   there.expert_counts = counts_.as<int32_t>();
   there.rank_prefix = prefix_.as<int32_t>();
-  there.flags = EXPERTD_EXPANDED;
+  there.flags = EXPERTD_EXPANDED | flags;
   there.timeout_ns = rank->timeout_ns();
   rank->check(expertd_dispatch(rank->group(), &there, rank->stream(), &handle_, event), "dispatch of " + case_.name);
-  compute();
+}
+
+void PrefillLayer::send_combine(uint32_t flags, expertd_event_t* event) {
+  ctl::BenchRank* const rank = case_.rank;
   auto back = EXPERTD_INIT(expertd_combine_args_t);
   back.x = expert_x_.data();
   back.rows = static_cast<uint32_t>(capacity_);
   back.handle = handle_;
   back.tokens = case_.shape.tokens;
   back.combined_x = combined_x_.data();
-  back.flags = EXPERTD_EXPANDED;
+  back.flags = EXPERTD_EXPANDED | flags;
   back.timeout_ns = rank->timeout_ns();
   rank->check(expertd_combine(rank->group(), &back, rank->stream(), event), "combine of " + case_.name);
 }
+
+ctl::BenchOptions with_other_seed(const ctl::BenchOptions& options) {
+  constexpr uint64_t kStep = 7919;  // beyond any seed that is likely to be asked for beside this one
+  ctl::BenchOptions other = options;
+  other.seed += kStep;
+  return other;
+}
+
+/// Half of a case's tokens, with inputs of `options`.
+BenchCase half_of(const BenchCase& it, const ctl::BenchOptions& options) {
+  BenchShape shape = it.shape;
+  shape.tokens /= 2;
+  return {options, shape, it.rank, it.name, it.extra_flags};
+}
+
+/// Two micro-batches with inputs of their own: the rows of one travel while the experts work on the other's.
+class PrefillPair final : public LayerOperation {
+ public:
+  PrefillPair(const BenchCase& it, const Cublas& cublas)
+      : rank_(it.rank),
+        other_options_(with_other_seed(it.options)),
+        halves_{PrefillLayer(half_of(it, it.options), cublas), PrefillLayer(half_of(it, other_options_), cublas)} {}
+
+  void prepare(uint32_t iteration) override {
+    each([&](PrefillLayer& it) { it.prepare(iteration); });
+  }
+  void poison() override {
+    each([](PrefillLayer& it) { it.poison(); });
+  }
+  void compute() override {
+    each([](PrefillLayer& it) { it.compute(); });
+  }
+  void finish() override {
+    each([](PrefillLayer& it) { it.finish(); });
+  }
+  void verify(const expertd_op_result_t& result) override {
+    each([&](PrefillLayer& it) { it.verify(result); });
+  }
+  BenchBytes bytes() const override {
+    BenchBytes sum;
+    for (const PrefillLayer& half : halves_) {
+      const BenchBytes bytes = half.bytes();
+      sum.logical += bytes.logical;
+      sum.remote += bytes.remote;
+    }
+    return sum;
+  }
+  void issue(expertd_event_t* event) override {
+    std::array<expertd_event_t, 2> sent{};
+    for (size_t i = 0; i < halves_.size(); ++i) {
+      halves_[i].send_dispatch(EXPERTD_ASYNC, &sent[i]);
+    }
+    for (size_t i = 0; i < halves_.size(); ++i) {
+      receive(sent[i]);
+      halves_[i].compute();
+      halves_[i].send_combine(EXPERTD_ASYNC, &sent[i]);
+    }
+    for (const expertd_event_t& last : sent) {
+      receive(last);
+    }
+    *event = sent.back();
+  }
+
+ private:
+  template <typename Body>
+  void each(Body body) {
+    for (PrefillLayer& half : halves_) {
+      body(half);
+    }
+  }
+  void receive(const expertd_event_t& event) {
+    rank_->check(expertd_event_stream_wait(event, rank_->stream()), "receive half of a layer");
+  }
+
+  ctl::BenchRank* const rank_;
+  const ctl::BenchOptions other_options_;
+  std::array<PrefillLayer, 2> halves_;
+};
 
 }  // namespace
 
@@ -269,7 +358,7 @@ std::unique_ptr<LayerOperation> make_layer(const BenchCase& it, bool low_latency
   if (low_latency) {
     return std::make_unique<DecodeLayer>(it, cublas);
   }
-  return std::make_unique<PrefillLayer>(it, cublas);
+  return std::make_unique<PrefillPair>(it, cublas);
 }
 
 }  // namespace expertd::bench

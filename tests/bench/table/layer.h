@@ -17,7 +17,8 @@ class LayerOperation : public ctl::BenchOperation {
   virtual void compute() = 0;
 };
 
-/// `cublas` is of the rank's device.
+/// `cublas` is of the rank's device. Other than in low latency: two micro-batches of half the tokens each, the rows of
+/// one of which travel while the experts work on the other's.
 std::unique_ptr<LayerOperation> make_layer(const ctl::BenchCase& it, bool low_latency, const Cublas& cublas);
 
 }  // namespace expertd::bench

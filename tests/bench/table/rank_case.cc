@@ -11,6 +11,7 @@
 #include "tests/bench/bench_daemon.h"
 #include "tests/bench/bench_figures.h"
 #include "tests/bench/cuda_check.h"
+#include "tests/bench/table/half.h"
 
 namespace expertd::bench {
 
@@ -20,11 +21,13 @@ namespace {
 /// take milliseconds.
 constexpr uint32_t kBlock = 20;
 constexpr uint32_t kTurn = 5;
-constexpr uint32_t kTurnBusy = 2;
+constexpr uint32_t kTurnBusy = 1;
 /// Of the clock's own time in a turn. A wait for a multiprocessor has a tail to be seen; of the other only the median
 /// is used, and beside GEMMs without MPS it takes long.
-constexpr uint32_t kTurnLocalWait = 10;
-constexpr uint32_t kTurnOffset = 5;
+constexpr uint32_t kTurnLocalWait = 5;
+constexpr uint32_t kTurnOffset = 2;
+/// Beside GEMMs, where an iteration takes milliseconds, shapes other than the main one have a part of the iterations.
+constexpr uint32_t kBusyPart = 3;
 /// Operations between events in all, beside those of the row's clock.
 constexpr uint32_t kSwitches = 30;
 /// Operations behind one gate where their time back to back is asked for: as many as a group has exchange pages. With
@@ -32,7 +35,7 @@ constexpr uint32_t kSwitches = 30;
 constexpr uint32_t kQueued = 8;
 /// The daemon has as many more to enqueue.
 constexpr uint32_t kQueuedArm = kQueued / 2;
-constexpr std::chrono::milliseconds kLoadAlone{60};
+constexpr std::chrono::milliseconds kLoadAlone{40};
 
 /// User and system time of a process.
 double cpu_ns_of(pid_t pid) {
@@ -88,16 +91,19 @@ uint32_t row_bytes_of(const TableCase& it, bool quantised) {
 
 /// What the all-to-all does for a case, one behind the other; empty: there is no such comparison.
 std::vector<ExchangePlan> plans_of(const TableCase& it, const ctl::BenchRouting& routing, uint32_t rank) {
-  const bool dispatches = it.operation == "dispatch" || it.operation == "pair";
-  const bool combines = it.operation == "combine" || it.operation == "pair";
+  const bool is_layer = it.operation == "layer";
+  const bool dispatches = it.operation == "dispatch" || it.operation == "pair" || is_layer;
+  const bool combines = it.operation == "combine" || it.operation == "pair" || is_layer;
+  // Experts want their rows one behind the other, which a token once per rank would have to be copied into.
+  const bool row_per_expert = it.low_latency || is_layer;
   std::vector<ExchangePlan> plans;
   if (dispatches) {
     const uint32_t bytes = row_bytes_of(it, it.dtype == "fp8");
-    plans.push_back(it.low_latency ? plan_expert_dispatch(routing, rank, bytes) : plan_dispatch(routing, rank, bytes));
+    plans.push_back(row_per_expert ? plan_expert_dispatch(routing, rank, bytes) : plan_dispatch(routing, rank, bytes));
   }
   if (combines) {
     const uint32_t bytes = row_bytes_of(it, false);
-    plans.push_back(it.low_latency ? plan_expert_combine(routing, rank, bytes) : plan_combine(routing, rank, bytes));
+    plans.push_back(row_per_expert ? plan_expert_combine(routing, rank, bytes) : plan_combine(routing, rank, bytes));
   }
   return plans;
 }
@@ -140,21 +146,30 @@ RankCase::RankCase(RankGroup* group, ctl::BenchRank* rank, const TableCase& it)
   operation_->prepare(inputs_);
   if (clock_ == TimerClock::kMemoryWords) {
     // What is certain to run in the daemon's context: a layout runs in the caller's own. Every rank issues one.
-    untimed_ =
-        row_spec({"empty", "", it_.low_latency, it_.shape}).make({group_->bench, it_.shape, rank_, "untimed barrier"});
+    untimed_ = row_spec({"empty", "", it_.low_latency, it_.shape})
+                   .make({group_->bench, it_.shape, rank_, "untimed barrier", 0});
     untimed_->prepare(inputs_);
   }
   warm_up();
-  add_floors();
-  add_nccl();
-  add_queue();
-  add_compute();
-  add_switch();
+  if (it_.is_whole()) {
+    add_floors();
+    add_nccl();
+    add_queue();
+    add_compute();
+    add_switch();
+  }
+  add_overlap();
   add_clock();
 }
 
 std::unique_ptr<ctl::BenchOperation> RankCase::make() {
-  const ctl::BenchCase bench{group_->bench, it_.shape, rank_, it_.name()};
+  const uint32_t flags = it_.half == "both" ? 0u : static_cast<uint32_t>(EXPERTD_ASYNC);
+  const ctl::BenchCase bench{group_->bench, it_.shape, rank_, it_.name(), flags};
+  if (it_.operation == "overlap") {
+    std::unique_ptr<OverlapOperation> overlap = make_overlap(bench, tools().multiprocessors);
+    overlap_ = overlap.get();
+    return overlap;
+  }
   if (it_.operation != "layer") {
     return row_spec(it_).make(bench);
   }
@@ -173,6 +188,9 @@ void RankCase::warm_up() {
     group_->meeting->meet();
     expertd_event_t event{};
     operation_->issue(&event);
+    if (it_.half == "receive") {
+      rank_->check(expertd_event_stream_wait(event, rank_->stream()), "receive half");
+    }
     rank_->wait(event, it_.name());
     operation_->finish();
     if (untimed_ != nullptr) {
@@ -248,9 +266,14 @@ void RankCase::add_nccl() {
                            [=, this] {
                              for (const auto& exchange : exchanges_) {
                                exchange->enqueue(stream);
+                               if (layer_ != nullptr && exchange == exchanges_.front()) {
+                                 layer_->compute();
+                               }
                              }
                            },
-                           {}});
+                           {},
+                           1,
+                           start_});
   }
 }
 
@@ -293,6 +316,43 @@ void RankCase::add_switch() {
                          1, start_, TimerClock::kEvents, (kSwitches + blocks - 1) / blocks});
 }
 
+/// The computation of a micro-batch is made as long as its communication, and then everything takes turns.
+void RankCase::add_overlap() {
+  constexpr uint32_t kSamples = 5;
+  constexpr uint32_t kCorrections = 4;
+  if (overlap_ == nullptr) {
+    return;
+  }
+  using Issue = void (OverlapOperation::*)(expertd_event_t*);
+  const auto contender = [this](Times RankFigures::*times, Issue issue) {
+    return Contender{
+        times, [=, this] { (overlap_->*issue)(&switched_); }, [this] { rank_->wait(switched_, it_.name()); }, 1, start_,
+        clock_};
+  };
+  const Contender computes{&RankFigures::compute_us, [this] { overlap_->compute(); }, {}, 1, start_};
+  const auto median = [&](const Contender& it) {
+    Times times;
+    for (uint32_t i = 0; i < kSamples; ++i) {
+      times.push_back(time_us(timing(it.clock, it.start, 1), it.enqueue));
+      if (it.after) {
+        it.after();
+      }
+    }
+    return quantile_of(times, 0.5);
+  };
+  const Contender communicates = contender(&RankFigures::communication_us, &OverlapOperation::issue_communication);
+  const double target_us = median(communicates);
+  // As often on every rank, because they time together.
+  for (uint32_t i = 0; i < kCorrections; ++i) {
+    const double rounds = overlap_->rounds() * target_us / std::max(1.0, median(computes));
+    overlap_->set_rounds(static_cast<uint32_t>(std::clamp(rounds, 1.0, 1e8)));
+  }
+  contenders_.push_back(communicates);
+  contenders_.push_back(computes);
+  contenders_.push_back(contender(&RankFigures::serial_us, &OverlapOperation::issue_serial));
+  contenders_.push_back(contender(&RankFigures::single_us, &OverlapOperation::issue_single));
+}
+
 void RankCase::add_clock() {
   if (clock_ == TimerClock::kMemoryWords) {
     contenders_.push_back({&RankFigures::clock_offset_us, [] {}, {}, 1, Start::kAtTheGate, clock_, kTurnOffset});
@@ -311,7 +371,7 @@ Timing RankCase::timing(TimerClock clock, Start start, double per_timing) {
 
 double RankCase::time_us(const Timing& timing, const std::function<void()>& enqueue) {
   const double us = tools().timer->time_us(timing, enqueue);
-  if (timing.before) {
+  if (timing.clock == TimerClock::kMemoryWords) {
     rank_->wait(untimed_event_, "untimed barrier");
   }
   return us;
@@ -319,8 +379,10 @@ double RankCase::time_us(const Timing& timing, const std::function<void()>& enqu
 
 void RankCase::take_off_offset(RankFigures* figures) const {
   const double offset_us = quantile_of(figures->clock_offset_us, 0.5);
-  for (double& us : figures->times_us) {
-    us -= offset_us;
+  for (Times* times : {&figures->times_us, &figures->serial_us, &figures->single_us, &figures->communication_us}) {
+    for (double& us : *times) {
+      us -= offset_us;
+    }
   }
   for (double& us : figures->queued_us) {
     us -= offset_us / kQueued;
@@ -329,6 +391,7 @@ void RankCase::take_off_offset(RankFigures* figures) const {
 
 void RankCase::measure(bool busy, RankFigures* figures) {
   group_->meeting->meet();
+  const uint64_t begin_ns = now_ns();
   Loaded load(busy ? tools().load.get() : nullptr);
   figures->clock = clock_;
   iterate(busy, figures);
@@ -336,10 +399,23 @@ void RankCase::measure(bool busy, RankFigures* figures) {
   take_off_offset(figures);
   figures->client_slowdown = busy ? tools().load->slowdown() : 0;
   figures->bytes = operation_->bytes();
+  figures->compute_sms = overlap_ == nullptr ? 0 : overlap_->compute_sms();
+  figures->measure_s = static_cast<double>(now_ns() - begin_ns) * 1e-9;
+}
+
+uint32_t RankCase::iterations(bool busy) const {
+  const uint32_t asked = group_->options.iterations;
+  return busy && !it_.has_main_shape() ? std::max(2u, asked / kBusyPart) : asked;
+}
+
+/// The first inputs or the last ones, whichever are not in place: the operation has room for these.
+void RankCase::renew_inputs() {
+  inputs_ = inputs_ == 0 ? group_->options.iterations - 1 : 0;
+  operation_->prepare(inputs_);
 }
 
 void RankCase::iterate(bool busy, RankFigures* figures) {
-  const uint32_t last = group_->options.iterations - 1;
+  const uint32_t last = iterations(busy) - 1;
   const auto phase = [&](LoadPhase to) {
     if (busy) {
       tools().load->set_phase(to);
@@ -348,11 +424,12 @@ void RankCase::iterate(bool busy, RankFigures* figures) {
   for (uint32_t i = 0; i <= last; ++i) {
     if (i == last) {
       phase(LoadPhase::kOther);
-      // The first inputs or the last ones, whichever are not in place: the operation has room for these.
-      inputs_ = inputs_ == 0 ? last : 0;
-      operation_->prepare(inputs_);
+      const uint64_t begin_ns = now_ns();
+      renew_inputs();
+      figures->verify_s += static_cast<double>(now_ns() - begin_ns) * 1e-9;
     }
-    const bool verified = i == 0 || i == last;
+    // A busy client comes behind an idle one, which has just verified the inputs that it begins with.
+    const bool verified = i == last || (i == 0 && !(busy && group_->options.idle));
     phase(verified ? LoadPhase::kOther : LoadPhase::kOperations);
     time_operation(figures, verified);
     if ((i + 1) % kBlock == 0 || i == last) {
@@ -363,22 +440,31 @@ void RankCase::iterate(bool busy, RankFigures* figures) {
 }
 
 void RankCase::time_operation(RankFigures* figures, bool verified) {
+  const uint64_t poison_ns = now_ns();
   if (verified) {
     operation_->poison();
   }
+  figures->verify_s += static_cast<double>(now_ns() - poison_ns) * 1e-9;
   const double cpu_ns = leads() ? cpu_ns_of(group_->daemon) : 0;
   const uint64_t begin_ns = now_ns();
   expertd_event_t event{};
-  figures->times_us.push_back(time_us(timing(clock_, start_, 1), [&] { operation_->issue(&event); }));
+  Timing timed = timing(clock_, start_, 1);
+  std::function<void()> enqueue = [&] { operation_->issue(&event); };
+  if (it_.half == "receive") {
+    enqueue = time_receive_half(rank_, operation_.get(), &event, &timed);
+  }
+  figures->times_us.push_back(time_us(timed, enqueue));
   const expertd_op_result_t result = rank_->wait(event, it_.name());
   figures->execution.add(result.executor, result.sms);
   if (leads() && !verified) {
     figures->daemon_cpu_ns += cpu_ns_of(group_->daemon) - cpu_ns;
     figures->wall_ns += static_cast<double>(now_ns() - begin_ns);
   }
+  const uint64_t verify_ns = now_ns();
   if (verified) {
     operation_->verify(result);
   }
+  figures->verify_s += static_cast<double>(now_ns() - verify_ns) * 1e-9;
   operation_->finish();
 }
 

@@ -15,6 +15,7 @@
 #include "tests/bench/table/exchange.h"
 #include "tests/bench/table/gemm_load.h"
 #include "tests/bench/table/layer.h"
+#include "tests/bench/table/overlap.h"
 #include "tests/bench/table/stream_timer.h"
 #include "tests/bench/table/table_options.h"
 #include "tests/bench/table/table_row.h"
@@ -55,6 +56,11 @@ struct RankFigures {
   double client_slowdown = 0;
   double daemon_cpu_ns = 0;  // of the leading rank alone
   double wall_ns = 0;
+  Times single_us, serial_us, communication_us;  // of an overlap
+  uint32_t compute_sms = 0;
+  double set_up_s = 0;  // where the table's time goes
+  double measure_s = 0;
+  double verify_s = 0;  // of `measure_s`
 };
 
 class RankCase {
@@ -89,6 +95,9 @@ class RankCase {
   void add_queue();
   void add_compute();
   void add_switch();
+  void add_overlap();
+  uint32_t iterations(bool busy) const;
+  void renew_inputs();
   void add_clock();
   Timing timing(TimerClock clock, Start start, double per_timing);
   double time_us(const Timing& timing, const std::function<void()>& enqueue);
@@ -104,7 +113,8 @@ class RankCase {
   const Start start_;
   const TimerClock clock_;
   std::unique_ptr<Cublas> cublas_;
-  LayerOperation* layer_ = nullptr;  // the operation where it is one
+  LayerOperation* layer_ = nullptr;      // the operation where it is one
+  OverlapOperation* overlap_ = nullptr;  // likewise
   std::unique_ptr<ctl::BenchOperation> operation_;
   /// A small one, with which the daemon's context takes the GPU before the gate opens; null: the clock needs none.
   std::unique_ptr<ctl::BenchOperation> untimed_;

@@ -22,6 +22,14 @@ bool wanted(const std::vector<T>& some, const T& value) {
   return some.empty() || std::find(some.begin(), some.end(), value) != some.end();
 }
 
+/// --quick has layers when they are asked for.
+void add_layer(const TableSelection& selection, bool low_latency, const BenchShape& shape,
+               std::vector<TableCase>* cases) {
+  if (!selection.quick || !selection.operations.empty()) {
+    cases->push_back({"layer", "bf16", low_latency, shape});
+  }
+}
+
 /// The cases of a group.
 void add_group(const TableSelection& selection, bool low_latency, const BenchShape& shape,
                std::vector<TableCase>* cases) {
@@ -31,6 +39,11 @@ void add_group(const TableSelection& selection, bool low_latency, const BenchSha
     of_group = {{"dispatch", "fp8", true, shape}, {"combine", "bf16", true, shape}, {"pair", "fp8", true, shape}};
     if (main_shape && shape.tokens == kLowLatencyTokens) {
       of_group.push_back({"dispatch", "bf16", true, shape});
+      for (const char* half : {"send", "receive"}) {
+        of_group.push_back({"dispatch", "fp8", true, shape, half});
+        of_group.push_back({"combine", "bf16", true, shape, half});
+      }
+      add_layer(selection, true, shape, &of_group);
     }
   } else {
     of_group = {{"dispatch", "fp8", false, shape}, {"combine", "bf16", false, shape}};
@@ -39,6 +52,7 @@ void add_group(const TableSelection& selection, bool low_latency, const BenchSha
     }
     if (main_shape && shape.tokens == kTokens) {
       of_group.push_back({"layout", "", false, shape});
+      add_layer(selection, false, shape, &of_group);
     }
   }
   for (const TableCase& it : of_group) {
@@ -60,20 +74,27 @@ BenchRowSpec find(const std::vector<BenchRowSpec>& rows, const std::string& flag
 }  // namespace
 
 std::string TableCase::name() const {
-  return operation + " " + mode() + (dtype.empty() ? "" : " " + dtype) + ", " + std::to_string(shape.tokens) +
-         " tokens, hidden " + std::to_string(shape.hidden) + ", top " + std::to_string(shape.top_k);
+  return operation + " " + mode() + (dtype.empty() ? "" : " " + dtype) + (half == "both" ? "" : " " + half) + ", " +
+         std::to_string(shape.tokens) + " tokens, hidden " + std::to_string(shape.hidden) + ", top " +
+         std::to_string(shape.top_k);
+}
+
+bool TableCase::has_main_shape() const {
+  return shape.hidden == kHidden && shape.top_k == kTopK && shape.tokens == (low_latency ? kLowLatencyTokens : kTokens);
 }
 
 bool TableCase::shares_group(const TableCase& other) const {
   const auto key = [](const TableCase& it) {
-    return std::tuple(it.low_latency, it.shape.ranks, it.shape.experts, it.shape.hidden, it.shape.top_k,
-                      it.shape.tokens);
+    // A double batch is measured with an idle client alone.
+    return std::tuple(it.operation == "overlap", it.low_latency, it.shape.ranks, it.shape.experts, it.shape.hidden,
+                      it.shape.top_k, it.shape.tokens);
   };
   return key(*this) == key(other);
 }
 
 const std::vector<std::string>& table_operations() {
-  static const std::vector<std::string> operations = {"dispatch", "combine", "layout", "empty", "pair", "layer"};
+  static const std::vector<std::string> operations = {"dispatch", "combine", "layout", "empty",
+                                                      "pair",     "layer",   "overlap"};
   return operations;
 }
 
@@ -88,6 +109,9 @@ std::vector<TableCase> table_cases(const TableSelection& selection) {
     // Of a group of one rank, whose shape does not matter.
     cases.push_back({"empty", "", false, {1, selection.experts, kHidden, kTopK, kLowLatencyTokens}});
   }
+  if (wanted(selection.operations, std::string("overlap")) && wanted(selection.tokens, kLowLatencyTokens)) {
+    cases.push_back({"overlap", "bf16", true, shape(kHidden, kTopK, kLowLatencyTokens)});
+  }
   for (const uint32_t tokens : {16u, 64u, 512u, 1024u}) {
     add_group(selection, true, shape(kHidden, kTopK, tokens), &cases);
   }
@@ -99,15 +123,6 @@ std::vector<TableCase> table_cases(const TableSelection& selection) {
     if (!selection.quick) {
       add_group(selection, false, shape(hidden, top_k, kTokens), &cases);
       add_group(selection, true, shape(hidden, top_k, kLowLatencyTokens), &cases);
-    }
-  }
-  // Last, because most can go wrong with them; --quick has them when they are asked for.
-  for (const bool low_latency : {true, false}) {
-    const BenchShape of_layer = shape(kHidden, kTopK, low_latency ? kLowLatencyTokens : kTokens);
-    const bool named = !selection.operations.empty();
-    if ((named || !selection.quick) && wanted(selection.operations, std::string("layer")) &&
-        wanted(selection.tokens, of_layer.tokens)) {
-      cases.push_back({"layer", "bf16", low_latency, of_layer});
     }
   }
   return cases;

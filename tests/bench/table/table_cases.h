@@ -21,11 +21,16 @@ struct TableSelection {
 
 /// An operation in a shape. Everything about it that the client sees.
 struct TableCase {
-  std::string operation;  // dispatch, combine, layout, empty, pair or layer
+  std::string operation;  // dispatch, combine, layout, empty, pair, layer or overlap
   std::string dtype;      // fp8 or bf16; empty: the operation has none
   bool low_latency = false;
   ctl::BenchShape shape;
+  std::string half = "both";  // or send or receive, of low latency
 
+  /// An operation with both halves that can be compared with others; a double batch is compared with itself.
+  bool is_whole() const { return half == "both" && operation != "overlap"; }
+  /// Beside GEMMs the others are measured less often.
+  bool has_main_shape() const;
   /// "ht" or "ll".
   const char* mode() const { return low_latency ? "ll" : "ht"; }
   /// "dispatch ht fp8, 4096 tokens, hidden 7168, top 8".
@@ -38,7 +43,7 @@ struct TableCase {
 const std::vector<std::string>& table_operations();
 /// The main shape first, and groups behind one another.
 std::vector<TableCase> table_cases(const TableSelection& selection);
-/// What makes the operation of a case, other than a layer, which needs a GPU.
+/// What makes the operation of a case, other than a layer and a double batch, which need a GPU.
 ctl::BenchRowSpec row_spec(const TableCase& it);
 
 }  // namespace expertd::bench

@@ -19,8 +19,8 @@ const char* const kFooter =
     "less what that takes for nothing (SWITCH: between two events, as a client sees it that computes before and "
     "after).\n"
     "Before each iteration L2 is flushed by writing 128 MiB. Operations, copies of the same bytes over the link (the\n"
-    "floor) and NCCL take turns in blocks. The public interface has no separate halves of an operation, so that there\n"
-    "are rows of both halves together only; streams under capture are refused, so that no row is captured.\n"
+    "floor) and NCCL take turns in blocks. Halves are EXPERTD_ASYNC (send) and expertd_event_stream_wait (receive);\n"
+    "streams under capture are refused, so that no row is captured.\n"
     "Exit codes: 0 every output was right, 1 some case failed, 64 wrong arguments, 69 no two GPUs or no daemon.";
 
 /// As typed.

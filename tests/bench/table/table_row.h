@@ -21,7 +21,6 @@ Times slowest_of(const std::vector<Times>& ranks);
 
 struct TableRow {
   TableCase it;
-  std::string half = "both";
   bool captured = false;
   std::string executor;  // as the operations' results say; empty: there are none
   uint32_t sms = 0;      // that the largest kernel takes, the most of any rank and iteration
@@ -37,9 +36,14 @@ struct TableRow {
   Times floor_least_copy_engine_us, floor_least_sm_us;
   double logical_bytes = 0;  // per rank, mean of the ranks
   double link_bytes = 0;
-  double compute_us = 0;       // of a layer, its GEMMs alone; 0: not measured
-  double queued_us = 0;        // per operation back to back; 0: not measured
-  double client_slowdown = 0;  // of a busy client's own work; 0: not measured
+  double compute_us = 0;  // of a layer, its GEMMs alone; 0: not measured
+  double queued_us = 0;   // per operation back to back; 0: not measured
+  /// Of an overlap: one micro-batch, two one behind the other, the operations of one alone, and multiprocessors that
+  /// its computation takes; 0: not measured.
+  double single_us = 0, serial_us = 0, communication_us = 0;
+  uint32_t compute_sms = 0;
+  double set_up_s = 0, measure_s = 0, verify_s = 0;  // where the table's time went; verifying is in the second
+  double client_slowdown = 0;                        // of a busy client's own work; 0: not measured
   double daemon_cpu_percent = 0;
   std::string device;
   bool verified = false;

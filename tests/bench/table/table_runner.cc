@@ -56,7 +56,7 @@ class TableRunner::Batch {
 TableRunner::Batch::Batch(TableRunner* runner, std::vector<TableCase> cases, uint32_t number)
     : runner_(runner),
       cases_(std::move(cases)),
-      clients_(runner->clients()),
+      clients_(runner->clients(cases_.front())),
       ranks_(cases_.front().shape.ranks),
       name_("table-" + std::to_string(getpid()) + "-" + std::to_string(number)),
       meeting_(ranks_),
@@ -124,7 +124,9 @@ void TableRunner::Batch::rank_work(uint32_t index) {
     if (time_is_over_) {
       break;
     }
+    const uint64_t begin_ns = now_ns();
     RankCase it(&group_, &rank, cases_[i]);
+    figures_[i].front()[index].set_up_s = static_cast<double>(now_ns() - begin_ns) * 1e-9;
     for (size_t client = 0; client < clients_.size(); ++client) {
       it.measure(clients_[client], &figures_[i][client][index]);
       finished_[i][client].fetch_add(1);
@@ -153,6 +155,9 @@ TableRow TableRunner::Batch::finished_row(const TableCase& it, size_t client,
   row.floor_least_copy_engine_us = slowest(&RankFigures::floor_least_copy_engine_us);
   row.floor_least_sm_us = slowest(&RankFigures::floor_least_sm_us);
   row.nccl_us = slowest(&RankFigures::nccl_us);
+  row.single_us = quantile_of(slowest(&RankFigures::single_us), 0.5);
+  row.serial_us = quantile_of(slowest(&RankFigures::serial_us), 0.5);
+  row.communication_us = quantile_of(slowest(&RankFigures::communication_us), 0.5);
   row.queued_us = quantile_of(slowest(&RankFigures::queued_us), 0.5);
   row.compute_us = quantile_of(slowest(&RankFigures::compute_us), 0.5);
   ctl::BenchExecution execution;
@@ -166,6 +171,10 @@ TableRow TableRunner::Batch::finished_row(const TableCase& it, size_t client,
   row.executor = ctl::executor_name(execution.executor);
   row.sms = execution.sms;
   const RankFigures& leader = ranks.front();
+  row.compute_sms = leader.compute_sms;
+  row.set_up_s = leader.set_up_s;
+  row.measure_s = leader.measure_s;
+  row.verify_s = leader.verify_s;
   row.daemon_cpu_percent =
       leader.wall_ns == 0 ? 0 : 100 * leader.daemon_cpu_ns / leader.wall_ns / static_cast<double>(ranks.size());
   row.verified = true;  // a wrong output has ended the case
@@ -270,12 +279,13 @@ uint64_t TableRunner::gpu_timer_step_ns() const {
   return step_ns;
 }
 
-std::vector<bool> TableRunner::clients() const {
+std::vector<bool> TableRunner::clients(const TableCase& it) const {
   std::vector<bool> busy;
-  if (options_.idle) {
+  // A double batch computes itself.
+  if (options_.idle || it.operation == "overlap") {
     busy.push_back(false);
   }
-  if (options_.busy) {
+  if (options_.busy && it.operation != "overlap") {
     busy.push_back(true);
   }
   return busy;
@@ -316,7 +326,7 @@ std::vector<TableRow> TableRunner::run(const std::vector<TableCase>& cases, cons
       const char* const reason =
           failures == kFailuresInARow ? "not run: the cases before failed, one behind the other" : kTimeOver;
       for (const TableCase& it : group) {
-        for (const bool busy : clients()) {
+        for (const bool busy : clients(it)) {
           rows.push_back(new_row(it, busy));
           rows.back().error = reason;
         }

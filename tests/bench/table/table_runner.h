@@ -51,7 +51,7 @@ class TableRunner {
   void open_nccl();
   /// False, told on stderr, when there is none.
   bool renew_daemon();
-  std::vector<bool> clients() const;
+  std::vector<bool> clients(const TableCase& it) const;
   TableRow new_row(const TableCase& it, bool busy) const;
 
   const TableOptions& options_;
