@@ -5,6 +5,7 @@
 
 #include "daemon/transport/client_refusal.h"
 #include "daemon/transport/tensor_check.h"
+#include "daemon/transport/token_bound.h"
 
 namespace expertd::transport {
 
@@ -135,11 +136,15 @@ bool Admission::common(const engine::GroupShared& group) {
   }
   if (slot_.op == EXPERTD_OP_BARRIER) {
     shape.tokens = 0;
+    request_->traffic = engine::Traffic::kLatency;
     return true;
   }
   if (slot_.tokens > settings.shape.max_tokens) {
     return check_.refuse(EXPERTD_REASON_TOKENS_EXCEED_MAX, EXPERTD_ARGUMENT_TOKENS, slot_.tokens, 0,
                          settings.shape.max_tokens);
+  }
+  if (!take_token_bound(slot_, settings, &check_, request_)) {
+    return false;
   }
   if (slot_.hidden != settings.shape.hidden && slot_.hidden != 0) {
     return check_.refuse(EXPERTD_REASON_ARGUMENT_RANGE, EXPERTD_ARGUMENT_HIDDEN, slot_.hidden, settings.shape.hidden,

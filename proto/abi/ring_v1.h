@@ -11,9 +11,9 @@
 
 #define EXPERTD_RING_MAGIC 0x31474e5244505845ULL /* "EXPDRNG1" read as little-endian */
 #define EXPERTD_ABI_MAJOR 1u
-/* 1: EXPERTD_SLOT_REFUSED. 2: executor and sms of a completion. A client reads the daemon's in the header and uses
- * nothing that is newer. */
-#define EXPERTD_ABI_MINOR 2u
+/* 1: EXPERTD_SLOT_REFUSED. 2: executor and sms of a completion. 3: token_bound of a slot. A client reads the daemon's
+ * in the header and uses nothing that is newer. */
+#define EXPERTD_ABI_MINOR 3u
 
 #define EXPERTD_RING_HEADER_BYTES 4096u
 #define EXPERTD_SLOT_BYTES 512u
@@ -177,7 +177,8 @@ struct expertd_slot {
   uint32_t handle_generation; /* >= 1 */
   uint32_t num_experts;       /* layout only */
   uint32_t num_ranks;         /* layout only */
-  uint8_t reserved[64];
+  uint32_t token_bound;       /* most tokens that any rank passes with this operation (1.3); 0 = not given */
+  uint8_t reserved[60];
   /* With EXPERTD_SLOT_REFUSED, else zero: what the client told its caller, as a completion says it. */
   uint32_t refused_reason;   /* expertd_reason, not NONE */
   uint32_t refused_argument; /* expertd_argument */
@@ -270,6 +271,7 @@ struct expertd_completion {
   X(REFUSED_REASON, 23, "refused_reason")         \
   X(REFUSED_ARGUMENT, 24, "refused_argument")     \
   X(DISPATCH_DTYPE, 25, "dispatch dtype")         \
+  X(TOKEN_BOUND, 26, "token_bound")               \
   X(IN_X, 32, "x")                                \
   X(IN_TOPK_IDX, 33, "topk_idx")                  \
   X(IN_TOPK_WEIGHTS, 34, "topk_weights")          \
@@ -310,7 +312,8 @@ EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, client_waiters) == 512, 
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, completion_futex) == 640, "completion_futex");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_tensor_ref) == 16, "tensor_ref: bump the major version");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_slot) == EXPERTD_SLOT_BYTES, "slot: bump the major version");
-EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, reserved) == 128, "reserved");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, token_bound) == 128, "token_bound");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, reserved) == 132, "reserved");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, refused_reason) == 192, "refused_reason");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, tensors) == 224, "tensors");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_completion) == EXPERTD_COMPLETION_BYTES, "completion: bump the major version");

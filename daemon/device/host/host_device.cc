@@ -153,6 +153,10 @@ bool HostDevice::poll(engine::PartId part_id, engine::Outcome* outcome) {
   return true;
 }
 
+bool HostDevice::works(engine::PartId part) const {
+  return places_[part % kMaxParts].part == part && parts_[part % kMaxParts].runs();
+}
+
 void HostDevice::abort(engine::PartId part_id, uint32_t reason) {
   HostPart* part = find(part_id);
   if (part != nullptr) {
