@@ -72,8 +72,8 @@ class EngineSession {
 class Engine {
  public:
   Engine(base::DeviceIndex device, DevicePort* port, WakePort* wake, OpObserver* observer,
-         Policy policy = Policy::kLatency)
-      : device_(device), port_(port), wake_(wake), observer_(observer), schedule_(policy) {}
+         const ScheduleOptions& schedule = {})
+      : device_(device), port_(port), wake_(wake), observer_(observer), schedule_(schedule) {}
 
   void add_session(EngineSession* session) { sessions_.push_back(session); }
   /// Drops what is not launched, aborts what runs. The session's ranks were marked lost before.

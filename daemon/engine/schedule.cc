@@ -64,7 +64,7 @@ bool Schedule::hold(uint64_t now_ns, bool latency, bool throughput) {
   if (held_since_ns_ == 0) {
     held_since_ns_ = now_ns;
   }
-  if (now_ns - held_since_ns_ < kHoldMaxNs && overtakes_ < kOvertakesMax) {
+  if (now_ns - held_since_ns_ < hold_max_ns_ && overtakes_ < kOvertakesMax) {
     return true;
   }
   held_since_ns_ = now_ns;

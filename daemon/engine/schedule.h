@@ -25,6 +25,11 @@ inline constexpr uint64_t kHoldMaxNs = 200'000;
 /// session queue its work in front of everybody else's.
 inline constexpr uint32_t kFairPartsMax = 2;
 
+struct ScheduleOptions {
+  Policy policy = Policy::kLatency;
+  uint64_t hold_max_ns = kHoldMaxNs;
+};
+
 /// What the schedule keeps about one session; zero for a new one.
 struct SessionShare {
   uint64_t finish_tag = 0;  // kFair: bytes up to which the session has had its share
@@ -42,7 +47,7 @@ struct Candidate {
 
 class Schedule {
  public:
-  explicit Schedule(Policy policy) : policy_(policy) {}
+  explicit Schedule(const ScheduleOptions& options) : policy_(options.policy), hold_max_ns_(options.hold_max_ns) {}
   Policy policy() const { return policy_; }
 
   /// False while the session has its share in flight; others are asked meanwhile.
@@ -66,6 +71,7 @@ class Schedule {
   uint64_t start_tag(const Candidate& candidate) const;
 
   Policy policy_;
+  uint64_t hold_max_ns_;
   uint64_t virtual_bytes_ = 0;  // kFair: start tag of the last launch
   uint64_t held_since_ns_ = 0;  // 0: nothing is held
   uint32_t overtakes_ = 0;      // since high throughput last had a turn
