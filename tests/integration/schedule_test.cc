@@ -181,7 +181,7 @@ TEST_P(ScheduleOf, IsShownToOperators) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Each, ScheduleOf, ::testing::Values("latency", "fair", "fifo"),
-                         [](const auto& info) { return std::string(info.param); });
+                         [](const auto& row) { return std::string(row.param); });
 
 }  // namespace
 }  // namespace expertd::support
