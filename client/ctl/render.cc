@@ -107,9 +107,8 @@ std::string dtypes_text(const v1::GroupStatus& group) {
 
 // A dynamic group has the output format of its mode, and a number of tokens up to which it counts as low latency.
 std::string mode_text(const v1::GroupStatus& group) {
-  return group.dynamic_ll_tokens() == 0
-             ? group.mode()
-             : group.mode() + ", dynamic ll<=" + std::to_string(group.dynamic_ll_tokens());
+  return group.dynamic_ll_tokens() == 0 ? group.mode()
+                                        : group.mode() + ", dynamic ll<=" + std::to_string(group.dynamic_ll_tokens());
 }
 
 std::string groups_text(const v1::GetStatusResponse& status) {

@@ -63,8 +63,8 @@ Status make_dynamic(const expertd_group_options_t& options, client::GroupConfig*
                          config->mode, EXPERTD_MODE_AUTO, mode, format);
   }
   config->mode = mode;
-  config->dynamic_ll_tokens = options.dynamic_ll_tokens != 0 ? options.dynamic_ll_tokens
-                                                             : std::clamp(config->max_tokens, 1U, kDefaultLlTokens);
+  config->dynamic_ll_tokens =
+      options.dynamic_ll_tokens != 0 ? options.dynamic_ll_tokens : std::clamp(config->max_tokens, 1U, kDefaultLlTokens);
   return {};
 }
 

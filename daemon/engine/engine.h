@@ -2,8 +2,8 @@
 // Engine: orders and drives the operations of one device's sessions. Pure and single-threaded: the device's loop calls
 // everything here with the time as an argument. Operations of a session launch in the order of submission, in which the
 // device executes them as well; an operation of a group launches when every active rank has submitted it. Between
-// sessions the Schedule chooses. Every request ends with exactly one completion, except those of a closed session, which
-// end silently.
+// sessions the Schedule chooses. Every request ends with exactly one completion, except those of a closed session,
+// which end silently.
 #pragma once
 
 #include <array>

@@ -47,7 +47,7 @@ struct Request {
   uint32_t handle_index = 0;
   uint32_t handle_generation = 0;
   bool doorbell_rung = false;
-  uint32_t token_bound = 0;      // most tokens that any rank passes, the same on all; 0: not given
+  uint32_t token_bound = 0;  // most tokens that any rank passes, the same on all; 0: not given
   Traffic traffic = Traffic::kThroughput;
   bool with_weights = false;     // top-k weights travel; all ranks alike, also those with no tokens
   bool without_words = false;    // refused by the client, which rang no doorbell and has nothing waiting

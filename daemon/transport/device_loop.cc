@@ -52,7 +52,8 @@ DeviceLoop::~DeviceLoop() {
 base::Status DeviceLoop::start(engine::DevicePort* port, engine::WakePort* wake, engine::OpObserver* op_observer,
                                LoopObserver* loop_observer, FaultCallback fault) {
   port_ = port;
-  engine_ = std::make_unique<engine::Engine>(device_, port, wake, op_observer, engine::ScheduleOptions{.policy = options_.schedule});
+  engine_ = std::make_unique<engine::Engine>(device_, port, wake, op_observer,
+                                             engine::ScheduleOptions{.policy = options_.schedule});
   observer_ = loop_observer;
   fault_ = std::move(fault);
   try {

@@ -90,10 +90,8 @@ class Loop {
       operation->prepare(0);
       while (go_on_) {
         expertd_event_t event{};
-        const uint64_t begin = now_ns();
         operation->issue(&event);
-        rank.wait(event, "the operation");
-        times_ns_[index].push_back(now_ns() - begin);
+        times_ns_[index].push_back(rank.wait(event, "the operation").total_ns);
         operation->finish();
         together_.arrive_and_wait();
       }

@@ -33,9 +33,8 @@ EngineWorld::EngineWorld(uint64_t seed) : random_(seed * 0x9E3779B97F4A7C15ULL +
     device->port->ticks_max = 1 + pick(40);
     device->port->on_loop = chance(50);
     const auto policy = static_cast<engine::Policy>(pick(3));
-    device->engine =
-        std::make_unique<engine::Engine>(base::DeviceIndex{i}, device->port.get(), this, &observer_,
-                                         engine::ScheduleOptions{policy, 1 + pick(60)});
+    device->engine = std::make_unique<engine::Engine>(base::DeviceIndex{i}, device->port.get(), this, &observer_,
+                                                      engine::ScheduleOptions{policy, 1 + pick(60)});
     devices_.push_back(std::move(device));
   }
   build_groups();

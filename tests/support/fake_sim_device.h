@@ -101,7 +101,7 @@ class SimDevice final : public engine::DevicePort {
   uint64_t now_ns = 0;
   size_t parts_max = 1024;
   uint64_t ticks_max = 20;
-  bool on_loop = false;  // the thread that polls does the work
+  bool on_loop = false;         // the thread that polls does the work
   uint64_t closed_session = 0;  // launches nothing for it any more
 
  private:

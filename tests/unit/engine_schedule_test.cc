@@ -98,9 +98,8 @@ TEST(Schedule, FairGivesEverySessionTheSameBytesWhateverItsOperationsAre) {
     for (size_t i = 0; i < waiting.size(); ++i) {
       waiting[i] = {Traffic::kThroughput, ++ticket, next[i], &shares[i]};
     }
-    const auto best = std::min_element(waiting.begin(), waiting.end(), [&](const Candidate& a, const Candidate& b) {
-      return schedule.before(a, b);
-    });
+    const auto best = std::min_element(waiting.begin(), waiting.end(),
+                                       [&](const Candidate& a, const Candidate& b) { return schedule.before(a, b); });
     const size_t chosen = static_cast<size_t>(best - waiting.begin());
     schedule.launched(*best);
     schedule.ended(Traffic::kThroughput, best->share);
@@ -260,7 +259,8 @@ TEST(EngineSchedule, LowLatencyOvertakesARunningOperationAtItsNextChunk) {
   }
   EXPECT_EQ(world.completed(1), 1U);
   EXPECT_EQ(world.completed(0), 0U);
-  EXPECT_EQ(std::count(world.port.worked.begin() + static_cast<std::ptrdiff_t>(chunks), world.port.worked.end(), 1U), 0);
+  EXPECT_EQ(std::count(world.port.worked.begin() + static_cast<std::ptrdiff_t>(chunks), world.port.worked.end(), 1U),
+            0);
   EXPECT_EQ(world.observer.count, 1U);
 }
 
