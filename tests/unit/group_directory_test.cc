@@ -110,9 +110,23 @@ INSTANTIATE_TEST_SUITE_P(
                     Difference{"on_rank_loss", [](auto& c) { c.on_rank_loss = session::OnRankLoss::kMask; }, "1", "2"},
                     Difference{"op_timeout_ns", [](auto& c) { c.op_timeout_ns = 9; }, "0", "9"},
                     Difference{"first_op_timeout_ns", [](auto& c) { c.first_op_timeout_ns = 9; }, "0", "9"},
-                    Difference{"dispatch_dtypes", [](auto& c) { c.dispatch_dtypes = 5; }, "0", "5"},
-                    Difference{"dynamic_ll_tokens", [](auto& c) { c.dynamic_ll_tokens = 9; }, "0", "9"}),
+                    Difference{"dispatch_dtypes", [](auto& c) { c.dispatch_dtypes = 5; }, "0", "5"}),
     [](const auto& row) { return std::string(row.param.field); });
+
+TEST_F(DirectoryTest, HoldsTheRanksOfADynamicGroupToOneThreshold) {
+  session::GroupConfig config = config_of(2);
+  config.mode = session::GroupMode::kInference;
+  config.dynamic_ll_tokens = 8;
+  ASSERT_TRUE(join(0, config).status.is_ok());
+  config.dynamic_ll_tokens = 9;
+  const session::ErrorDetail error = join(1, config);
+  EXPECT_EQ(error.status.reason(), EXPERTD_REASON_CONFIG_MISMATCH);
+  EXPECT_EQ(error.field, "dynamic_ll_tokens");
+  EXPECT_EQ(error.value + " after " + error.other_value, "9 after 8");
+  config.dynamic_ll_tokens = 8;
+  ASSERT_TRUE(join(1, config).status.is_ok());
+  EXPECT_EQ(formation_->shared->settings().dynamic_ll_tokens, 8U);
+}
 
 struct Limit {
   const char* field;
