@@ -105,6 +105,12 @@ std::string dtypes_text(const v1::GroupStatus& group) {
   return text;
 }
 
+// A dynamic group has the output format of its mode, and a number of tokens up to which it counts as low latency.
+std::string mode_text(const v1::GroupStatus& group) {
+  return group.dynamic_ll_tokens() == 0 ? group.mode()
+                                        : group.mode() + ", dynamic ll<=" + std::to_string(group.dynamic_ll_tokens());
+}
+
 std::string groups_text(const v1::GetStatusResponse& status) {
   Table table({{"GROUP"},
                {"MODE"},
@@ -119,7 +125,7 @@ std::string groups_text(const v1::GetStatusResponse& status) {
                {"JOINED"},
                {"LOST"}});
   for (const v1::GroupStatus& group : status.groups()) {
-    table.add({group.name(), group.mode(), std::to_string(group.expert_parallel_size()),
+    table.add({group.name(), mode_text(group), std::to_string(group.expert_parallel_size()),
                std::to_string(group.num_experts()), std::to_string(group.hidden()), std::to_string(group.top_k()),
                std::to_string(group.max_tokens()), dtypes_text(group), std::to_string(group.epoch()),
                std::to_string(group.ops()), mask_text(group.joined()), mask_text(group.lost())});
@@ -160,6 +166,7 @@ json group_json(const v1::GroupStatus& group) {
           {"top_k", group.top_k()},
           {"max_tokens", group.max_tokens()},
           {"dispatch_dtypes", dtype_names(group)},
+          {"dynamic_ll_tokens", group.dynamic_ll_tokens()},
           {"mode", group.mode()},
           {"epoch", group.epoch()},
           {"joined_mask", group.joined()},
@@ -179,6 +186,9 @@ std::string status_text(const v1::GetStatusResponse& status) {
   out += "  metrics " + (status.metrics_address().empty() ? "off" : "http://" + status.metrics_address() + "/metrics");
   if (!status.cuda_build().empty() || !status.cuda_driver().empty()) {
     out += ", CUDA " + or_dash(status.cuda_build()) + ", driver " + or_dash(status.cuda_driver());
+  }
+  if (!status.schedule().empty()) {
+    out += ", schedule " + status.schedule();
   }
   out += "\n\n" + (status.devices().empty() ? "no devices\n" : devices_text(status) + "\n" + memory_text(status));
   out += "\n" + (status.groups().empty() ? "no groups\n" : groups_text(status));
@@ -205,6 +215,7 @@ json status_json(const v1::GetStatusResponse& status) {
           {"sessions", status.sessions()},
           {"sessions_max", status.sessions_max()},
           {"metrics_address", status.metrics_address()},
+          {"schedule", status.schedule()},
           {"cuda_build", status.cuda_build()},
           {"cuda_driver", status.cuda_driver()},
           {"devices", std::move(devices)},

@@ -161,6 +161,14 @@ typedef enum expertd_dispatch_dtype {
   EXPERTD_DISPATCH_FP8 = 4    /* EXPERTD_BF16 with EXPERTD_USE_FP8: quantised on the way, ll_dispatch only */
 } expertd_dispatch_dtype_t;
 
+/* What every dispatch of a dynamic group delivers, and with it which calls the group takes. LL: ll_dispatch and
+ * ll_combine, rows packed per expert as [L,N,H] with expert_counts, recv_src_info and layout_range. HT: dispatch and
+ * combine, rows by source with topk_idx and topk_weights, or one per (token, local expert) with EXPERTD_EXPANDED. */
+typedef enum expertd_output_format {
+  EXPERTD_FORMAT_LL = 1, /* needs max_tokens <= 4096, and mode 0, AUTO or INFERENCE */
+  EXPERTD_FORMAT_HT = 2  /* needs mode 0, AUTO or NORMAL */
+} expertd_output_format_t;
+
 typedef struct expertd_group_options {
   size_t struct_size;
   const char* name;                    /* the same on every rank; 1..64 characters */
@@ -179,6 +187,14 @@ typedef struct expertd_group_options {
    * and the low-latency window has no room for it: FP8 alone takes about a quarter less than any. With NORMAL it cannot
    * be FP8 alone. A struct_size that ends before this member means 0. */
   uint32_t dispatch_dtypes;
+  /* expertd_output_format_t: a dynamic group, which serves decode and prefill with the same calls and without joining
+   * anew. Every dispatch and combine of it gives a token_bound, the same on all ranks. The format decides which kernels
+   * run, since each of them delivers one: those of low latency for any bound up to max_tokens, or those of high
+   * throughput for any bound. The bound decides how the operation is scheduled: as low latency when it is at most
+   * dynamic_ll_tokens (engine.schedule). Calls of the other format are refused with MODE_MISMATCH. UNSUPPORTED with a
+   * daemon of a ring version before 1.3. 0: not dynamic; AUTO serves both calls, each with its own format. */
+  uint32_t output_format;
+  uint32_t dynamic_ll_tokens; /* 1..max_tokens; 0: the lesser of 512 and max_tokens. Only with output_format */
   /* GPUs: how many low-latency operations of the group may be captured in CUDA graphs and outstanding at once, 0..2 (2:
    * both halves of a double batch); 0: none is captured. Each takes two more buffers of the group's low-latency staging
    * and 12 MiB per rank, and two of the GPU's armed streams. Not with NORMAL; host devices refuse it (UNSUPPORTED). A
@@ -326,6 +342,11 @@ typedef struct expertd_dispatch_args {
   int64_t* wait_stats;       /* [R] nanoseconds added, or NULL */
   uint32_t flags;
   uint64_t timeout_ns;
+  /* The greatest number of tokens that any rank passes with this operation, the same on all ranks: tokens..max_tokens.
+   * Other bounds end the operation on all ranks with OP_MISMATCH naming a rank, its bound and that of the ranks before
+   * it; a bound outside that range is ARGUMENT_RANGE. 0: not given, which a dynamic group refuses. A struct_size that
+   * ends before this member means 0. UNSUPPORTED with a daemon of a ring version before 1.3. */
+  uint32_t token_bound;
 } expertd_dispatch_args_t;
 
 typedef struct expertd_combine_args {
@@ -342,6 +363,7 @@ typedef struct expertd_combine_args {
   int64_t* wait_stats;
   uint32_t flags;
   uint64_t timeout_ns;
+  uint32_t token_bound; /* see expertd_dispatch_args_t */
 } expertd_combine_args_t;
 
 typedef struct expertd_ll_dispatch_args {
@@ -364,6 +386,7 @@ typedef struct expertd_ll_dispatch_args {
   int64_t* wait_stats;    /* [R] nanoseconds added, or NULL */
   uint32_t flags;
   uint64_t timeout_ns;
+  uint32_t token_bound; /* see expertd_dispatch_args_t */
 } expertd_ll_dispatch_args_t;
 
 typedef struct expertd_ll_combine_args {
@@ -378,6 +401,7 @@ typedef struct expertd_ll_combine_args {
   int64_t* wait_stats;
   uint32_t flags;
   uint64_t timeout_ns;
+  uint32_t token_bound; /* see expertd_dispatch_args_t */
 } expertd_ll_combine_args_t;
 
 /* Where ll_dispatch puts its results when the caller gives no pointers: fixed places in the group's window, two sets

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The C interface: groups and operations. Callers' threads; one thread per group issues operations.
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 
@@ -33,9 +34,39 @@ struct Issue {
   uint64_t timeout_ns = 0;
 };
 
+/// Those with a token_bound were one member shorter at first.
+template <typename Args>
+Status check_args(const Args* args) {
+  return client::check_struct(args, "args", offsetof(Args, token_bound));
+}
+
 template <typename Args>
 Issue issue_of(uint32_t op, const Args* args, expertd_stream_t stream) {
-  return {op, stream, client::check_struct(args, "args").ok() ? args->timeout_ns : 0};
+  return {op, stream, check_args(args).ok() ? args->timeout_ns : 0};
+}
+
+// The daemon knows a dynamic group by its threshold, and its format by a mode that has no other.
+Status make_dynamic(const expertd_group_options_t& options, client::GroupConfig* config) {
+  constexpr uint32_t kDefaultLlTokens = 512;
+  const uint32_t format = options.output_format;
+  if (format > EXPERTD_FORMAT_HT) {
+    return client::range_error(EXPERTD_REASON_ARGUMENT_RANGE, "output_format", format, 0, EXPERTD_FORMAT_HT);
+  }
+  if (format == 0) {
+    return options.dynamic_ll_tokens == 0
+               ? Status()
+               : client::range_error(EXPERTD_REASON_ARGUMENT_RANGE, "dynamic_ll_tokens without output_format",
+                                     options.dynamic_ll_tokens, 0, 0);
+  }
+  const uint32_t mode = format == EXPERTD_FORMAT_LL ? EXPERTD_MODE_INFERENCE : EXPERTD_MODE_NORMAL;
+  if (config->mode != EXPERTD_MODE_AUTO && config->mode != mode) {
+    return client::error(EXPERTD_REASON_ARGUMENT_RANGE, "mode = %u, allowed 0, %u or %u with output_format = %u",
+                         config->mode, EXPERTD_MODE_AUTO, mode, format);
+  }
+  config->mode = mode;
+  config->dynamic_ll_tokens =
+      options.dynamic_ll_tokens != 0 ? options.dynamic_ll_tokens : std::clamp(config->max_tokens, 1U, kDefaultLlTokens);
+  return {};
 }
 
 Status config_of(const expertd_group_options_t* options, client::GroupConfig* config) {
@@ -59,10 +90,11 @@ Status config_of(const expertd_group_options_t* options, client::GroupConfig* co
   config->op_timeout_ns = options->op_timeout_ns;
   config->first_op_timeout_ns = options->first_op_timeout_ns;
   config->join_timeout_ns = options->join_timeout_ns;
-  config->dispatch_dtypes =
-      options->struct_size >= offsetof(expertd_group_options_t, capture_lanes) ? options->dispatch_dtypes : 0;
+  const bool knows_dtypes = options->struct_size >= offsetof(expertd_group_options_t, output_format);
+  config->dispatch_dtypes = knows_dtypes ? options->dispatch_dtypes : 0;
   config->capture_lanes = options->struct_size >= sizeof(*options) ? options->capture_lanes : 0;
-  return {};
+  const bool knows_formats = options->struct_size >= offsetof(expertd_group_options_t, capture_lanes);
+  return knows_formats ? make_dynamic(*options, config) : Status();
 }
 
 template <typename Call>
@@ -248,7 +280,7 @@ expertd_status_t expertd_layout(expertd_session_t* session, const expertd_layout
 
 expertd_status_t expertd_dispatch(expertd_group_t* group, const expertd_dispatch_args_t* args, expertd_stream_t stream,
                                   expertd_handle_t* handle, expertd_event_t* event) {
-  Status status = client::both(client::check_struct(args, "args"), check_given(event, "event"));
+  Status status = client::both(check_args(args), check_given(event, "event"));
   if (status.ok() && args->cached.generation == 0) {
     status = check_given(handle, "handle");
   }
@@ -259,7 +291,7 @@ expertd_status_t expertd_dispatch(expertd_group_t* group, const expertd_dispatch
 
 expertd_status_t expertd_combine(expertd_group_t* group, const expertd_combine_args_t* args, expertd_stream_t stream,
                                  expertd_event_t* event) {
-  Status status = client::both(client::check_struct(args, "args"), check_given(event, "event"));
+  Status status = client::both(check_args(args), check_given(event, "event"));
   return on_operation(group, issue_of(EXPERTD_OP_COMBINE, args, stream), status, [=](Group* it, OpRequest* request) {
     Status built = it->check_handle(args->handle);
     if (built.ok()) {
@@ -271,7 +303,7 @@ expertd_status_t expertd_combine(expertd_group_t* group, const expertd_combine_a
 
 expertd_status_t expertd_ll_dispatch(expertd_group_t* group, const expertd_ll_dispatch_args_t* args,
                                      expertd_stream_t stream, expertd_handle_t* handle, expertd_event_t* event) {
-  Status status = client::both(client::check_struct(args, "args"), check_given(event, "event"));
+  Status status = client::both(check_args(args), check_given(event, "event"));
   status = client::both(std::move(status), check_given(handle, "handle"));
   return on_operation(
       group, issue_of(EXPERTD_OP_LL_DISPATCH, args, stream), status,
@@ -280,7 +312,7 @@ expertd_status_t expertd_ll_dispatch(expertd_group_t* group, const expertd_ll_di
 
 expertd_status_t expertd_ll_combine(expertd_group_t* group, const expertd_ll_combine_args_t* args,
                                     expertd_stream_t stream, expertd_event_t* event) {
-  Status status = client::both(client::check_struct(args, "args"), check_given(event, "event"));
+  Status status = client::both(check_args(args), check_given(event, "event"));
   return on_operation(group, issue_of(EXPERTD_OP_LL_COMBINE, args, stream), status, [=](Group* it, OpRequest* request) {
     Status built = it->check_handle(args->handle);
     if (built.ok()) {

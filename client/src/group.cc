@@ -29,6 +29,7 @@ expertd_v1_GroupConfig to_proto(const GroupConfig& config) {
   message.op_timeout_ns = config.op_timeout_ns;
   message.first_op_timeout_ns = config.first_op_timeout_ns;
   message.dispatch_dtypes = config.dispatch_dtypes;
+  message.dynamic_ll_tokens = config.dynamic_ll_tokens;
   message.capture_lanes = config.capture_lanes;
   return message;
 }
@@ -74,6 +75,11 @@ Status Group::join(Session* session, GroupConfig config, Group** group) {
 }
 
 Status Group::call_join() {
+  if (config_.dynamic_ll_tokens != 0 && !session_->connection()->ring()->takes_token_bounds()) {
+    return error(EXPERTD_REASON_UNSUPPORTED,
+                 "output_format of the group %s: the daemon's ring is older than 1.3 and knows no token_bound",
+                 config_.name.c_str());
+  }
   expertd_v1_JoinGroupRequest request{};
   if (config_.name.empty() || !copy_text(config_.name, request.name, sizeof(request.name))) {
     return range_error(EXPERTD_REASON_ARGUMENT_RANGE, "length of name", static_cast<int64_t>(config_.name.size()), 1,

@@ -32,7 +32,8 @@ struct GroupConfig {
   uint64_t op_timeout_ns = 0;
   uint64_t first_op_timeout_ns = 0;
   uint64_t join_timeout_ns = 0;
-  uint32_t dispatch_dtypes = 0;  // set of expertd_payload; 0: any
+  uint32_t dispatch_dtypes = 0;    // set of expertd_payload; 0: any
+  uint32_t dynamic_ll_tokens = 0;  // 0: not dynamic
   uint32_t capture_lanes = 0;
 
   uint32_t local_experts() const { return ranks == 0 ? 0 : num_experts / ranks; }

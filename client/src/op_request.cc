@@ -5,6 +5,7 @@
 #include "client/src/op_request.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdlib>
 
 #include "client/src/local_kernels/layout_params.h"
@@ -107,6 +108,12 @@ void set_payload(const Args& args, OpRequest* request) {
   slot.side_row_stride = row_major ? int64_t{args.side_elements} * args.side_element_bytes : args.side_row_stride;
 }
 
+// The member was added later: a caller's struct that ends before it gives none.
+template <typename Args>
+uint32_t token_bound_of(const Args& args) {
+  return args.struct_size >= offsetof(Args, token_bound) + sizeof(args.token_bound) ? args.token_bound : 0;
+}
+
 // The bytes that a strided [tokens, S] tensor touches, which may begin in front of its pointer.
 Status set_side(const void* side, uint64_t tokens, OpRequest* request) {
   const expertd_slot& slot = request->slot;
@@ -203,6 +210,7 @@ Status build_layout(const expertd_layout_args_t& args, uint64_t default_timeout_
 Status build_dispatch(const Group& group, const expertd_dispatch_args_t& args, OpRequest* request) {
   const GroupConfig& config = group.config();
   start(group, EXPERTD_OP_DISPATCH, args.tokens, args.timeout_ns, request);
+  request->slot.token_bound = token_bound_of(args);
   Status status = check_dtype(args.dtype);
   if (status.ok()) {
     status = check_idx_type(args.idx_type, args.topk_idx != nullptr);
@@ -251,6 +259,7 @@ Status build_dispatch(const Group& group, const expertd_dispatch_args_t& args, O
 Status build_combine(const Group& group, const expertd_combine_args_t& args, OpRequest* request) {
   const GroupConfig& config = group.config();
   start(group, EXPERTD_OP_COMBINE, args.tokens, args.timeout_ns, request);
+  request->slot.token_bound = token_bound_of(args);
   expertd_slot& slot = request->slot;
   slot.capacity_rows = args.rows;
   slot.handle_index = args.handle.index;
@@ -345,6 +354,7 @@ Status build_ll_dispatch(const Group& group, const expertd_ll_dispatch_args_t& g
   const GroupConfig& config = group.config();
   expertd_ll_dispatch_args_t args = given;
   start(group, EXPERTD_OP_LL_DISPATCH, args.tokens, args.timeout_ns, request);
+  request->slot.token_bound = token_bound_of(args);
   Status status = check_dtype(args.dtype);
   if (status.ok()) {
     status = check_idx_type(args.idx_type, args.topk_idx != nullptr);
@@ -387,6 +397,7 @@ Status build_ll_dispatch(const Group& group, const expertd_ll_dispatch_args_t& g
 Status build_ll_combine(const Group& group, const expertd_ll_combine_args_t& args, OpRequest* request) {
   const GroupConfig& config = group.config();
   start(group, EXPERTD_OP_LL_COMBINE, args.tokens, args.timeout_ns, request);
+  request->slot.token_bound = token_bound_of(args);
   Status status = check_idx_type(args.idx_type, args.topk_idx != nullptr);
   if (!status.ok()) {
     return status;

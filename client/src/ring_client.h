@@ -30,6 +30,7 @@ class RingClient final : public CompletionSource {
   uint32_t slot_count() const { return slot_count_; }
   /// The daemon knows EXPERTD_SLOT_REFUSED.
   bool takes_refusals() const { return abi_minor_ >= 1; }
+  bool takes_token_bounds() const { return abi_minor_ >= 3; }
   /// The daemon knows EXPERTD_SLOT_CAPTURED.
   bool takes_captures() const { return abi_minor_ >= 3; }
   uint32_t slot_index(uint64_t seq) const override { return static_cast<uint32_t>((seq - 1) & (slot_count_ - 1)); }

@@ -218,6 +218,10 @@ Status Session::submit(OpRequest* request, expertd_stream_t stream, expertd_even
   const std::lock_guard lock(submit_mutex_);
   RingClient* ring = connection_->ring();
   const uint64_t deadline_ns = deadline_after(request->timeout_ns);
+  if (request->slot.token_bound != 0 && !ring->takes_token_bounds()) {
+    return error(EXPERTD_REASON_UNSUPPORTED, "token_bound = %u: the daemon's ring is older than 1.3, allowed 0",
+                 request->slot.token_bound);
+  }
   Status status = wait_for_slot(deadline_ns);
   OpRecord record;
   if (status.ok()) {

@@ -33,6 +33,18 @@ device::cuda::CudaOptions cuda_options(const config::DeviceConfig& config) {
   return options;
 }
 
+engine::Policy policy_of(config::Schedule schedule) {
+  switch (schedule) {
+    case config::Schedule::kFair:
+      return engine::Policy::kFair;
+    case config::Schedule::kFifo:
+      return engine::Policy::kFifo;
+    case config::Schedule::kLatency:
+      break;
+  }
+  return engine::Policy::kLatency;
+}
+
 }  // namespace
 
 Daemon::Daemon(const config::LoadedConfig& loaded, config::LoadRequest request, supervise::SystemdNotifier* notifier)
@@ -82,6 +94,7 @@ base::Status Daemon::start_loops() {
   transport::LoopOptions options;
   options.spin_ns = uint64_t{config.spin_us} * 1000;
   options.default_timeout_ns = config.op_deadline_ns;
+  options.schedule = policy_of(config.schedule);
   for (const std::unique_ptr<device::Device>& device : devices_) {
     base::Result<std::unique_ptr<transport::DeviceLoop>> loop = transport::DeviceLoop::create(device->index(), options);
     if (!loop.is_ok()) {
@@ -139,6 +152,7 @@ base::Status Daemon::start_services() {
   facts.sessions_max = options.max_sessions;
   facts.ring_slots = options.ring_slots;
   facts.pool_max_bytes = config.device.pool_max_bytes;
+  facts.schedule = engine::policy_name(policy_of(config.engine.schedule));
   facts.cuda_build = cuda_build_;
   facts.cuda_driver = cuda_driver_;
   view_ = std::make_unique<OperatorView>(facts, sessions_.get(), blocks_, [this](uint64_t timeout_ns) {

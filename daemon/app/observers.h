@@ -19,6 +19,7 @@ class DeviceObserver final : public engine::OpObserver, public transport::LoopOb
       : ops_(ops), thread_(thread), beat_(beat) {}
   void completed(base::DeviceIndex device, const engine::Request& request,
                  const expertd_completion& completion) override;
+  void overtook(base::DeviceIndex /*device*/) override { ops_->overtook(); }
   void beat(base::DeviceIndex device, uint64_t now_ns, uint64_t lag_ns) override;
   void ring_fill(base::DeviceIndex device, uint32_t used, uint32_t capacity) override;
   /// A client broke the ring protocol; loop thread.

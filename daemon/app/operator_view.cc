@@ -30,6 +30,7 @@ session::StatusSnapshot OperatorView::status() {
   }
   status.sessions_max = facts_.sessions_max;
   status.metrics_address = metrics_address_;
+  status.schedule = facts_.schedule;
   status.cuda_build = facts_.cuda_build;
   status.cuda_driver = facts_.cuda_driver;
   return status;

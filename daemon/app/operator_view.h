@@ -22,6 +22,7 @@ struct ViewFacts {
   uint32_t sessions_max = 0;
   uint32_t ring_slots = 0;
   uint64_t pool_max_bytes = 0;
+  std::string schedule;
   std::string cuda_build;
   std::string cuda_driver;
 };

@@ -21,7 +21,7 @@ namespace expertd::config {
 inline constexpr std::string_view kDefaultConfigPath = "/etc/expertd/expertd.toml";
 
 enum class Kernels { kAuto, kGeneric };
-enum class Schedule { kFifo };
+enum class Schedule { kLatency, kFair, kFifo };
 
 /// device.gpus: every GPU, none, or the named ones (indices such as "0" or UUIDs such as
 /// "GPU-...").
@@ -56,7 +56,7 @@ struct DeviceConfig {
 
 struct EngineConfig {
   uint32_t spin_us = 0;
-  Schedule schedule = Schedule::kFifo;
+  Schedule schedule = Schedule::kLatency;
   uint64_t op_deadline_ns = 0;
   uint64_t first_op_deadline_ns = 0;
   uint32_t handles_per_session = 0;

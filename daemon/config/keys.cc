@@ -197,9 +197,11 @@ constexpr Key kKeys[] = {
     {.section = "engine",
      .name = "schedule",
      .type = Type::kChoice,
-     .default_text = "fifo",
-     .choices = "fifo",
-     .sentence = "Order in which the operations of a device's sessions are started.",
+     .default_text = "latency",
+     .choices = "latency|fair|fifo",
+     .sentence = "Order between the sessions of a device: \"latency\" lets low latency overtake high throughput at its "
+                 "next chunk, \"fair\" gives each session its turn by bytes, \"fifo\" keeps the order in which "
+                 "operations became complete.",
      .set = [](Config& c, const Value& v) { c.engine.schedule = static_cast<Schedule>(v.integer); }},
     {.section = "engine",
      .name = "op_deadline",

@@ -82,6 +82,7 @@ void put_group(const session::GroupSnapshot& group, v1::GroupStatus* message) {
   message->set_lost(group.lost);
   message->set_ops(group.ops);
   message->set_dispatch_dtypes(group.config.dispatch_dtypes);
+  message->set_dynamic_ll_tokens(group.config.dynamic_ll_tokens);
   message->set_capture_lanes(group.config.capture_lanes);
 }
 
@@ -166,6 +167,7 @@ Converted<session::GroupConfig> from_proto(const v1::GroupConfig& message) {
   out.value.op_timeout_ns = message.op_timeout_ns();
   out.value.first_op_timeout_ns = message.first_op_timeout_ns();
   out.value.dispatch_dtypes = message.dispatch_dtypes();
+  out.value.dynamic_ll_tokens = message.dynamic_ll_tokens();
   out.value.capture_lanes = message.capture_lanes();
   return out;
 }
@@ -241,6 +243,7 @@ void to_proto(const session::StatusSnapshot& snapshot, const ProcessFacts& proce
   message->set_sessions(snapshot.sessions);
   message->set_sessions_max(snapshot.sessions_max);
   message->set_metrics_address(snapshot.metrics_address);
+  message->set_schedule(snapshot.schedule);
   message->set_cuda_build(snapshot.cuda_build);
   message->set_cuda_driver(snapshot.cuda_driver);
   message->set_resident_bytes(process.resident_bytes);

@@ -79,6 +79,7 @@ void Engine::submit(EngineSession* session, uint32_t slot, RankState* rank) {
   op.rank = rank;
   op.number = rank == nullptr ? 0 : rank->next_number++;
   op.stage = EngineSession::Stage::kQueued;
+  op.ticket = 0;
   op.part = 0;
   op.abort_sent = false;
   op.withdrawn = false;
@@ -93,72 +94,6 @@ void Engine::submit(EngineSession* session, uint32_t slot, RankState* rank) {
   if (rank != nullptr) {
     rank->group->post(op.number, rank->rank, &op.request);
   }
-}
-
-// A replay has no slot, so nobody but the observer is told. Bounded, so that the rings are looked at between.
-bool Engine::observe_replays(uint64_t now_ns) {
-  constexpr uint32_t kReplaysPerTurn = 64;
-  const Request* request = nullptr;
-  Outcome outcome;
-  uint32_t taken = 0;
-  while (taken < kReplaysPerTurn && port_->next_replay(&request, &outcome)) {
-    ++taken;
-    expertd_completion completion{};
-    completion.rank = -1;
-    fill_from_report(outcome.report, &completion);
-    Request replayed = *request;
-    replayed.submit_ns = outcome.launch_ns;
-    completion.admit_ns = outcome.launch_ns;
-    completion.launch_ns = outcome.launch_ns;
-    completion.start_ns = outcome.start_ns;
-    completion.end_ns = outcome.end_ns;
-    completion.complete_ns = std::max(now_ns, outcome.end_ns);
-    completion.executor = outcome.executor;
-    completion.sms = outcome.sms;
-    observer_->completed(device_, replayed, completion);
-  }
-  return taken != 0;
-}
-
-bool Engine::run_once(uint64_t now_ns) {
-  bool moved = port_->tend(now_ns);
-  moved |= observe_replays(now_ns);
-  next_deadline_ns_ = ~0ULL;
-  for (EngineSession* session : sessions_) {
-    bool may_launch = true;
-    for (uint64_t i = session->head_; i != session->tail_; ++i) {
-      Op& op = session->ops_[session->order_[i % EXPERTD_RING_SLOTS_MAX]];
-      moved |= advance(*session, op, may_launch, now_ns);
-      // One that the client refused never launches and holds no stream of it, so nothing waits behind it.
-      if (op.stage == EngineSession::Stage::kQueued && !op.request.without_words) {
-        may_launch = false;
-      }
-      if (op.stage != EngineSession::Stage::kDone) {
-        next_deadline_ns_ = std::min(next_deadline_ns_, op.request.deadline_ns);
-      }
-    }
-    while (session->head_ != session->tail_ &&
-           session->ops_[session->order_[session->head_ % EXPERTD_RING_SLOTS_MAX]].stage ==
-               EngineSession::Stage::kDone) {
-      ++session->head_;
-    }
-  }
-  return moved;
-}
-
-bool Engine::advance(EngineSession& session, Op& op, bool may_launch, uint64_t now_ns) {
-  switch (op.stage) {
-    case EngineSession::Stage::kQueued:
-      return advance_queued(session, op, may_launch, now_ns);
-    case EngineSession::Stage::kRunning:
-      return advance_running(session, op, now_ns);
-    case EngineSession::Stage::kEnding:
-      return advance_ending(session, op, now_ns);
-    case EngineSession::Stage::kIdle:
-    case EngineSession::Stage::kDone:
-      return false;
-  }
-  return false;
 }
 
 // A lost rank ends gathering operations of a `fail` group at once and running ones in both modes: they would wait for
@@ -222,14 +157,15 @@ Verdict Engine::gather(Op& op, uint64_t now_ns, bool* changed, bool* alone) {
   return after;
 }
 
-bool Engine::advance_queued(EngineSession& session, Op& op, bool may_launch, uint64_t now_ns) {
+bool Engine::advance_queued(EngineSession& session, Op& op, uint64_t now_ns) {
   if (op.rank == nullptr) {
     if (op.request.rejected_reason != 0 || session.closing_ || now_ns >= op.request.deadline_ns) {
       op.failure = {.reason = EXPERTD_REASON_TIMEOUT, .missing = EXPERTD_MISSING_DOORBELL};
       finish_unlaunched(session, op, now_ns);
       return true;
     }
-    return may_launch && launch(session, op, now_ns);
+    op.ticket = op.ticket != 0 ? op.ticket : ++tickets_;
+    return false;
   }
   GroupShared& group = *op.rank->group;
   const int32_t rank = static_cast<int32_t>(op.rank->rank);
@@ -256,7 +192,7 @@ bool Engine::advance_queued(EngineSession& session, Op& op, bool may_launch, uin
   } else if (verdict == Verdict::kLaunch) {
     if ((group.entry(op.number).active >> rank & 1) != 0) {
       op.failure = Failure{};  // of a withdrawal that came too late
-      return advance_agreed(session, op, may_launch, now_ns);
+      return advance_agreed(session, op, now_ns);
     }
     // Excluded by request, or lost while its session still drains: the others run without this rank.
     op.failure = {.reason = EXPERTD_REASON_BAD_STATE, .rank = rank};
@@ -265,7 +201,7 @@ bool Engine::advance_queued(EngineSession& session, Op& op, bool may_launch, uin
   return true;
 }
 
-bool Engine::advance_agreed(EngineSession& session, Op& op, bool may_launch, uint64_t now_ns) {
+bool Engine::advance_agreed(EngineSession& session, Op& op, uint64_t now_ns) {
   GroupShared& group = *op.rank->group;
   Failure abort;
   const bool late = now_ns >= op.request.deadline_ns;
@@ -284,12 +220,22 @@ bool Engine::advance_agreed(EngineSession& session, Op& op, bool may_launch, uin
     wake_group(group);
     return true;
   }
-  bool changed = false;
-  const bool launched = may_launch && group.page_free(op.number, &changed) && launch(session, op, now_ns);
-  if (changed) {
-    wake_group(group);
+  op.ticket = op.ticket != 0 ? op.ticket : ++tickets_;
+  return false;
+}
+
+// The operation is the session's next one and complete. False when it cannot be launched in this turn.
+bool Engine::try_launch(EngineSession& session, Op& op, uint64_t now_ns, bool* moved) {
+  if (op.rank == nullptr) {
+    return launch(session, op, now_ns);
   }
-  return launched || changed;
+  bool changed = false;
+  const bool launched = op.rank->group->page_free(op.number, &changed) && launch(session, op, now_ns);
+  if (changed) {
+    *moved = true;
+    wake_group(*op.rank->group);
+  }
+  return launched;
 }
 
 bool Engine::launch(EngineSession& session, Op& op, uint64_t now_ns) {
@@ -319,10 +265,12 @@ bool Engine::launch(EngineSession& session, Op& op, uint64_t now_ns) {
   return true;
 }
 
-bool Engine::advance_running(EngineSession& session, Op& op, uint64_t now_ns) {
+bool Engine::advance_running(EngineSession& session, Op& op, bool may_work, uint64_t now_ns) {
   const uint64_t launch_ns = op.outcome.launch_ns;
-  if (port_->poll(op.part, &op.outcome)) {
+  // What ends early is only cleared away, and others wait for that.
+  if ((may_work || op.abort_sent) && port_->poll(op.part, &op.outcome)) {
     op.outcome.launch_ns = launch_ns;
+    schedule_.ended(op.request.traffic, &session.share_);
     if (op.rank != nullptr) {
       if (ends_alone(op.outcome.report.reason) && !op.abort_sent) {
         // The others would wait for this rank's rows until their deadline.
@@ -398,7 +346,7 @@ bool Engine::advance_ending(EngineSession& session, Op& op, uint64_t now_ns) {
 void Engine::finish_unlaunched(EngineSession& session, Op& op, uint64_t now_ns) {
   const uint32_t reason = op.request.rejected_reason != 0 ? op.request.rejected_reason : op.failure.reason;
   // Words written for nobody could arrive behind those of the slot's next operation and hold its waiter.
-  if (!session.closing_ && !op.request.without_words) {
+  if (!session.closing_ && !op.request.without_words && !op.request.captured) {
     port_->release_words({session.flag_page_, op.request.slot, op.request.seq}, reason);
   }
   complete(session, op, now_ns);
@@ -447,6 +395,10 @@ void Engine::complete(EngineSession& session, Op& op, uint64_t now_ns) {
   completion.sms = op.outcome.sms;
   completion.capture_entry = op.request.captured ? op.outcome.capture_entry : 0;
   completion.capture_words = op.request.captured ? op.outcome.capture_words : 0;
+  if (completion.reason == EXPERTD_REASON_NONE && overtakes(session, op)) {
+    schedule_.overtaken();
+    observer_->overtook(device_);
+  }
   op.stage = EngineSession::Stage::kDone;
   --outstanding_;
   if (!session.closing_) {

@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // Engine: orders and drives the operations of one device's sessions. Pure and single-threaded: the device's loop calls
 // everything here with the time as an argument. Operations of a session launch in the order of submission, in which the
-// device executes them as well; an operation of a group launches when every active rank has submitted it. Every request
-// ends with exactly one completion, except those of a closed session, which end silently.
+// device executes them as well; an operation of a group launches when every active rank has submitted it. Between
+// sessions the Schedule chooses. Every request ends with exactly one completion, except those of a closed session,
+// which end silently.
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "daemon/engine/group_shared.h"
 #include "daemon/engine/ports.h"
+#include "daemon/engine/schedule.h"
 
 namespace expertd::engine {
 
@@ -45,6 +48,7 @@ class EngineSession {
     Request request;
     RankState* rank = nullptr;  // null: local operation
     uint64_t number = 0;
+    uint64_t ticket = 0;  // not 0: complete, so that it may be launched
     Stage stage = Stage::kIdle;
     PartId part = 0;
     bool abort_sent = false;
@@ -57,6 +61,8 @@ class EngineSession {
   CompletionPort* completions_;
   void* flag_page_;
   bool closing_ = false;
+  bool passed_ = false;  // in this turn nothing more of it is launched
+  SessionShare share_;
   std::array<Op, EXPERTD_RING_SLOTS_MAX> ops_{};
   std::array<uint32_t, EXPERTD_RING_SLOTS_MAX> order_{};  // slots in order of submission
   uint64_t head_ = 0;                                     // oldest operation not yet completed
@@ -65,8 +71,9 @@ class EngineSession {
 
 class Engine {
  public:
-  Engine(base::DeviceIndex device, DevicePort* port, WakePort* wake, OpObserver* observer)
-      : device_(device), port_(port), wake_(wake), observer_(observer) {}
+  Engine(base::DeviceIndex device, DevicePort* port, WakePort* wake, OpObserver* observer,
+         const ScheduleOptions& schedule = {})
+      : device_(device), port_(port), wake_(wake), observer_(observer), schedule_(schedule) {}
 
   void add_session(EngineSession* session) { sessions_.push_back(session); }
   /// Drops what is not launched, aborts what runs. The session's ranks were marked lost before.
@@ -84,10 +91,30 @@ class Engine {
 
  private:
   using Op = EngineSession::Op;
-  bool advance(EngineSession& session, Op& op, bool may_launch, uint64_t now_ns);
-  bool advance_queued(EngineSession& session, Op& op, bool may_launch, uint64_t now_ns);
-  bool advance_agreed(EngineSession& session, Op& op, bool may_launch, uint64_t now_ns);
-  bool advance_running(EngineSession& session, Op& op, uint64_t now_ns);
+  /// Where a session stands with what it has launched.
+  struct Running {
+    Op* first = nullptr;  // null: nothing is launched
+    Traffic traffic = Traffic::kThroughput;
+  };
+  // engine_turn.cc: one turn, and the choice between sessions.
+  bool settle(uint64_t now_ns);
+  bool launch_ready(uint64_t now_ns);
+  bool advance_launched(uint64_t now_ns);
+  bool advance_oldest_first(uint64_t now_ns);
+  bool advance_by_turns(uint64_t now_ns, bool hold);
+  bool advance_session(EngineSession& session, bool may_work, uint64_t now_ns);
+  void finish_turn();
+  Op* next_ready(EngineSession& session);
+  EngineSession* choose();
+  void note_launched(EngineSession& session, const Candidate& launched);
+  bool overtakes(const EngineSession& session, const Op& op) const;
+  static Candidate candidate(EngineSession& session, const Op& op);
+  static Running running(EngineSession& session);
+  bool try_launch(EngineSession& session, Op& op, uint64_t now_ns, bool* moved);
+
+  bool advance_queued(EngineSession& session, Op& op, uint64_t now_ns);
+  bool advance_agreed(EngineSession& session, Op& op, uint64_t now_ns);
+  bool advance_running(EngineSession& session, Op& op, bool may_work, uint64_t now_ns);
   bool advance_ending(EngineSession& session, Op& op, uint64_t now_ns);
   bool launch(EngineSession& session, Op& op, uint64_t now_ns);
   void check_loss(Op& op);
@@ -106,6 +133,9 @@ class Engine {
   std::vector<EngineSession*> sessions_;  // grows only when a session is added, on the loop thread
   uint64_t outstanding_ = 0;
   uint64_t next_deadline_ns_ = ~0ULL;
+  Schedule schedule_;
+  uint64_t tickets_ = 0;
+  size_t first_turn_ = 0;  // of sessions_: who works first where they take turns
 };
 
 }  // namespace expertd::engine

@@ -64,6 +64,8 @@ struct GroupSettings {
   bool normal = true;            // HT operations allowed
   bool inference = true;         // LL operations allowed
   uint32_t dispatch_dtypes = 0;  // set of expertd_payload that dispatches may carry; 0: any
+  /// Not 0: every dispatch and combine gives a token bound; one of at most this counts as low latency.
+  uint32_t dynamic_ll_tokens = 0;
   /// How many operations may be launched at once. 1 where ranks exchange through memory that the next operation writes
   /// again (the relay of GPUs without peer access): a rank whose part was aborted would write under a late reader.
   uint32_t exchange_pages = kExchangePages;

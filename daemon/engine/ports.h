@@ -33,6 +33,9 @@ struct TensorView {
   }
 };
 
+/// How the schedule sees an operation: what somebody waits for token by token, or what moves many rows.
+enum class Traffic : uint32_t { kLatency = 0, kThroughput = 1 };
+
 /// One admitted operation of one rank: the slot's values after validation, with ids resolved. Lives in the loop's fixed
 /// request pool from admission to completion.
 struct Request {
@@ -44,8 +47,10 @@ struct Request {
   uint32_t handle_index = 0;
   uint32_t handle_generation = 0;
   bool doorbell_rung = false;
+  uint32_t token_bound = 0;  // most tokens that any rank passes, the same on all; 0: not given
+  Traffic traffic = Traffic::kThroughput;
   bool with_weights = false;     // top-k weights travel; all ranks alike, also those with no tokens
-  bool without_words = false;    // refused by the client or captured: no doorbell was rung and nothing waits
+  bool without_words = false;    // refused by the client, which rang no doorbell and has nothing waiting
   bool captured = false;         // kept for replays of a CUDA graph; nothing runs now, and there are no words
   uint32_t capture_lane = 0;
   uint32_t rejected_reason = 0;  // refused, at admission or by the client, but counted as this rank's operation
@@ -131,6 +136,10 @@ class DevicePort {
   virtual bool launch(const LaunchSpec& spec, const SlotWords& words, PartId* part) = 0;
   /// Advances what can be advanced and says how a part stands; true when it ended and `outcome` is filled.
   virtual bool poll(PartId part, Outcome* outcome) = 0;
+  /// Whether poll() itself does the work of parts, in chunks: then the engine chooses whose part is polled.
+  virtual bool works_in_poll() const { return false; }
+  /// With works_in_poll(): whether the next poll() of the part does a chunk, whatever others do.
+  virtual bool works(PartId /*part*/) const { return false; }
   /// Ends a part early: nothing of it writes client memory after poll() reports it, and poll() reports it soon. The
   /// outcome's report keeps `reason` unless the part had already finished.
   virtual void abort(PartId part, uint32_t reason) = 0;
@@ -183,6 +192,8 @@ class OpObserver {
  public:
   virtual ~OpObserver() = default;
   virtual void completed(base::DeviceIndex device, const Request& request, const expertd_completion& completion) = 0;
+  /// A low-latency operation ended before a high-throughput one of another session that was complete earlier.
+  virtual void overtook(base::DeviceIndex /*device*/) {}
 };
 
 /// Where completions go; implemented by the ring server of the session, on the loop thread.

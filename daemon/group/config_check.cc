@@ -39,6 +39,7 @@ session::ErrorDetail check_config(const session::GroupConfig& config, uint32_t r
       {"mode", static_cast<uint64_t>(config.mode), 1, 3},
       {"on_rank_loss", static_cast<uint64_t>(config.on_rank_loss), 1, 2},
       {"dispatch_dtypes", config.dispatch_dtypes, 0, EXPERTD_PAYLOADS_ALL},
+      {"dynamic_ll_tokens", config.dynamic_ll_tokens, 0, config.max_tokens},
       {"capture_lanes", config.capture_lanes, 0, inference ? engine::kMostCaptureLanes : 0},
   };
   for (const Range& range : ranges) {
@@ -64,6 +65,10 @@ session::ErrorDetail check_config(const session::GroupConfig& config, uint32_t r
                         "sets with bf16 (" + std::to_string(EXPERTD_PAYLOAD_BF16) + ") or bytes (" +
                             std::to_string(EXPERTD_PAYLOAD_BYTES) + ") in mode normal, or 0");
   }
+  if (config.dynamic_ll_tokens != 0 && config.mode == GroupMode::kAuto) {
+    return out_of_range("mode", std::to_string(static_cast<uint64_t>(config.mode)),
+                        "1 (output format HT) or 2 (output format LL) with dynamic_ll_tokens");
+  }
   return {};
 }
 
@@ -83,6 +88,7 @@ session::ErrorDetail compare_configs(const session::GroupConfig& first, const se
       {"op_timeout_ns", first.op_timeout_ns, other.op_timeout_ns},
       {"first_op_timeout_ns", first.first_op_timeout_ns, other.first_op_timeout_ns},
       {"dispatch_dtypes", first.dispatch_dtypes, other.dispatch_dtypes},
+      {"dynamic_ll_tokens", first.dynamic_ll_tokens, other.dynamic_ll_tokens},
       {"capture_lanes", first.capture_lanes, other.capture_lanes},
   };
   session::ErrorDetail error;

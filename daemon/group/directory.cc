@@ -160,6 +160,7 @@ std::unique_ptr<Formation> Directory::form(const std::string& name, Pending&& pe
   settings.normal = config.mode != session::GroupMode::kInference;
   settings.inference = config.mode != session::GroupMode::kNormal;
   settings.dispatch_dtypes = config.dispatch_dtypes;
+  settings.dynamic_ll_tokens = config.dynamic_ll_tokens;
   for (auto& [rank, member] : pending.members) {
     settings.shape.devices[rank] = member.device;
     by_session_[member.session.value].emplace_back(settings.shape.id.value, rank);

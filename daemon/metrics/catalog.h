@@ -33,6 +33,8 @@ enum class MetricType { kCounter, kGauge, kHistogram };
     "Successful operations, by what did their work.")                                                                 \
   X(OpSmSeconds, "expertd_op_sm_seconds_total", Counter, "op,gpu",                                                    \
     "Time from start to end of successful operations, times the multiprocessors that their largest kernel takes.")    \
+  X(OpOvertakes, "expertd_op_overtakes_total", Counter, "gpu",                                                        \
+    "Low-latency operations that ended before a high-throughput one of another session that was complete earlier.")   \
   X(OpRejected, "expertd_op_rejected_total", Counter, "gpu,reason",                                                   \
     "Operations refused, at admission or by their client's library, by Reason.")                                      \
   X(OpDeadlineExceeded, "expertd_op_deadline_exceeded_total", Counter, "op,missing",                                  \

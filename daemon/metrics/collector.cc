@@ -219,6 +219,10 @@ class Page {
   void write_op_executors() {
     FamilyWriter executed = start(Metric::kOpExecuted);
     FamilyWriter sm_seconds = start(Metric::kOpSmSeconds);
+    FamilyWriter overtakes = start(Metric::kOpOvertakes);
+    for (const auto& [gpu, devices] : devices_) {
+      overtakes.put({gpu}, sum_over(devices, [](const auto& d) { return d.ops.overtakes(); }));
+    }
     for (uint32_t op = 1; op < EXPERTD_OP_COUNT; ++op) {
       for (const auto& [gpu, devices] : devices_) {
         for (size_t i = EXPERTD_COMPLETION_EXECUTOR_HOST; i < kExecutorNames.size(); ++i) {
@@ -233,6 +237,7 @@ class Page {
     }
     end(executed);
     end(sm_seconds);
+    end(overtakes);
   }
 
   void write_op_durations() {

@@ -143,6 +143,7 @@ class alignas(kLineBytes) OpCounters {
   /// A descriptor that could not be understood; count it with reject() as well.
   void descriptor_invalid(uint32_t reason) { add_alone(invalid_[reason_index(reason)], 1); }
   void ring_full() { add_alone(ring_full_, 1); }
+  void overtook() { add_alone(overtakes_, 1); }
   /// Slots in use on a ring; the largest since the last scrape is shown.
   void ring_used(uint64_t slots) {
     if (slots > read(ring_used_max_)) {
@@ -167,6 +168,7 @@ class alignas(kLineBytes) OpCounters {
   uint64_t rejected(size_t reason) const { return read(rejected_[reason]); }
   uint64_t invalid(size_t reason) const { return read(invalid_[reason]); }
   uint64_t ring_full_count() const { return read(ring_full_); }
+  uint64_t overtakes() const { return read(overtakes_); }
   /// For the collector, at a scrape.
   uint64_t take_ring_used_max() const { return ring_used_max_.exchange(0, std::memory_order_relaxed); }
 
@@ -175,6 +177,7 @@ class alignas(kLineBytes) OpCounters {
   std::array<Count, kReasonCount> rejected_{};
   std::array<Count, kReasonCount> invalid_{};
   Count ring_full_{0};
+  Count overtakes_{0};
   mutable Count ring_used_max_{0};
 };
 

@@ -35,7 +35,8 @@ struct GroupConfig {
   OnRankLoss on_rank_loss = OnRankLoss::kUnspecified;
   uint64_t op_timeout_ns = 0;
   uint64_t first_op_timeout_ns = 0;
-  uint32_t dispatch_dtypes = 0;  // set of expertd_payload; 0: any
+  uint32_t dispatch_dtypes = 0;    // set of expertd_payload; 0: any
+  uint32_t dynamic_ll_tokens = 0;  // not 0: dynamic; operations of at most this bound count as low latency
   uint32_t capture_lanes = 0;    // captured operations outstanding at once
   friend bool operator==(const GroupConfig&, const GroupConfig&) = default;
 };
@@ -167,6 +168,7 @@ struct StatusSnapshot {
   uint32_t sessions = 0;
   uint32_t sessions_max = 0;
   std::string metrics_address;
+  std::string schedule;  // engine.schedule
   std::string cuda_build;
   std::string cuda_driver;
 };

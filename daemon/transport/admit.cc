@@ -5,6 +5,7 @@
 
 #include "daemon/transport/client_refusal.h"
 #include "daemon/transport/tensor_check.h"
+#include "daemon/transport/token_bound.h"
 
 namespace expertd::transport {
 
@@ -126,7 +127,6 @@ bool Admission::capture(const engine::GroupShared& group) {
            check_.refuse(EXPERTD_REASON_DESCRIPTOR_MALFORMED, EXPERTD_ARGUMENT_CAPTURE_LANE, slot_.capture_lane, 0, 0);
   }
   request_->captured = true;
-  request_->without_words = true;
   request_->capture_lane = slot_.capture_lane;
   const bool low_latency = slot_.op == EXPERTD_OP_LL_DISPATCH || slot_.op == EXPERTD_OP_LL_COMBINE;
   if (!low_latency) {
@@ -157,11 +157,15 @@ bool Admission::common(const engine::GroupShared& group) {
   }
   if (slot_.op == EXPERTD_OP_BARRIER) {
     shape.tokens = 0;
+    request_->traffic = engine::Traffic::kLatency;
     return true;
   }
   if (slot_.tokens > settings.shape.max_tokens) {
     return check_.refuse(EXPERTD_REASON_TOKENS_EXCEED_MAX, EXPERTD_ARGUMENT_TOKENS, slot_.tokens, 0,
                          settings.shape.max_tokens);
+  }
+  if (!take_token_bound(slot_, settings, &check_, request_)) {
+    return false;
   }
   if (slot_.hidden != settings.shape.hidden && slot_.hidden != 0) {
     return check_.refuse(EXPERTD_REASON_ARGUMENT_RANGE, EXPERTD_ARGUMENT_HIDDEN, slot_.hidden, settings.shape.hidden,

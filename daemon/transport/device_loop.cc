@@ -52,7 +52,8 @@ DeviceLoop::~DeviceLoop() {
 base::Status DeviceLoop::start(engine::DevicePort* port, engine::WakePort* wake, engine::OpObserver* op_observer,
                                LoopObserver* loop_observer, FaultCallback fault) {
   port_ = port;
-  engine_ = std::make_unique<engine::Engine>(device_, port, wake, op_observer);
+  engine_ = std::make_unique<engine::Engine>(device_, port, wake, op_observer,
+                                             engine::ScheduleOptions{.policy = options_.schedule});
   observer_ = loop_observer;
   fault_ = std::move(fault);
   try {
@@ -277,8 +278,8 @@ void DeviceLoop::sleep_until_work(uint64_t now_ns, uint64_t idle_ns) {
   set_sleeping(true);
   std::atomic_thread_fence(std::memory_order_seq_cst);
   // Look once more: whatever was set before the flag was visible must not be slept over. A progress of the engine here
-  // is work found, not lost.
-  if (!anything_to_do() && !engine_->run_once(now_ns)) {
+  // is work found, not lost; so is a part that did one slice of what it had waited for.
+  if (!anything_to_do() && !engine_->run_once(now_ns) && !port_->busy()) {
     const uint64_t look_ns = port_->polls() ? std::clamp(idle_ns / 8, kPollNsMin, kPollNsMax) : kBeatNs;
     const uint64_t until_ns = std::min(engine_->next_deadline_ns(), now_ns + look_ns);
     wait_for_event(until_ns > now_ns ? until_ns - now_ns : 0);

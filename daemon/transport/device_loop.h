@@ -31,6 +31,7 @@ class LoopObserver {
 };
 
 struct LoopOptions {
+  engine::Policy schedule = engine::Policy::kLatency;
   uint64_t spin_ns = 50'000;
   uint64_t default_timeout_ns = 100'000'000'000ULL;
   uint64_t task_timeout_ns = 5'000'000'000ULL;  // a control thread waits this long before it reports the loop as stuck

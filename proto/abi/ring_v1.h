@@ -11,8 +11,8 @@
 
 #define EXPERTD_RING_MAGIC 0x31474e5244505845ULL /* "EXPDRNG1" read as little-endian */
 #define EXPERTD_ABI_MAJOR 1u
-/* 1: EXPERTD_SLOT_REFUSED. 2: executor and sms of a completion. 3: EXPERTD_SLOT_CAPTURED and the words of captured
- * operations. A client reads the daemon's in the header and uses nothing that is newer. */
+/* 1: EXPERTD_SLOT_REFUSED. 2: executor and sms of a completion. 3: token_bound of a slot; EXPERTD_SLOT_CAPTURED and the
+ * words of captured operations. A client reads the daemon's in the header and uses nothing that is newer. */
 #define EXPERTD_ABI_MINOR 3u
 
 #define EXPERTD_RING_HEADER_BYTES 4096u
@@ -188,8 +188,9 @@ struct expertd_slot {
   uint32_t handle_generation; /* >= 1 */
   uint32_t num_experts;       /* layout only */
   uint32_t num_ranks;         /* layout only */
+  uint32_t token_bound;       /* most tokens that any rank passes with this operation (1.3); 0 = not given */
   uint32_t capture_lane;       /* with EXPERTD_SLOT_CAPTURED: 0 .. the group's capture_lanes - 1 (1.3) */
-  uint8_t reserved[60];
+  uint8_t reserved[56];
   /* With EXPERTD_SLOT_REFUSED, else zero: what the client told its caller, as a completion says it. */
   uint32_t refused_reason;   /* expertd_reason, not NONE */
   uint32_t refused_argument; /* expertd_argument */
@@ -285,7 +286,8 @@ struct expertd_completion {
   X(REFUSED_REASON, 23, "refused_reason")         \
   X(REFUSED_ARGUMENT, 24, "refused_argument")     \
   X(DISPATCH_DTYPE, 25, "dispatch dtype")         \
-  X(CAPTURE_LANE, 26, "capture_lane")             \
+  X(TOKEN_BOUND, 26, "token_bound")               \
+  X(CAPTURE_LANE, 27, "capture_lane")             \
   X(IN_X, 32, "x")                                \
   X(IN_TOPK_IDX, 33, "topk_idx")                  \
   X(IN_TOPK_WEIGHTS, 34, "topk_weights")          \
@@ -326,7 +328,9 @@ EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, client_waiters) == 512, 
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, completion_futex) == 640, "completion_futex");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_tensor_ref) == 16, "tensor_ref: bump the major version");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_slot) == EXPERTD_SLOT_BYTES, "slot: bump the major version");
-EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, capture_lane) == 128, "capture_lane");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, token_bound) == 128, "token_bound");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, reserved) == 136, "reserved");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, capture_lane) == 132, "capture_lane");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, refused_reason) == 192, "refused_reason");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, tensors) == 224, "tensors");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_completion) == EXPERTD_COMPLETION_BYTES, "completion: bump the major version");

@@ -135,6 +135,17 @@ expertd_slot sample_slot() {
   return slot;
 }
 
+/// Of version 1.3: the operation of a group whose ranks agree on the most tokens of any of them.
+expertd_slot sample_bounded() {
+  expertd_slot slot{};
+  slot.seq = 0x0102030405060708;
+  slot.op = EXPERTD_OP_LL_DISPATCH;
+  slot.group = 3;
+  slot.tokens = 16;
+  slot.token_bound = 0x81828384;
+  return slot;
+}
+
 /// Of version 1.1: an ll_combine that its rank refused, whose deadline and trace are the caller's.
 expertd_slot sample_refusal() {
   expertd_slot slot{};
@@ -242,6 +253,9 @@ TEST(Golden, KeepsTheBytesOfASlot) {
 }
 TEST(Golden, KeepsTheBytesOfARefusal) {
   expect_golden("slot_refused_v1.hex", sample_refusal());
+}
+TEST(Golden, KeepsTheBytesOfASlotWithABound) {
+  expect_golden("slot_bound_v1.hex", sample_bounded());
 }
 TEST(Golden, KeepsTheBytesOfACompletion) {
   expect_golden("completion_v1.hex", sample_completion());

@@ -64,6 +64,7 @@
   X(expertd_slot, handle_generation)             \
   X(expertd_slot, num_experts)                   \
   X(expertd_slot, num_ranks)                     \
+  X(expertd_slot, token_bound)                   \
   X(expertd_slot, capture_lane)                  \
   X(expertd_slot, reserved)                      \
   X(expertd_slot, refused_reason)                \

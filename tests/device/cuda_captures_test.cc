@@ -46,7 +46,6 @@ class CudaCaptures : public GpuTest {
       auto& requests = pairs_.ops[i]->requests;
       for (Request& request : requests) {
         request.captured = true;
-        request.without_words = true;
         request.capture_lane = i % kLanes;
         request.slot = i;
         request.admit_ns = base::now_ns();

@@ -89,13 +89,13 @@ TEST_F(Attach, RefusesAMigInstance) {
 TEST_F(Attach, RefusesAnotherProtocolVersionNamingBoth) {
   expertd_attach_hello hello = make_hello("host:0");
   hello.abi_major = 7;
-  hello.abi_minor = 3;
+  hello.abi_minor = 9;
   const auto answer = answer_to(&hello, sizeof(hello));
   ASSERT_TRUE(answer.has_value());
   EXPECT_EQ(answer->type, static_cast<uint32_t>(EXPERTD_ATTACH_REFUSED));
   EXPECT_EQ(answer->reason, static_cast<uint32_t>(EXPERTD_REASON_PROTOCOL_VERSION));
   EXPECT_EQ(answer->abi_major, EXPERTD_ABI_MAJOR);
-  EXPECT_NE(std::string(answer->message).find("7.3"), std::string::npos) << answer->message;
+  EXPECT_NE(std::string(answer->message).find("7.9"), std::string::npos) << answer->message;
   const std::string ours = std::to_string(EXPERTD_ABI_MAJOR) + "." + std::to_string(EXPERTD_ABI_MINOR);
   EXPECT_NE(std::string(answer->message).find(ours), std::string::npos) << answer->message;
 }

@@ -30,8 +30,8 @@ OpShape shape_of(OpKind kind, const Wish& wish) {
   shape.side_elements = wish.payload == Payload::kBytes ? 5 : 0;
   shape.side_element_bytes = wish.payload == Payload::kBytes ? 2 : 0;
   shape.expert_alignment = wish.alignment;
-  shape.max_tokens = wish.tokens;
-  shape.slots_per_expert = wish.ranks * wish.tokens;
+  shape.max_tokens = wish.max_tokens != 0 ? wish.max_tokens : wish.tokens;
+  shape.slots_per_expert = wish.ranks * shape.max_tokens;
   shape.active_ranks = wish.ranks == 64 ? ~uint64_t{0} : (uint64_t{1} << wish.ranks) - 1;
   return shape;
 }
@@ -95,6 +95,7 @@ RandomCase make_case(OpKind kind, const Wish& wish) {
   made.order_last_lane = wish.last_lane;
   made.optional_outputs = true;
   made.side_layout = wish.side_layout;
+  made.token_bound = wish.token_bound;
   made.inputs.resize(wish.ranks);
   for (uint32_t rank = 0; rank < wish.ranks; ++rank) {
     const bool empty = wish.empty_rank == -2 || wish.empty_rank == static_cast<int32_t>(rank);

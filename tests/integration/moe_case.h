@@ -19,6 +19,8 @@ struct Wish {
   uint32_t top_k = 2;
   uint32_t hidden = 128;
   uint32_t tokens = 16;
+  uint32_t max_tokens = 0;   // of the group; 0: tokens
+  uint32_t token_bound = 0;  // given with every operation
   kernels::Payload payload = kernels::Payload::kBf16;
   kernels::ScaleForm scale = kernels::ScaleForm::kFloat32;
   bool expanded = false;

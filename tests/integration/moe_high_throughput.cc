@@ -155,6 +155,7 @@ class HighThroughputRun {
     args.side_element_bytes = shape.side_element_bytes;
     args.idx_type = shape.topk_idx_bytes == 4 ? EXPERTD_I32 : EXPERTD_I64;
     args.tokens = input.tokens;
+    args.token_bound = case_.token_bound;
     args.expert_alignment = shape.expert_alignment;
     args.flags = flag(shape.expanded != 0, EXPERTD_EXPANDED) | flag(shape.worst_tokens != 0, EXPERTD_WORST_TOKENS) |
                  flag(shape.zero_foreign_weights == 0, EXPERTD_KEEP_FOREIGN_WEIGHTS);
@@ -296,6 +297,7 @@ class HighThroughputRun {
     args.bias1 = arena.input(input.bias1);
     args.handle = handles_[rank.rank];
     args.tokens = input.tokens;
+    args.token_bound = case_.token_bound;
     args.combined_x = combined;
     args.combined_topk_weights = weights;
     args.flags =

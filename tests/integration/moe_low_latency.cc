@@ -136,6 +136,7 @@ class LowLatencyRun {
     args.topk_idx = arena.input(ids);
     args.idx_type = shape.topk_idx_bytes == 4 ? EXPERTD_I32 : EXPERTD_I64;
     args.tokens = input.tokens;
+    args.token_bound = case_.token_bound;
     args.flags = shape.payload != Payload::kFp8       ? 0u
                  : shape.scale == ScaleForm::kUe8m0   ? EXPERTD_USE_FP8 | EXPERTD_ROUND_SCALE | EXPERTD_UE8M0
                  : shape.scale == ScaleForm::kRounded ? EXPERTD_USE_FP8 | EXPERTD_ROUND_SCALE
@@ -222,6 +223,7 @@ class LowLatencyRun {
     args.topk_weights = arena.input(input.topk_weights);
     args.handle = out.handle;
     args.tokens = input.tokens;
+    args.token_bound = case_.token_bound;
     out.combined = arena.output<uint16_t>(size_t{input.tokens} * case_.shape.hidden);
     args.combined_x = out.combined;
     expertd_event_t event{};

@@ -31,7 +31,10 @@ EngineWorld::EngineWorld(uint64_t seed) : random_(seed * 0x9E3779B97F4A7C15ULL +
     auto device = std::make_unique<Device>();
     device->port = std::make_unique<SimDevice>(random_(), i, this);
     device->port->ticks_max = 1 + pick(40);
-    device->engine = std::make_unique<engine::Engine>(base::DeviceIndex{i}, device->port.get(), this, &observer_);
+    device->port->on_loop = chance(50);
+    const auto policy = static_cast<engine::Policy>(pick(3));
+    device->engine = std::make_unique<engine::Engine>(base::DeviceIndex{i}, device->port.get(), this, &observer_,
+                                                      engine::ScheduleOptions{policy, 1 + pick(60)});
     devices_.push_back(std::move(device));
   }
   build_groups();
@@ -133,6 +136,8 @@ void EngineWorld::Client::complete(const engine::Request& request, const expertd
 engine::Request EngineWorld::make_request(const Client& client, const Membership* membership) {
   engine::Request request = plain_request();
   request.session = client.session->id();
+  const uint64_t number = membership == nullptr ? pick(4) : membership->state.next_number * 7 + membership->group;
+  request.traffic = number % 3 == 0 ? engine::Traffic::kLatency : engine::Traffic::kThroughput;
   const bool excluded =
       membership != nullptr && (membership->state.group->excluded() >> membership->state.rank & 1) != 0;
   const bool near = strays_ ? excluded && chance(50) : deadlines_ && chance(20);
@@ -231,6 +236,9 @@ bool EngineWorld::step() {
   device.woken = false;  // the loop looks once more before it sleeps; what wakes it meanwhile counts
   if (device.engine->run_once(now_ns_)) {
     device.woken = true;
+  } else if (device.port->busy()) {
+    device.woken = true;  // the loop goes on turning, as time does
+    ++now_ns_;
   }
   if (chance(10)) {
     ++now_ns_;

@@ -15,7 +15,8 @@ struct AdmissionWorld {
   static constexpr uint64_t kNow = 1'000;
 
   /// The group carries a set of expertd_payload; 0: any.
-  explicit AdmissionWorld(uint32_t payloads = 0) : shared(settings(payloads)), tables(base::SessionId{5}, 8) {
+  explicit AdmissionWorld(uint32_t payloads = 0) : AdmissionWorld(settings(payloads)) {}
+  explicit AdmissionWorld(const engine::GroupSettings& of_group) : shared(of_group), tables(base::SessionId{5}, 8) {
     large.bytes = 1U << 24;
     tables.buffers[kBuffer] = &large;
     tables.buffers[kExact] = &exact;

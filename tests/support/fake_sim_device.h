@@ -76,20 +76,22 @@ class SimDevice final : public engine::DevicePort {
                  : found->second.active & ~found->second.flags->moved.load(std::memory_order_acquire);
     return EXPERTD_MISSING_ROWS;
   }
-  bool busy() const override { return false; }
+  bool busy() const override {
+    return on_loop &&
+           std::any_of(parts_.begin(), parts_.end(), [this](const auto& entry) { return due(entry.second) <= now_ns; });
+  }
+  bool works_in_poll() const override { return on_loop; }
+  bool works(engine::PartId id) const override {
+    const auto found = parts_.find(id);
+    return found != parts_.end() && due(found->second) <= now_ns;
+  }
   void release_words(const engine::SlotWords& /*words*/, uint32_t /*reason*/) override {}
 
   /// The next time at which a part advances by itself; ~0 when none does.
   uint64_t next_event_ns() const {
     uint64_t next = ~0ULL;
     for (const auto& [id, part] : parts_) {
-      if (part.abort_reason != 0) {
-        next = std::min(next, part.abort_ns);
-      } else if (!part.routed) {
-        next = std::min(next, part.routed_ns);
-      } else if (!part.moved && everybody(part, part.flags == nullptr ? nullptr : &part.flags->routed)) {
-        next = std::min(next, part.moved_ns);
-      }
+      next = std::min(next, due(part));
     }
     return next;
   }
@@ -99,6 +101,7 @@ class SimDevice final : public engine::DevicePort {
   uint64_t now_ns = 0;
   size_t parts_max = 1024;
   uint64_t ticks_max = 20;
+  bool on_loop = false;         // the thread that polls does the work
   uint64_t closed_session = 0;  // launches nothing for it any more
 
  private:
@@ -119,6 +122,17 @@ class SimDevice final : public engine::DevicePort {
     bool done = false;
   };
 
+  /// When the part advances by itself; ~0 while it waits for others.
+  static uint64_t due(const Part& part) {
+    if (part.abort_reason != 0) {
+      return part.abort_ns;
+    }
+    if (!part.routed) {
+      return part.routed_ns;
+    }
+    const bool moves = !part.moved && everybody(part, part.flags == nullptr ? nullptr : &part.flags->routed);
+    return moves ? part.moved_ns : ~0ULL;
+  }
   uint64_t ticks() { return random_() % ticks_max + 1; }
 
   void breach(const std::string& text) {

@@ -37,6 +37,7 @@ struct RandomCase {
   bool order_last_lane = false;      // of the HT combine
   bool optional_outputs = false;     // src_info, prefixes, counts and statistics are asked for
   uint32_t side_layout = 0;          // side strides: 0 row-major, 1 column-major, 2 both padded
+  uint32_t token_bound = 0;          // given with every operation; 0: not given
   uint64_t later_active = 0;         // active ranks of the operations that follow with the handle
 };
 

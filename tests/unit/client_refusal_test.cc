@@ -218,6 +218,20 @@ TEST_F(ClientRefusal, GivesItsSlotBackByItself) {
   }
 }
 
+TEST_F(ClientRefusal, TakesATokenBoundForWhatAnOlderDaemonCannotKnow) {
+  detach();
+  daemon_.set_abi_minor(2);
+  attach();
+  auto args = EXPERTD_INIT(expertd_ll_dispatch_args_t);
+  args.dtype = EXPERTD_BF16;
+  args.token_bound = 4;
+  expertd_handle_t handle{};
+  EXPECT_EQ(EXPERTD_REASON_UNSUPPORTED, expertd_ll_dispatch(group_, &args, nullptr, &handle, &event_).reason);
+  EXPECT_EQ("UNSUPPORTED: token_bound = 4: the daemon's ring is older than 1.3, allowed 0", message());
+  args.struct_size = offsetof(expertd_ll_dispatch_args_t, token_bound);
+  EXPECT_EQ(0, expertd_ll_dispatch(group_, &args, nullptr, &handle, &event_).reason) << message();
+}
+
 TEST_F(ClientRefusal, IsNotCountedWithoutASlotAndSaysSo) {
   daemon_.hold(true);
   std::vector<expertd_event_t> events(FakeDaemon::kSlots);

@@ -150,7 +150,7 @@ TEST(ConfigValue, ReadsModesInOctal) {
 
 TEST(ConfigValue, ListsTheChoicesWhenNoneFits) {
   EXPECT_EQ(literal("log.level", "verbose"), "\"verbose\" is not one of trace, debug, info, warn, error");
-  EXPECT_EQ(literal("engine.schedule", "lifo"), "\"lifo\" is not fifo");
+  EXPECT_EQ(literal("engine.schedule", "lifo"), "\"lifo\" is not one of latency, fair, fifo");
   EXPECT_TRUE(refused("log.level", ""));
   EXPECT_TRUE(refused("log.level", "trace|debug"));
 }

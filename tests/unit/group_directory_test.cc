@@ -113,6 +113,21 @@ INSTANTIATE_TEST_SUITE_P(
                     Difference{"dispatch_dtypes", [](auto& c) { c.dispatch_dtypes = 5; }, "0", "5"}),
     [](const auto& row) { return std::string(row.param.field); });
 
+TEST_F(DirectoryTest, HoldsTheRanksOfADynamicGroupToOneThreshold) {
+  session::GroupConfig config = config_of(2);
+  config.mode = session::GroupMode::kInference;
+  config.dynamic_ll_tokens = 8;
+  ASSERT_TRUE(join(0, config).status.is_ok());
+  config.dynamic_ll_tokens = 9;
+  const session::ErrorDetail error = join(1, config);
+  EXPECT_EQ(error.status.reason(), EXPERTD_REASON_CONFIG_MISMATCH);
+  EXPECT_EQ(error.field, "dynamic_ll_tokens");
+  EXPECT_EQ(error.value + " after " + error.other_value, "9 after 8");
+  config.dynamic_ll_tokens = 8;
+  ASSERT_TRUE(join(1, config).status.is_ok());
+  EXPECT_EQ(formation_->shared->settings().dynamic_ll_tokens, 8U);
+}
+
 struct Limit {
   const char* field;
   void (*change)(session::GroupConfig& config);
@@ -147,6 +162,8 @@ INSTANTIATE_TEST_SUITE_P(
                     Limit{"mode", [](auto& c) { c.mode = session::GroupMode::kUnspecified; }},
                     Limit{"on_rank_loss", [](auto& c) { c.on_rank_loss = session::OnRankLoss::kUnspecified; }},
                     Limit{"dispatch_dtypes", [](auto& c) { c.dispatch_dtypes = 8; }},
+                    Limit{"dynamic_ll_tokens", [](auto& c) { c.dynamic_ll_tokens = 65; }},
+                    Limit{"mode__of_a_dynamic_group", [](auto& c) { c.dynamic_ll_tokens = 8; }},
                     Limit{"dispatch_dtypes__none_of_the_mode",
                           [](auto& c) {
                             c.mode = session::GroupMode::kNormal;

@@ -84,7 +84,7 @@ TEST(ClientRefusal, MayBeAboutAnyArgumentOfTheList) {
     EXPECT_EQ(world.request.rejected_reason, static_cast<uint32_t>(EXPERTD_REASON_OUT_OF_BOUNDS));
     EXPECT_EQ(world.request.rejected_argument, argument);
   }
-  for (const uint32_t argument : {26U, 31U, EXPERTD_ARGUMENT_OUT_TOKEN_RANK_MASK + 1U, 0xffffffffU}) {
+  for (const uint32_t argument : {30U, 31U, EXPERTD_ARGUMENT_OUT_TOKEN_RANK_MASK + 1U, 0xffffffffU}) {
     slot.refused_argument = argument;
     (void)world.admit(slot);
     expect_rejected(world.request, EXPERTD_REASON_DESCRIPTOR_MALFORMED, EXPERTD_ARGUMENT_REFUSED_ARGUMENT, argument, 0,

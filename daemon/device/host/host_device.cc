@@ -135,12 +135,17 @@ bool HostDevice::poll(engine::PartId part_id, engine::Outcome* outcome) {
   runnable_ -= part->runs() ? 1 : 0;
   bool ended = false;
   HostPart::Step before = HostPart::Step::kFree;
-  // Steps follow each other at once unless they wait or have more slices. A part that was behind another starts with
-  // the next poll: so one pass of the loop takes a few slices of a session and not one of each of its parts.
+  // Steps follow each other at once unless they wait or have more slices. Of a part that is more than a few rows one
+  // slice is done, since others may be waiting for this thread. A part that was behind another starts with the next
+  // poll: so one pass of the loop takes a few slices of a session and not one of each of its parts.
+  bool enough = false;
+  bool sliced = false;
   do {
     before = part->step();
+    sliced |= HostPart::takes_slices(before);
     ended = part->advance(wake_);
-  } while (!ended && part->step() != before && before != HostPart::Step::kReady);
+    enough = before == HostPart::Step::kReady || (sliced && !part->small() && part->runs());
+  } while (!ended && part->step() != before && !enough);
   runnable_ += !ended && part->runs() ? 1 : 0;
   if (!ended) {
     return false;
@@ -151,6 +156,10 @@ bool HostDevice::poll(engine::PartId part_id, engine::Outcome* outcome) {
   outcome->end_ns = base::now_ns();
   end(*part);
   return true;
+}
+
+bool HostDevice::works(engine::PartId part) const {
+  return places_[part % kMaxParts].part == part && parts_[part % kMaxParts].runs();
 }
 
 void HostDevice::abort(engine::PartId part_id, uint32_t reason) {

@@ -42,6 +42,8 @@ class HostDevice final : public Device, public engine::DevicePort {
 
   bool launch(const engine::LaunchSpec& spec, const engine::SlotWords& words, engine::PartId* part) override;
   bool poll(engine::PartId part, engine::Outcome* outcome) override;
+  bool works_in_poll() const override { return true; }
+  bool works(engine::PartId part) const override;
   bool settle(engine::PartId /*part*/) override { return true; }
   void abort(engine::PartId part, uint32_t reason) override;
   uint32_t missing(engine::PartId part, uint64_t* ranks) override;

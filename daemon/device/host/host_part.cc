@@ -84,6 +84,11 @@ void HostPart::size_slices() {
   move_tokens_ = per_slice(kSliceBytes, rows * (shape.row_bytes + uint64_t{shape.side_elements} * 16));
 }
 
+bool HostPart::takes_slices(Step step) {
+  return step == Step::kCheckIds || step == Step::kCountIds || step == Step::kRoute || step == Step::kMove ||
+         step == Step::kFinish || step == Step::kClear;
+}
+
 bool HostPart::runs() const {
   return step_ != Step::kFree && step_ != Step::kBehind && step_ != Step::kAwaitRouted && step_ != Step::kAwaitMoved;
 }

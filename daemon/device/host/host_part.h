@@ -47,6 +47,10 @@ class HostPart {
   engine::PartId id() const { return id_; }
   engine::PartId behind() const { return behind_; }
   Step step() const { return step_; }
+  /// Whether a step of that kind may take a whole slice's time.
+  static bool takes_slices(Step step);
+  /// No step of it takes more than one slice.
+  bool small() const { return params_.shape.tokens <= route_tokens_ && params_.shape.tokens <= move_tokens_; }
   /// Whether it may advance without an event from outside.
   bool runs() const;
   const engine::ExchangeFlags* flags() const { return flags_; }
