@@ -161,6 +161,15 @@ typedef enum expertd_dispatch_dtype {
   EXPERTD_DISPATCH_FP8 = 4    /* EXPERTD_BF16 with EXPERTD_USE_FP8: quantised on the way, ll_dispatch only */
 } expertd_dispatch_dtype_t;
 
+/* What executes the low latency operations of a group. SM: kernels of the daemon. COPY_ENGINE: kernels of this library
+ * do the local work on the caller's stream, and the daemon has copies between the GPUs and no kernel, which a client
+ * that fills its GPU cannot hold up. An operation's result tells which it was. */
+typedef enum expertd_group_executor {
+  EXPERTD_GROUP_EXECUTOR_AUTO = 0,
+  EXPERTD_GROUP_EXECUTOR_SM = 1,
+  EXPERTD_GROUP_EXECUTOR_COPY_ENGINE = 2
+} expertd_group_executor_t;
+
 typedef struct expertd_group_options {
   size_t struct_size;
   const char* name;                    /* the same on every rank; 1..64 characters */
@@ -179,6 +188,12 @@ typedef struct expertd_group_options {
    * and the low-latency window has no room for it: FP8 alone takes about a quarter less than any. With NORMAL it cannot
    * be FP8 alone. A struct_size that ends before this member means 0. */
   uint32_t dispatch_dtypes;
+  uint32_t reserved; /* not read */
+  /* Of the low latency operations; AUTO: COPY_ENGINE where every rank of the group can and no GPU is under MPS, else
+   * SM. COPY_ENGINE ends the join with UNSUPPORTED, naming what is missing, on host devices, on GPUs that do not reach
+   * each other, and where a library has no kernels for its GPU. A struct_size that ends before this member means AUTO.
+   */
+  uint32_t executor; /* expertd_group_executor_t */
 } expertd_group_options_t;
 
 typedef struct expertd_group_plan_s {
@@ -254,7 +269,7 @@ typedef struct expertd_event {
 } expertd_event_t;
 
 /* What did the work of an operation. NONE: nothing was launched, or the daemon's ring is older than 1.2 and does not
- * tell. No daemon moves rows by COPY_ENGINE yet. A newer daemon may have more. */
+ * tell. A newer daemon may have more. */
 typedef enum expertd_executor {
   EXPERTD_EXECUTOR_NONE = 0,
   EXPERTD_EXECUTOR_HOST = 1,

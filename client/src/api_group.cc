@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "client/src/api_check.h"
+#include "client/src/copy_engine.h"
 #include "client/src/group.h"
 #include "client/src/op_request.h"
 #include "client/src/session.h"
@@ -58,7 +59,9 @@ Status config_of(const expertd_group_options_t* options, client::GroupConfig* co
   config->op_timeout_ns = options->op_timeout_ns;
   config->first_op_timeout_ns = options->first_op_timeout_ns;
   config->join_timeout_ns = options->join_timeout_ns;
-  config->dispatch_dtypes = options->struct_size >= sizeof(*options) ? options->dispatch_dtypes : 0;
+  const size_t size = options->struct_size;
+  config->dispatch_dtypes = size >= offsetof(expertd_group_options_t, reserved) ? options->dispatch_dtypes : 0;
+  config->executor = size >= sizeof(*options) ? options->executor : 0u;
   return {};
 }
 
@@ -155,6 +158,10 @@ Status ll_dispatch(Group* group, const expertd_ll_dispatch_args_t& args, expertd
   }
   request->slot.handle_index = next.index;
   request->slot.handle_generation = next.generation;
+  client::ExchangeParams exchange;
+  if (status = client::use_exchange(*group, group->next_ll_place(), request, &exchange); !status.ok()) {
+    return status;
+  }
   status = group->session()->submit(request, stream, event);
   if (status.ok()) {
     group->commit_ll(next);
@@ -276,6 +283,10 @@ expertd_status_t expertd_ll_combine(expertd_group_t* group, const expertd_ll_com
     Status built = it->check_handle(args->handle);
     if (built.ok()) {
       built = client::build_ll_combine(*it, *args, request);
+    }
+    client::ExchangeParams exchange;
+    if (built.ok()) {
+      built = client::use_exchange(*it, it->ll_place_of(args->handle), request, &exchange);
     }
     return built.ok() ? it->session()->submit(request, stream, event) : built;
   });

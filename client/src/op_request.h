@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "client/src/group.h"
+#include "client/src/local_kernels/exchange_params.h"
 #include "client/src/op_table.h"
 #include "client/src/status.h"
 #include "proto/abi/ring_v1.h"
@@ -31,6 +32,7 @@ struct OpRequest {
   uint32_t flags = 0;  // the caller's
   uint32_t rows_per_expert = 0;
   uint64_t timeout_ns = 0;  // effective
+  ExchangeParams* exchange = nullptr;  // of an operation by copy engines, by the caller of submit()
   bool submitted = false;   // the daemon has the descriptor, whatever failed after that
 };
 

@@ -165,6 +165,8 @@ Converted<session::GroupConfig> from_proto(const v1::GroupConfig& message) {
   out.value.op_timeout_ns = message.op_timeout_ns();
   out.value.first_op_timeout_ns = message.first_op_timeout_ns();
   out.value.dispatch_dtypes = message.dispatch_dtypes();
+  out.value.executor = static_cast<session::Executor>(message.executor());
+  out.value.copy_kernels = message.copy_kernels();
   return out;
 }
 
@@ -205,6 +207,9 @@ void to_proto(const session::JoinGrant& grant, v1::JoinGroupResponse* message) {
   message->set_window_size(grant.window.size);
   message->set_op_timeout_ns(grant.op_timeout_ns);
   message->set_first_op_timeout_ns(grant.first_op_timeout_ns);
+  message->set_executor(static_cast<v1::GroupExecutor>(grant.executor));
+  message->set_exchange_fd_token(grant.exchange.fd_token);
+  message->set_exchange_size(grant.exchange.size);
 }
 
 void to_proto(const session::MaskReply& reply, v1::GroupMaskResponse* message) {

@@ -108,6 +108,7 @@ struct GroupShape {
   uint32_t top_k = 0;
   uint32_t max_tokens = 0;
   bool low_latency = false;  // low latency operations are allowed: some devices keep memory for them
+  bool copy_engine = false;  // they are executed by copy engines and kernels of the clients
   std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};
   base::SessionId session;
 };

@@ -39,6 +39,7 @@ session::ErrorDetail check_config(const session::GroupConfig& config, uint32_t r
       {"mode", static_cast<uint64_t>(config.mode), 1, 3},
       {"on_rank_loss", static_cast<uint64_t>(config.on_rank_loss), 1, 2},
       {"dispatch_dtypes", config.dispatch_dtypes, 0, EXPERTD_PAYLOADS_ALL},
+      {"executor", static_cast<uint64_t>(config.executor), 0, static_cast<uint64_t>(session::Executor::kCopyEngine)},
   };
   for (const Range& range : ranges) {
     if (range.value < range.minimum || range.value > range.maximum) {
@@ -82,6 +83,7 @@ session::ErrorDetail compare_configs(const session::GroupConfig& first, const se
       {"op_timeout_ns", first.op_timeout_ns, other.op_timeout_ns},
       {"first_op_timeout_ns", first.first_op_timeout_ns, other.first_op_timeout_ns},
       {"dispatch_dtypes", first.dispatch_dtypes, other.dispatch_dtypes},
+      {"executor", static_cast<uint64_t>(first.executor), static_cast<uint64_t>(other.executor)},
   };
   session::ErrorDetail error;
   for (const auto& row : rows) {

@@ -11,9 +11,9 @@
 
 #define EXPERTD_RING_MAGIC 0x31474e5244505845ULL /* "EXPDRNG1" read as little-endian */
 #define EXPERTD_ABI_MAJOR 1u
-/* 1: EXPERTD_SLOT_REFUSED. 2: executor and sms of a completion. A client reads the daemon's in the header and uses
- * nothing that is newer. */
-#define EXPERTD_ABI_MINOR 2u
+/* 1: EXPERTD_SLOT_REFUSED. 2: executor and sms of a completion. 3: EXPERTD_SLOT_COPY_ENGINE. A client reads the daemon's
+ * in the header and uses nothing that is newer. */
+#define EXPERTD_ABI_MINOR 3u
 
 #define EXPERTD_RING_HEADER_BYTES 4096u
 #define EXPERTD_SLOT_BYTES 512u
@@ -29,7 +29,20 @@
 #define EXPERTD_COMPLETION_WORD_OFFSET(slot) ((UINT64_C(2) * (slot) + 1u) * EXPERTD_FLAG_STRIDE)
 /* A device-readable result word behind each completion word: the Reason of the operation (0 = ok). */
 #define EXPERTD_RESULT_WORD_OFFSET(slot) (EXPERTD_COMPLETION_WORD_OFFSET(slot) + 8u)
-#define EXPERTD_FLAG_PAGE_BYTES (UINT64_C(2) * EXPERTD_RING_SLOTS_MAX * EXPERTD_FLAG_STRIDE)
+/* Behind them, for operations by copy engines (1.3): of each slot the words by which its parts follow each other, all
+ * of them carrying the slot's sequence. `arrived` [2 steps, 16 ranks]: what rank j copies in this step is here, written
+ * by the daemon. `active`: the ranks that take part, a mask, written by the daemon before the own rank's arrived word.
+ * `rung`: the client's second doorbell, in front of its partial sums. `ended`: the client's kernels are through. */
+#define EXPERTD_STEP_STRIDE 512u
+#define EXPERTD_STEP_RANKS 16u
+#define EXPERTD_STEP_OFFSET(slot) \
+  (UINT64_C(2) * EXPERTD_RING_SLOTS_MAX * EXPERTD_FLAG_STRIDE + UINT64_C(1) * (slot)*EXPERTD_STEP_STRIDE)
+#define EXPERTD_STEP_ARRIVED_OFFSET(slot, step, rank) \
+  (EXPERTD_STEP_OFFSET(slot) + UINT64_C(8) * ((step)*EXPERTD_STEP_RANKS + (rank)))
+#define EXPERTD_STEP_ACTIVE_OFFSET(slot) (EXPERTD_STEP_OFFSET(slot) + 256u)
+#define EXPERTD_STEP_RUNG_OFFSET(slot) (EXPERTD_STEP_OFFSET(slot) + 384u)
+#define EXPERTD_STEP_ENDED_OFFSET(slot) (EXPERTD_STEP_OFFSET(slot) + 392u)
+#define EXPERTD_FLAG_PAGE_BYTES EXPERTD_STEP_OFFSET(EXPERTD_RING_SLOTS_MAX)
 
 enum expertd_ring_session_flag {
   EXPERTD_SESSION_DRAINING = 1u, /* operations end that any rank had submitted; new ones are refused with DRAINING */
@@ -93,7 +106,8 @@ enum expertd_slot_flag {
   EXPERTD_SLOT_UE8M0 = 128u,              /* with ROUND_SCALE: scales as packed exponent bytes */
   EXPERTD_SLOT_RUNG = 256u,               /* the doorbell has rung: do not wait for the GPU word */
   EXPERTD_SLOT_REFUSED = 512u,            /* alone: the rank refused its operation itself, refused_* say why (1.1) */
-  EXPERTD_SLOT_FLAGS_ALL = 1023u
+  EXPERTD_SLOT_COPY_ENGINE = 2048u,       /* ll_*: the client's kernels do the local work (1.3) */
+  EXPERTD_SLOT_FLAGS_ALL = 3071u
 };
 
 enum expertd_dtype {
@@ -177,7 +191,8 @@ struct expertd_slot {
   uint32_t handle_generation; /* >= 1 */
   uint32_t num_experts;       /* layout only */
   uint32_t num_ranks;         /* layout only */
-  uint8_t reserved[64];
+  uint32_t exchange_buffer;   /* with COPY_ENGINE: number of the group's operation modulo 4 (1.3) */
+  uint8_t reserved[60];
   /* With EXPERTD_SLOT_REFUSED, else zero: what the client told its caller, as a completion says it. */
   uint32_t refused_reason;   /* expertd_reason, not NONE */
   uint32_t refused_argument; /* expertd_argument */
@@ -200,8 +215,7 @@ enum expertd_missing {
   EXPERTD_MISSING_ROWS = 4
 };
 
-/* What did the work of an operation (1.2). NONE: nothing was launched, or the daemon is older and does not tell. No
- * daemon moves rows by the copy engine yet; the number is kept for it. */
+/* What did the work of an operation (1.2). NONE: nothing was launched, or the daemon is older and does not tell. */
 enum expertd_completion_executor {
   EXPERTD_COMPLETION_EXECUTOR_NONE = 0,
   EXPERTD_COMPLETION_EXECUTOR_HOST = 1,
@@ -270,6 +284,7 @@ struct expertd_completion {
   X(REFUSED_REASON, 23, "refused_reason")         \
   X(REFUSED_ARGUMENT, 24, "refused_argument")     \
   X(DISPATCH_DTYPE, 25, "dispatch dtype")         \
+  X(EXCHANGE_BUFFER, 26, "exchange_buffer")       \
   X(IN_X, 32, "x")                                \
   X(IN_TOPK_IDX, 33, "topk_idx")                  \
   X(IN_TOPK_WEIGHTS, 34, "topk_weights")          \
@@ -310,7 +325,8 @@ EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, client_waiters) == 512, 
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, completion_futex) == 640, "completion_futex");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_tensor_ref) == 16, "tensor_ref: bump the major version");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_slot) == EXPERTD_SLOT_BYTES, "slot: bump the major version");
-EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, reserved) == 128, "reserved");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, exchange_buffer) == 128, "exchange_buffer");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, reserved) == 132, "reserved");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, refused_reason) == 192, "refused_reason");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, tensors) == 224, "tensors");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_completion) == EXPERTD_COMPLETION_BYTES, "completion: bump the major version");
