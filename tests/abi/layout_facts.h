@@ -64,6 +64,7 @@
   X(expertd_slot, handle_generation)             \
   X(expertd_slot, num_experts)                   \
   X(expertd_slot, num_ranks)                     \
+  X(expertd_slot, exchange_buffer)               \
   X(expertd_slot, reserved)                      \
   X(expertd_slot, refused_reason)                \
   X(expertd_slot, refused_argument)              \

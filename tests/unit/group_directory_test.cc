@@ -110,7 +110,8 @@ INSTANTIATE_TEST_SUITE_P(
                     Difference{"on_rank_loss", [](auto& c) { c.on_rank_loss = session::OnRankLoss::kMask; }, "1", "2"},
                     Difference{"op_timeout_ns", [](auto& c) { c.op_timeout_ns = 9; }, "0", "9"},
                     Difference{"first_op_timeout_ns", [](auto& c) { c.first_op_timeout_ns = 9; }, "0", "9"},
-                    Difference{"dispatch_dtypes", [](auto& c) { c.dispatch_dtypes = 5; }, "0", "5"}),
+                    Difference{"dispatch_dtypes", [](auto& c) { c.dispatch_dtypes = 5; }, "0", "5"},
+                    Difference{"executor", [](auto& c) { c.executor = session::Executor::kSm; }, "0", "1"}),
     [](const auto& row) { return std::string(row.param.field); });
 
 struct Limit {
@@ -147,6 +148,7 @@ INSTANTIATE_TEST_SUITE_P(
                     Limit{"mode", [](auto& c) { c.mode = session::GroupMode::kUnspecified; }},
                     Limit{"on_rank_loss", [](auto& c) { c.on_rank_loss = session::OnRankLoss::kUnspecified; }},
                     Limit{"dispatch_dtypes", [](auto& c) { c.dispatch_dtypes = 8; }},
+                    Limit{"executor", [](auto& c) { c.executor = static_cast<session::Executor>(3); }},
                     Limit{"dispatch_dtypes__none_of_the_mode",
                           [](auto& c) {
                             c.mode = session::GroupMode::kNormal;
