@@ -132,13 +132,15 @@ Outcome Rounds::release() {
   return first;
 }
 
-Outcome Rounds::join(const std::string& name, uint32_t rank, uint32_t ranks, bool low_latency, uint64_t op_ns) {
+Outcome Rounds::join(const std::string& name, uint32_t rank, uint32_t ranks, bool low_latency, uint64_t op_ns,
+                     uint32_t executor) {
   if (ranks == 0 || ranks > kMostRanks || x_ == nullptr) {
     return failure("there is no memory for that group");
   }
   rank_ = rank;
   ranks_ = ranks;
   low_latency_ = low_latency;
+  executor_ = executor;
   number_ = 0;
   handles_.clear();
   expertd_group_options_t options = support::small_group(name.c_str(), rank, ranks);
@@ -146,6 +148,7 @@ Outcome Rounds::join(const std::string& name, uint32_t rank, uint32_t ranks, boo
   options.top_k = kTopK;
   options.max_tokens = kTokens;
   options.mode = low_latency ? EXPERTD_MODE_INFERENCE : EXPERTD_MODE_NORMAL;
+  options.executor = executor;
   options.op_timeout_ns = op_ns;
   options.first_op_timeout_ns = op_ns;
   return outcome_of(expertd_group_join(session_, &options, &group_));
@@ -278,6 +281,12 @@ void Rounds::collect(Issued* op, OpCounts* counts, BatchEnd* batch) {
   op->seen = true;
   const support::OpEnd end = support::finish(op->event);
   counts->ended.fetch_add(1, std::memory_order_relaxed);
+  const uint32_t expected = executor_ == EXPERTD_GROUP_EXECUTOR_COPY_ENGINE ? EXPERTD_EXECUTOR_COPY_ENGINE
+                            : executor_ == EXPERTD_GROUP_EXECUTOR_SM        ? EXPERTD_EXECUTOR_SM
+                                                                            : end.result.executor;
+  if (end.outcome.ok() && end.result.executor != expected) {
+    batch->wrong = "WRONG_EXECUTOR " + std::to_string(end.result.executor);
+  }
   if (batch->end.outcome.ok()) {
     batch->end = end;
     batch->ran = !end.outcome.ok() && (end.result.execute_ns != 0 || end.result.queue_ns != 0);
@@ -328,7 +337,7 @@ BatchEnd Rounds::batch(uint32_t depth, OpCounts* counts) {
     batch.end.outcome = synchronize();
   }
   if (batch.end.outcome.ok()) {
-    batch.wrong = check();
+    batch.wrong = batch.wrong.empty() ? check() : batch.wrong;
   }
   return batch;
 }

@@ -43,7 +43,9 @@ class Rounds {
   /// Gives the registrations back.
   support::Outcome release();
 
-  support::Outcome join(const std::string& name, uint32_t rank, uint32_t ranks, bool low_latency, uint64_t op_ns);
+  /// `executor`: expertd_group_executor_t; of low latency operations, which must then say that they had it.
+  support::Outcome join(const std::string& name, uint32_t rank, uint32_t ranks, bool low_latency, uint64_t op_ns,
+                        uint32_t executor = 0);
   support::Outcome leave();
   expertd_group_t* group() const { return group_; }
 
@@ -82,6 +84,7 @@ class Rounds {
   uint32_t rank_ = 0;
   uint32_t ranks_ = 0;
   bool low_latency_ = false;
+  uint32_t executor_ = 0;
   uint64_t number_ = 0;
   std::vector<Issued> issued_;
   std::vector<expertd_handle_t> handles_;

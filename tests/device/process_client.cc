@@ -14,6 +14,7 @@
 #include <map>
 #include <sstream>
 
+#include "tests/device/client_exchange.h"
 #include "tests/device/client_layout.h"
 #include "tests/device/client_rounds.h"
 #include "tests/support/temp_dir.h"
@@ -128,6 +129,17 @@ Client::Client() {
       {"loop", [this](auto& words) { return batches(UINT64_MAX, static_cast<uint32_t>(number(words, 1)), true); }},
   };
   verbs_["layout"] = [this](auto& words) { return layout(number(words, 10)); };
+  verbs_["exchange"] = [this](auto& words) {
+    const uint64_t seed = number(words, 1);
+    const uint64_t cases = number(words, 10);
+    const auto rank = static_cast<uint32_t>(number(words, 0));
+    Exchanges exchanges;
+    std::string problem = exchanges.open(session_.get(), on_gpu_ ? &gpu_ : nullptr);
+    for (uint64_t i = 0; i < cases && problem.empty(); ++i) {
+      problem = exchanges.run(seed + i, rank);
+    }
+    return said(problem, " cases=" + std::to_string(cases));
+  };
   verbs_["count"] = [this](auto& words) {
     std::string path;
     words >> path;
@@ -201,7 +213,11 @@ std::string Client::join(std::istringstream& words) {
   uint32_t rank = 0;
   uint32_t ranks = 0;
   words >> name >> rank >> ranks >> mode;
-  return said(rounds_.join(name, rank, ranks, mode == "ll", number(words, kDefaultOpMs) * kNsPerMs));
+  const uint32_t executor = mode == "copy" ? EXPERTD_GROUP_EXECUTOR_COPY_ENGINE
+                            : mode == "sm" ? EXPERTD_GROUP_EXECUTOR_SM
+                                           : EXPERTD_GROUP_EXECUTOR_AUTO;
+  return said(
+      rounds_.join(name, rank, ranks, mode != "normal", number(words, kDefaultOpMs) * kNsPerMs, executor));
 }
 
 std::string Client::layout(uint64_t cases) {
