@@ -7,9 +7,9 @@
 //                                                         wait arrived[1] of the others
 //             expand, ended and completion                add, ended and completion
 //
-// The daemon's chain (daemon/device/cuda/copy_chain.cc) has its copies between them. With EXPERTD_ASYNC what follows the
-// doorbell goes to a stream of the library, which waits for the doorbell first: operations of a session are issued in
-// one order, so a receive half that waits there holds back none that could come before it.
+// The daemon's chain (daemon/device/cuda/copy_chain.cc) has its copies between them. With EXPERTD_ASYNC what follows
+// the doorbell goes to a stream of the library, which waits for the doorbell first: operations of a session are issued
+// in one order, so a receive half that waits there holds back none that could come before it.
 #include "client/src/copy_engine.h"
 
 #include "client/src/clock.h"
@@ -93,8 +93,8 @@ bool is_sound(const OpRequest& request, const ExchangeParams& p) {
   }
   const bool sized = p.tokens <= p.max_tokens && p.top_k >= 1 && p.top_k <= p.table_top_k && p.row_bytes >= 16 &&
                      p.row_bytes % 16 == 0 && p.row_stride <= p.layout.row_stride;
-  const bool side_fits = p.side_elements == 0 || p.side_element_bytes == 1 || p.side_element_bytes == 2 ||
-                         p.side_element_bytes == 4;
+  const bool side_fits =
+      p.side_elements == 0 || p.side_element_bytes == 1 || p.side_element_bytes == 2 || p.side_element_bytes == 4;
   const bool ue8m0_fits = p.payload != ExchangePayload::kUe8m0 || p.hidden % 512 == 0;
   const bool inputs = (p.tokens == 0 || (p.topk_idx != nullptr && (p.x != nullptr || !dispatch)));
   if (!sized || !side_fits || !ue8m0_fits || !inputs) {

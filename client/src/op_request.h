@@ -31,9 +31,9 @@ struct OpRequest {
   std::array<TensorArg, EXPERTD_TENSOR_COUNT> tensors{};
   uint32_t flags = 0;  // the caller's
   uint32_t rows_per_expert = 0;
-  uint64_t timeout_ns = 0;  // effective
+  uint64_t timeout_ns = 0;             // effective
   ExchangeParams* exchange = nullptr;  // of an operation by copy engines, by the caller of submit()
-  bool submitted = false;   // the daemon has the descriptor, whatever failed after that
+  bool submitted = false;              // the daemon has the descriptor, whatever failed after that
 };
 
 Status build_barrier(const Group& group, uint32_t flags, uint64_t timeout_ns, OpRequest* request);

@@ -20,9 +20,9 @@
 #include "daemon/device/device.h"
 #include "daemon/group/directory.h"
 #include "daemon/session/api.h"
-#include "daemon/session/executor_choice.h"
 #include "daemon/session/attach_api.h"
 #include "daemon/session/descriptor_closer.h"
+#include "daemon/session/executor_choice.h"
 #include "daemon/session/loop_port.h"
 
 namespace expertd::session {

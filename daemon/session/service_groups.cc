@@ -192,8 +192,8 @@ base::Status SessionService::grant_exchange(const group::Formation& formation, c
     return found.status();
   }
   Session& session = *found.value();
-  base::Result<device::Window> window = session.place.device->exchange_window(
-      formation.shared->settings().shape.id, base::Rank{member.rank});
+  base::Result<device::Window> window =
+      session.place.device->exchange_window(formation.shared->settings().shape.id, base::Rank{member.rank});
   if (!window.is_ok()) {
     return window.status().with_context("exchange window of rank " + std::to_string(member.rank));
   }

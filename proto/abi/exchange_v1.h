@@ -67,9 +67,9 @@ struct expertd_exchange_handle {
 /* Offsets; all zero when the shape is outside its limits. */
 struct expertd_exchange_layout {
   /* In a dispatch block. Its counts [E] i32 follow the header. */
-  uint64_t lanes;       /* [M,K] expertd_exchange_lane */
-  uint64_t rows;        /* [M] rows of the operation's stride: payload, then scales or side */
-  uint64_t row_stride;  /* the largest */
+  uint64_t lanes;      /* [M,K] expertd_exchange_lane */
+  uint64_t rows;       /* [M] rows of the operation's stride: payload, then scales or side */
+  uint64_t row_stride; /* the largest */
   uint64_t block_bytes;
   /* In a weights block. */
   uint64_t masks;   /* [M] u32: bit k is set where the caller took lane k away */

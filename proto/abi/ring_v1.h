@@ -11,8 +11,8 @@
 
 #define EXPERTD_RING_MAGIC 0x31474e5244505845ULL /* "EXPDRNG1" read as little-endian */
 #define EXPERTD_ABI_MAJOR 1u
-/* 1: EXPERTD_SLOT_REFUSED. 2: executor and sms of a completion. 3: EXPERTD_SLOT_COPY_ENGINE. A client reads the daemon's
- * in the header and uses nothing that is newer. */
+/* 1: EXPERTD_SLOT_REFUSED. 2: executor and sms of a completion. 3: EXPERTD_SLOT_COPY_ENGINE. A client reads the
+ * daemon's in the header and uses nothing that is newer. */
 #define EXPERTD_ABI_MINOR 3u
 
 #define EXPERTD_RING_HEADER_BYTES 4096u

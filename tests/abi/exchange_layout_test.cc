@@ -25,8 +25,8 @@ void expect_apart(std::vector<Region> regions, uint64_t total) {
 }
 
 std::vector<expertd_exchange_shape> shapes() {
-  return {{1, 1, 128, 1, 1},      {2, 8, 1024, 128, 2},     {2, 256, 7168, 128, 8},
-          {16, 2048, 16384, 4096, 32}, {3, 9, 384, 7, 5}};
+  return {
+      {1, 1, 128, 1, 1}, {2, 8, 1024, 128, 2}, {2, 256, 7168, 128, 8}, {16, 2048, 16384, 4096, 32}, {3, 9, 384, 7, 5}};
 }
 
 TEST(ExchangeLayout, KeepsRegionsApart) {

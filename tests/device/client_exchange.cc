@@ -172,8 +172,7 @@ std::string Exchanges::upload(const RandomCase& it, uint32_t rank, const Places&
   return problem.empty() ? synchronize() : problem;
 }
 
-std::string Exchanges::dispatch(const RandomCase& it, uint32_t rank, const Places& at, uint32_t flags,
-                                Issued* issued) {
+std::string Exchanges::dispatch(const RandomCase& it, uint32_t rank, const Places& at, uint32_t flags, Issued* issued) {
   const OpShape& shape = it.shape;
   expertd_ll_dispatch_args_t args = EXPERTD_INIT(expertd_ll_dispatch_args_t);
   args.x = block_ + at.x;
@@ -192,12 +191,11 @@ std::string Exchanges::dispatch(const RandomCase& it, uint32_t rank, const Place
   args.layout_range = reinterpret_cast<int64_t*>(block_ + at.range);
   args.stats = reinterpret_cast<int32_t*>(block_ + at.stats);
   args.flags = payload_flags(shape) | flags;
-  return failed("ll_dispatch", support::outcome_of(expertd_ll_dispatch(group_, &args, stream(), &issued->handle,
-                                                                       &issued->dispatched)));
+  return failed("ll_dispatch", support::outcome_of(
+                                   expertd_ll_dispatch(group_, &args, stream(), &issued->handle, &issued->dispatched)));
 }
 
-std::string Exchanges::combine(const RandomCase& it, uint32_t rank, const Places& at, uint32_t flags,
-                               Issued* issued) {
+std::string Exchanges::combine(const RandomCase& it, uint32_t rank, const Places& at, uint32_t flags, Issued* issued) {
   expertd_ll_combine_args_t args = EXPERTD_INIT(expertd_ll_combine_args_t);
   args.x = block_ + at.rows;
   args.topk_idx = block_ + at.topk_idx;
@@ -207,8 +205,7 @@ std::string Exchanges::combine(const RandomCase& it, uint32_t rank, const Places
   args.tokens = it.inputs[rank].tokens;
   args.combined_x = block_ + at.combined;
   args.flags = flags;
-  return failed("ll_combine",
-                support::outcome_of(expertd_ll_combine(group_, &args, stream(), &issued->combined)));
+  return failed("ll_combine", support::outcome_of(expertd_ll_combine(group_, &args, stream(), &issued->combined)));
 }
 
 std::string Exchanges::check_dispatch(const RandomCase& it, uint32_t rank, const Places& at, const Issued& issued) {
@@ -223,8 +220,7 @@ std::string Exchanges::check_dispatch(const RandomCase& it, uint32_t rank, const
   if (end.result.executor != EXPERTD_EXECUTOR_COPY_ENGINE || end.result.sms != 0) {
     return "executor " + std::to_string(end.result.executor) + " with " + std::to_string(end.result.sms) + " SMs";
   }
-  if (end.result.local_bytes != expected[rank].local_bytes ||
-      end.result.remote_bytes != expected[rank].remote_bytes ||
+  if (end.result.local_bytes != expected[rank].local_bytes || end.result.remote_bytes != expected[rank].remote_bytes ||
       end.result.expert_count_entries != it.shape.local_experts) {
     return "result of ll_dispatch: " + std::to_string(end.result.local_bytes) + " and " +
            std::to_string(end.result.remote_bytes) + " bytes, expected " + std::to_string(expected[rank].local_bytes) +
@@ -247,10 +243,10 @@ std::string Exchanges::check_dispatch(const RandomCase& it, uint32_t rank, const
       return "rows behind those of local expert " + std::to_string(e) + " were written";
     }
   }
-  const support::LlDispatchView view{
-      reinterpret_cast<const uint8_t*>(host_ + at.recv_x),
-      side_row_bytes(it.shape) == 0 ? nullptr : host_ + at.recv_side, counts,
-      reinterpret_cast<const int32_t*>(host_ + at.src_info), reinterpret_cast<const int64_t*>(host_ + at.range)};
+  const support::LlDispatchView view{reinterpret_cast<const uint8_t*>(host_ + at.recv_x),
+                                     side_row_bytes(it.shape) == 0 ? nullptr : host_ + at.recv_side, counts,
+                                     reinterpret_cast<const int32_t*>(host_ + at.src_info),
+                                     reinterpret_cast<const int64_t*>(host_ + at.range)};
   return support::compare_ll_dispatch(it.shape, rank, it.inputs, expected, view);
 }
 
@@ -291,8 +287,7 @@ std::string Exchanges::check_combine(const RandomCase& it, uint32_t rank, const 
   const auto sums = support::reference_ll_combine(it.shape, it.inputs, lanes, support::LlSum::kOfRanks);
   const auto plain = support::reference_ll_combine(it.shape, it.inputs, lanes, support::LlSum::kOfLanes);
   const auto* out = reinterpret_cast<const uint16_t*>(host_ + at.combined);
-  return support::compare_ll_combine(sums[rank], plain[rank],
-                                     std::vector<uint16_t>(out, out + sums[rank].size()));
+  return support::compare_ll_combine(sums[rank], plain[rank], std::vector<uint16_t>(out, out + sums[rank].size()));
 }
 
 /// Round 0 waits for each operation; 1 issues two pairs without a wait of the host; 2 does so with EXPERTD_ASYNC, the

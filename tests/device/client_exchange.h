@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Random low latency operations by copy engines in a client process, compared with the reference: every rank makes the
 // same cases of a seed, runs its own share in a group of its own and compares its outputs, which were poisoned before.
-// Rounds without a wait of the host in between, and with EXPERTD_ASYNC, follow in the same group. Of the client program,
-// one thread.
+// Rounds without a wait of the host in between, and with EXPERTD_ASYNC, follow in the same group. Of the client
+// program, one thread.
 #pragma once
 
 #include <cstdint>

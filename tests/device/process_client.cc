@@ -216,8 +216,7 @@ std::string Client::join(std::istringstream& words) {
   const uint32_t executor = mode == "copy" ? EXPERTD_GROUP_EXECUTOR_COPY_ENGINE
                             : mode == "sm" ? EXPERTD_GROUP_EXECUTOR_SM
                                            : EXPERTD_GROUP_EXECUTOR_AUTO;
-  return said(
-      rounds_.join(name, rank, ranks, mode != "normal", number(words, kDefaultOpMs) * kNsPerMs, executor));
+  return said(rounds_.join(name, rank, ranks, mode != "normal", number(words, kDefaultOpMs) * kNsPerMs, executor));
 }
 
 std::string Client::layout(uint64_t cases) {

@@ -219,9 +219,8 @@ INSTANTIATE_TEST_SUITE_P(Fields, GroupRange, ::testing::ValuesIn(kBadOptions),
                          [](const auto& test) { return std::string(test.param.field); });
 
 TEST_F(Group, CopyEnginesAreRefusedByNameOnHostDevices) {
-  RankGroup group(daemon_.attach_socket(), "copies", 2, [](expertd_group_options_t* options) {
-    options->executor = EXPERTD_GROUP_EXECUTOR_COPY_ENGINE;
-  });
+  RankGroup group(daemon_.attach_socket(), "copies", 2,
+                  [](expertd_group_options_t* options) { options->executor = EXPERTD_GROUP_EXECUTOR_COPY_ENGINE; });
   ASSERT_FALSE(group.ok());
   for (uint32_t rank = 0; rank < 2; ++rank) {
     const Outcome& joined = group.rank(rank).joined;

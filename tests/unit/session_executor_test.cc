@@ -7,7 +7,8 @@
 namespace expertd::session {
 namespace {
 
-const ExecutorFacts kGood{.is_cuda = true, .mps = false, .reaches_all = true, .link_kernels = true, .has_kernels = true};
+const ExecutorFacts kGood{
+    .is_cuda = true, .mps = false, .reaches_all = true, .link_kernels = true, .has_kernels = true};
 
 GroupConfig config_of(Executor executor, GroupMode mode = GroupMode::kInference) {
   GroupConfig config;
@@ -25,11 +26,10 @@ ExecutorFacts but(void (*change)(ExecutorFacts*)) {
 TEST(ExecutorChoice, AutoTakesCopyEnginesWhereEveryRankCan) {
   const GroupConfig config = config_of(Executor::kAuto);
   EXPECT_EQ(choose_executor(config, {kGood, kGood}).executor, Executor::kCopyEngine);
-  for (const ExecutorFacts& other : {but([](ExecutorFacts* f) { f->is_cuda = false; }),
-                                     but([](ExecutorFacts* f) { f->mps = true; }),
-                                     but([](ExecutorFacts* f) { f->reaches_all = false; }),
-                                     but([](ExecutorFacts* f) { f->link_kernels = false; }),
-                                     but([](ExecutorFacts* f) { f->has_kernels = false; })}) {
+  for (const ExecutorFacts& other :
+       {but([](ExecutorFacts* f) { f->is_cuda = false; }), but([](ExecutorFacts* f) { f->mps = true; }),
+        but([](ExecutorFacts* f) { f->reaches_all = false; }), but([](ExecutorFacts* f) { f->link_kernels = false; }),
+        but([](ExecutorFacts* f) { f->has_kernels = false; })}) {
     const ExecutorChoice choice = choose_executor(config, {kGood, other});
     EXPECT_EQ(choice.executor, Executor::kSm);
     EXPECT_TRUE(choice.error.status.is_ok());
@@ -67,8 +67,7 @@ TEST(ExecutorChoice, CopyEnginesAreRefusedByName) {
     EXPECT_EQ(choice.error.rank, 1);
     EXPECT_EQ(choice.error.field, "executor");
   }
-  const ExecutorChoice normal =
-      choose_executor(config_of(Executor::kCopyEngine, GroupMode::kNormal), {kGood, kGood});
+  const ExecutorChoice normal = choose_executor(config_of(Executor::kCopyEngine, GroupMode::kNormal), {kGood, kGood});
   EXPECT_EQ(normal.error.status.reason(), EXPERTD_REASON_UNSUPPORTED);
 }
 

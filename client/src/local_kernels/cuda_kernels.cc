@@ -63,8 +63,8 @@ CudaKernels::~CudaKernels() {
 Status CudaKernels::load() {
   Status status = check(*driver_, "cuModuleLoadData", driver_->module_load(&module_, kernel_image()));
   if (status.ok()) {
-    status = check(*driver_, "cuModuleGetFunction",
-                   driver_->module_function(&layout_, module_, "expertd_local_layout"));
+    status =
+        check(*driver_, "cuModuleGetFunction", driver_->module_function(&layout_, module_, "expertd_local_layout"));
   }
   // The form that the driver compiles, for GPUs later than the build, has not got these.
   exchanges_ = status.ok();

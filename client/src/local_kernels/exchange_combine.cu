@@ -16,9 +16,9 @@ __device__ uint4* sums_from(const ExchangeParams& p, uint32_t owner) {
 }
 /// Partial sums of this rank for the tokens of rank `origin`; the own ones need not travel.
 __device__ uint4* sums_for(const ExchangeParams& p, uint32_t origin) {
-  return origin == p.rank ? sums_from(p, p.rank)
-                          : reinterpret_cast<uint4*>(p.buffer + p.layout.out_sums +
-                                                     uint64_t{origin} * p.max_tokens * p.hidden * 2);
+  return origin == p.rank
+             ? sums_from(p, p.rank)
+             : reinterpret_cast<uint4*>(p.buffer + p.layout.out_sums + uint64_t{origin} * p.max_tokens * p.hidden * 2);
 }
 
 __device__ bool lane_is_taken(const ExchangeParams& p, const char* weights, uint32_t token, uint32_t k) {
@@ -84,8 +84,7 @@ __device__ void reduce_rows(const ExchangeParams& p, uint64_t active) {
     }
     const uint32_t rows = __ballot_sync(kFullWarp, slot >= 0);
     const uint32_t piece = unit % parts * (kExchangeSumBytes / 16) + lane_id();
-    const uint4 sum =
-        sum_rows(static_cast<const uint4*>(p.x) + piece, pieces, piece < pieces, rows, slot, weight);
+    const uint4 sum = sum_rows(static_cast<const uint4*>(p.x) + piece, pieces, piece < pieces, rows, slot, weight);
     if (rows != 0 && piece < pieces) {
       sums_for(p, origin)[uint64_t{token} * pieces + piece] = sum;
     }

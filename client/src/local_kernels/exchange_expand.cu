@@ -203,8 +203,7 @@ __device__ void store_tables(const ExchangeParams& p, uint64_t active) {
     uint64_t begin = 0;
 #pragma unroll 1
     for (uint32_t s = 0; s < p.ranks; ++s) {
-      const uint64_t count =
-          has_bit(active, s) ? count_of(p, block_of(p, s), p.rank * p.local_experts + e) : 0;
+      const uint64_t count = has_bit(active, s) ? count_of(p, block_of(p, s), p.rank * p.local_experts + e) : 0;
       if (p.layout_range != nullptr) {
         p.layout_range[uint64_t{e} * p.ranks + s] = static_cast<int64_t>(begin << 32 | count);
       }
@@ -262,9 +261,9 @@ __device__ void write_tables(const ExchangeParams& p, uint64_t active) {
 // exchange_expand. Grid: one block that writes counts, ranges, statistics and the report, then blocks for the rows, a
 // warp per part of 1024 bytes of a (token, source). Behind the stream's wait for arrived[0] of all ranks; every block
 // reads these words and the completion word, and does nothing (the first one: clears the counts) when the operation was
-// aborted; then active. A lane of the warp has a lane of the token: its slot is the source's number behind the counts of
-// lower sources. The stream writes `ended` and the completion word behind the kernel. Bytes per token and slot: the row
-// read once, written per slot. Bound: HBM writes.
+// aborted; then active. A lane of the warp has a lane of the token: its slot is the source's number behind the counts
+// of lower sources. The stream writes `ended` and the completion word behind the kernel. Bytes per token and slot: the
+// row read once, written per slot. Bound: HBM writes.
 extern "C" __global__ void __launch_bounds__(expertd::client::kExchangeThreads)
     expertd_exchange_expand(const __grid_constant__ expertd::client::ExchangeParams p) {
   using namespace expertd::client::exchange;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the library's kernels of an operation by copy engines are given: the words of the ring slot, the exchange window,
-// the sizes, the caller's tensors. Plain data, compiled by the host compiler and by nvcc.
+// What the library's kernels of an operation by copy engines are given: the words of the ring slot, the exchange
+// window, the sizes, the caller's tensors. Plain data, compiled by the host compiler and by nvcc.
 #pragma once
 
 #include <cstdint>
@@ -95,7 +95,8 @@ constexpr uint32_t exchange_blocks(ExchangeKernel kernel, const ExchangeParams& 
       return exchange_route_blocks(p.experts) +
              exchange_row_blocks(uint64_t{p.tokens} * exchange_parts(p.row_bytes, kExchangePartBytes));
     case ExchangeKernel::kExpand:
-      return 1 + exchange_row_blocks(uint64_t{p.ranks} * p.tokens * exchange_parts(p.out_row_bytes, kExchangePartBytes));
+      return 1 +
+             exchange_row_blocks(uint64_t{p.ranks} * p.tokens * exchange_parts(p.out_row_bytes, kExchangePartBytes));
     case ExchangeKernel::kWeights:
       return 1;
     case ExchangeKernel::kReduce:

@@ -20,8 +20,8 @@
 // the other ranks find the abort value, and their kernels do nothing. Neither is a part's end taken for a good one that
 // was aborted before (judge_copies).
 //
-// Order and visibility. A stream's copy has ended before the next entry begins, and a peer's copy is acknowledged by the
-// memory it wrote; the destination's client starts its kernel behind a wait for the word in its own GPU's memory.
+// Order and visibility. A stream's copy has ended before the next entry begins, and a peer's copy is acknowledged by
+// the memory it wrote; the destination's client starts its kernel behind a wait for the word in its own GPU's memory.
 // Buffers are four, and operation n is launched when all parts of n - 4 have ended (GroupShared::set_copy_engine).
 #include <algorithm>
 #include <array>
@@ -253,8 +253,7 @@ bool CudaDevice::CopyChain::copy_to(uint32_t rank, uint32_t step) {
   const uint64_t row = 2ull * group_.shape.hidden;
   const uint64_t sums = group_.shape.max_tokens * row;  // of one rank
   const uint64_t bytes = peers_[rank].tokens * row;
-  return bytes == 0 ||
-         copy(other + layout_.in_sums + spec_.rank * sums, own + layout_.out_sums + rank * sums, bytes);
+  return bytes == 0 || copy(other + layout_.in_sums + spec_.rank * sums, own + layout_.out_sums + rank * sums, bytes);
 }
 
 /// Begins behind this rank, so that not all ranks write to the same one.
@@ -264,8 +263,7 @@ bool CudaDevice::CopyChain::send_to_all(uint32_t step) {
     if (peers_[j].buffer == 0) {
       continue;
     }
-    const CUdeviceptr arrived =
-        peers_[j].flag_page + EXPERTD_STEP_ARRIVED_OFFSET(peers_[j].slot, step, spec_.rank);
+    const CUdeviceptr arrived = peers_[j].flag_page + EXPERTD_STEP_ARRIVED_OFFSET(peers_[j].slot, step, spec_.rank);
     const CUdeviceptr pass = device_.device_copy_facts(part_.id) + offsetof(CopyFacts, pass) + j * sizeof(uint64_t);
     if (!copy_to(j, step) || !copy(arrived, pass, sizeof(uint64_t))) {
       return false;

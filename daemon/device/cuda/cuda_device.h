@@ -96,10 +96,10 @@ class CudaDevice : public Device, public engine::DevicePort {
     bool waits_doorbell = false;
     bool links = false;  // its chain is that of the link kernels
     bool low_latency = false;
-    bool copies = false;  // its chain is one of copies, beside kernels of the client
+    bool copies = false;     // its chain is one of copies, beside kernels of the client
     kernels::OpShape shape;  // with `copies`
-    uint32_t sms = 0;      // multiprocessors that its largest kernel takes; 0: it has no kernels
-    uint32_t entries = 0;  // counted against its stream
+    uint32_t sms = 0;        // multiprocessors that its largest kernel takes; 0: it has no kernels
+    uint32_t entries = 0;    // counted against its stream
     uint64_t launch_ns = 0;
     uint64_t group_op = 0;
     uint32_t rank = 0;
