@@ -281,9 +281,12 @@ void Rounds::collect(Issued* op, OpCounts* counts, BatchEnd* batch) {
   op->seen = true;
   const support::OpEnd end = support::finish(op->event);
   counts->ended.fetch_add(1, std::memory_order_relaxed);
-  const uint32_t expected = executor_ == EXPERTD_GROUP_EXECUTOR_COPY_ENGINE ? EXPERTD_EXECUTOR_COPY_ENGINE
-                            : executor_ == EXPERTD_GROUP_EXECUTOR_SM        ? EXPERTD_EXECUTOR_SM
-                                                                            : end.result.executor;
+  uint32_t expected = end.result.executor;
+  if (executor_ == EXPERTD_GROUP_EXECUTOR_COPY_ENGINE) {
+    expected = EXPERTD_EXECUTOR_COPY_ENGINE;
+  } else if (executor_ == EXPERTD_GROUP_EXECUTOR_SM) {
+    expected = EXPERTD_EXECUTOR_SM;
+  }
   if (end.outcome.ok() && end.result.executor != expected) {
     batch->wrong = "WRONG_EXECUTOR " + std::to_string(end.result.executor);
   }

@@ -129,12 +129,13 @@ __device__ void add_sums(const ExchangeParams& p, uint64_t active) {
 }  // namespace expertd::client::exchange
 
 // exchange_weights. Grid: one block of 32 warps. Writes the out weights: a mask of the lanes that the caller took away,
-// and the weights, K of the group per token; then the report's rows. Reads the handle's own lanes. Waits for nothing;
-// the stream rings the doorbell behind it. Bytes per token: K * (8 + 4) read, K * 4 + 4 written. Bound: latency.
+// and the weights, K of the group per token; then the report's rows. Reads the handle's own lanes. Does nothing when
+// the operation has ended before (completion word), waits for nothing; the stream rings the doorbell behind it. Bytes
+// per token: K * (8 + 4) read, K * 4 + 4 written. Bound: latency.
 extern "C" __global__ void __launch_bounds__(expertd::client::kWeightsThreads)
     expertd_exchange_weights(const __grid_constant__ expertd::client::ExchangeParams p) {
   using namespace expertd::client::exchange;
-  if (p.steps == nullptr) {
+  if (p.steps == nullptr || was_aborted(p, 0)) {
     return;
   }
   __shared__ uint32_t counts[2];

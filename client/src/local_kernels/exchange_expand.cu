@@ -261,9 +261,9 @@ __device__ void write_tables(const ExchangeParams& p, uint64_t active) {
 // exchange_expand. Grid: one block that writes counts, ranges, statistics and the report, then blocks for the rows, a
 // warp per part of 1024 bytes of a (token, source). Behind the stream's wait for arrived[0] of all ranks; every block
 // reads these words and the completion word, and does nothing (the first one: clears the counts) when the operation was
-// aborted; then active. A lane of the warp has a lane of the token: its slot is the source's number behind the counts
-// of lower sources. The stream writes `ended` and the completion word behind the kernel. Bytes per token and slot: the
-// row read once, written per slot. Bound: HBM writes.
+// aborted, for the window may be gone then; then active. A lane of the warp has a lane of the token: its slot is the
+// source's number behind the counts of lower sources. The stream writes `ended` and the completion word behind the
+// kernel. Bytes per token and slot: the row read once, written per slot. Bound: HBM writes.
 extern "C" __global__ void __launch_bounds__(expertd::client::kExchangeThreads)
     expertd_exchange_expand(const __grid_constant__ expertd::client::ExchangeParams p) {
   using namespace expertd::client::exchange;
@@ -275,9 +275,6 @@ extern "C" __global__ void __launch_bounds__(expertd::client::kExchangeThreads)
   if (blockIdx.x == 0) {
     if (aborted) {
       clear_tables(p);
-      if (threadIdx.x == 0) {
-        reinterpret_cast<expertd_exchange_handle*>(p.handle)->active = 0;
-      }
     } else {
       write_tables(p, active);
     }

@@ -121,14 +121,16 @@ __device__ void pack_part(const ExchangeParams& p, char* row, uint32_t token, ui
 }  // namespace expertd::client::exchange
 
 // exchange_pack. Grid: (E + 8) / 8 blocks that number rows, a warp per expert, then blocks for the rows, a warp per
-// part of 1024 bytes of a token. Reads the caller's tensors, writes the out block: header, counts, lanes, rows. Waits
-// for nothing; the stream rings the doorbell behind it. Bytes per token: 2H read, H + H/32 (FP8) or 2H written. Bound:
-// HBM, and for few tokens the latency of one read; a numbering warp reads all ids, which lie in the second-level cache.
+// part of 1024 bytes of a token. Every block reads the completion word and does nothing when the operation
+// has ended before, for the window may be gone then. Reads the caller's tensors, writes the out block: header, counts,
+// lanes, rows. Waits for nothing; the stream rings the doorbell behind it. Bytes per token: 2H read, H + H/32 (FP8) or
+// 2H written. Bound: HBM, and for few tokens the latency of one read; a numbering warp reads all ids, which lie in the
+// second-level cache.
 extern "C" __global__ void __launch_bounds__(expertd::client::kExchangeThreads)
     expertd_exchange_pack(const __grid_constant__ expertd::client::ExchangeParams p) {
   using namespace expertd::client;
   using namespace expertd::client::exchange;
-  if (p.steps == nullptr) {
+  if (p.steps == nullptr || was_aborted(p, 0)) {
     return;
   }
   char* block = p.buffer + p.layout.out_block;
