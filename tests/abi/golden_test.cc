@@ -219,7 +219,7 @@ expertd_attach_welcome sample_welcome() {
   welcome.session_id = 21;
   welcome.generation = 0x1112131415161718;
   welcome.ring_bytes = 167936;
-  welcome.flag_page_bytes = EXPERTD_FLAG_PAGE_BYTES;
+  welcome.flag_page_bytes = 0x4000;  // as the vector has it: a value like any other
   welcome.handles_per_session = 512;
   welcome.op_timeout_ns = 100'000'000'000;
   std::strcpy(welcome.message, "the limit of sessions is reached");

@@ -84,7 +84,7 @@ TEST(ClientRefusal, MayBeAboutAnyArgumentOfTheList) {
     EXPECT_EQ(world.request.rejected_reason, static_cast<uint32_t>(EXPERTD_REASON_OUT_OF_BOUNDS));
     EXPECT_EQ(world.request.rejected_argument, argument);
   }
-  for (const uint32_t argument : {26U, 31U, EXPERTD_ARGUMENT_OUT_TOKEN_RANK_MASK + 1U, 0xffffffffU}) {
+  for (const uint32_t argument : {27U, 31U, EXPERTD_ARGUMENT_OUT_TOKEN_RANK_MASK + 1U, 0xffffffffU}) {
     slot.refused_argument = argument;
     (void)world.admit(slot);
     expect_rejected(world.request, EXPERTD_REASON_DESCRIPTOR_MALFORMED, EXPERTD_ARGUMENT_REFUSED_ARGUMENT, argument, 0,
@@ -111,7 +111,7 @@ TEST(ClientRefusal, StandsAlone) {
 TEST(ClientRefusal, IsNoneOfALocalOperation) {
   AdmissionWorld world;
   EXPECT_EQ(world.admit(claim(EXPERTD_OP_LAYOUT)), nullptr);
-  expect_rejected(world.request, EXPERTD_REASON_DESCRIPTOR_MALFORMED, EXPERTD_ARGUMENT_FLAGS, 512, 0, 511);
+  expect_rejected(world.request, EXPERTD_REASON_DESCRIPTOR_MALFORMED, EXPERTD_ARGUMENT_FLAGS, 512, 0, 2559);
 }
 
 TEST(ClientRefusal, NeedsAGroupOfTheSession) {
