@@ -6,6 +6,7 @@
 
 #include "client/src/api_check.h"
 #include "client/src/capture.h"
+#include "client/src/copy_engine.h"
 #include "client/src/group.h"
 #include "client/src/op_request.h"
 #include "client/src/session.h"
@@ -90,11 +91,15 @@ Status config_of(const expertd_group_options_t* options, client::GroupConfig* co
   config->op_timeout_ns = options->op_timeout_ns;
   config->first_op_timeout_ns = options->first_op_timeout_ns;
   config->join_timeout_ns = options->join_timeout_ns;
-  const bool knows_dtypes = options->struct_size >= offsetof(expertd_group_options_t, output_format);
-  config->dispatch_dtypes = knows_dtypes ? options->dispatch_dtypes : 0;
-  config->capture_lanes = options->struct_size >= sizeof(*options) ? options->capture_lanes : 0;
-  const bool knows_formats = options->struct_size >= offsetof(expertd_group_options_t, capture_lanes);
-  return knows_formats ? make_dynamic(*options, config) : Status();
+  // What came behind dispatch_dtypes came together; in front of it there was padding in its place.
+  const size_t size = options->struct_size;
+  config->dispatch_dtypes = size >= offsetof(expertd_group_options_t, output_format) ? options->dispatch_dtypes : 0;
+  if (size < sizeof(*options)) {
+    return {};
+  }
+  config->capture_lanes = options->capture_lanes;
+  config->executor = options->executor;
+  return make_dynamic(*options, config);
 }
 
 template <typename Call>
@@ -193,6 +198,10 @@ Status ll_dispatch(Group* group, const expertd_ll_dispatch_args_t& args, expertd
   }
   request->slot.handle_index = next.index;
   request->slot.handle_generation = next.generation;
+  client::ExchangeParams exchange;
+  if (status = client::use_exchange(*group, group->next_ll_place(), request, &exchange); !status.ok()) {
+    return status;
+  }
   status = client::issue_low_latency(group, request, stream, event);
   if (status.ok()) {
     group->commit_ll(next);
@@ -317,6 +326,10 @@ expertd_status_t expertd_ll_combine(expertd_group_t* group, const expertd_ll_com
     Status built = it->check_handle(args->handle);
     if (built.ok()) {
       built = client::build_ll_combine(*it, *args, request);
+    }
+    client::ExchangeParams exchange;
+    if (built.ok()) {
+      built = client::use_exchange(*it, it->ll_place_of(args->handle), request, &exchange);
     }
     return built.ok() ? client::issue_low_latency(it, request, stream, event) : built;
   });

@@ -34,6 +34,16 @@ struct AccessDescription {
   Location location;
   int flags;
 };
+/// A word to wait for (WAIT_64) or to write (WRITE_64): CUstreamBatchMemOpParams.
+struct WordOperation {
+  int operation;
+  Pointer address;
+  uint64_t value;
+  unsigned flags;
+  Pointer alias;
+  uint64_t padding;
+};
+static_assert(sizeof(WordOperation) == 48);
 struct AllocationProperties {
   int type;
   int requested_handle_types;
@@ -60,6 +70,8 @@ inline constexpr int kAttributeBufferId = 7;
 inline constexpr int kAttributeDeviceOrdinal = 9;
 inline constexpr int kAttributeIsLegacyIpcCapable = 10;
 inline constexpr unsigned kWaitGreaterOrEqual = 0;
+inline constexpr int kWordWait = 4;
+inline constexpr int kWordWrite = 5;
 inline constexpr unsigned kStreamNonBlocking = 1;
 inline constexpr int kCaptureModeRelaxed = 2;
 
@@ -103,6 +115,7 @@ inline constexpr int kCaptureModeRelaxed = 2;
   X(exchange_capture_mode, "cuThreadExchangeStreamCaptureMode", (int*))                          \
   X(stream_write, "cuStreamWriteValue64_v2", (Stream, Pointer, uint64_t, unsigned))              \
   X(stream_wait, "cuStreamWaitValue64_v2", (Stream, Pointer, uint64_t, unsigned))                \
+  X(stream_words, "cuStreamBatchMemOp_v2", (Stream, unsigned, WordOperation*, unsigned))         \
   X(module_load, "cuModuleLoadData", (Module*, const void*))                                     \
   X(module_unload, "cuModuleUnload", (Module))                                                   \
   X(module_function, "cuModuleGetFunction", (Function*, Module, const char*))                    \

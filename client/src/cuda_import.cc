@@ -142,6 +142,9 @@ CudaSide::~CudaSide() {
     if (module_ != nullptr) {
       driver_.module_unload(module_);
     }
+    if (receive_stream_ != nullptr) {
+      driver_.stream_destroy(receive_stream_);
+    }
     if (abort_stream_ != nullptr) {
       driver_.stream_destroy(abort_stream_);
     }

@@ -40,6 +40,9 @@ class CudaSide final : public DeviceSide {
   Status ring_doorbell(uint32_t slot, uint64_t seq, expertd_stream_t stream) override;
   Status wait_completion(uint32_t slot, uint64_t seq, expertd_stream_t stream) override;
   Status wait_word(const void* word, uint64_t value, expertd_stream_t stream) override;
+  Status stream_words(const StreamWord* words, uint32_t count, expertd_stream_t stream) override;
+  char* flag_page() override { return static_cast<char*>(flags_.data); }
+  expertd_stream_t receive_stream() override { return receive_stream_; }
   LocalKernels* local_kernels() override { return kernels_.get(); }
   Status copy(void* destination, const void* source, uint64_t bytes, expertd_stream_t stream) override;
   Status synchronize(expertd_stream_t stream, uint64_t deadline_ns) override;
@@ -81,7 +84,8 @@ class CudaSide final : public DeviceSide {
   cuda::Function wait_ = nullptr;
   cuda::Function take_ = nullptr;
   cuda::Stream abort_stream_ = nullptr;
-  uint64_t* abort_word_ = nullptr;  // pinned
+  uint64_t* abort_word_ = nullptr;  // pinned, several
+  cuda::Stream receive_stream_ = nullptr;
   /// Made at the first attach; null when they cannot be had, and then the daemon does their work.
   std::unique_ptr<CudaKernels> kernels_;
   bool kernels_tried_ = false;

@@ -3,6 +3,8 @@
 // is gone. Callers' threads; release_waiters() on the client thread.
 #include <sched.h>
 
+#include <algorithm>
+
 #include "client/src/clock.h"
 #include "client/src/cuda_side.h"
 #include "client/src/metrics.h"
@@ -12,6 +14,8 @@ namespace {
 
 using cuda::Pointer;
 
+// What a slot's stream may wait for in an operation by copy engines: two steps of all ranks.
+constexpr uint32_t kAbortWords = 2 * EXPERTD_STEP_RANKS;
 constexpr uint64_t kReleaseNs = 1 * kNsPerS;
 
 }  // namespace
@@ -21,14 +25,16 @@ Status CudaSide::reserve_for_abort() {
   if (abort_stream_ != nullptr) {
     return {};
   }
-  void* word = nullptr;
-  Status status = check("cuMemHostAlloc", driver_.host_alloc(&word, sizeof(uint64_t), 0));
+  void* words = nullptr;
+  Status status = check("cuMemHostAlloc", driver_.host_alloc(&words, kAbortWords * sizeof(uint64_t), 0));
   if (!status.ok()) {
     return status;
   }
-  abort_word_ = static_cast<uint64_t*>(word);
-  *abort_word_ = EXPERTD_ABORT_WORD;
-  return check("cuStreamCreate", driver_.stream_create(&abort_stream_, cuda::kStreamNonBlocking));
+  abort_word_ = static_cast<uint64_t*>(words);
+  std::fill_n(abort_word_, kAbortWords, EXPERTD_ABORT_WORD);
+  status = check("cuStreamCreate", driver_.stream_create(&receive_stream_, cuda::kStreamNonBlocking));
+  return status.ok() ? check("cuStreamCreate", driver_.stream_create(&abort_stream_, cuda::kStreamNonBlocking))
+                     : status;
 }
 
 // Loaded and launched once here: the first launch of a lazily loaded kernel never returns while a stream is parked.
@@ -114,6 +120,11 @@ void CudaSide::release_waiters() {
       const Pointer word = to_pointer(flags_.data) + EXPERTD_CAPTURE_COMPLETION_OFFSET(words);
       driver_.copy_to_device_async(word, abort_word_, sizeof(uint64_t), abort_stream_);
     }
+    // Behind the completion words, as kernels that see these must see that the operation has ended.
+    for (uint32_t slot = 0; slot < slots_; ++slot) {
+      const Pointer words = to_pointer(flags_.data) + EXPERTD_STEP_ARRIVED_OFFSET(slot, 0, 0);
+      driver_.copy_to_device_async(words, abort_word_, kAbortWords * sizeof(uint64_t), abort_stream_);
+    }
   }
   // Nothing more can be done when it fails: the context is lost, and with it the waits.
   static_cast<void>(synchronize(abort_stream_, deadline_after(kReleaseNs)));
@@ -185,6 +196,25 @@ Status CudaSide::wait_word(const void* word, uint64_t value, expertd_stream_t st
   }
   return check("cuStreamWaitValue64",
                driver_.stream_wait(to_stream(stream), to_pointer(word), value, cuda::kWaitGreaterOrEqual));
+}
+
+// Under MPS each by a kernel of its own: see ring_doorbell().
+Status CudaSide::stream_words(const StreamWord* words, uint32_t count, expertd_stream_t stream) {
+  const Current current(this);
+  if (mps_.load(std::memory_order_relaxed)) {
+    Status status;
+    for (uint32_t i = 0; i < count && status.ok(); ++i) {
+      status = launch(words[i].writes ? signal_ : wait_, to_pointer(words[i].word), words[i].value, to_stream(stream));
+    }
+    return status;
+  }
+  cuda::WordOperation operations[kStreamWordsMax] = {};
+  for (uint32_t i = 0; i < count; ++i) {
+    operations[i].operation = words[i].writes ? cuda::kWordWrite : cuda::kWordWait;
+    operations[i].address = to_pointer(words[i].word);
+    operations[i].value = words[i].value;
+  }
+  return check("cuStreamBatchMemOp", driver_.stream_words(to_stream(stream), count, operations, 0));
 }
 
 Status CudaSide::copy(void* destination, const void* source, uint64_t bytes, expertd_stream_t stream) {

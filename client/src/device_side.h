@@ -32,6 +32,14 @@ struct ExportedMemory {
   uint64_t buffer_id = 0;
 };
 
+/// A word of the GPU's memory that a stream waits for, until it is at least `value`, or writes.
+struct StreamWord {
+  const void* word = nullptr;
+  uint64_t value = 0;
+  bool writes = false;
+};
+inline constexpr uint32_t kStreamWordsMax = 40;
+
 class LocalKernels;
 
 class DeviceSide {
@@ -71,6 +79,19 @@ class DeviceSide {
   virtual Status wait_completion(uint32_t slot, uint64_t seq, expertd_stream_t stream) = 0;
   /// Makes the stream wait until the word, 8 bytes of the GPU's memory, has reached the value.
   virtual Status wait_word(const void* word, uint64_t value, expertd_stream_t stream) = 0;
+  /// In order; at most kStreamWordsMax.
+  virtual Status stream_words(const StreamWord* words, uint32_t count, expertd_stream_t stream) {
+    Status status;
+    for (uint32_t i = 0; i < count && status.ok(); ++i) {
+      status = words[i].writes ? Status{EXPERTD_REASON_UNSUPPORTED, "the device has no words that streams write"}
+                               : wait_word(words[i].word, words[i].value, stream);
+    }
+    return status;
+  }
+  /// The session's flag page as kernels see it; null on the host.
+  virtual char* flag_page() { return nullptr; }
+  /// A stream of the library for receive halves that the caller's stream does not wait for.
+  virtual expertd_stream_t receive_stream() { return nullptr; }
   /// Null where the daemon does local work. Of the device side, from begin() on.
   virtual LocalKernels* local_kernels() = 0;
   virtual Status copy(void* destination, const void* source, uint64_t bytes, expertd_stream_t stream) = 0;

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "client/src/clock.h"
+#include "client/src/local_kernels/local_kernels.h"
 #include "client/src/session.h"
 #include "expertd/v1/session.pb.h"
 
@@ -31,7 +32,14 @@ expertd_v1_GroupConfig to_proto(const GroupConfig& config) {
   message.dispatch_dtypes = config.dispatch_dtypes;
   message.dynamic_ll_tokens = config.dynamic_ll_tokens;
   message.capture_lanes = config.capture_lanes;
+  message.executor = static_cast<expertd_v1_GroupExecutor>(config.executor);
   return message;
+}
+
+// An older daemon has no copy engines.
+bool has_copy_kernels(Session* session) {
+  LocalKernels* kernels = session->device()->local_kernels();
+  return kernels != nullptr && kernels->exchanges();
 }
 
 }  // namespace
@@ -40,6 +48,7 @@ Status Group::plan(Session* session, const GroupConfig& config, expertd_group_pl
   expertd_v1_PlanGroupRequest request{};
   request.has_config = true;
   request.config = to_proto(config);
+  request.config.copy_kernels = has_copy_kernels(session);
   expertd_v1_PlanGroupResponse response{};
   Status status = session->connection()->call("PlanGroup", {expertd_v1_PlanGroupRequest_fields, &request},
                                               {expertd_v1_PlanGroupResponse_fields, &response}, kControlTimeoutNs);
@@ -89,6 +98,7 @@ Status Group::call_join() {
   request.rank = config_.rank;
   request.has_config = true;
   request.config = to_proto(config_);
+  request.config.copy_kernels = has_copy_kernels(session_);
   request.join_timeout_ns = join_ns;
   expertd_v1_JoinGroupResponse response{};
   Status status =
@@ -111,6 +121,13 @@ Status Group::call_join() {
   granted_window_ = response.window_buffer_id;
   granted_token_ = response.window_fd_token;
   granted_bytes_ = response.window_size;
+  granted_exchange_token_ = response.exchange_fd_token;
+  granted_exchange_bytes_ = response.exchange_size;
+  if (config_.executor == EXPERTD_GROUP_EXECUTOR_COPY_ENGINE &&
+      response.executor != expertd_v1_GroupExecutor_GROUP_EXECUTOR_COPY_ENGINE) {
+    return {EXPERTD_REASON_UNSUPPORTED, "executor = copy_engine: the daemon is older and has none"};
+  }
+  config_.executor = static_cast<uint32_t>(response.executor);
   return {};
 }
 
@@ -121,8 +138,9 @@ Status Group::adopt_resources() {
       return status;
     }
   }
-  if (granted_window_ == 0) {
-    return {};
+  Status exchanged = adopt_exchange();
+  if (!exchanged.ok() || granted_window_ == 0) {
+    return exchanged;
   }
   const uint64_t needed = config_.window_layout(0).total_bytes;
   if (granted_bytes_ < needed || needed == 0) {
@@ -130,6 +148,19 @@ Status Group::adopt_resources() {
                  static_cast<unsigned long long>(granted_bytes_), static_cast<unsigned long long>(needed));
   }
   return session_->memory()->adopt_window(granted_window_, granted_token_, granted_bytes_, &window_);
+}
+
+// No buffer of the session's: tensors cannot lie in it, and the daemon frees its side with the group.
+Status Group::adopt_exchange() {
+  if (config_.executor != EXPERTD_GROUP_EXECUTOR_COPY_ENGINE) {
+    return {};
+  }
+  const uint64_t needed = config_.exchange_layout().total_bytes;
+  if (granted_exchange_bytes_ < needed || needed == 0) {
+    return error(EXPERTD_REASON_BAD_MESSAGE, "the group's exchange window has %llu bytes, its layout needs %llu",
+                 static_cast<unsigned long long>(granted_exchange_bytes_), static_cast<unsigned long long>(needed));
+  }
+  return session_->memory()->adopt_window(kNoBuffer, granted_exchange_token_, granted_exchange_bytes_, &exchange_);
 }
 
 Status Group::take_ll_handles() {
@@ -160,9 +191,11 @@ Status Group::end(uint64_t timeout_ns) {
   if (check_current().ok()) {
     session_->handles()->give_back_all(id_);
   }
-  if (window_ != nullptr) {
-    session_->memory()->drop(window_);
-    window_ = nullptr;
+  for (Buffer** window : {&window_, &exchange_}) {
+    if (*window != nullptr) {
+      session_->memory()->drop(*window);
+      *window = nullptr;
+    }
   }
   return status;
 }
@@ -210,7 +243,7 @@ uint64_t Group::next_timeout_ns(uint64_t asked_ns) const {
   if (asked_ns != 0) {
     return asked_ns;
   }
-  return issued_any_ ? config_.op_timeout_ns : std::max(config_.first_op_timeout_ns, config_.op_timeout_ns);
+  return issued_ != 0 ? config_.op_timeout_ns : std::max(config_.first_op_timeout_ns, config_.op_timeout_ns);
 }
 
 expertd_handle_t Group::next_ll_handle(uint32_t* set) const {
@@ -235,6 +268,14 @@ Status Group::ll_set_of(expertd_handle_t handle, uint32_t* set) const {
   return about(error(EXPERTD_REASON_STALE_HANDLE, "handle %u.%u is not one of the group's last %u ll_dispatches",
                      handle.index, handle.generation, EXPERTD_LL_WINDOW_SETS),
                {EXPERTD_ARGUMENT_HANDLE, handle.generation});
+}
+
+uint32_t Group::ll_place_of(expertd_handle_t handle) const {
+  uint32_t place = 0;
+  while (place < kLlHandles && ll_handles_[place].index != handle.index) {
+    ++place;
+  }
+  return place;
 }
 
 bool Group::is_ll_handle(expertd_handle_t handle) const {

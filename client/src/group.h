@@ -11,6 +11,7 @@
 #include "client/src/ll_window.h"
 #include "client/src/memory.h"
 #include "client/src/status.h"
+#include "proto/abi/exchange_v1.h"
 
 namespace expertd::client {
 
@@ -18,6 +19,7 @@ class Session;
 
 /// Handle places that a group's ll_dispatches use in turn: two operations in flight and two being looked at.
 inline constexpr uint32_t kLlHandles = 4;
+static_assert(kLlHandles == EXPERTD_EXCHANGE_HANDLES);
 
 struct GroupConfig {
   std::string name;
@@ -35,9 +37,14 @@ struct GroupConfig {
   uint32_t dispatch_dtypes = 0;    // set of expertd_payload; 0: any
   uint32_t dynamic_ll_tokens = 0;  // 0: not dynamic
   uint32_t capture_lanes = 0;
+  uint32_t executor = 0;  // expertd_group_executor; what the daemon chose once joined
 
   uint32_t local_experts() const { return ranks == 0 ? 0 : num_experts / ranks; }
   uint64_t worst_rows() const { return uint64_t{ranks} * max_tokens; }
+  expertd_exchange_layout exchange_layout() const {
+    const expertd_exchange_shape shape{ranks, num_experts, hidden, max_tokens, top_k};
+    return expertd_exchange_layout_of(&shape);
+  }
   bool low_latency() const { return mode != EXPERTD_MODE_NORMAL; }
   /// Of set `set` of the low-latency window.
   LlWindowLayout window_layout(uint32_t set) const {
@@ -65,7 +72,15 @@ class Group {
   Status check_current() const;
   /// The deadline the daemon will hold the next operation to.
   uint64_t next_timeout_ns(uint64_t asked_ns) const;
-  void count_issued() { issued_any_ = true; }
+  void count_issued() { ++issued_; }
+  /// What low latency operations by copy engines exchange through; null where the daemon's kernels execute them.
+  const Buffer* exchange() const { return exchange_; }
+  /// The buffer of the next operation in it.
+  uint32_t exchange_buffer() const { return static_cast<uint32_t>((issued_ + 1) % EXPERTD_EXCHANGE_BUFFERS); }
+  /// The place of a handle's tables in it: of the next ll_dispatch, and of a handle (past the last one if it is none of
+  /// the group's).
+  uint32_t next_ll_place() const { return static_cast<uint32_t>(ll_count_ % kLlHandles); }
+  uint32_t ll_place_of(expertd_handle_t handle) const;
 
   /// The handle and the window set of the next ll_dispatch; commit_ll() makes them the current ones.
   expertd_handle_t next_ll_handle(uint32_t* set) const;
@@ -82,6 +97,7 @@ class Group {
   friend class Session;  // which leaves its groups when it is detached
   Status call_join();
   Status adopt_resources();
+  Status adopt_exchange();
   Status tell_daemon(uint64_t timeout_ns) const;
   Status end(uint64_t timeout_ns);
   Status take_ll_handles();
@@ -95,7 +111,10 @@ class Group {
   uint64_t granted_token_ = 0;
   uint64_t granted_bytes_ = 0;
   Buffer* window_ = nullptr;
-  bool issued_any_ = false;
+  uint64_t granted_exchange_token_ = 0;
+  uint64_t granted_exchange_bytes_ = 0;
+  Buffer* exchange_ = nullptr;
+  uint64_t issued_ = 0;  // operations that the daemon counts
   std::array<expertd_handle_t, kLlHandles> ll_handles_{};
   uint64_t ll_count_ = 0;
   uint64_t captures_ = 0;

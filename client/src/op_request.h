@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "client/src/group.h"
+#include "client/src/local_kernels/exchange_params.h"
 #include "client/src/op_table.h"
 #include "client/src/status.h"
 #include "proto/abi/ring_v1.h"
@@ -30,9 +31,10 @@ struct OpRequest {
   std::array<TensorArg, EXPERTD_TENSOR_COUNT> tensors{};
   uint32_t flags = 0;  // the caller's
   uint32_t rows_per_expert = 0;
-  uint64_t timeout_ns = 0;  // effective
-  bool captured = false;    // into the graph of a stream that is being captured
-  bool submitted = false;   // the daemon has the descriptor, whatever failed after that
+  uint64_t timeout_ns = 0;             // effective
+  bool captured = false;               // into the graph of a stream that is being captured
+  ExchangeParams* exchange = nullptr;  // of an operation by copy engines, by the caller of submit()
+  bool submitted = false;              // the daemon has the descriptor, whatever failed after that
 };
 
 Status build_barrier(const Group& group, uint32_t flags, uint64_t timeout_ns, OpRequest* request);

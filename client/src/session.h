@@ -110,6 +110,9 @@ class Session {
   Status wait_local(uint64_t event, uint64_t timeout_ns, expertd_op_result_t* result);
   Status stream_wait_local(uint64_t event, expertd_stream_t stream);
   bool rings_late(uint32_t slot, expertd_stream_t stream);
+  // Operations by copy engines (copy_engine.cc).
+  Status issue_exchange(OpRequest* request, uint32_t index, bool rung, expertd_stream_t stream);
+  Status receive_exchange(const OpRequest& request, uint32_t index, bool rung, expertd_stream_t stream);
 
   const uint32_t fork_generation_;
   AttachRequest request_;

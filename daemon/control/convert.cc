@@ -169,6 +169,8 @@ Converted<session::GroupConfig> from_proto(const v1::GroupConfig& message) {
   out.value.dispatch_dtypes = message.dispatch_dtypes();
   out.value.dynamic_ll_tokens = message.dynamic_ll_tokens();
   out.value.capture_lanes = message.capture_lanes();
+  out.value.executor = static_cast<session::Executor>(message.executor());
+  out.value.copy_kernels = message.copy_kernels();
   return out;
 }
 
@@ -209,6 +211,9 @@ void to_proto(const session::JoinGrant& grant, v1::JoinGroupResponse* message) {
   message->set_window_size(grant.window.size);
   message->set_op_timeout_ns(grant.op_timeout_ns);
   message->set_first_op_timeout_ns(grant.first_op_timeout_ns);
+  message->set_executor(static_cast<v1::GroupExecutor>(grant.executor));
+  message->set_exchange_fd_token(grant.exchange.fd_token);
+  message->set_exchange_size(grant.exchange.size);
 }
 
 void to_proto(const session::MaskReply& reply, v1::GroupMaskResponse* message) {

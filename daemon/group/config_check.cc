@@ -41,6 +41,7 @@ session::ErrorDetail check_config(const session::GroupConfig& config, uint32_t r
       {"dispatch_dtypes", config.dispatch_dtypes, 0, EXPERTD_PAYLOADS_ALL},
       {"dynamic_ll_tokens", config.dynamic_ll_tokens, 0, config.max_tokens},
       {"capture_lanes", config.capture_lanes, 0, inference ? engine::kMostCaptureLanes : 0},
+      {"executor", static_cast<uint64_t>(config.executor), 0, static_cast<uint64_t>(session::Executor::kCopyEngine)},
   };
   for (const Range& range : ranges) {
     if (range.value < range.minimum || range.value > range.maximum) {
@@ -90,6 +91,7 @@ session::ErrorDetail compare_configs(const session::GroupConfig& first, const se
       {"dispatch_dtypes", first.dispatch_dtypes, other.dispatch_dtypes},
       {"dynamic_ll_tokens", first.dynamic_ll_tokens, other.dynamic_ll_tokens},
       {"capture_lanes", first.capture_lanes, other.capture_lanes},
+      {"executor", static_cast<uint64_t>(first.executor), static_cast<uint64_t>(other.executor)},
   };
   session::ErrorDetail error;
   for (const auto& row : rows) {

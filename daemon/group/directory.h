@@ -23,6 +23,7 @@ struct Member {
   uint32_t rank = 0;
   session::JoinCallback done;
   uint64_t deadline_ns = 0;
+  bool copy_kernels = false;                                     // as in GroupConfig
   uint64_t ticket = 0;                                           // the service's name for the join
   std::shared_ptr<const std::atomic<bool>> cancelled = nullptr;  // as in JoinRequest
   bool is_cancelled() const { return cancelled != nullptr && cancelled->load(std::memory_order_acquire); }

@@ -23,6 +23,8 @@ struct BufferGrant {
 };
 
 enum class GroupMode : uint32_t { kUnspecified = 0, kNormal = 1, kInference = 2, kAuto = 3 };
+/// Of the low latency operations of a group.
+enum class Executor : uint32_t { kAuto = 0, kSm = 1, kCopyEngine = 2 };
 enum class OnRankLoss : uint32_t { kUnspecified = 0, kFail = 1, kMask = 2 };
 
 struct GroupConfig {
@@ -37,7 +39,9 @@ struct GroupConfig {
   uint64_t first_op_timeout_ns = 0;
   uint32_t dispatch_dtypes = 0;    // set of expertd_payload; 0: any
   uint32_t dynamic_ll_tokens = 0;  // not 0: dynamic; operations of at most this bound count as low latency
-  uint32_t capture_lanes = 0;    // captured operations outstanding at once
+  uint32_t capture_lanes = 0;      // captured operations outstanding at once
+  Executor executor = Executor::kAuto;
+  bool copy_kernels = false;  // what the rank's client has: not one of the things that ranks have in common
   friend bool operator==(const GroupConfig&, const GroupConfig&) = default;
 };
 
@@ -54,6 +58,8 @@ struct JoinGrant {
   base::GroupId group;
   uint64_t epoch = 0;
   BufferGrant window;  // buffer_id 0: none
+  Executor executor = Executor::kSm;
+  BufferGrant exchange;  // with kCopyEngine: descriptor and size, no buffer
   uint64_t op_timeout_ns = 0;
   uint64_t first_op_timeout_ns = 0;
 };

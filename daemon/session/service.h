@@ -22,6 +22,7 @@
 #include "daemon/session/api.h"
 #include "daemon/session/attach_api.h"
 #include "daemon/session/descriptor_closer.h"
+#include "daemon/session/executor_choice.h"
 #include "daemon/session/loop_port.h"
 
 namespace expertd::session {
@@ -114,6 +115,8 @@ class SessionService final : public SessionApi, public AttachApi {
   bool needs_relay(const group::Formation& formation) const;
   void form_group(std::unique_ptr<group::Formation> formation);
   static void mark_formed(Session& session, base::GroupId group);
+  ExecutorChoice executor_of(const group::Formation& formation) const;
+  base::Status grant_exchange(const group::Formation& formation, const group::Member& member, JoinGrant* grant);
   base::Status form_member(const group::Formation& formation, const group::Member& member, JoinGrant* grant);
   base::Status remove_membership(const SessionRef& session, base::GroupId group, uint64_t deadline_ns);
   void wake_group(const engine::GroupShared& group);

@@ -7,6 +7,7 @@
 #include "daemon/base/clock.h"
 #include "daemon/session/service.h"
 #include "daemon/session/session.h"
+#include "proto/abi/exchange_v1.h"
 #include "proto/abi/ll_window_v1.h"
 
 namespace expertd::session {
@@ -37,8 +38,14 @@ base::Result<GroupPlan> SessionService::plan_group(base::SessionId id, const Gro
   }
   EXPERTD_RETURN_IF_ERROR(group::check_config(config, 0).status);
   const device::Device& device = *found.value()->place.device;
-  const base::Result<device::GroupMemory> memory =
-      device.plan_group(group::shape_of(config), options_.handles_per_session);
+  const device::DeviceInfo info = device.info();
+  // Where the other ranks will be is not known: as for the tables, on GPUs that reach each other.
+  const ExecutorFacts own{info.is_cuda, info.mps_active, true, info.kernels == "bulk", config.copy_kernels};
+  const ExecutorChoice choice = choose_executor(config, {own});
+  EXPERTD_RETURN_IF_ERROR(choice.error.status);
+  engine::GroupShape shape = group::shape_of(config);
+  shape.copy_engine = choice.executor == Executor::kCopyEngine;
+  const base::Result<device::GroupMemory> memory = device.plan_group(shape, options_.handles_per_session);
   if (!memory.is_ok()) {
     return memory.status();
   }
@@ -121,6 +128,7 @@ void SessionService::join_group(base::SessionId id, const JoinRequest& request, 
   member.device = session->place.device->index();
   member.deadline_ns = base::now_ns() + (request.timeout_ns != 0 ? request.timeout_ns : kDefaultJoinNs);
   member.done = answer;
+  member.copy_kernels = request.config.copy_kernels;
   member.ticket = ticket;
   member.cancelled = request.cancelled;
   std::unique_ptr<group::Formation> formation;
@@ -162,14 +170,57 @@ bool SessionService::needs_relay(const group::Formation& formation) const {
   return false;
 }
 
+/// One answer for all ranks, from what their devices and clients can.
+ExecutorChoice SessionService::executor_of(const group::Formation& formation) const {
+  std::vector<ExecutorFacts> ranks;
+  for (const group::Member& member : formation.members) {
+    const device::DeviceInfo info = devices_[member.device.value].device->info();
+    const bool reaches_all =
+        std::all_of(formation.members.begin(), formation.members.end(), [&](const group::Member& other) {
+          return other.device == member.device || (info.peer_access_mask >> other.device.value & 1) != 0;
+        });
+    ranks.push_back({info.is_cuda, info.mps_active, reaches_all, info.kernels == "bulk", member.copy_kernels});
+  }
+  return choose_executor(formation.config, ranks);
+}
+
+/// A descriptor of the exchange window waits for the client to fetch it, as those of windows do.
+base::Status SessionService::grant_exchange(const group::Formation& formation, const group::Member& member,
+                                            JoinGrant* grant) {
+  const base::Result<SessionRef> found = find(member.session);
+  if (!found.is_ok()) {
+    return found.status();
+  }
+  Session& session = *found.value();
+  base::Result<device::Window> window =
+      session.place.device->exchange_window(formation.shared->settings().shape.id, base::Rank{member.rank});
+  if (!window.is_ok()) {
+    return window.status().with_context("exchange window of rank " + std::to_string(member.rank));
+  }
+  const std::lock_guard<std::mutex> lock(session.mutex);
+  if (session.ended || session.fds.size() >= base::kMaxPendingFds) {
+    return base::Status(session.ended ? EXPERTD_REASON_NO_SUCH_SESSION : EXPERTD_REASON_BUFFER_LIMIT,
+                        "fetch the descriptors of earlier windows first");
+  }
+  grant->exchange.size = window.value().bytes;
+  grant->exchange.fd_token = session.next_token++;
+  session.fds[grant->exchange.fd_token] = {std::move(window.value().fd), window.value().bytes, true};
+  return base::Status::ok();
+}
+
 void SessionService::form_group(std::unique_ptr<group::Formation> formation) {
   const base::GroupId group = formation->shared->settings().shape.id;
   if (needs_relay(*formation)) {
     formation->shared->set_exchange_pages(1);
   }
   std::vector<JoinGrant> grants(formation->members.size());
-  ErrorDetail error;
+  const ExecutorChoice choice = executor_of(*formation);
+  ErrorDetail error = choice.error;
+  if (error.status.is_ok() && choice.executor == Executor::kCopyEngine) {
+    formation->shared->set_copy_engine(EXPERTD_EXCHANGE_BUFFERS);
+  }
   for (size_t i = 0; i < formation->members.size() && error.status.is_ok(); ++i) {
+    grants[i].executor = choice.executor;
     error.status = form_member(*formation, formation->members[i], &grants[i]);
     error.rank = error.status.is_ok() ? -1 : static_cast<int32_t>(formation->members[i].rank);
   }
@@ -231,6 +282,9 @@ base::Status SessionService::form_member(const group::Formation& formation, cons
       return base::Status(EXPERTD_REASON_NO_SUCH_GROUP);
     }
     entry->second.window_buffer = grant->window.buffer_id;
+  }
+  if (shape.copy_engine) {
+    EXPERTD_RETURN_IF_ERROR(grant_exchange(formation, member, grant));
   }
   grant->group = shape.id;
   grant->epoch = formation.shared->epoch();

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "daemon/transport/client_refusal.h"
+#include "daemon/transport/executor_check.h"
 #include "daemon/transport/tensor_check.h"
 #include "daemon/transport/token_bound.h"
 
@@ -33,6 +34,7 @@ class Admission {
   bool operation(const engine::GroupShared* group);
 
  private:
+  bool arguments(const engine::GroupShared* group);
   bool layout();
   bool dispatch(const engine::GroupShared& group);
   bool combine(const engine::GroupShared& group);
@@ -53,6 +55,7 @@ class Admission {
   session::SessionTables* tables_;
   Request* request_;
   TensorCheck check_;
+  uint64_t number_ = 0;  // of the group's operation
 };
 
 // Whose operation the slot is, looked up before anything else is known to be right: a refused slot that names a group
@@ -60,6 +63,7 @@ class Admission {
 // the others already posted, and they would wait for one that never comes.
 engine::RankState* Admission::rank() {
   session::JoinedGroup* joined = slot_.op == EXPERTD_OP_LAYOUT ? nullptr : tables_->find_group(slot_.group);
+  number_ = joined == nullptr ? 0 : joined->rank.next_number;
   return joined == nullptr ? nullptr : &joined->rank;
 }
 
@@ -93,6 +97,11 @@ bool Admission::group(const engine::RankState* rank) {
 }
 
 bool Admission::operation(const engine::GroupShared* group) {
+  // What is wrong with the arguments is said first: a client with such has nothing for copy engines either.
+  return arguments(group) && (refused_by_client(slot_) || check_executor(slot_, group, number_, &check_));
+}
+
+bool Admission::arguments(const engine::GroupShared* group) {
   request_->with_weights = (slot_.tensors[EXPERTD_IN_TOPK_WEIGHTS].buffer != 0);
   request_->handle_index = slot_.handle_index;
   request_->handle_generation = slot_.handle_generation;

@@ -12,7 +12,8 @@
 #define EXPERTD_RING_MAGIC 0x31474e5244505845ULL /* "EXPDRNG1" read as little-endian */
 #define EXPERTD_ABI_MAJOR 1u
 /* 1: EXPERTD_SLOT_REFUSED. 2: executor and sms of a completion. 3: token_bound of a slot; EXPERTD_SLOT_CAPTURED and the
- * words of captured operations. A client reads the daemon's in the header and uses nothing that is newer. */
+ * words of captured operations; EXPERTD_SLOT_COPY_ENGINE. A client reads the daemon's in the header and uses nothing
+ * that is newer. */
 #define EXPERTD_ABI_MINOR 3u
 
 #define EXPERTD_RING_HEADER_BYTES 4096u
@@ -29,17 +30,30 @@
 #define EXPERTD_COMPLETION_WORD_OFFSET(slot) ((UINT64_C(2) * (slot) + 1u) * EXPERTD_FLAG_STRIDE)
 /* A device-readable result word behind each completion word: the Reason of the operation (0 = ok). */
 #define EXPERTD_RESULT_WORD_OFFSET(slot) (EXPERTD_COMPLETION_WORD_OFFSET(slot) + 8u)
-/* Words of the captured operations of lane i of the session (1.3), behind those of the slots. They reset themselves:
- * the client's graph writes the operation's entry (>= 1) into the doorbell, which the daemon takes back to 0; the daemon
- * writes 1 into the completion word, which the graph takes back to 0. */
+/* Behind them, for operations by copy engines (1.3): of each slot the words by which its parts follow each other, all
+ * of them carrying the slot's sequence. `arrived` [2 steps, 16 ranks]: what rank j copies in this step is here, written
+ * by the daemon. `active`: the ranks that take part, a mask, written by the daemon before the own rank's arrived word.
+ * `rung`: the client's second doorbell, in front of its partial sums. `ended`: the client's kernels are through. */
+#define EXPERTD_STEP_STRIDE 512u
+#define EXPERTD_STEP_RANKS 16u
+#define EXPERTD_STEP_OFFSET(slot) \
+  (UINT64_C(2) * EXPERTD_RING_SLOTS_MAX * EXPERTD_FLAG_STRIDE + UINT64_C(1) * (slot)*EXPERTD_STEP_STRIDE)
+#define EXPERTD_STEP_ARRIVED_OFFSET(slot, step, rank) \
+  (EXPERTD_STEP_OFFSET(slot) + UINT64_C(8) * ((step)*EXPERTD_STEP_RANKS + (rank)))
+#define EXPERTD_STEP_ACTIVE_OFFSET(slot) (EXPERTD_STEP_OFFSET(slot) + 256u)
+#define EXPERTD_STEP_RUNG_OFFSET(slot) (EXPERTD_STEP_OFFSET(slot) + 384u)
+#define EXPERTD_STEP_ENDED_OFFSET(slot) (EXPERTD_STEP_OFFSET(slot) + 392u)
+/* Behind those, words of the captured operations of lane i of the session (1.3). They reset themselves: the client's
+ * graph writes the operation's entry (>= 1) into the doorbell, which the daemon takes back to 0; the daemon writes 1
+ * into the completion word, which the graph takes back to 0. */
 #define EXPERTD_CAPTURE_LANES_MAX 16u
-#define EXPERTD_CAPTURE_DOORBELL_OFFSET(lane) EXPERTD_DOORBELL_OFFSET(EXPERTD_RING_SLOTS_MAX + (lane))
-#define EXPERTD_CAPTURE_COMPLETION_OFFSET(lane) EXPERTD_COMPLETION_WORD_OFFSET(EXPERTD_RING_SLOTS_MAX + (lane))
-#define EXPERTD_CAPTURE_RESULT_OFFSET(lane) EXPERTD_RESULT_WORD_OFFSET(EXPERTD_RING_SLOTS_MAX + (lane))
-#define EXPERTD_CAPTURE_RUNG_MAX 0xffffu      /* entries are 1 .. this */
+#define EXPERTD_CAPTURE_DOORBELL_OFFSET(lane) \
+  (EXPERTD_STEP_OFFSET(EXPERTD_RING_SLOTS_MAX) + UINT64_C(2) * (lane)*EXPERTD_FLAG_STRIDE)
+#define EXPERTD_CAPTURE_COMPLETION_OFFSET(lane) (EXPERTD_CAPTURE_DOORBELL_OFFSET(lane) + EXPERTD_FLAG_STRIDE)
+#define EXPERTD_CAPTURE_RESULT_OFFSET(lane) (EXPERTD_CAPTURE_COMPLETION_OFFSET(lane) + 8u)
+#define EXPERTD_CAPTURE_RUNG_MAX 0xffffu             /* entries are 1 .. this */
 #define EXPERTD_CAPTURE_CANCEL 0x4000000000000000ULL /* written by the daemon into a doorbell that is 0 */
-#define EXPERTD_FLAG_PAGE_BYTES \
-  (UINT64_C(2) * (EXPERTD_RING_SLOTS_MAX + EXPERTD_CAPTURE_LANES_MAX) * EXPERTD_FLAG_STRIDE)
+#define EXPERTD_FLAG_PAGE_BYTES EXPERTD_CAPTURE_DOORBELL_OFFSET(EXPERTD_CAPTURE_LANES_MAX)
 
 enum expertd_ring_session_flag {
   EXPERTD_SESSION_DRAINING = 1u, /* operations end that any rank had submitted; new ones are refused with DRAINING */
@@ -104,7 +118,8 @@ enum expertd_slot_flag {
   EXPERTD_SLOT_RUNG = 256u,               /* the doorbell has rung: do not wait for the GPU word */
   EXPERTD_SLOT_REFUSED = 512u,            /* alone: the rank refused its operation itself, refused_* say why (1.1) */
   EXPERTD_SLOT_CAPTURED = 1024u,          /* ll_dispatch, ll_combine: keep it for replays, run nothing now (1.3) */
-  EXPERTD_SLOT_FLAGS_ALL = 2047u
+  EXPERTD_SLOT_COPY_ENGINE = 2048u,       /* ll_*: the client's kernels do the local work (1.3) */
+  EXPERTD_SLOT_FLAGS_ALL = 4095u
 };
 
 enum expertd_dtype {
@@ -189,8 +204,9 @@ struct expertd_slot {
   uint32_t num_experts;       /* layout only */
   uint32_t num_ranks;         /* layout only */
   uint32_t token_bound;       /* most tokens that any rank passes with this operation (1.3); 0 = not given */
-  uint32_t capture_lane;       /* with EXPERTD_SLOT_CAPTURED: 0 .. the group's capture_lanes - 1 (1.3) */
-  uint8_t reserved[56];
+  uint32_t capture_lane;      /* with EXPERTD_SLOT_CAPTURED: 0 .. the group's capture_lanes - 1 (1.3) */
+  uint32_t exchange_buffer;   /* with COPY_ENGINE: number of the group's operation modulo 4 (1.3) */
+  uint8_t reserved[52];
   /* With EXPERTD_SLOT_REFUSED, else zero: what the client told its caller, as a completion says it. */
   uint32_t refused_reason;   /* expertd_reason, not NONE */
   uint32_t refused_argument; /* expertd_argument */
@@ -213,8 +229,7 @@ enum expertd_missing {
   EXPERTD_MISSING_ROWS = 4
 };
 
-/* What did the work of an operation (1.2). NONE: nothing was launched, or the daemon is older and does not tell. No
- * daemon moves rows by the copy engine yet; the number is kept for it. */
+/* What did the work of an operation (1.2). NONE: nothing was launched, or the daemon is older and does not tell. */
 enum expertd_completion_executor {
   EXPERTD_COMPLETION_EXECUTOR_NONE = 0,
   EXPERTD_COMPLETION_EXECUTOR_HOST = 1,
@@ -288,6 +303,7 @@ struct expertd_completion {
   X(DISPATCH_DTYPE, 25, "dispatch dtype")         \
   X(TOKEN_BOUND, 26, "token_bound")               \
   X(CAPTURE_LANE, 27, "capture_lane")             \
+  X(EXCHANGE_BUFFER, 28, "exchange_buffer")       \
   X(IN_X, 32, "x")                                \
   X(IN_TOPK_IDX, 33, "topk_idx")                  \
   X(IN_TOPK_WEIGHTS, 34, "topk_weights")          \
@@ -329,8 +345,7 @@ EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, completion_futex) == 640
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_tensor_ref) == 16, "tensor_ref: bump the major version");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_slot) == EXPERTD_SLOT_BYTES, "slot: bump the major version");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, token_bound) == 128, "token_bound");
-EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, reserved) == 136, "reserved");
-EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, capture_lane) == 132, "capture_lane");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, reserved) == 140, "reserved");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, refused_reason) == 192, "refused_reason");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, tensors) == 224, "tensors");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_completion) == EXPERTD_COMPLETION_BYTES, "completion: bump the major version");

@@ -66,6 +66,7 @@
   X(expertd_slot, num_ranks)                     \
   X(expertd_slot, token_bound)                   \
   X(expertd_slot, capture_lane)                  \
+  X(expertd_slot, exchange_buffer)               \
   X(expertd_slot, reserved)                      \
   X(expertd_slot, refused_reason)                \
   X(expertd_slot, refused_argument)              \

@@ -130,6 +130,26 @@ TEST(RingLayout, PutsTheWordsOfAllSlotsOnTheFlagPageApart) {
   }
 }
 
+TEST(RingLayout, PutsTheStepWordsBehindThem) {
+  const uint64_t words = EXPERTD_RESULT_WORD_OFFSET(EXPERTD_RING_SLOTS_MAX - 1) + 8;
+  std::set<uint64_t> offsets;
+  for (uint64_t slot = 0; slot < EXPERTD_RING_SLOTS_MAX; ++slot) {
+    std::vector<uint64_t> all = {EXPERTD_STEP_ACTIVE_OFFSET(slot), EXPERTD_STEP_RUNG_OFFSET(slot),
+                                 EXPERTD_STEP_ENDED_OFFSET(slot)};
+    for (uint64_t rank = 0; rank < EXPERTD_STEP_RANKS; ++rank) {
+      all.push_back(EXPERTD_STEP_ARRIVED_OFFSET(slot, 0, rank));
+      all.push_back(EXPERTD_STEP_ARRIVED_OFFSET(slot, 1, rank));
+    }
+    for (const uint64_t offset : all) {
+      EXPECT_GE(offset, words);
+      EXPECT_LE(offset + 8, EXPERTD_FLAG_PAGE_BYTES);
+      EXPECT_TRUE(offsets.insert(offset).second) << offset;
+    }
+    // The two sides write to lines of their own.
+    EXPECT_NE(EXPERTD_STEP_RUNG_OFFSET(slot) / 128, EXPERTD_STEP_ACTIVE_OFFSET(slot) / 128);
+  }
+}
+
 struct Region {
   uint64_t offset;
   uint64_t bytes;

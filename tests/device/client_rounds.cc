@@ -134,12 +134,16 @@ Outcome Rounds::release() {
 
 Outcome Rounds::join(const std::string& name, uint32_t rank, uint32_t ranks, const std::string& mode, uint64_t op_ns) {
   const bool low_latency = mode != "normal";
+  const uint32_t executor = mode == "copy" ? EXPERTD_GROUP_EXECUTOR_COPY_ENGINE
+                            : mode == "sm" ? EXPERTD_GROUP_EXECUTOR_SM
+                                           : EXPERTD_GROUP_EXECUTOR_AUTO;
   if (ranks == 0 || ranks > kMostRanks || x_ == nullptr) {
     return failure("there is no memory for that group");
   }
   rank_ = rank;
   ranks_ = ranks;
   low_latency_ = low_latency;
+  executor_ = executor;
   number_ = 0;
   handles_.clear();
   expertd_group_options_t options = support::small_group(name.c_str(), rank, ranks);
@@ -148,6 +152,7 @@ Outcome Rounds::join(const std::string& name, uint32_t rank, uint32_t ranks, con
   options.max_tokens = kTokens;
   options.mode = low_latency ? EXPERTD_MODE_INFERENCE : EXPERTD_MODE_NORMAL;
   options.capture_lanes = mode == "captured" ? 2 : 0;
+  options.executor = executor;
   options.op_timeout_ns = op_ns;
   options.first_op_timeout_ns = op_ns;
   return outcome_of(expertd_group_join(session_, &options, &group_));
@@ -298,6 +303,15 @@ void Rounds::collect(Issued* op, OpCounts* counts, BatchEnd* batch) {
   op->seen = true;
   const support::OpEnd end = support::finish(op->event);
   counts->ended.fetch_add(1, std::memory_order_relaxed);
+  uint32_t expected = end.result.executor;
+  if (executor_ == EXPERTD_GROUP_EXECUTOR_COPY_ENGINE) {
+    expected = EXPERTD_EXECUTOR_COPY_ENGINE;
+  } else if (executor_ == EXPERTD_GROUP_EXECUTOR_SM) {
+    expected = EXPERTD_EXECUTOR_SM;
+  }
+  if (end.outcome.ok() && end.result.executor != expected) {
+    batch->wrong = "WRONG_EXECUTOR " + std::to_string(end.result.executor);
+  }
   if (batch->end.outcome.ok()) {
     batch->end = end;
     batch->ran = !end.outcome.ok() && (end.result.execute_ns != 0 || end.result.queue_ns != 0);
@@ -345,7 +359,7 @@ BatchEnd Rounds::batch(uint32_t depth, OpCounts* counts) {
     batch.end.outcome = fetch();
   }
   if (batch.end.outcome.ok()) {
-    batch.wrong = check(kTokens);
+    batch.wrong = batch.wrong.empty() ? check(kTokens) : batch.wrong;
   }
   return batch;
 }

@@ -43,7 +43,8 @@ class Rounds {
   /// Gives the registrations back.
   support::Outcome release();
 
-  /// `mode`: normal, ll, or captured, which is ll with two capture lanes.
+  /// `mode`: normal; ll; sm and copy, which are ll of that executor and must then say that they had it; or captured,
+  /// which is ll with two capture lanes.
   support::Outcome join(const std::string& name, uint32_t rank, uint32_t ranks, const std::string& mode, uint64_t op_ns);
   support::Outcome leave();
   expertd_group_t* group() const { return group_; }
@@ -91,6 +92,7 @@ class Rounds {
   uint32_t rank_ = 0;
   uint32_t ranks_ = 0;
   bool low_latency_ = false;
+  uint32_t executor_ = 0;
   uint64_t number_ = 0;
   std::vector<Issued> issued_;
   std::vector<expertd_handle_t> handles_;

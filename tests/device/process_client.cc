@@ -15,6 +15,7 @@
 #include <map>
 #include <sstream>
 
+#include "tests/device/client_exchange.h"
 #include "tests/device/client_graphs.h"
 #include "tests/device/client_hooks.h"
 #include "tests/device/client_layout.h"
@@ -150,6 +151,17 @@ Client::Client() {
   verbs_["layout"] = [this](auto& words) { return layout(number(words, 10)); };
   verbs_["hooks"] = [this](auto& words) { return hooks(words); };
   verbs_["become"] = [this](auto& words) { return become(number(words, 0)); };
+  verbs_["exchange"] = [this](auto& words) {
+    const uint64_t seed = number(words, 1);
+    const uint64_t cases = number(words, 10);
+    const auto rank = static_cast<uint32_t>(number(words, 0));
+    Exchanges exchanges;
+    std::string problem = exchanges.open(session_.get(), on_gpu_ ? &gpu_ : nullptr);
+    for (uint64_t i = 0; i < cases && problem.empty(); ++i) {
+      problem = exchanges.run(seed + i, rank);
+    }
+    return said(problem, " cases=" + std::to_string(cases));
+  };
   verbs_["count"] = [this](auto& words) {
     std::string path;
     words >> path;

@@ -151,6 +151,7 @@ const Mismatch kMismatches[] = {
     {"first_op_timeout_ns", "0", "78", [](expertd_group_options_t* o) { o->first_op_timeout_ns = 78; }},
     {"dispatch_dtypes", "0", "5",
      [](expertd_group_options_t* o) { o->dispatch_dtypes = EXPERTD_DISPATCH_BF16 | EXPERTD_DISPATCH_FP8; }},
+    {"executor", "0", "1", [](expertd_group_options_t* o) { o->executor = EXPERTD_GROUP_EXECUTOR_SM; }},
 };
 
 class GroupMismatch : public Group, public ::testing::WithParamInterface<Mismatch> {};
@@ -199,6 +200,7 @@ const BadOption kBadOptions[] = {
     {"top_k", [](expertd_group_options_t* o) { o->top_k = 33; }},
     {"max_tokens", [](expertd_group_options_t* o) { o->max_tokens = 5000; }},
     {"dispatch_dtypes", [](expertd_group_options_t* o) { o->dispatch_dtypes = 8; }},
+    {"executor", [](expertd_group_options_t* o) { o->executor = 3; }},
 };
 
 class GroupRange : public Group, public ::testing::WithParamInterface<BadOption> {};
@@ -215,6 +217,17 @@ TEST_P(GroupRange, NamesTheFieldThatIsOutOfRange) {
 
 INSTANTIATE_TEST_SUITE_P(Fields, GroupRange, ::testing::ValuesIn(kBadOptions),
                          [](const auto& test) { return std::string(test.param.field); });
+
+TEST_F(Group, CopyEnginesAreRefusedByNameOnHostDevices) {
+  RankGroup group(daemon_.attach_socket(), "copies", 2,
+                  [](expertd_group_options_t* options) { options->executor = EXPERTD_GROUP_EXECUTOR_COPY_ENGINE; });
+  ASSERT_FALSE(group.ok());
+  for (uint32_t rank = 0; rank < 2; ++rank) {
+    const Outcome& joined = group.rank(rank).joined;
+    EXPECT_EQ(joined.status.reason, EXPERTD_REASON_UNSUPPORTED) << describe(joined);
+    EXPECT_NE(joined.message.find("rank 0 is on a host device"), std::string::npos) << joined.message;
+  }
+}
 
 TEST_F(Group, CanBeLeftAndJoinedAnew) {
   RankGroup group(daemon_.attach_socket(), "again", 2);

@@ -110,7 +110,8 @@ INSTANTIATE_TEST_SUITE_P(
                     Difference{"on_rank_loss", [](auto& c) { c.on_rank_loss = session::OnRankLoss::kMask; }, "1", "2"},
                     Difference{"op_timeout_ns", [](auto& c) { c.op_timeout_ns = 9; }, "0", "9"},
                     Difference{"first_op_timeout_ns", [](auto& c) { c.first_op_timeout_ns = 9; }, "0", "9"},
-                    Difference{"dispatch_dtypes", [](auto& c) { c.dispatch_dtypes = 5; }, "0", "5"}),
+                    Difference{"dispatch_dtypes", [](auto& c) { c.dispatch_dtypes = 5; }, "0", "5"},
+                    Difference{"executor", [](auto& c) { c.executor = session::Executor::kSm; }, "0", "1"}),
     [](const auto& row) { return std::string(row.param.field); });
 
 TEST_F(DirectoryTest, HoldsTheRanksOfADynamicGroupToOneThreshold) {
@@ -164,6 +165,7 @@ INSTANTIATE_TEST_SUITE_P(
                     Limit{"dispatch_dtypes", [](auto& c) { c.dispatch_dtypes = 8; }},
                     Limit{"dynamic_ll_tokens", [](auto& c) { c.dynamic_ll_tokens = 65; }},
                     Limit{"mode__of_a_dynamic_group", [](auto& c) { c.dynamic_ll_tokens = 8; }},
+                    Limit{"executor", [](auto& c) { c.executor = static_cast<session::Executor>(3); }},
                     Limit{"dispatch_dtypes__none_of_the_mode",
                           [](auto& c) {
                             c.mode = session::GroupMode::kNormal;

@@ -12,6 +12,10 @@ namespace expertd::client {
 namespace {
 
 constexpr uint64_t kLoadNs = 5 * kNsPerS;
+// By ExchangeKernel.
+constexpr const char* kExchangeNames[kExchangeKernels] = {"expertd_exchange_pack", "expertd_exchange_expand",
+                                                          "expertd_exchange_weights", "expertd_exchange_reduce",
+                                                          "expertd_exchange_add"};
 constexpr int kAllocationsMax = 64;  // one behind the other, that one tensor may lie in
 
 Status check(const cuda::Driver& driver, const char* call, cuda::Result result) {
@@ -58,9 +62,16 @@ CudaKernels::~CudaKernels() {
 
 Status CudaKernels::load() {
   Status status = check(*driver_, "cuModuleLoadData", driver_->module_load(&module_, kernel_image()));
-  return status.ok() ? check(*driver_, "cuModuleGetFunction",
-                             driver_->module_function(&layout_, module_, "expertd_local_layout"))
-                     : status;
+  if (status.ok()) {
+    status =
+        check(*driver_, "cuModuleGetFunction", driver_->module_function(&layout_, module_, "expertd_local_layout"));
+  }
+  // The form that the driver compiles, for GPUs later than the build, has not got these.
+  exchanges_ = status.ok();
+  for (uint32_t i = 0; i < kExchangeKernels && exchanges_; ++i) {
+    exchanges_ = driver_->module_function(&exchange_[i], module_, kExchangeNames[i]) == cuda::kSuccess;
+  }
+  return status;
 }
 
 Status CudaKernels::allocate() {
@@ -81,6 +92,9 @@ Status CudaKernels::allocate() {
 // Of no tokens, without outputs, and with the sequence that no operation has.
 Status CudaKernels::launch_all() {
   Status status = launch_layout(LayoutParams(), 0, stream_);
+  for (uint32_t i = 0; i < kExchangeKernels && exchanges_ && status.ok(); ++i) {
+    status = launch_exchange(static_cast<ExchangeKernel>(i), ExchangeParams(), stream_);
+  }
   const uint64_t deadline_ns = deadline_after(kLoadNs);
   while (status.ok()) {
     const cuda::Result result = driver_->stream_query(stream_);
@@ -112,6 +126,15 @@ Status CudaKernels::launch_layout(const LayoutParams& params, uint32_t slot, exp
   return check(*driver_, "cuLaunchKernel",
                driver_->launch(layout_, layout_blocks(params.tokens), 1, 1, kLayoutThreads, 1, 1, 0,
                                static_cast<cuda::Stream>(stream), arguments, nullptr));
+}
+
+Status CudaKernels::launch_exchange(ExchangeKernel kernel, const ExchangeParams& params, expertd_stream_t stream) {
+  void* arguments[] = {const_cast<ExchangeParams*>(&params)};
+  const uint32_t threads = kernel == ExchangeKernel::kWeights ? kWeightsThreads : kExchangeThreads;
+  const cuda::CurrentContext current(driver_, context_);
+  return check(*driver_, "cuLaunchKernel",
+               driver_->launch(exchange_[static_cast<uint32_t>(kernel)], exchange_blocks(kernel, params), 1, 1, threads,
+                               1, 1, 0, static_cast<cuda::Stream>(stream), arguments, nullptr));
 }
 
 // A tensor may lie in several allocations that were mapped one behind the other.

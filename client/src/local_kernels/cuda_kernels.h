@@ -5,6 +5,7 @@
 // driver it borrows, and gone before the context is given back.
 #pragma once
 
+#include <array>
 #include <memory>
 
 #include "client/src/cuda_driver.h"
@@ -30,6 +31,8 @@ class CudaKernels final : public LocalKernels {
   LocalRecord* record(uint32_t slot) override { return records_ + slot; }
   const void* word(uint32_t slot) const override;
   Status launch_layout(const LayoutParams& params, uint32_t slot, expertd_stream_t stream) override;
+  bool exchanges() const override { return exchanges_; }
+  Status launch_exchange(ExchangeKernel kernel, const ExchangeParams& params, expertd_stream_t stream) override;
   bool reaches(const Extent& bytes, Extent* known) override;
   Status health() override;
 
@@ -45,6 +48,8 @@ class CudaKernels final : public LocalKernels {
   const cuda::Stream stream_;
   cuda::Module module_ = nullptr;
   cuda::Function layout_ = nullptr;
+  std::array<cuda::Function, kExchangeKernels> exchange_{};
+  bool exchanges_ = false;
   LocalRecord* records_ = nullptr;  // pinned
   cuda::Pointer scratch_ = 0;
 };

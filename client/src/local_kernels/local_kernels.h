@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "client/src/local_kernels/exchange_params.h"
 #include "client/src/local_kernels/layout_params.h"
 #include "client/src/status.h"
 #include "proto/abi/ring_v1.h"
@@ -40,6 +41,12 @@ class LocalKernels {
   virtual const void* word(uint32_t slot) const = 0;
   /// Fills in the slot's scratch and record. `params` are within the limits of layout_params.h.
   virtual Status launch_layout(const LayoutParams& params, uint32_t slot, expertd_stream_t stream) = 0;
+  /// Whether there are those of operations by copy engines.
+  virtual bool exchanges() const { return false; }
+  virtual Status launch_exchange(ExchangeKernel /*kernel*/, const ExchangeParams& /*params*/,
+                                 expertd_stream_t /*stream*/) {
+    return {EXPERTD_REASON_UNSUPPORTED, "the library has no kernels for copy engines"};
+  }
   /// Whether kernels reach these bytes. `known`, the allocation found last, answers for what lies in it.
   virtual bool reaches(const Extent& bytes, Extent* known) = 0;
   /// CUDA when the context is lost, in which nothing ends any more.

@@ -3,13 +3,9 @@
 #pragma once
 
 #include "client/src/local_kernels/layout_params.h"
+#include "client/src/local_kernels/ptx.cuh"
 
 namespace expertd::client {
-
-/// System scope, because the host and other streams read it; relaxed, because publish() fences once for both words.
-__device__ inline void store_relaxed_sys(uint64_t* word, uint64_t value) {
-  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
-}
 
 /// By one thread, behind a barrier of its block and what made it see the other blocks' work. The fence pairs with the
 /// acquire loads of seq by the host (LocalOps) and by waiting streams: who sees seq sees the outputs and the record.

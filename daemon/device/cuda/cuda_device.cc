@@ -98,6 +98,7 @@ base::Status CudaDevice::start() {
     return progress.status();
   }
   progress_ = std::move(progress).value();
+  EXPERTD_RETURN_IF_ERROR(start_copies());
   EXPERTD_RETURN_IF_ERROR(warm_up(control_stream_));
   EXPERTD_RETURN_IF_ERROR(warm_up(rescue_stream_));
   registry_->groups[gpu_.view.index.value].store(&groups_, std::memory_order_release);  // acquired by fill_peers()
@@ -120,6 +121,7 @@ CudaDevice::~CudaDevice() {
     }
     states_.reset();
     facts_.reset();
+    copy_facts_.reset();
     progress_.reset();
   }
   driver_.cuDevicePrimaryCtxRelease(gpu_.view.device);
@@ -144,6 +146,7 @@ base::Status CudaDevice::warm_up(CUstream stream) {
   operations[1].waitValue.flags = CU_STREAM_WAIT_VALUE_GEQ;
   EXPERTD_DRIVER_CALL(driver_, cuStreamBatchMemOp(stream, 2, operations.data(), 0));
   EXPERTD_DRIVER_CALL(driver_, cuStreamWaitValue64(stream, word, 1, CU_STREAM_WAIT_VALUE_GEQ));
+  EXPERTD_DRIVER_CALL(driver_, cuMemcpyAsync(word + sizeof(uint64_t), word, sizeof(uint64_t), stream));
   EXPERTD_DRIVER_CALL(driver_, cuStreamSynchronize(stream));
   return base::Status::ok();
 }
@@ -252,7 +255,8 @@ base::Result<SessionGrant> CudaDevice::open_session(base::SessionId session) {
   const ScopedContext context(driver_, gpu_.view.context);
   auto entry = std::make_unique<SessionEntry>();
   entry->id = session.value;
-  auto page = VmmMemory::create(reach(false), EXPERTD_FLAG_PAGE_BYTES, &pool_);
+  // Copies of other ranks write words of it.
+  auto page = VmmMemory::create(reach(true), EXPERTD_FLAG_PAGE_BYTES, &pool_);
   if (!page.is_ok()) {
     return page.status().with_context("flag page");
   }
@@ -386,9 +390,20 @@ base::Result<GroupMemory> CudaDevice::plan_group(const engine::GroupShape& shape
   if (!allocated.is_ok()) {
     return allocated.status();
   }
+  uint64_t exchange = 0;
+  if (shape.copy_engine) {
+    const expertd_exchange_layout exchanged = exchange_layout(shape);
+    const auto bytes = VmmMemory::allocation_bytes(reach(false), exchanged.total_bytes);
+    if (!bytes.is_ok()) {
+      return bytes.status();
+    }
+    exchange = bytes.value();
+  }
   const bool relayed = shape.ranks > 1 &&
                        !std::all_of(all_.begin(), all_.end(), [this](const GpuFacts& other) { return reaches(other); });
-  return group_memory(layout, allocated.value(), relayed);
+  GroupMemory memory = group_memory(layout, allocated.value(), relayed);
+  memory.table_bytes += exchange;
+  return memory;
 }
 
 base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t handle_limit) {
@@ -416,6 +431,7 @@ base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t 
   entry->layout = group_layout(entry->shape, handle_limit);
   EXPERTD_RETURN_IF_ERROR(allocate_tables(entry.get()));
   EXPERTD_RETURN_IF_ERROR(create_lanes(entry.get()));
+  EXPERTD_RETURN_IF_ERROR(allocate_exchange(entry.get()));
   if (!take_progress(entry.get())) {
     give_back_words(*entry);
     return base::Status(EXPERTD_REASON_GROUP_LIMIT,

@@ -75,6 +75,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   void destroy_group(base::GroupId group, base::Rank rank) override;
   /// Handles that the rank's tables hold: at most what create_group() asked for, fewer for large groups; 0 if unknown.
   uint32_t handle_capacity(base::GroupId group, base::Rank rank) const override;
+  base::Result<Window> exchange_window(base::GroupId group, base::Rank rank) override;
 
   bool launch(const engine::LaunchSpec& spec, const engine::SlotWords& words, engine::PartId* part) override;
   bool poll(engine::PartId part, engine::Outcome* outcome) override;
@@ -102,8 +103,10 @@ class CudaDevice : public Device, public engine::DevicePort {
     bool waits_doorbell = false;
     bool links = false;  // its chain is that of the link kernels
     bool low_latency = false;
-    uint32_t sms = 0;      // multiprocessors that its largest kernel takes; 0: it has no kernels
-    uint32_t entries = 0;  // counted against its stream
+    bool copies = false;     // its chain is one of copies, beside kernels of the client
+    kernels::OpShape shape;  // with `copies`
+    uint32_t sms = 0;        // multiprocessors that its largest kernel takes; 0: it has no kernels
+    uint32_t entries = 0;    // counted against its stream
     uint32_t capture_entry = 0;
     uint32_t capture_words = 0;
     uint64_t launch_ns = 0;
@@ -138,6 +141,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   /// The group's capture lanes, with words of its session.
   base::Status create_lanes(GroupEntry* entry);
   void give_back_words(const GroupEntry& entry);
+  base::Status allocate_exchange(GroupEntry* entry);
   base::Status warm_up(CUstream stream);
 
   Part* take_part();
@@ -169,6 +173,21 @@ class CudaDevice : public Device, public engine::DevicePort {
   void report_part(const Part& part, engine::Outcome* outcome) const;
   void free_part(Part* part);
   void check_health();
+
+  // Chains of copies (copy_chain.cc).
+  /// What such a part and the host tell each other, in pinned memory.
+  struct CopyFacts;
+  /// A chain of copies as it is enqueued.
+  class CopyChain;
+  bool takes_copies(const engine::LaunchSpec& spec) const;
+  uint32_t entries_of(const engine::LaunchSpec& spec) const;
+  bool launch_copies(const engine::LaunchSpec& spec, Part* part);
+  void stop_copies(const Part& part);
+  void judge_copies(const Part& part);
+  CopyFacts* copy_facts(engine::PartId part) const;
+  CUdeviceptr device_copy_facts(engine::PartId part) const;
+  base::Status start_copies();
+
   kernels::cuda::PartFacts* host_facts(engine::PartId part) const;
   kernels::cuda::PartFacts* device_facts(engine::PartId part) const;
   kernels::cuda::PartState* part_state(engine::PartId part) const;
@@ -199,6 +218,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   CUstream rescue_stream_ = nullptr;  // nothing on it ever waits
   std::unique_ptr<VmmMemory> states_;
   std::unique_ptr<PinnedMemory> facts_;
+  std::unique_ptr<PinnedMemory> copy_facts_;
   std::array<Part, kMaxPartsInFlight> parts_{};
   uint32_t parts_in_flight_ = 0;
   bool launch_refused_ = false;  // nobody wakes the loop when a close that held launches back is over

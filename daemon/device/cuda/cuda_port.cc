@@ -42,6 +42,20 @@ class CudaDevice::WordBatch {
     write.writeValue.value64 = value;
     write.writeValue.flags = CU_STREAM_WRITE_VALUE_DEFAULT;  // each write is ordered behind the one before
   }
+  /// What the client's stream waits for in an operation by copies. Behind the completion word where that is written:
+  /// a kernel that sees these has to see that the operation has ended.
+  void write_steps(const engine::SlotWords& words, uint32_t ranks, uint64_t value) {
+    for (uint32_t step = 0; step < 2; ++step) {
+      for (uint32_t j = 0; j < ranks; ++j) {
+        write(word_at(words.flag_page, EXPERTD_STEP_ARRIVED_OFFSET(words.slot, step, j)), value);
+      }
+    }
+  }
+  /// What the chain of copies waits for behind its doorbell.
+  void write_client_steps(const engine::SlotWords& words, uint64_t value) {
+    write(word_at(words.flag_page, EXPERTD_STEP_RUNG_OFFSET(words.slot)), value);
+    write(word_at(words.flag_page, EXPERTD_STEP_ENDED_OFFSET(words.slot)), value);
+  }
   bool send(const Driver& driver, CUstream stream) {
     return driver.cuStreamBatchMemOp(stream, count_, writes_.data(), 0) == CUDA_SUCCESS;
   }
@@ -77,7 +91,7 @@ CudaDevice::Part* CudaDevice::take_part() {
 
 bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords& words, engine::PartId* part) {
   SessionEntry* session = sessions_.find(spec.own->session.value);
-  if (session != nullptr && session->queued_entries + kEntriesPerPart > kMaxStreamEntries) {
+  if (session != nullptr && session->queued_entries + entries_of(spec) > kMaxStreamEntries) {
     return false;
   }
   launch_refused_ = !gpu_.view.gate->try_enter();
@@ -109,11 +123,16 @@ bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords&
   }
   if (slot->group != nullptr) {
     std::copy_n(spec.devices.begin(), spec.ranks, slot->devices.begin());
-    slot->page = slot->group->sync_page(spec.page);
   }
   if (spec.own->captured) {
     capture(spec, slot);
     return true;
+  }
+  if (takes_copies(spec)) {
+    return launch_copies(spec, slot);
+  }
+  if (slot->group != nullptr) {
+    slot->page = slot->group->sync_page(spec.page);
   }
   kernels::cuda::PartParams params{};
   const bool filled = fill_params(spec, slot, &params);
@@ -164,6 +183,11 @@ void CudaDevice::send_rescue(Part* part) {
       batch.write(&part->page->moved[s], EXPERTD_ABORT_WORD);
     }
   }
+  if (part->copies) {
+    stop_copies(*part);
+    batch.write_steps(part->words, part->ranks, EXPERTD_ABORT_WORD);
+    batch.write_client_steps(part->words, EXPERTD_ABORT_WORD);
+  }
   batch.write(&device_facts(part->id)->rescued, part->id);
   const ScopedContext context(driver_, gpu_.view.context);
   part->rescue_sent = batch.send(driver_, rescue_stream_);
@@ -182,6 +206,9 @@ void CudaDevice::send_restore(Part* part) {
       batch.write(&part->page->moved[s], part->group_op);
     }
   }
+  if (part->copies) {
+    batch.write_client_steps(part->words, part->words.seq);
+  }
   batch.write(&device_facts(part->id)->restored, part->id);
   const ScopedContext context(driver_, gpu_.view.context);
   part->restore_sent = batch.send(driver_, rescue_stream_);
@@ -193,6 +220,9 @@ void CudaDevice::send_words(Part* part) {
   if (part->words.flag_page != nullptr && part->words.slot < EXPERTD_RING_SLOTS_MAX) {
     batch.write(word_at(part->words.flag_page, EXPERTD_RESULT_WORD_OFFSET(part->words.slot)), part->end_reason);
     batch.write(word_at(part->words.flag_page, EXPERTD_COMPLETION_WORD_OFFSET(part->words.slot)), part->words.seq);
+    if (part->copies) {
+      batch.write_steps(part->words, part->ranks, part->words.seq);
+    }
   }
   batch.write(&device_facts(part->id)->settled, part->id);
   const ScopedContext context(driver_, gpu_.view.context);
@@ -249,6 +279,9 @@ bool CudaDevice::poll(engine::PartId id, engine::Outcome* outcome) {
     }
     return false;
   }
+  if (part.copies) {
+    judge_copies(part);
+  }
   if (part.end_reason == 0) {
     report_part(part, outcome);
     free_part(&part);
@@ -283,7 +316,9 @@ void CudaDevice::report_part(const Part& part, engine::Outcome* outcome) const {
   *outcome = {};
   outcome->launch_ns = part.launch_ns;
   outcome->end_ns = base::now_ns();
-  outcome->executor = part.sms == 0 ? EXPERTD_COMPLETION_EXECUTOR_NONE : EXPERTD_COMPLETION_EXECUTOR_SM;
+  outcome->executor = part.copies     ? EXPERTD_COMPLETION_EXECUTOR_COPY_ENGINE
+                      : part.sms == 0 ? EXPERTD_COMPLETION_EXECUTOR_NONE
+                                      : EXPERTD_COMPLETION_EXECUTOR_SM;
   outcome->sms = part.sms;
   // The GPU's timer is another clock: the part's length is taken from it, its end is when the host saw it.
   if (facts.start_ns != 0 && facts.end_ns >= facts.start_ns) {
@@ -354,6 +389,8 @@ void CudaDevice::release_words(const engine::SlotWords& words, uint32_t reason) 
   WordBatch batch;
   batch.write(word_at(words.flag_page, EXPERTD_RESULT_WORD_OFFSET(words.slot)), reason);
   batch.write(word_at(words.flag_page, EXPERTD_COMPLETION_WORD_OFFSET(words.slot)), words.seq);
+  // The client's stream may wait for the words of copies; others have no use for them.
+  batch.write_steps(words, EXPERTD_STEP_RANKS, words.seq);
   const ScopedContext context(driver_, gpu_.view.context);
   batch.send(driver_, rescue_stream_);
 }

@@ -18,7 +18,8 @@
   X(cuCtxPushCurrent) X(cuCtxPopCurrent) X(cuCtxGetStreamPriorityRange)                                 \
   X(cuStreamCreateWithPriority) X(cuStreamDestroy) X(cuStreamQuery) X(cuStreamSynchronize)              \
   X(cuStreamWaitValue64) X(cuStreamWriteValue64) X(cuStreamBatchMemOp)                                  \
-  X(cuMemHostAlloc) X(cuMemFreeHost) X(cuMemHostGetDevicePointer) X(cuMemsetD8Async) X(cuMemcpyHtoDAsync)                    \
+  X(cuMemHostAlloc) X(cuMemFreeHost) X(cuMemHostGetDevicePointer) X(cuMemsetD8Async) X(cuMemcpyAsync)   \
+  X(cuMemcpyHtoDAsync)                                                                                  \
   X(cuMemGetAllocationGranularity) X(cuMemCreate) X(cuMemRelease) X(cuMemAddressReserve)                \
   X(cuMemAddressFree) X(cuMemMap) X(cuMemUnmap) X(cuMemSetAccess) X(cuMemExportToShareableHandle)       \
   X(cuMemImportFromShareableHandle) X(cuMemGetAllocationPropertiesFromHandle)                           \

@@ -70,6 +70,11 @@ GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit)
   return layout;
 }
 
+expertd_exchange_layout exchange_layout(const engine::GroupShape& shape) {
+  const expertd_exchange_shape exchanged{shape.ranks, shape.experts, shape.hidden, shape.max_tokens, shape.top_k};
+  return expertd_exchange_layout_of(&exchanged);
+}
+
 uint64_t pinned_bytes(const GroupLayout& layout) {
   return layout.shared_bytes + layout.relay_bytes;
 }

@@ -8,6 +8,7 @@
 
 #include "daemon/device/device.h"
 #include "daemon/engine/ports.h"
+#include "proto/abi/exchange_v1.h"
 
 namespace expertd::device::cuda {
 
@@ -67,6 +68,8 @@ struct GroupLayout {
 };
 /// Pure; at least one handle, and no more than fit kMaxHandleTableBytes. `shape.low_latency` asks for the buffers.
 GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit);
+/// Where things lie in the exchange window of a rank. Pure.
+expertd_exchange_layout exchange_layout(const engine::GroupShape& shape);
 /// Bytes of pinned host memory that takes the place of the shared tables behind the relay.
 uint64_t pinned_bytes(const GroupLayout& layout);
 /// What a rank takes. All its tables lie in one allocation of `allocated_bytes`, at least layout.total_bytes; what the

@@ -15,6 +15,7 @@
 #include "daemon/device/cuda/memory.h"
 #include "daemon/engine/ports.h"
 #include "daemon/kernels/cuda/part_params.h"
+#include "proto/abi/exchange_v1.h"
 
 namespace expertd::device::cuda {
 
@@ -22,6 +23,10 @@ inline constexpr uint32_t kMaxArmedStreams = 24;    // of 32 connections; measur
 inline constexpr uint32_t kMaxParkedStreams = 28;   // those of sessions, and two of each capture lane
 inline constexpr uint32_t kMaxStreamEntries = 256;  // measured: 256 behind a wait are fine, 1024 hang the thread
 inline constexpr uint32_t kEntriesPerPart = 16;     // the longest chain: doorbell, 10 kernels, 2 waits, slack
+/// Of a chain of copies: two copies and two words for each rank and step, words and reports around them.
+constexpr uint32_t copy_entries(uint32_t ranks) {
+  return 8 + 4 * ranks;
+}
 // As many as the streams hold: with fewer, parts on two devices could each hold the place that the other's peer needs.
 inline constexpr uint32_t kMaxPartsInFlight = kMaxArmedStreams * (kMaxStreamEntries / kEntriesPerPart);
 inline constexpr uint32_t kMaxGroupsPerDevice = 256;
@@ -90,7 +95,10 @@ struct GroupEntry {
   uint64_t relay_ranks = 0;              // ranks whose GPUs and this one do not reach each other
   bool linked = false;                   // all GPUs of the group reach each other and have the link kernels
   std::unique_ptr<PinnedMemory> shared;  // with relay_ranks: sync pages, counts, relay
-  uint64_t last_op = 0;                  // operation launched last, and the ranks that took part; loop thread only
+  std::unique_ptr<VmmMemory> exchange;   // of a group by copy engines
+  expertd_exchange_layout exchange_layout{};
+  CUdeviceptr flag_page = 0;  // of the rank's session, with `exchange`
+  uint64_t last_op = 0;       // operation launched last, and the ranks that took part; loop thread only
   uint64_t last_active = ~uint64_t{0};
   uint32_t progress_index = 0;  // of the device's pinned progress words
   kernels::cuda::Progress* host_progress = nullptr;

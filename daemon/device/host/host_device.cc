@@ -54,6 +54,10 @@ void* HostDevice::session_flag_page(base::SessionId /*session*/) {
 }
 
 base::Status HostDevice::create_group(const engine::GroupShape& shape, uint32_t handle_limit) {
+  if (shape.capture_lanes != 0) {
+    return base::Status(EXPERTD_REASON_UNSUPPORTED, "capture_lanes = " + std::to_string(shape.capture_lanes) +
+                                                        ": host devices have no graphs to capture operations in");
+  }
   EXPERTD_RETURN_IF_ERROR(groups_->add_rank(shape, handle_limit));
   handle_table_bytes_.fetch_add(groups_->handle_table_bytes(shape.id, base::Rank{shape.rank}),
                                 std::memory_order_relaxed);

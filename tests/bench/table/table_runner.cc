@@ -73,6 +73,10 @@ TableRunner::Batch::Batch(TableRunner* runner, std::vector<TableCase> cases, uin
   bench_.iterations = runner->options_.iterations;
   bench_.seed = runner->options_.seed;
   bench_.timeout_ns = kTimeoutNs;
+  const std::string& executor = runner->options_.executor;
+  bench_.executor = executor == "sm"            ? EXPERTD_GROUP_EXECUTOR_SM
+                    : executor == "copy_engine" ? EXPERTD_GROUP_EXECUTOR_COPY_ENGINE
+                                                : EXPERTD_GROUP_EXECUTOR_AUTO;
   for (size_t i = 0; i < cases_.size(); ++i) {
     finished_.emplace_back(clients_.size());
   }

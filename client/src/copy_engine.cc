@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+// An operation on the caller's stream:
+//
+//   dispatch: pack, doorbell                     combine: weights, doorbell
+//             wait arrived[0] of all ranks                wait arrived[0] of all ranks
+//                                                         reduce, rung
+//                                                         wait arrived[1] of the others
+//             expand, ended and completion                add, ended and completion
+//
+// The daemon's chain (daemon/device/cuda/copy_chain.cc) has its copies between them. With EXPERTD_ASYNC what follows
+// the doorbell goes to a stream of the library, which waits for the doorbell first: operations of a session are issued
+// in one order, so a receive half that waits there holds back none that could come before it.
+#include "client/src/copy_engine.h"
+
+#include "client/src/clock.h"
+#include "client/src/session.h"
+
+namespace expertd::client {
+namespace {
+
+constexpr uintptr_t kAlignment = 16;
+
+template <typename T>
+T* tensor_of(const OpRequest& request, uint32_t index) {
+  return static_cast<T*>(const_cast<void*>(request.tensors[index].pointer));
+}
+
+/// Bytes beside a row in the exchange.
+uint64_t side_bytes(const ExchangeParams& params) {
+  switch (params.payload) {
+    case ExchangePayload::kPlain:
+      return uint64_t{params.side_elements} * params.side_element_bytes;
+    case ExchangePayload::kUe8m0:
+      return params.hidden / EXPERTD_LL_SCALE_CHANNELS;
+    default:
+      return uint64_t{params.hidden / EXPERTD_LL_SCALE_CHANNELS} * 4;
+  }
+}
+
+ExchangePayload payload_of(const expertd_slot& slot) {
+  if (slot.op != EXPERTD_OP_LL_DISPATCH || (slot.flags & EXPERTD_SLOT_QUANTISE_FP8) == 0) {
+    return ExchangePayload::kPlain;
+  }
+  if ((slot.flags & EXPERTD_SLOT_UE8M0) != 0) {
+    return ExchangePayload::kUe8m0;
+  }
+  return (slot.flags & EXPERTD_SLOT_ROUND_SCALE) != 0 ? ExchangePayload::kFp8Rounded : ExchangePayload::kFp8;
+}
+
+void fill_sizes(const GroupConfig& config, const expertd_slot& slot, ExchangeParams* params) {
+  params->layout = config.exchange_layout();
+  params->ranks = config.ranks;
+  params->rank = config.rank;
+  params->experts = config.num_experts;
+  params->local_experts = config.local_experts();
+  params->hidden = config.hidden;
+  params->max_tokens = config.max_tokens;
+  params->table_top_k = config.top_k;
+  params->tokens = slot.tokens;
+  params->top_k = slot.top_k;
+  params->idx_bytes = slot.topk_idx_bytes;
+  params->payload = payload_of(slot);
+  params->row_bytes = slot.row_bytes;
+  params->out_row_bytes = params->payload == ExchangePayload::kPlain ? slot.row_bytes : config.hidden;
+  const bool bytes = slot.op == EXPERTD_OP_LL_DISPATCH && slot.dtype == EXPERTD_DTYPE_BYTES;
+  params->side_elements = bytes ? slot.side_elements : 0;
+  params->side_element_bytes = bytes ? slot.side_element_bytes : 1;
+  params->side_row_stride = slot.side_row_stride;
+  params->side_element_stride = slot.side_element_stride;
+  params->row_stride = expertd_exchange_row_stride(params->out_row_bytes, side_bytes(*params));
+}
+
+void fill_tensors(const OpRequest& request, ExchangeParams* params) {
+  params->x = tensor_of<const void>(request, EXPERTD_IN_X);
+  params->topk_idx = tensor_of<const void>(request, EXPERTD_IN_TOPK_IDX);
+  params->topk_weights = tensor_of<const float>(request, EXPERTD_IN_TOPK_WEIGHTS);
+  params->side = tensor_of<const void>(request, EXPERTD_IN_SIDE);
+  params->out_x = tensor_of<void>(request, EXPERTD_OUT_X);
+  params->out_side = tensor_of<void>(request, EXPERTD_OUT_SIDE);
+  params->expert_counts = tensor_of<int32_t>(request, EXPERTD_OUT_EXPERT_COUNTS);
+  params->src_info = tensor_of<int32_t>(request, EXPERTD_OUT_SRC_INFO);
+  params->layout_range = tensor_of<int64_t>(request, EXPERTD_OUT_LAYOUT_RANGE);
+  params->stats = tensor_of<int32_t>(request, EXPERTD_OUT_STATS);
+}
+
+/// Whether the kernels may be given this: nothing that a kernel would read or write out of bounds for.
+bool is_sound(const OpRequest& request, const ExchangeParams& p) {
+  const bool dispatch = request.slot.op == EXPERTD_OP_LL_DISPATCH;
+  for (const TensorArg& tensor : request.tensors) {
+    if (reinterpret_cast<uintptr_t>(tensor.pointer) % kAlignment != 0) {
+      return false;
+    }
+  }
+  const bool sized = p.tokens <= p.max_tokens && p.top_k >= 1 && p.top_k <= p.table_top_k && p.row_bytes >= 16 &&
+                     p.row_bytes % 16 == 0 && p.row_stride <= p.layout.row_stride;
+  const bool side_fits =
+      p.side_elements == 0 || p.side_element_bytes == 1 || p.side_element_bytes == 2 || p.side_element_bytes == 4;
+  const bool ue8m0_fits = p.payload != ExchangePayload::kUe8m0 || p.hidden % 512 == 0;
+  const bool inputs = (p.tokens == 0 || (p.topk_idx != nullptr && (p.x != nullptr || !dispatch)));
+  if (!sized || !side_fits || !ue8m0_fits || !inputs) {
+    return false;
+  }
+  const bool wants_side = p.payload != ExchangePayload::kPlain || p.side_elements != 0;
+  return dispatch ? p.out_x != nullptr && p.expert_counts != nullptr && (!wants_side || p.out_side != nullptr)
+                  : p.x != nullptr && (p.tokens == 0 || (p.topk_weights != nullptr && p.out_x != nullptr)) &&
+                        p.row_bytes == 2 * p.hidden;
+}
+
+}  // namespace
+
+Status use_exchange(const Group& group, uint32_t place, OpRequest* request, ExchangeParams* params) {
+  if (group.exchange() == nullptr || request->captured) {
+    return {};
+  }
+  fill_sizes(group.config(), request->slot, params);
+  fill_tensors(*request, params);
+  if (place >= EXPERTD_EXCHANGE_HANDLES || !is_sound(*request, *params)) {
+    return {};
+  }
+  const uint32_t buffer = group.exchange_buffer();
+  char* window = static_cast<char*>(group.exchange()->data);
+  params->buffer = window + buffer * params->layout.buffer_bytes;
+  params->handle = window + params->layout.handles + place * params->layout.handle_bytes;
+  request->slot.flags |= EXPERTD_SLOT_COPY_ENGINE;
+  request->slot.exchange_buffer = buffer;
+  request->exchange = params;
+  return {};
+}
+
+// Under the submit lock; the descriptor is stamped and its record kept. `rung`: the doorbell's word cannot be relied on
+// (rings_late), so this waits for what is in front of it and tells the daemon not to.
+Status Session::issue_exchange(OpRequest* request, uint32_t index, bool rung, expertd_stream_t stream) {
+  ExchangeParams& params = *request->exchange;
+  char* page = device_->flag_page();
+  params.steps = reinterpret_cast<const uint64_t*>(page + EXPERTD_STEP_OFFSET(index));
+  params.completion = reinterpret_cast<const uint64_t*>(page + EXPERTD_COMPLETION_WORD_OFFSET(index));
+  params.result = reinterpret_cast<uint64_t*>(page + EXPERTD_RESULT_WORD_OFFSET(index));
+  params.seq = request->slot.seq;
+  const bool dispatch = request->slot.op == EXPERTD_OP_LL_DISPATCH;
+  const ExchangeKernel first = dispatch ? ExchangeKernel::kPack : ExchangeKernel::kWeights;
+  LocalKernels* kernels = device_->local_kernels();
+  Status status;
+  if (rung) {
+    status = kernels->launch_exchange(first, params, stream);
+    if (status.ok()) {
+      status = device_->synchronize(stream, deadline_after(request->timeout_ns));
+    }
+    request->slot.flags |= EXPERTD_SLOT_RUNG;
+  }
+  // Published whatever failed: the sequence is used up. Nothing of it runs then, and it ends at its deadline.
+  connection_->ring()->submit(request->slot);
+  request->submitted = true;
+  if (!rung) {
+    status = kernels->launch_exchange(first, params, stream);
+    if (status.ok()) {
+      status = device_->ring_doorbell(index, params.seq, stream);
+    }
+    doorbells_[index] = status.ok() ? Doorbell{params.seq, stream} : doorbells_[index];
+  }
+  const bool async = (request->flags & EXPERTD_ASYNC) != 0;
+  return status.ok() ? receive_exchange(*request, index, rung, async ? device_->receive_stream() : stream) : status;
+}
+
+Status Session::receive_exchange(const OpRequest& request, uint32_t index, bool rung, expertd_stream_t stream) {
+  const ExchangeParams& params = *request.exchange;
+  char* page = device_->flag_page();
+  const bool dispatch = request.slot.op == EXPERTD_OP_LL_DISPATCH;
+  LocalKernels* kernels = device_->local_kernels();
+  StreamWord words[kStreamWordsMax];
+  uint32_t count = 0;
+  if ((request.flags & EXPERTD_ASYNC) != 0 && !rung) {
+    words[count++] = {page + EXPERTD_DOORBELL_OFFSET(index), params.seq, false};
+  }
+  for (uint32_t rank = 0; rank < params.ranks; ++rank) {
+    words[count++] = {page + EXPERTD_STEP_ARRIVED_OFFSET(index, 0, rank), params.seq, false};
+  }
+  Status status = device_->stream_words(words, count, stream);
+  if (status.ok()) {
+    status = kernels->launch_exchange(dispatch ? ExchangeKernel::kExpand : ExchangeKernel::kReduce, params, stream);
+  }
+  if (status.ok() && !dispatch) {
+    count = 0;
+    words[count++] = {page + EXPERTD_STEP_RUNG_OFFSET(index), params.seq, true};
+    for (uint32_t rank = 0; rank < params.ranks; ++rank) {
+      if (rank != params.rank) {
+        words[count++] = {page + EXPERTD_STEP_ARRIVED_OFFSET(index, 1, rank), params.seq, false};
+      }
+    }
+    status = device_->stream_words(words, count, stream);
+  }
+  if (status.ok() && !dispatch) {
+    status = kernels->launch_exchange(ExchangeKernel::kAdd, params, stream);
+  }
+  if (!status.ok()) {
+    return status;
+  }
+  const StreamWord end[] = {{page + EXPERTD_STEP_ENDED_OFFSET(index), params.seq, true},
+                            {page + EXPERTD_COMPLETION_WORD_OFFSET(index), params.seq, true}};
+  return device_->stream_words(end, 2, stream);
+}
+
+}  // namespace expertd::client

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// Whether client and daemon mean the same executor, and with copy engines the same buffer. Pure, loop thread.
+#pragma once
+
+#include "daemon/engine/group_shared.h"
+#include "daemon/transport/tensor_check.h"
+#include "proto/abi/ring_v1.h"
+
+namespace expertd::transport {
+
+/// `group` is null for operations without one, `number` that of the operation. False with a refusal in `check`.
+bool check_executor(const expertd_slot& slot, const engine::GroupShared* group, uint64_t number, TensorCheck* check);
+
+}  // namespace expertd::transport

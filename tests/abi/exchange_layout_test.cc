@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// The exchange window: regions lie apart and inside, what travels fits its region, shapes outside the limits have none.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "proto/abi/exchange_v1.h"
+
+namespace {
+
+struct Region {
+  uint64_t begin;
+  uint64_t bytes;
+};
+
+void expect_apart(std::vector<Region> regions, uint64_t total) {
+  std::sort(regions.begin(), regions.end(), [](const Region& a, const Region& b) { return a.begin < b.begin; });
+  for (size_t i = 0; i < regions.size(); ++i) {
+    EXPECT_EQ(regions[i].begin % 16, 0U);
+    const uint64_t next = i + 1 < regions.size() ? regions[i + 1].begin : total;
+    EXPECT_LE(regions[i].begin + regions[i].bytes, next) << "region " << i;
+  }
+}
+
+std::vector<expertd_exchange_shape> shapes() {
+  return {
+      {1, 1, 128, 1, 1}, {2, 8, 1024, 128, 2}, {2, 256, 7168, 128, 8}, {16, 2048, 16384, 4096, 32}, {3, 9, 384, 7, 5}};
+}
+
+TEST(ExchangeLayout, KeepsRegionsApart) {
+  for (const expertd_exchange_shape& shape : shapes()) {
+    const expertd_exchange_layout at = expertd_exchange_layout_of(&shape);
+    const uint64_t lanes = uint64_t{shape.max_tokens} * shape.top_k;
+    const uint64_t header = sizeof(expertd_exchange_header);
+    const uint64_t sums = 2ull * shape.ranks * shape.max_tokens * shape.hidden;
+    const uint64_t report = sizeof(expertd_exchange_report);
+    expect_apart({{0, header + 4ull * shape.num_experts},
+                  {at.lanes, lanes * sizeof(expertd_exchange_lane)},
+                  {at.rows, shape.max_tokens * at.row_stride}},
+                 at.block_bytes);
+    expect_apart({{0, header}, {at.masks, 4ull * shape.max_tokens}, {at.weights, 4 * lanes}}, at.weights_bytes);
+    expect_apart({{0, report}, {at.out_block, at.block_bytes}, {at.in_blocks, shape.ranks * at.block_bytes}},
+                 at.buffer_bytes);
+    expect_apart({{0, report},
+                  {at.out_weights, at.weights_bytes},
+                  {at.in_weights, shape.ranks * at.weights_bytes},
+                  {at.out_sums, sums},
+                  {at.in_sums, sums}},
+                 at.buffer_bytes);
+    expect_apart({{0, sizeof(expertd_exchange_handle)},
+                  {at.handle_slots, 4 * shape.ranks * lanes},
+                  {at.handle_lanes, 4 * lanes}},
+                 at.handle_bytes);
+    EXPECT_EQ(at.handles, EXPERTD_EXCHANGE_BUFFERS * at.buffer_bytes);
+    EXPECT_EQ(at.total_bytes, at.handles + EXPERTD_EXCHANGE_HANDLES * at.handle_bytes);
+  }
+}
+
+TEST(ExchangeLayout, WhatTravelsFitsItsRegion) {
+  for (const expertd_exchange_shape& shape : shapes()) {
+    const expertd_exchange_layout at = expertd_exchange_layout_of(&shape);
+    EXPECT_LE(expertd_exchange_block_copy(&at, shape.max_tokens, at.row_stride), at.block_bytes);
+    EXPECT_LE(expertd_exchange_weights_copy(&at, shape.max_tokens, shape.top_k), at.weights_bytes);
+    EXPECT_LE(expertd_exchange_row_stride(shape.hidden, shape.hidden / 32), at.row_stride);
+    EXPECT_LE(expertd_exchange_row_stride(2ull * shape.hidden, 0), at.row_stride);
+    EXPECT_EQ(at.row_stride % 128, 0U);
+  }
+}
+
+TEST(ExchangeLayout, RefusesShapesOutsideTheLimits) {
+  const expertd_exchange_shape good{2, 8, 1024, 128, 2};
+  ASSERT_NE(expertd_exchange_layout_of(&good).total_bytes, 0U);
+  for (const expertd_exchange_shape& bad :
+       {expertd_exchange_shape{0, 8, 1024, 128, 2}, expertd_exchange_shape{17, 34, 1024, 128, 2},
+        expertd_exchange_shape{2, 9, 1024, 128, 2}, expertd_exchange_shape{2, 1024, 1024, 128, 2},
+        expertd_exchange_shape{2, 8, 1000, 128, 2}, expertd_exchange_shape{2, 8, 16512, 128, 2},
+        expertd_exchange_shape{2, 8, 1024, 0, 2}, expertd_exchange_shape{2, 8, 1024, 4097, 2},
+        expertd_exchange_shape{2, 8, 1024, 128, 0}, expertd_exchange_shape{2, 8, 1024, 128, 33}}) {
+    EXPECT_EQ(expertd_exchange_layout_of(&bad).total_bytes, 0U);
+  }
+}
+
+}  // namespace

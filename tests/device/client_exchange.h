@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Random low latency operations by copy engines in a client process, compared with the reference: every rank makes the
+// same cases of a seed, runs its own share in a group of its own and compares its outputs, which were poisoned before.
+// Rounds without a wait of the host in between, and with EXPERTD_ASYNC, follow in the same group. Of the client
+// program, one thread.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "tests/device/client_gpu.h"
+#include "tests/support/random_case.h"
+#include "tests/support/rank_threads.h"
+
+namespace expertd::device_test {
+
+class Exchanges {
+ public:
+  static constexpr uint32_t kRanks = 2;
+
+  /// `gpu` is null on host devices, which these are not for. All return what was wrong, empty for nothing.
+  std::string open(expertd_session_t* session, ClientGpu* gpu);
+  /// One case of two ranks.
+  std::string run(uint64_t seed, uint32_t rank);
+
+ private:
+  struct Places;
+  struct Issued {
+    expertd_handle_t handle{};
+    expertd_event_t dispatched{};
+    expertd_event_t combined{};
+  };
+
+  std::string upload(const support::RandomCase& it, uint32_t rank, const Places& at);
+  std::string dispatch(const support::RandomCase& it, uint32_t rank, const Places& at, uint32_t flags, Issued* issued);
+  std::string combine(const support::RandomCase& it, uint32_t rank, const Places& at, uint32_t flags, Issued* issued);
+  std::string check_dispatch(const support::RandomCase& it, uint32_t rank, const Places& at, const Issued& issued);
+  std::string check_combine(const support::RandomCase& it, uint32_t rank, const Places& at, const Issued& issued);
+  std::string run_round(const support::RandomCase& it, uint32_t rank, const Places& at, uint32_t round);
+  std::string make_rows(const support::RandomCase& it, uint32_t rank, const Places& at);
+  std::string copy(void* destination, const void* source, uint64_t bytes);
+  std::string synchronize();
+  void* stream() const { return gpu_ == nullptr ? nullptr : gpu_->stream(); }
+
+  expertd_session_t* session_ = nullptr;
+  ClientGpu* gpu_ = nullptr;
+  expertd_group_t* group_ = nullptr;
+  char* block_ = nullptr;  // where the tensors lie
+  char* host_ = nullptr;   // as large
+};
+
+}  // namespace expertd::device_test

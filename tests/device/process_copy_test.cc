@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// Label gpu. Low latency operations by copy engines, in processes of their own: every result is that of the reference,
+// and a peer that dies or stays away ends an operation as it does by kernels.
+#include "tests/device/process_fixture.h"
+
+namespace expertd::device_test {
+namespace {
+
+class ProcessCopy : public ProcessTest {
+ protected:
+  ProcessCopy() : ProcessTest(2, seconds(180)) {}
+
+  void SetUp() override {
+    ProcessTest::SetUp();
+    if (!IsSkipped() && machine().host) {
+      GTEST_SKIP() << "host devices have no copy engines";
+    }
+    if (!IsSkipped()) {
+      ASSERT_TRUE(start_daemon());
+      first_ = make_client();
+      second_ = make_client();
+      ASSERT_TRUE(attach(*first_, 0, "first"));
+      ASSERT_TRUE(attach(*second_, 1, "second"));
+    }
+  }
+  bool join(const std::string& mode, const std::string& ms = "") {
+    return all_ok({first_.get(), second_.get()}, "join copies # 2 " + mode + " " + ms);
+  }
+
+  std::unique_ptr<FaultClient> first_;
+  std::unique_ptr<FaultClient> second_;
+};
+
+TEST_F(ProcessCopy, RandomCasesEqualTheReference) {
+  for (int seed = 1; seed < 120; seed += 20) {
+    ASSERT_TRUE(all_ok({first_.get(), second_.get()}, "exchange " + std::to_string(seed) + " 20 #", seconds(60)))
+        << "seeds " << seed << " to " << seed + 19;
+  }
+}
+
+TEST_F(ProcessCopy, RoundsInFlightTogether) {
+  ASSERT_TRUE(join("copy"));
+  EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "rounds 50 1", seconds(60)));
+  EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "rounds 100 8", seconds(60)));
+}
+
+TEST_F(ProcessCopy, ByKernelsWhereThatIsAskedFor) {
+  ASSERT_TRUE(join("sm"));
+  EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "rounds 20 4", seconds(60)));
+}
+
+TEST_F(ProcessCopy, APeerThatIsKilledEndsTheOperation) {
+  ASSERT_TRUE(join("copy"));
+  EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "loop 4", seconds(60)));
+  second_->signal_kill();
+  const std::string answer = first_->ask("state", seconds(30));  // the line ends the loop, whose end comes first
+  EXPECT_NE(answer.find("PEER_LOST"), std::string::npos) << answer;
+}
+
+TEST_F(ProcessCopy, APeerThatStaysAwayEndsItAtItsDeadline) {
+  ASSERT_TRUE(join("copy", "500"));
+  EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "rounds 5 2", seconds(60)));
+  const std::string answer = first_->ask("rounds 1 1", seconds(30));
+  EXPECT_NE(answer.find("failed TIMEOUT"), std::string::npos) << answer;
+  EXPECT_NE(answer.find("rank=1"), std::string::npos) << answer;
+}
+
+}  // namespace
+}  // namespace expertd::device_test
