@@ -33,7 +33,8 @@
 /* Behind them, for operations by copy engines (1.3): of each slot the words by which its parts follow each other, all
  * of them carrying the slot's sequence. `arrived` [2 steps, 16 ranks]: what rank j copies in this step is here, written
  * by the daemon. `active`: the ranks that take part, a mask, written by the daemon before the own rank's arrived word.
- * `rung`: the client's second doorbell, in front of its partial sums. `ended`: the client's kernels are through. */
+ * `rung`: the client's second doorbell, in front of its partial sums. `ended`: the client's kernels are through.
+ * `voided`: a rank's part was aborted before its copies, so its arrived words say nothing; written by the daemon. */
 #define EXPERTD_STEP_STRIDE 512u
 #define EXPERTD_STEP_RANKS 16u
 #define EXPERTD_STEP_OFFSET(slot) \
@@ -43,6 +44,7 @@
 #define EXPERTD_STEP_ACTIVE_OFFSET(slot) (EXPERTD_STEP_OFFSET(slot) + 256u)
 #define EXPERTD_STEP_RUNG_OFFSET(slot) (EXPERTD_STEP_OFFSET(slot) + 384u)
 #define EXPERTD_STEP_ENDED_OFFSET(slot) (EXPERTD_STEP_OFFSET(slot) + 392u)
+#define EXPERTD_STEP_VOIDED_OFFSET(slot) (EXPERTD_STEP_OFFSET(slot) + 264u) /* beside `active` */
 /* Behind those, words of the captured operations of lane i of the session (1.3). They reset themselves: the client's
  * graph writes the operation's entry (>= 1) into the doorbell, which the daemon takes back to 0; the daemon writes 1
  * into the completion word, which the graph takes back to 0. */

@@ -50,6 +50,8 @@ class Arena {
     ASSERT_EQ(cudaSuccess, cudaSetDevice(static_cast<int>(device)));  // the first device has index 0 here
     ASSERT_EQ(cudaSuccess, cudaMemcpy(window_.memory->mapping().base[device], mirror_.data(), mirror_.size(),
                                       cudaMemcpyHostToDevice));
+    // Such a copy may return before the last bytes have arrived, and the operation's stream does not wait for it.
+    ASSERT_EQ(cudaSuccess, cudaStreamSynchronize(cudaStreamLegacy));
   }
   /// Outputs go back into their buffers; everything else must be as it was uploaded.
   void download(uint32_t device) {

@@ -35,7 +35,8 @@ __device__ inline uint64_t active_ranks(const ExchangeParams& p) {
 }
 
 /// Whether the operation was aborted: a word that the stream waited for has the abort value, or that of a later
-/// operation; or it has the right one, but the operation had ended before (the completion word is written first).
+/// operation; or it has the right one, but the operation had ended before (the completion word is written first), or
+/// another rank was aborted before it copied (`voided` is written before its arrived word).
 /// Whole block; one warp reads. `steps`: how many were waited for.
 __device__ inline bool was_aborted(const ExchangeParams& p, uint32_t steps) {
   int aborted = 0;
@@ -48,6 +49,7 @@ __device__ inline bool was_aborted(const ExchangeParams& p, uint32_t steps) {
       }
     }
     __syncwarp();
+    aborted |= load_acquire_sys(p.steps + 2 * EXPERTD_STEP_RANKS + 1) == p.seq ? 1 : 0;  // voided, behind the arrivals
     aborted |= load_acquire_sys(p.completion) >= p.seq ? 1 : 0;
   }
   return __syncthreads_or(aborted) != 0;

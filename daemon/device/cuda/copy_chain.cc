@@ -4,31 +4,34 @@
 // work is done by kernels of the client on its own stream; exchange_v1.h says where what lies.
 //
 //   wait doorbell >= seq; write active, arrived[0][self], arrived[*][inactive] = seq; started, progress
-//   dispatch: for each other rank: copy header, lanes and rows; pass word -> its arrived[0][self]
-//   combine:  for each other rank: copy lane weights;           pass word -> its arrived[0][self]
+//   dispatch: for each other rank: copy header, lanes and rows; write its arrived[0][self] = its seq
+//   combine:  for each other rank: copy lane weights;           write its arrived[0][self]
 //             wait rung >= seq
-//             for each other rank: copy its partial sums;       pass word -> its arrived[1][self]
+//             for each other rank: copy its partial sums;       write its arrived[1][self]
 //   progress; wait ended >= seq; report and ended -> host; done
 //
 // What the client gives decides nothing here: addresses are those of the group's windows, sizes come of the admitted
 // requests and the group's shape. The client writes its own completion word when its kernels are through, so no hop
 // lies between the last kernel and the caller; `done` follows behind the chain's wait for `ended`.
 //
-// Ending early. A chain has nothing that could be skipped, so the words that tell others of a copy are copies too, of a
-// pass word in pinned memory: it holds the sequence that the other rank waits for. stop_copies() puts the abort value
-// there before the rescue stream releases the waits, so what the rest of the chain then copies is announced to nobody:
-// the other ranks find the abort value, and their kernels do nothing. Neither is a part's end taken for a good one that
-// was aborted before (judge_copies).
+// Only copies to a peer and to the host, and words behind them: measured beside a process that fills the GPU, without
+// MPS, those take 11 us, but anything that the driver gives to the compute engine's channel waits 1.8 to 3.9 ms for its
+// time slice: copies inside one GPU, copies from the host of less than 4 KiB, and a chain of words without any copy.
+//
+// Ending early. A chain has nothing that could be skipped, so an aborted one copies whatever lies there and announces
+// it. Before the rescue stream releases its waits, the same stream writes `voided` of every other rank: their kernels
+// find it behind the arrived word and do nothing. Neither is a part's end taken for a good one that was aborted before
+// (judge_copies).
 //
 // Order and visibility. A stream's copy has ended before the next entry begins, and a peer's copy is acknowledged by
 // the memory it wrote; the destination's client starts its kernel behind a wait for the word in its own GPU's memory.
 // Buffers are four, and operation n is launched when all parts of n - 4 have ended (GroupShared::set_copy_engine).
 #include <algorithm>
 #include <array>
-#include <atomic>
 
 #include "daemon/base/clock.h"
 #include "daemon/device/cuda/cuda_device.h"
+#include "daemon/device/cuda/word_batch.h"
 #include "daemon/kernels/numerics.h"
 #include "proto/abi/exchange_v1.h"
 #include "proto/abi/ring_v1.h"
@@ -42,9 +45,10 @@ using kernels::OpShape;
 using kernels::Payload;
 
 struct alignas(128) CudaDevice::CopyFacts {
-  uint64_t pass[base::kMaxGpuRanks];  // for rank j: the sequence that it waits for, or the abort value
-  uint64_t ended;                     // copied from the client's word when the chain is through
-  uint64_t reserved[3];
+  uint64_t voided[base::kMaxGpuRanks];  // of rank j: the address of its word, 0 for none; the host's own
+  uint64_t seqs[base::kMaxGpuRanks];    // and the sequence of its slot
+  uint64_t ended;                       // copied from the client's word when the chain is through
+  uint64_t reserved[15];
   expertd_exchange_report report;  // the client's
 };
 
@@ -162,6 +166,7 @@ class CudaDevice::CopyChain {
     CUdeviceptr flag_page = 0;
     uint32_t slot = 0;
     uint32_t tokens = 0;
+    uint64_t seq = 0;
   };
 
   CUdeviceptr own_word(uint64_t offset) const { return address_of(part_.words.flag_page) + offset; }
@@ -202,8 +207,11 @@ bool CudaDevice::CopyChain::find() {
     }
     const uint64_t buffer = spec_.group_op % EXPERTD_EXCHANGE_BUFFERS * layout_.buffer_bytes;
     peers_[j] = {peer->exchange->address() + buffer, peer->flag_page, request->slot,
-                 std::min(request->shape.tokens, group_.shape.max_tokens)};
-    device_.copy_facts(part_.id)->pass[j] = request->seq;
+                 std::min(request->shape.tokens, group_.shape.max_tokens), request->seq};
+    if (j != spec_.rank) {
+      device_.copy_facts(part_.id)->voided[j] = peer->flag_page + EXPERTD_STEP_VOIDED_OFFSET(request->slot);
+      device_.copy_facts(part_.id)->seqs[j] = request->seq;
+    }
   }
   return peers_[spec_.rank].buffer != 0;
 }
@@ -264,8 +272,9 @@ bool CudaDevice::CopyChain::send_to_all(uint32_t step) {
       continue;
     }
     const CUdeviceptr arrived = peers_[j].flag_page + EXPERTD_STEP_ARRIVED_OFFSET(peers_[j].slot, step, spec_.rank);
-    const CUdeviceptr pass = device_.device_copy_facts(part_.id) + offsetof(CopyFacts, pass) + j * sizeof(uint64_t);
-    if (!copy_to(j, step) || !copy(arrived, pass, sizeof(uint64_t))) {
+    Words announcement;
+    announcement.write(arrived, peers_[j].seq);
+    if (!copy_to(j, step) || !announcement.send(driver_, stream_)) {
       return false;
     }
   }
@@ -333,11 +342,12 @@ bool CudaDevice::launch_copies(const LaunchSpec& spec, Part* part) {
   return true;
 }
 
-/// Before the waits are released.
-void CudaDevice::stop_copies(const Part& part) {
-  for (uint64_t& pass : copy_facts(part.id)->pass) {
-    // Release: pairs with the copies, which begin behind words that are written after this.
-    std::atomic_ref<uint64_t>(pass).store(EXPERTD_ABORT_WORD, std::memory_order_release);
+void CudaDevice::void_copies(const Part& part, WordBatch* batch) const {
+  const CopyFacts& facts = *copy_facts(part.id);
+  for (uint32_t j = 0; j < base::kMaxGpuRanks; ++j) {
+    if (facts.voided[j] != 0) {
+      batch->write(reinterpret_cast<const void*>(facts.voided[j]), facts.seqs[j]);
+    }
   }
 }
 

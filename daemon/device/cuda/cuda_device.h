@@ -23,6 +23,8 @@
 
 namespace expertd::device::cuda {
 
+class WordBatch;
+
 /// One GPU as it was found, before a device is made of it.
 struct GpuFacts {
   GpuView view;
@@ -120,8 +122,6 @@ class CudaDevice : public Device, public engine::DevicePort {
     std::array<base::DeviceIndex, base::kMaxGpuRanks> devices{};
     uint32_t ranks = 0;
   };
-  /// Stream memory operations collected for one submission.
-  class WordBatch;
 
   explicit CudaDevice(Setup setup);
   base::Status start();
@@ -182,7 +182,8 @@ class CudaDevice : public Device, public engine::DevicePort {
   bool takes_copies(const engine::LaunchSpec& spec) const;
   uint32_t entries_of(const engine::LaunchSpec& spec) const;
   bool launch_copies(const engine::LaunchSpec& spec, Part* part);
-  void stop_copies(const Part& part);
+  /// Tells the other ranks that this rank's copies say nothing.
+  void void_copies(const Part& part, WordBatch* batch) const;
   void judge_copies(const Part& part);
   CopyFacts* copy_facts(engine::PartId part) const;
   CUdeviceptr device_copy_facts(engine::PartId part) const;

@@ -14,6 +14,7 @@
 
 #include "daemon/base/clock.h"
 #include "daemon/device/cuda/cuda_device.h"
+#include "daemon/device/cuda/word_batch.h"
 #include "proto/abi/ring_v1.h"
 
 namespace expertd::device::cuda {
@@ -27,44 +28,7 @@ uint64_t load_word(const uint64_t& word) {
   return std::atomic_ref<uint64_t>(const_cast<uint64_t&>(word)).load(std::memory_order_acquire);
 }
 
-uint64_t* word_at(void* flag_page, uint64_t offset) {
-  return reinterpret_cast<uint64_t*>(static_cast<char*>(flag_page) + offset);
-}
-
 }  // namespace
-
-class CudaDevice::WordBatch {
- public:
-  void write(const void* address, uint64_t value) {
-    CUstreamBatchMemOpParams& write = writes_[count_++];
-    write.writeValue.operation = CU_STREAM_MEM_OP_WRITE_VALUE_64;
-    write.writeValue.address = reinterpret_cast<CUdeviceptr>(address);
-    write.writeValue.value64 = value;
-    write.writeValue.flags = CU_STREAM_WRITE_VALUE_DEFAULT;  // each write is ordered behind the one before
-  }
-  /// What the client's stream waits for in an operation by copies. Behind the completion word where that is written:
-  /// a kernel that sees these has to see that the operation has ended.
-  void write_steps(const engine::SlotWords& words, uint32_t ranks, uint64_t value) {
-    for (uint32_t step = 0; step < 2; ++step) {
-      for (uint32_t j = 0; j < ranks; ++j) {
-        write(word_at(words.flag_page, EXPERTD_STEP_ARRIVED_OFFSET(words.slot, step, j)), value);
-      }
-    }
-  }
-  /// What the chain of copies waits for behind its doorbell.
-  void write_client_steps(const engine::SlotWords& words, uint64_t value) {
-    write(word_at(words.flag_page, EXPERTD_STEP_RUNG_OFFSET(words.slot)), value);
-    write(word_at(words.flag_page, EXPERTD_STEP_ENDED_OFFSET(words.slot)), value);
-  }
-  bool send(const Driver& driver, CUstream stream) {
-    return driver.cuStreamBatchMemOp(stream, count_, writes_.data(), 0) == CUDA_SUCCESS;
-  }
-
- private:
-  // Abort word, doorbell, three exchange words per rank, result, completion and the host's word.
-  std::array<CUstreamBatchMemOpParams, 3 * base::kMaxGpuRanks + 8> writes_{};
-  uint32_t count_ = 0;
-};
 
 kernels::cuda::PartFacts* CudaDevice::host_facts(engine::PartId part) const {
   return static_cast<kernels::cuda::PartFacts*>(facts_->host()) + part % kMaxPartsInFlight;
@@ -173,6 +137,9 @@ void CudaDevice::fail_launch(Part* part, uint32_t reason) {
 void CudaDevice::send_rescue(Part* part) {
   WordBatch batch;
   batch.write(&part_state(part->id)->aborted_part, part->id);
+  if (part->copies) {
+    void_copies(*part, &batch);  // before anything is released
+  }
   if (part->waits_doorbell) {
     batch.write(word_at(part->words.flag_page, EXPERTD_DOORBELL_OFFSET(part->words.slot)), EXPERTD_ABORT_WORD);
   }
@@ -184,7 +151,6 @@ void CudaDevice::send_rescue(Part* part) {
     }
   }
   if (part->copies) {
-    stop_copies(*part);
     batch.write_steps(part->words, part->ranks, EXPERTD_ABORT_WORD);
     batch.write_client_steps(part->words, EXPERTD_ABORT_WORD);
   }
