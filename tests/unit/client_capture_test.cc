@@ -170,14 +170,10 @@ TEST_F(ClientCapture, ADaemonOfRingVersion12IsToldNothing) {
   expertd_group_options_t of_group = group_options();
   of_group.capture_lanes = 1;
   expertd_group_t* group = nullptr;
-  const expertd_status_t joined = expertd_group_join(session, &of_group, &group);
-  if (joined.reason == 0) {
-    gpu_.capturing = true;
-    expect_unsupported(dispatch(group), "older than ring version 1.3");
-    EXPECT_TRUE(older.seen().empty());
-  } else {
-    expect_unsupported(joined, "1.3");
-  }
+  ASSERT_EQ(0, expertd_group_join(session, &of_group, &group).reason) << message();
+  gpu_.capturing = true;
+  expect_unsupported(dispatch(group), "older than ring version 1.3");
+  EXPECT_TRUE(older.seen().empty());
   EXPECT_EQ(0, expertd_detach(session).reason) << message();
 }
 
@@ -194,6 +190,34 @@ TEST_F(ClientCapture, WhatTheDaemonRefusesIsNotInTheGraphAndLeavesTheLanesInStep
   EXPECT_TRUE(gpu_.captured.empty());
   ASSERT_EQ(0, dispatch(group).reason) << message();
   EXPECT_EQ(0u, daemon_.seen().back().capture_lane);
+}
+
+TEST_F(ClientCapture, RegistrationsOfCapturedMemoryStayUntilTheGroupIsLeft) {
+  constexpr int kAllocations = 1100;  // more than a session may have buffers
+  expertd_group_t* group = join_with(1);
+  gpu_.capturing = true;
+  ASSERT_EQ(0, dispatch(group).reason) << message();
+  gpu_.capturing = false;
+  char* const captured = memory_;
+  memory_ = gpu_.allocate(64 << 10);
+  const auto use_many = [&] {
+    for (int i = 0; i < kAllocations; ++i) {
+      memory_ = gpu_.allocate(64 << 10);
+      ASSERT_EQ(0, dispatch(group).reason) << i << ": " << message();
+    }
+  };
+  use_many();
+  const uint64_t before = gpu_.exports();
+  memory_ = captured;
+  ASSERT_EQ(0, dispatch(group).reason) << message();
+  EXPECT_EQ(before, gpu_.exports()) << "still registered";
+  ASSERT_EQ(0, expertd_group_leave(group).reason) << message();
+  group = join_with(0);
+  use_many();
+  const uint64_t after = gpu_.exports();
+  memory_ = captured;
+  ASSERT_EQ(0, dispatch(group).reason) << message();
+  EXPECT_EQ(after + 1, gpu_.exports());
 }
 
 TEST_F(ClientCapture, AnEntryThatNoDoorbellTakesIsRefused) {
