@@ -107,8 +107,14 @@ std::string dtypes_text(const v1::GroupStatus& group) {
 
 // A dynamic group has the output format of its mode, and a number of tokens up to which it counts as low latency.
 std::string mode_text(const v1::GroupStatus& group) {
-  return group.dynamic_ll_tokens() == 0 ? group.mode()
-                                        : group.mode() + ", dynamic ll<=" + std::to_string(group.dynamic_ll_tokens());
+  std::string text = group.mode();
+  if (group.dynamic_ll_tokens() != 0) {
+    text += ", dynamic ll<=" + std::to_string(group.dynamic_ll_tokens());
+  }
+  if (group.capture_lanes() != 0) {
+    text += ", capture " + std::to_string(group.capture_lanes());
+  }
+  return text;
 }
 
 std::string groups_text(const v1::GetStatusResponse& status) {
@@ -167,6 +173,7 @@ json group_json(const v1::GroupStatus& group) {
           {"max_tokens", group.max_tokens()},
           {"dispatch_dtypes", dtype_names(group)},
           {"dynamic_ll_tokens", group.dynamic_ll_tokens()},
+          {"capture_lanes", group.capture_lanes()},
           {"mode", group.mode()},
           {"epoch", group.epoch()},
           {"joined_mask", group.joined()},

@@ -255,8 +255,26 @@ EXPERTD_API expertd_status_t expertd_group_mask(expertd_group_t* group, uint64_t
  * and may be made again:
  * - FORKED, UNAVAILABLE, NO_SUCH_GROUP, and MISSING_ARGUMENT about the group: there is no session or no group;
  * - RING_OVERFLOW: no slot became free before the operation's deadline;
- * - UNSUPPORTED because the stream is being captured: a capture records what a later replay would issue;
+ * - UNSUPPORTED on a stream that is being captured;
  * - any refusal under a daemon of ring version 1.0, whose other ranks wait for their deadline.
+ *
+ * CUDA graphs: on a stream that is being captured, ll_dispatch and ll_combine of a group with capture_lanes are issued
+ * by every replay of the graph, not by the call. All other operations, groups without lanes and daemons of a ring
+ * version before 1.3 refuse such a stream with UNSUPPORTED; issue them before the capture begins.
+ * - The call blocks until every rank has captured the operation, at most its deadline. All ranks capture the same
+ *   operations in one order (else OP_MISMATCH, about capture_lane where a rank issued it eagerly), and replay them in
+ *   one order. Eager operations of the group may be issued between replays, by all ranks alike.
+ * - Captured operations use the lanes in turn, and each waits for its own: a lane has one outstanding at a time, so two
+ *   (EXPERTD_ASYNC) need capture_lanes = 2, and graphs of one group are launched behind each other. The event is for
+ *   expertd_event_stream_wait, once, in the same capture; on the host it is refused with UNSUPPORTED.
+ * - Inputs are read anew with each replay, ids and weights too; tokens and pointers are those of the capture. A lane of
+ *   topk_idx with -1 is no token, so a graph for 64 tokens serves fewer.
+ * - Buffers of captured operations stay until the group is left; before, releasing one ends with BUFFER_BUSY. A graph
+ * is not launched after its group was left. A lane keeps at most 2048 operations (HANDLE_LIMIT).
+ * - A replay has no result on the host. One that failed (a rank late beyond the longest timeout_ns of the lane, dead,
+ * or at another operation) leaves expert_counts of ll_dispatch 0 and lets the stream go on; so do all later replays of
+ *   that lane on every rank, until the group is left. Daemon's log and metrics have the Reason; each replay counts
+ * there.
  *
  * expertd_layout is no operation of a group; nobody hears of its refusals. On GPU sessions it is one kernel of this
  * library on `stream`, without the daemon: its memory need not be registered, and what was issued ends even when the
@@ -463,28 +481,6 @@ EXPERTD_API expertd_status_t expertd_event_wait(expertd_event_t event, uint64_t 
 /* Makes `stream` wait for the operation (the receive half). On host sessions this is a no-op: order is given. */
 EXPERTD_API expertd_status_t expertd_event_stream_wait(expertd_event_t event, expertd_stream_t stream);
 
-/* ---- A send/receive buffer pair with an ordered queue of events ---- */
-
-typedef void (*expertd_hook_t)(expertd_status_t status, const expertd_op_result_t* result, void* user);
-
-/* Two buffers of `elements` elements of dtype, and a queue of at most 64 recorded events. */
-EXPERTD_API expertd_status_t expertd_buffer_create(expertd_session_t* session, uint64_t elements,
-                                                   expertd_data_type_t dtype, expertd_buffer_pair_t** pair);
-EXPERTD_API expertd_status_t expertd_buffer_pair_destroy(expertd_buffer_pair_t* pair);
-EXPERTD_API void* expertd_buffer_send(const expertd_buffer_pair_t* pair);
-EXPERTD_API void* expertd_buffer_receive(const expertd_buffer_pair_t* pair);
-/* Appends an event; the hook (may be NULL) runs once, on the thread that takes the event off the queue. */
-EXPERTD_API expertd_status_t expertd_queue_record(expertd_buffer_pair_t* pair, expertd_event_t event,
-                                                  expertd_hook_t hook, void* user);
-/* Makes `stream` wait for every recorded event. */
-EXPERTD_API expertd_status_t expertd_queue_stream_wait(expertd_buffer_pair_t* pair, expertd_stream_t stream);
-/* Number of recorded events not yet taken off. */
-EXPERTD_API expertd_status_t expertd_queue_query(expertd_buffer_pair_t* pair, uint32_t* pending);
-/* Takes finished events off the front, in order, running hooks; returns the first failure among them. */
-EXPERTD_API expertd_status_t expertd_queue_poll(expertd_buffer_pair_t* pair, uint32_t* taken);
-/* Waits for all recorded events, in order, at most timeout_ns. */
-EXPERTD_API expertd_status_t expertd_queue_synchronize(expertd_buffer_pair_t* pair, uint64_t timeout_ns);
-
 /* ---- Metrics ---- */
 
 /* Prometheus text of this process's own view: submit-to-complete histogram per operation, bytes, staged copies,
@@ -494,5 +490,7 @@ EXPERTD_API size_t expertd_client_metrics_text(char* text, size_t capacity);
 #ifdef __cplusplus
 }
 #endif
+
+#include "expertd_queue.h"
 
 #endif /* EXPERTD_H_ */

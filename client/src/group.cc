@@ -190,6 +190,7 @@ Status Group::end(uint64_t timeout_ns) {
   Status status = tell_daemon(timeout_ns);
   if (check_current().ok()) {
     session_->handles()->give_back_all(id_);
+    session_->memory()->forget_captured(id_);
   }
   for (Buffer** window : {&window_, &exchange_}) {
     if (*window != nullptr) {

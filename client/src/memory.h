@@ -46,7 +46,9 @@ struct Buffer {
   uint64_t identity = 0;   // kDevice: the driver's id of the allocation
   bool automatic = false;  // kDevice: registered by the library on first use
   uint64_t last_use = 0;   // automatic: sequence of the last operation that names it; under the submit lock
-  bool of_group = false;   // kWindow: re-created by joining, not by re-attaching
+  // Automatic: the group that captured it last; the daemon keeps it until that one is left.
+  uint64_t captured_by = 0;
+  bool of_group = false;  // kWindow: re-created by joining, not by re-attaching
 };
 
 /// Where a tensor lies, as ring descriptors say it.
@@ -86,6 +88,9 @@ class Memory {
   Status refresh(Buffer* buffer);
   /// Unmaps a group's window; the daemon frees its side with the group.
   void drop(Buffer* buffer);
+  /// A captured operation of the group names the buffer; the group is left.
+  void keep_captured(Buffer* buffer, uint64_t group);
+  void forget_captured(uint64_t group);
 
   Resolved resolve(const void* pointer, uint64_t bytes, Place* place, Buffer** buffer) const;
 

@@ -175,7 +175,7 @@ Status Memory::register_pointer(void* data, uint64_t bytes, Buffer** buffer) {
 }
 
 // Null while there is room. What an operation in flight uses is left alone, and so is what the one that is being put
-// together uses: its sequence has not ended either.
+// together uses: its sequence has not ended either. What graphs name the daemon keeps anyway.
 Buffer* Memory::least_recently_used() const {
   const RingClient& ring = *connection_->ring();
   const std::lock_guard lock(mutex_);
@@ -187,12 +187,24 @@ Buffer* Memory::least_recently_used() const {
   Buffer* oldest = nullptr;
   for (const auto& [key, it] : buffers_) {
     automatic += it->automatic ? 1 : 0;
-    const bool idle = it->automatic && (it->last_use == 0 || ring.has_ended(it->last_use));
+    const bool idle = it->automatic && it->captured_by == 0 && (it->last_use == 0 || ring.has_ended(it->last_use));
     if (idle && (oldest == nullptr || it->last_use < oldest->last_use)) {
       oldest = it.get();
     }
   }
   return automatic < kBuffersShared && used < kMaxBuffers ? nullptr : oldest;
+}
+
+void Memory::keep_captured(Buffer* buffer, uint64_t group) {
+  const std::lock_guard lock(mutex_);
+  buffer->captured_by = group;
+}
+
+void Memory::forget_captured(uint64_t group) {
+  const std::lock_guard lock(mutex_);
+  for (const auto& [key, it] : buffers_) {
+    it->captured_by = it->captured_by == group ? 0 : it->captured_by;
+  }
 }
 
 Status Memory::register_allocation(void* data, uint64_t bytes, Buffer** buffer) {

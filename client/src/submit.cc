@@ -74,6 +74,9 @@ Status Session::place_device_tensor(OpRequest* request, uint32_t index) {
     }
     if (resolved == Resolved::kFound) {
       buffer->last_use = connection_->ring()->next_seq();
+      if (request->captured) {
+        memory_->keep_captured(buffer, request->slot.group);
+      }
       set_ref(request, index, place.buffer, place.offset + tensor.lead);
       return {};
     }

@@ -64,7 +64,8 @@ bool has_rows(const Request& request) {
 constexpr Agreement kAgreements[] = {
     {EXPERTD_ARGUMENT_OP, [](const Request& r) { return static_cast<int64_t>(r.shape.kind); }},
     {EXPERTD_ARGUMENT_TOKEN_BOUND, [](const Request& r) { return static_cast<int64_t>(r.token_bound); }},
-    {EXPERTD_ARGUMENT_CAPTURE_LANE, [](const Request& r) { return r.captured ? int64_t{r.capture_lane} : int64_t{-1}; }},
+    {EXPERTD_ARGUMENT_CAPTURE_LANE,
+     [](const Request& r) { return r.captured ? int64_t{r.capture_lane} : int64_t{-1}; }},
     {EXPERTD_ARGUMENT_DTYPE, [](const Request& r) { return static_cast<int64_t>(r.shape.payload); }},
     {EXPERTD_ARGUMENT_FLAGS,
      [](const Request& r) {

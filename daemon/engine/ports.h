@@ -49,9 +49,9 @@ struct Request {
   bool doorbell_rung = false;
   uint32_t token_bound = 0;  // most tokens that any rank passes, the same on all; 0: not given
   Traffic traffic = Traffic::kThroughput;
-  bool with_weights = false;     // top-k weights travel; all ranks alike, also those with no tokens
-  bool without_words = false;    // refused by the client, which rang no doorbell and has nothing waiting
-  bool captured = false;         // kept for replays of a CUDA graph; nothing runs now, and there are no words
+  bool with_weights = false;   // top-k weights travel; all ranks alike, also those with no tokens
+  bool without_words = false;  // refused by the client, which rang no doorbell and has nothing waiting
+  bool captured = false;       // kept for replays of a CUDA graph; nothing runs now, and there are no words
   uint32_t capture_lane = 0;
   uint32_t rejected_reason = 0;  // refused, at admission or by the client, but counted as this rank's operation
   uint32_t rejected_argument = 0;
@@ -73,9 +73,9 @@ struct SlotWords {
 /// Facts of one finished or failed rank part.
 struct Outcome {
   kernels::OpReport report;
-  uint32_t missing = 0;   // expertd_missing, with TIMEOUT
-  uint32_t executor = 0;  // expertd_completion_executor
-  uint32_t sms = 0;       // multiprocessors that its largest kernel takes
+  uint32_t missing = 0;        // expertd_missing, with TIMEOUT
+  uint32_t executor = 0;       // expertd_completion_executor
+  uint32_t sms = 0;            // multiprocessors that its largest kernel takes
   uint32_t capture_entry = 0;  // captured: what the graph writes into the doorbell, and whose words it uses
   uint32_t capture_words = 0;
   uint64_t launch_ns = 0;
@@ -118,9 +118,9 @@ struct GroupShape {
   uint32_t hidden = 0;
   uint32_t top_k = 0;
   uint32_t max_tokens = 0;
-  bool low_latency = false;  // low latency operations are allowed: some devices keep memory for them
+  bool low_latency = false;    // low latency operations are allowed: some devices keep memory for them
   uint32_t capture_lanes = 0;  // how many captured operations may be outstanding at once; 0: none is captured
-  bool copy_engine = false;  // they are executed by copy engines and kernels of the clients
+  bool copy_engine = false;    // they are executed by copy engines and kernels of the clients
   std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};
   base::SessionId session;
 };

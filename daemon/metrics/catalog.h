@@ -21,7 +21,8 @@ enum class MetricType { kCounter, kGauge, kHistogram };
 #define EXPERTD_METRICS(X)                                                                                            \
   X(BuildInfo, "expertd_build_info", Gauge, "version,commit,cuda,ucx,abi", "Always 1; the labels say what runs.")     \
   X(State, "expertd_state", Gauge, "state", "1 for the state the daemon is in, 0 for the others.")                    \
-  X(Ops, "expertd_ops_total", Counter, "op,gpu,result", "Operations completed, by result.")                           \
+  X(Ops, "expertd_ops_total", Counter, "op,gpu,result",                                                               \
+    "Operations completed, replays of captured ones among them, by result.")                                          \
   X(OpFailed, "expertd_op_failed_total", Counter, "op,reason", "Operations that failed after admission, by Reason.")  \
   X(OpDuration, "expertd_op_duration_seconds", Histogram, "op,phase", "Time of successful operations in each phase.") \
   X(OpTotalDuration, "expertd_op_total_duration_seconds", Histogram, "op,gpu",                                        \

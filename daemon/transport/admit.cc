@@ -3,8 +3,10 @@
 
 #include <algorithm>
 
+#include "daemon/transport/capture_check.h"
 #include "daemon/transport/client_refusal.h"
 #include "daemon/transport/executor_check.h"
+#include "daemon/transport/payload_check.h"
 #include "daemon/transport/tensor_check.h"
 #include "daemon/transport/token_bound.h"
 
@@ -16,7 +18,6 @@ using engine::Request;
 using kernels::OpKind;
 using kernels::Payload;
 
-constexpr uint32_t kMaxRowBytes = 2 * base::kMaxHidden;
 constexpr uint32_t kMaxAlignment = 65536;
 constexpr uint32_t kMaxCapacityRows = 1U << 26;
 constexpr uint32_t kMaxSideElements = 1U << 16;
@@ -41,8 +42,6 @@ class Admission {
   bool ll_dispatch(const engine::GroupShared& group);
   bool ll_combine(const engine::GroupShared& group);
   bool common(const engine::GroupShared& group);
-  bool capture(const engine::GroupShared& group);
-  bool payload(uint32_t hidden, bool fp8_allowed);
   bool carried(const engine::GroupShared& group);
   bool side_input();
   bool routing_inputs();
@@ -110,6 +109,9 @@ bool Admission::arguments(const engine::GroupShared* group) {
     request_->without_words = true;
     return take_client_refusal(slot_, &check_);
   }
+  if (!take_capture(slot_, group == nullptr ? 0 : group->settings().shape.capture_lanes, &check_, request_)) {
+    return false;
+  }
   if (group == nullptr) {
     return layout();
   }
@@ -129,27 +131,7 @@ bool Admission::arguments(const engine::GroupShared* group) {
   }
 }
 
-// A captured operation runs when a graph is replayed, so it has no words of its slot.
-bool Admission::capture(const engine::GroupShared& group) {
-  if ((slot_.flags & EXPERTD_SLOT_CAPTURED) == 0) {
-    return slot_.capture_lane == 0 ||
-           check_.refuse(EXPERTD_REASON_DESCRIPTOR_MALFORMED, EXPERTD_ARGUMENT_CAPTURE_LANE, slot_.capture_lane, 0, 0);
-  }
-  request_->captured = true;
-  request_->capture_lane = slot_.capture_lane;
-  const bool low_latency = slot_.op == EXPERTD_OP_LL_DISPATCH || slot_.op == EXPERTD_OP_LL_COMBINE;
-  if (!low_latency) {
-    return check_.refuse(EXPERTD_REASON_UNSUPPORTED, EXPERTD_ARGUMENT_FLAGS, slot_.flags, 0, EXPERTD_SLOT_FLAGS_ALL);
-  }
-  const uint32_t lanes = group.settings().shape.capture_lanes;
-  return slot_.capture_lane < lanes || check_.refuse(EXPERTD_REASON_UNSUPPORTED, EXPERTD_ARGUMENT_CAPTURE_LANE,
-                                                     slot_.capture_lane, 0, int64_t{lanes} - 1);
-}
-
 bool Admission::common(const engine::GroupShared& group) {
-  if (!capture(group)) {
-    return false;
-  }
   const engine::GroupSettings& settings = group.settings();
   kernels::OpShape& shape = request_->shape;
   shape.ranks = settings.shape.ranks;
@@ -181,44 +163,6 @@ bool Admission::common(const engine::GroupShared& group) {
                          settings.shape.hidden);
   }
   return check_.output(EXPERTD_OUT_WAIT_STATS, uint64_t{shape.ranks} * 8, false);
-}
-
-bool Admission::payload(uint32_t hidden, bool fp8_allowed) {
-  kernels::OpShape& shape = request_->shape;
-  const bool fp8 = (slot_.flags & EXPERTD_SLOT_QUANTISE_FP8) != 0;
-  const bool rounded = (slot_.flags & EXPERTD_SLOT_ROUND_SCALE) != 0;
-  const bool ue8m0 = (slot_.flags & EXPERTD_SLOT_UE8M0) != 0;
-  if (slot_.dtype == EXPERTD_DTYPE_BF16) {
-    shape.payload = fp8 ? Payload::kFp8 : Payload::kBf16;
-    shape.row_bytes = 2 * hidden;
-    shape.out_row_bytes = fp8 ? hidden : 2 * hidden;
-  } else if (slot_.dtype == EXPERTD_DTYPE_BYTES) {
-    if (slot_.row_bytes == 0 || slot_.row_bytes > kMaxRowBytes) {
-      return check_.refuse(EXPERTD_REASON_ARGUMENT_RANGE, EXPERTD_ARGUMENT_ROW_BYTES, slot_.row_bytes, 16,
-                           kMaxRowBytes);
-    }
-    if (slot_.row_bytes % 16 != 0) {
-      return check_.refuse(EXPERTD_REASON_UNALIGNED, EXPERTD_ARGUMENT_ROW_BYTES, slot_.row_bytes, 16, kMaxRowBytes);
-    }
-    shape.payload = Payload::kBytes;
-    shape.row_bytes = slot_.row_bytes;
-    shape.out_row_bytes = slot_.row_bytes;
-  } else {
-    return check_.refuse(EXPERTD_REASON_WRONG_DTYPE, EXPERTD_ARGUMENT_DTYPE, slot_.dtype, EXPERTD_DTYPE_BF16,
-                         EXPERTD_DTYPE_BYTES);
-  }
-  const bool flags_fit =
-      (!fp8 || (fp8_allowed && slot_.dtype == EXPERTD_DTYPE_BF16)) && (!rounded || fp8) && (!ue8m0 || rounded);
-  if (!flags_fit) {
-    return check_.refuse(EXPERTD_REASON_WRONG_DTYPE, EXPERTD_ARGUMENT_FLAGS, slot_.flags, 0, EXPERTD_SLOT_FLAGS_ALL);
-  }
-  if (ue8m0 && hidden % 512 != 0) {
-    return check_.refuse(EXPERTD_REASON_ARGUMENT_RANGE, EXPERTD_ARGUMENT_HIDDEN, hidden, 512, base::kMaxHidden);
-  }
-  shape.scale = ue8m0     ? kernels::ScaleForm::kUe8m0
-                : rounded ? kernels::ScaleForm::kRounded
-                          : kernels::ScaleForm::kFloat32;
-  return true;
 }
 
 // Of a dispatch, whose payload is known: the group may have been joined for others only.
@@ -371,7 +315,7 @@ bool Admission::dispatch(const engine::GroupShared& group) {
   if (shape.expanded != 0 && slot_.tensors[EXPERTD_IN_TOKEN_RANK_MASK].buffer != 0) {
     return check_.refuse(EXPERTD_REASON_UNSUPPORTED, EXPERTD_ARGUMENT_IN_TOKEN_RANK_MASK, 1, 0, 0);
   }
-  if (!payload(shape.hidden, false) || !carried(group) || !side_input() ||
+  if (!take_payload(slot_, false, &check_, request_) || !carried(group) || !side_input() ||
       !check_.input(EXPERTD_IN_X, uint64_t{slot_.tokens} * shape.row_bytes, true)) {
     return false;
   }
@@ -402,7 +346,7 @@ bool Admission::combine(const engine::GroupShared& /*group*/) {
                          EXPERTD_DTYPE_BF16);
   }
   session::HandleState* handle = nullptr;
-  if (!payload(shape.hidden, false) || !known_handle(false, &handle)) {
+  if (!take_payload(slot_, false, &check_, request_) || !known_handle(false, &handle)) {
     return false;
   }
   const uint64_t rows = slot_.capacity_rows;
@@ -421,7 +365,7 @@ bool Admission::ll_dispatch(const engine::GroupShared& group) {
   const uint64_t per_expert = uint64_t{shape.ranks} * shape.max_tokens;
   const uint64_t rows = per_expert * shape.local_experts;
   shape.slots_per_expert = static_cast<uint32_t>(per_expert);
-  if (!payload(shape.hidden, true) || !carried(group) || !side_input() ||
+  if (!take_payload(slot_, true, &check_, request_) || !carried(group) || !side_input() ||
       !check_.input(EXPERTD_IN_X, uint64_t{slot_.tokens} * shape.row_bytes, true)) {
     return false;
   }
@@ -454,7 +398,7 @@ bool Admission::ll_combine(const engine::GroupShared& /*group*/) {
                          EXPERTD_DTYPE_BF16);
   }
   session::HandleState* handle = nullptr;
-  if (!payload(shape.hidden, false) || !known_handle(true, &handle)) {
+  if (!take_payload(slot_, false, &check_, request_) || !known_handle(true, &handle)) {
     return false;
   }
   if (slot_.top_k != handle->top_k) {

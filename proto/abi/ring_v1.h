@@ -266,7 +266,7 @@ struct expertd_completion {
   uint64_t remote_bytes;
   uint32_t executor; /* expertd_completion_executor (1.2) */
   uint32_t sms;      /* multiprocessors that the operation's largest kernel takes (1.2); 0 without one */
-  /* Of a captured operation (1.3): what its graph writes into the doorbell, and whose words on the flag page it uses. */
+  /* Of a captured operation (1.3): what its graph writes into the doorbell, and the place of its lane's words. */
   uint32_t capture_entry;
   uint32_t capture_words;
   uint8_t reserved[96];

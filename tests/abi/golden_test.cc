@@ -146,6 +146,24 @@ expertd_slot sample_bounded() {
   return slot;
 }
 
+/// Of version 1.3: an ll_dispatch for replays of a graph, and what its graph writes where.
+expertd_slot sample_captured() {
+  expertd_slot slot = sample_bounded();
+  slot.flags = EXPERTD_SLOT_CAPTURED;
+  slot.token_bound = 0;
+  slot.capture_lane = 0x85868788;
+  return slot;
+}
+
+expertd_completion sample_kept() {
+  expertd_completion completion{};
+  completion.seq = 0x0102030405060708;
+  completion.rank = -1;
+  completion.capture_entry = 0x91929394;
+  completion.capture_words = 0x95969798;
+  return completion;
+}
+
 /// Of version 1.1: an ll_combine that its rank refused, whose deadline and trace are the caller's.
 expertd_slot sample_refusal() {
   expertd_slot slot{};
@@ -257,6 +275,10 @@ TEST(Golden, KeepsTheBytesOfARefusal) {
 TEST(Golden, KeepsTheBytesOfASlotWithABound) {
   expect_golden("slot_bound_v1.hex", sample_bounded());
 }
+TEST(Golden, KeepsTheBytesOfACapture) {
+  expect_golden("slot_captured_v1.hex", sample_captured());
+  expect_golden("completion_captured_v1.hex", sample_kept());
+}
 TEST(Golden, KeepsTheBytesOfACompletion) {
   expect_golden("completion_v1.hex", sample_completion());
 }
@@ -322,16 +344,16 @@ TEST(Golden, KeepsTheNumbersOfEveryOperationFlagAndDtype) {
           << " " << EXPERTD_SLOT_EXPANDED << " " << EXPERTD_SLOT_WORST_TOKENS << " "
           << EXPERTD_SLOT_ZERO_FOREIGN_WEIGHTS << " " << EXPERTD_SLOT_ORDER_LAST_LANE << " "
           << EXPERTD_SLOT_QUANTISE_FP8 << " " << EXPERTD_SLOT_ROUND_SCALE << " " << EXPERTD_SLOT_UE8M0 << " "
-          << EXPERTD_SLOT_RUNG << " " << EXPERTD_SLOT_REFUSED << " " << EXPERTD_SLOT_COPY_ENGINE << " "
-          << EXPERTD_SLOT_FLAGS_ALL << "\ndtypes " << EXPERTD_DTYPE_NONE << EXPERTD_DTYPE_BF16 << EXPERTD_DTYPE_BYTES
-          << EXPERTD_DTYPE_FP8_E4M3 << EXPERTD_DTYPE_F32 << EXPERTD_DTYPE_I32 << EXPERTD_DTYPE_I64 << EXPERTD_DTYPE_U8
-          << "\npayloads " << EXPERTD_PAYLOAD_BF16 << " " << EXPERTD_PAYLOAD_BYTES << " " << EXPERTD_PAYLOAD_FP8 << " "
-          << EXPERTD_PAYLOADS_ALL << "\nmissing " << EXPERTD_MISSING_NONE << EXPERTD_MISSING_SUBMISSION
-          << EXPERTD_MISSING_DOORBELL << EXPERTD_MISSING_COUNTS << EXPERTD_MISSING_ROWS << "\nattach "
-          << EXPERTD_ATTACH_HELLO << EXPERTD_ATTACH_WELCOME << EXPERTD_ATTACH_REFUSED << EXPERTD_ATTACH_PUT_FD
-          << EXPERTD_ATTACH_GET_FD << EXPERTD_ATTACH_FD_REPLY << "\nexecutors " << EXPERTD_COMPLETION_EXECUTOR_NONE
-          << EXPERTD_COMPLETION_EXECUTOR_HOST << EXPERTD_COMPLETION_EXECUTOR_SM
-          << EXPERTD_COMPLETION_EXECUTOR_COPY_ENGINE << "\n";
+          << EXPERTD_SLOT_RUNG << " " << EXPERTD_SLOT_REFUSED << " " << EXPERTD_SLOT_CAPTURED << " "
+          << EXPERTD_SLOT_COPY_ENGINE << " " << EXPERTD_SLOT_FLAGS_ALL << "\ndtypes " << EXPERTD_DTYPE_NONE
+          << EXPERTD_DTYPE_BF16 << EXPERTD_DTYPE_BYTES << EXPERTD_DTYPE_FP8_E4M3 << EXPERTD_DTYPE_F32
+          << EXPERTD_DTYPE_I32 << EXPERTD_DTYPE_I64 << EXPERTD_DTYPE_U8 << "\npayloads " << EXPERTD_PAYLOAD_BF16 << " "
+          << EXPERTD_PAYLOAD_BYTES << " " << EXPERTD_PAYLOAD_FP8 << " " << EXPERTD_PAYLOADS_ALL << "\nmissing "
+          << EXPERTD_MISSING_NONE << EXPERTD_MISSING_SUBMISSION << EXPERTD_MISSING_DOORBELL << EXPERTD_MISSING_COUNTS
+          << EXPERTD_MISSING_ROWS << "\nattach " << EXPERTD_ATTACH_HELLO << EXPERTD_ATTACH_WELCOME
+          << EXPERTD_ATTACH_REFUSED << EXPERTD_ATTACH_PUT_FD << EXPERTD_ATTACH_GET_FD << EXPERTD_ATTACH_FD_REPLY
+          << "\nexecutors " << EXPERTD_COMPLETION_EXECUTOR_NONE << EXPERTD_COMPLETION_EXECUTOR_HOST
+          << EXPERTD_COMPLETION_EXECUTOR_SM << EXPERTD_COMPLETION_EXECUTOR_COPY_ENGINE << "\n";
   EXPECT_EQ(current.str(), golden("enums_v1.txt", current.str()));
 }
 

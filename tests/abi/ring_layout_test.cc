@@ -150,6 +150,22 @@ TEST(RingLayout, PutsTheStepWordsBehindThem) {
   }
 }
 
+TEST(RingLayout, PutsTheWordsOfCaptureLanesBehindThose) {
+  const uint64_t words = EXPERTD_STEP_OFFSET(EXPERTD_RING_SLOTS_MAX);
+  std::set<uint64_t> offsets;
+  for (uint64_t lane = 0; lane < EXPERTD_CAPTURE_LANES_MAX; ++lane) {
+    for (const uint64_t offset : {EXPERTD_CAPTURE_DOORBELL_OFFSET(lane), EXPERTD_CAPTURE_COMPLETION_OFFSET(lane)}) {
+      EXPECT_GE(offset, words);
+      EXPECT_EQ(offset % EXPERTD_FLAG_STRIDE, 0U) << "the two sides write to lines of their own";
+      EXPECT_LE(offset + 16, EXPERTD_FLAG_PAGE_BYTES);
+      EXPECT_TRUE(offsets.insert(offset).second) << offset;
+    }
+    EXPECT_EQ(EXPERTD_CAPTURE_RESULT_OFFSET(lane), EXPERTD_CAPTURE_COMPLETION_OFFSET(lane) + 8);
+  }
+  EXPECT_GT(EXPERTD_CAPTURE_CANCEL, uint64_t{EXPERTD_CAPTURE_RUNG_MAX});
+  EXPECT_LT(EXPERTD_CAPTURE_CANCEL, EXPERTD_ABORT_WORD);
+}
+
 struct Region {
   uint64_t offset;
   uint64_t bytes;

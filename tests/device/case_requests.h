@@ -36,7 +36,7 @@ inline void place_output(Arena* arena, PoisonedBuffer* buffer, const void* given
 /// The request of one rank with every tensor of its params placed in the rank's arena, behind those of earlier
 /// operations.
 inline Request add_request(GpuGroup* group, uint32_t rank, const RankInput& input, const support::CombineInput* rows,
-                    GroupMemory* memory) {
+                           GroupMemory* memory) {
   const OpParams& params = memory->params[rank];
   RankMemory& own = memory->ranks[rank];
   Arena& arena = group->arena(rank);

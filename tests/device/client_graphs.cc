@@ -94,12 +94,13 @@ std::string Graphs::replay(uint64_t seed, uint64_t count, uint64_t idle_us) {
     const uint32_t which = random.below(static_cast<uint32_t>(graphs_.size()) + 1);
     const uint32_t tokens = which < graphs_.size() ? graphs_[which].tokens : 50;
     std::string problem = text_of("upload", r.upload());
-    problem = problem.empty() ? text_of("poison", cudaMemsetAsync(r.combined_, 0xff, Rounds::kTokens * Rounds::kHidden * 2,
-                                                                  stream_of(r.stream())))
-                              : problem;
+    problem = problem.empty()
+                  ? text_of("poison", cudaMemsetAsync(r.combined_, 0xff, Rounds::kTokens * Rounds::kHidden * 2,
+                                                      stream_of(r.stream())))
+                  : problem;
     if (problem.empty() && which < graphs_.size()) {
-      problem = text_of("launch", cudaGraphLaunch(static_cast<cudaGraphExec_t>(graphs_[which].executable),
-                                                  stream_of(r.stream())));
+      problem = text_of(
+          "launch", cudaGraphLaunch(static_cast<cudaGraphExec_t>(graphs_[which].executable), stream_of(r.stream())));
     } else if (problem.empty()) {
       problem = issue(tokens);
     }

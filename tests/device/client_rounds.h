@@ -45,7 +45,8 @@ class Rounds {
 
   /// `mode`: normal; ll; sm and copy, which are ll of that executor and must then say that they had it; or captured,
   /// which is ll with two capture lanes.
-  support::Outcome join(const std::string& name, uint32_t rank, uint32_t ranks, const std::string& mode, uint64_t op_ns);
+  support::Outcome join(const std::string& name, uint32_t rank, uint32_t ranks, const std::string& mode,
+                        uint64_t op_ns);
   support::Outcome leave();
   expertd_group_t* group() const { return group_; }
   uint32_t rank() const { return rank_; }

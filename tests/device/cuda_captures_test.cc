@@ -263,8 +263,9 @@ TEST_F(CudaCaptures, DoorbellsMayHoldAnything) {
   support::Random random(13);
   round(&random, [&](uint32_t op) { replay(op); });
   // None of these names an operation. On all ranks at once: one alone is like one whose graphs went apart.
-  for (const uint64_t value : {uint64_t{100}, uint64_t{2048}, uint64_t{2049}, uint64_t{0xffff}, uint64_t{0x10000},
-                               uint64_t{EXPERTD_ABORT_WORD}, uint64_t{EXPERTD_CAPTURE_CANCEL} - 1, uint64_t{EXPERTD_CAPTURE_CANCEL} + 1}) {
+  for (const uint64_t value :
+       {uint64_t{100}, uint64_t{2048}, uint64_t{2049}, uint64_t{0xffff}, uint64_t{0x10000},
+        uint64_t{EXPERTD_ABORT_WORD}, uint64_t{EXPERTD_CAPTURE_CANCEL} - 1, uint64_t{EXPERTD_CAPTURE_CANCEL} + 1}) {
     upload();
     for (uint32_t r = 0; r < group_->size(); ++r) {
       group_->write_word(r, EXPERTD_CAPTURE_DOORBELL_OFFSET(entries_[0].words[r]), value);

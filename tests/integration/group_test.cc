@@ -151,6 +151,7 @@ const Mismatch kMismatches[] = {
     {"first_op_timeout_ns", "0", "78", [](expertd_group_options_t* o) { o->first_op_timeout_ns = 78; }},
     {"dispatch_dtypes", "0", "5",
      [](expertd_group_options_t* o) { o->dispatch_dtypes = EXPERTD_DISPATCH_BF16 | EXPERTD_DISPATCH_FP8; }},
+    {"capture_lanes", "0", "1", [](expertd_group_options_t* o) { o->capture_lanes = 1; }},
     {"executor", "0", "1", [](expertd_group_options_t* o) { o->executor = EXPERTD_GROUP_EXECUTOR_SM; }},
 };
 
@@ -200,6 +201,7 @@ const BadOption kBadOptions[] = {
     {"top_k", [](expertd_group_options_t* o) { o->top_k = 33; }},
     {"max_tokens", [](expertd_group_options_t* o) { o->max_tokens = 5000; }},
     {"dispatch_dtypes", [](expertd_group_options_t* o) { o->dispatch_dtypes = 8; }},
+    {"capture_lanes", [](expertd_group_options_t* o) { o->capture_lanes = 3; }},
     {"executor", [](expertd_group_options_t* o) { o->executor = 3; }},
 };
 
@@ -226,6 +228,18 @@ TEST_F(Group, CopyEnginesAreRefusedByNameOnHostDevices) {
     const Outcome& joined = group.rank(rank).joined;
     EXPECT_EQ(joined.status.reason, EXPERTD_REASON_UNSUPPORTED) << describe(joined);
     EXPECT_NE(joined.message.find("rank 0 is on a host device"), std::string::npos) << joined.message;
+  }
+}
+
+TEST_F(Group, CaptureLanesAreRefusedByNameOnHostDevices) {
+  RankGroup group(daemon_.attach_socket(), "graphs", 2,
+                  [](expertd_group_options_t* options) { options->capture_lanes = 1; });
+  ASSERT_FALSE(group.ok());
+  for (uint32_t rank = 0; rank < 2; ++rank) {
+    const Outcome& joined = group.rank(rank).joined;
+    EXPECT_EQ(joined.status.reason, EXPERTD_REASON_UNSUPPORTED) << describe(joined);
+    EXPECT_NE(joined.message.find("capture_lanes = 1"), std::string::npos) << joined.message;
+    EXPECT_NE(joined.message.find("host devices"), std::string::npos) << joined.message;
   }
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <deque>
+#include <list>
 #include <map>
 #include <utility>
 #include <vector>
@@ -64,6 +65,20 @@ class FakeDevicePort final : public engine::DevicePort {
 
   bool busy() const override { return false; }
 
+  bool next_replay(const engine::Request** request, engine::Outcome* outcome) override {
+    if (replays.empty()) {
+      return false;
+    }
+    *request = &replays.front().first;
+    *outcome = replays.front().second;
+    taken_replays.splice(taken_replays.end(), replays, replays.begin());
+    return true;
+  }
+  bool end_captures(base::SessionId session, base::GroupId group) override {
+    captures_ended_of.emplace_back(session.value, group.value);
+    return captures_end;
+  }
+
   void release_words(const engine::SlotWords& words, uint32_t reason) override {
     released.emplace_back(words.seq, reason);
   }
@@ -89,7 +104,11 @@ class FakeDevicePort final : public engine::DevicePort {
   uint32_t missing_what = EXPERTD_MISSING_ROWS;
   uint64_t missing_ranks = 0;
   uint32_t refused = 0;
-  std::vector<std::pair<uint64_t, uint32_t>> released;  // (seq, reason)
+  std::vector<std::pair<uint64_t, uint32_t>> released;             // (seq, reason)
+  std::list<std::pair<engine::Request, engine::Outcome>> replays;  // that ended
+  std::list<std::pair<engine::Request, engine::Outcome>> taken_replays;
+  bool captures_end = true;                                      // end_captures() answers
+  std::vector<std::pair<uint64_t, uint64_t>> captures_ended_of;  // (session, group)
 
  private:
   std::deque<Part> parts_;
@@ -115,11 +134,15 @@ class FakeWakePort final : public engine::WakePort {
 
 class FakeObserver final : public engine::OpObserver {
  public:
-  void completed(base::DeviceIndex /*device*/, const engine::Request& /*request*/,
-                 const expertd_completion& /*completion*/) override {
+  void completed(base::DeviceIndex /*device*/, const engine::Request& request,
+                 const expertd_completion& completion) override {
     ++completions;
+    last_request = request;
+    last_completion = completion;
   }
   uint32_t completions = 0;
+  engine::Request last_request;
+  expertd_completion last_completion{};
 };
 
 }  // namespace expertd::test

@@ -44,6 +44,7 @@ struct Region {
 class FakeDaemon : public v1::Session::Service {
  public:
   static constexpr uint32_t kSlots = 8;
+  static constexpr uint32_t kCaptureWords = 5;  // of lane 0 of a group
 
   // Decides how an operation ends; what it leaves at Reason 0 is executed.
   using Script = std::function<void(const expertd_slot& slot, expertd_completion* completion)>;
@@ -114,6 +115,8 @@ class FakeDaemon : public v1::Session::Service {
   }
   // Of the sessions that attach from now on.
   void set_abi_minor(uint16_t minor) { abi_minor_ = minor; }
+  // Operations captured so far; the next one's entry is behind it.
+  void set_captured(uint32_t count) { captured_ = count; }
   size_t buffer_count() {
     const std::lock_guard lock(mutex_);
     return regions_.size();
@@ -331,6 +334,11 @@ class FakeDaemon : public v1::Session::Service {
   }
 
   void execute(const expertd_slot& slot, expertd_completion* completion) {
+    if ((slot.flags & EXPERTD_SLOT_CAPTURED) != 0) {
+      completion->capture_entry = ++captured_;
+      completion->capture_words = kCaptureWords + slot.capture_lane;
+      return;
+    }
     const uint64_t rows = slot.tokens;
     switch (slot.op) {
       case EXPERTD_OP_DISPATCH:
@@ -405,7 +413,8 @@ class FakeDaemon : public v1::Session::Service {
                          v1::JoinGroupResponse* response) override {
     const std::lock_guard lock(mutex_);
     if (!join_error_text_.empty()) {
-      return join_error_locked();
+      return {grpc::StatusCode::FAILED_PRECONDITION, join_error_text_,
+              status_details("type.googleapis.com/expertd.v1.ErrorInfo", join_error_.SerializeAsString())};
     }
     response->set_group_id(++group_);
     response->set_epoch(1);
@@ -423,23 +432,6 @@ class FakeDaemon : public v1::Session::Service {
       window_fds_[token_] = fd;
     }
     return grpc::Status::OK;
-  }
-
-  grpc::Status join_error_locked() {
-    // google.rpc.Status: code, message, one detail (type url and value), written by hand.
-    const auto field = [](char tag, const std::string& bytes) {
-      return std::string(1, tag) + std::string(1, static_cast<char>(bytes.size())) + bytes;
-    };
-    const std::string any =
-        field('\x0a', "type.googleapis.com/expertd.v1.ErrorInfo") + field('\x12', join_error_.SerializeAsString());
-    std::string details = std::string("\x08\x09", 2) + field('\x12', "e");
-    details += std::string(1, '\x1a');
-    details += static_cast<char>((any.size() & 0x7f) | (any.size() > 127 ? 0x80 : 0));
-    if (any.size() > 127) {
-      details += static_cast<char>(any.size() >> 7);
-    }
-    details += any;
-    return {grpc::StatusCode::FAILED_PRECONDITION, join_error_text_, details};
   }
 
   grpc::Status LeaveGroup(grpc::ServerContext*, const v1::LeaveGroupRequest*, v1::LeaveGroupResponse*) override {
@@ -482,6 +474,7 @@ class FakeDaemon : public v1::Session::Service {
   uint64_t group_ = 0;
   uint64_t token_ = 0;
   uint32_t buffer_ = 0;
+  std::atomic<uint32_t> captured_{0};
   std::map<uint64_t, int> put_fds_;
   std::map<uint64_t, int> window_fds_;
   std::map<uint32_t, Region> regions_;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sealed memfds and packets with descriptors, for the stand-in daemon of the client's tests. Any thread.
+// Sealed memfds, packets with descriptors and details of gRPC's errors, for the stand-in daemon of the client's tests.
+// Any thread.
 #pragma once
 
 #include <fcntl.h>
@@ -10,6 +11,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <vector>
 
 namespace expertd::test {
@@ -56,6 +58,21 @@ inline ssize_t receive_with(int socket, void* bytes, size_t size, int* fd) {
     memcpy(fd, CMSG_DATA(header), sizeof(int));
   }
   return got;
+}
+
+// google.rpc.Status with one detail (type url and value), written by hand.
+inline std::string status_details(const std::string& type, const std::string& value) {
+  const auto field = [](char tag, const std::string& bytes) {
+    return std::string(1, tag) + std::string(1, static_cast<char>(bytes.size())) + bytes;
+  };
+  const std::string any = field('\x0a', type) + field('\x12', value);
+  std::string details = std::string("\x08\x09", 2) + field('\x12', "e");
+  details += std::string(1, '\x1a');
+  details += static_cast<char>((any.size() & 0x7f) | (any.size() > 127 ? 0x80 : 0));
+  if (any.size() > 127) {
+    details += static_cast<char>(any.size() >> 7);
+  }
+  return details + any;
 }
 
 }  // namespace expertd::test

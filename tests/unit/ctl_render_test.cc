@@ -95,5 +95,15 @@ TEST(RenderGroup, SaysThatItCarriesAny) {
   EXPECT_EQ(status_json(status_of_group(0))["groups"][0]["dispatch_dtypes"], nlohmann::json({"any"}));
 }
 
+TEST(RenderGroup, TellsTheThresholdOfADynamicOneAndTheLanesForCaptures) {
+  v1::GetStatusResponse status = status_of_group(0);
+  status.mutable_groups(0)->set_capture_lanes(2);
+  EXPECT_EQ(row_below(status_text(status), "DTYPES").substr(0, 23), "decode auto, capture 2 ");
+  status.mutable_groups(0)->set_dynamic_ll_tokens(64);
+  EXPECT_EQ(row_below(status_text(status), "DTYPES").substr(0, 39), "decode auto, dynamic ll<=64, capture 2 ");
+  EXPECT_EQ(status_json(status)["groups"][0]["capture_lanes"], 2);
+  EXPECT_EQ(status_json(status_of_group(0))["groups"][0]["capture_lanes"], 0);
+}
+
 }  // namespace
 }  // namespace expertd::ctl

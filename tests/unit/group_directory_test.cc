@@ -111,6 +111,7 @@ INSTANTIATE_TEST_SUITE_P(
                     Difference{"op_timeout_ns", [](auto& c) { c.op_timeout_ns = 9; }, "0", "9"},
                     Difference{"first_op_timeout_ns", [](auto& c) { c.first_op_timeout_ns = 9; }, "0", "9"},
                     Difference{"dispatch_dtypes", [](auto& c) { c.dispatch_dtypes = 5; }, "0", "5"},
+                    Difference{"capture_lanes", [](auto& c) { c.capture_lanes = 2; }, "0", "2"},
                     Difference{"executor", [](auto& c) { c.executor = session::Executor::kSm; }, "0", "1"}),
     [](const auto& row) { return std::string(row.param.field); });
 
@@ -165,6 +166,12 @@ INSTANTIATE_TEST_SUITE_P(
                     Limit{"dispatch_dtypes", [](auto& c) { c.dispatch_dtypes = 8; }},
                     Limit{"dynamic_ll_tokens", [](auto& c) { c.dynamic_ll_tokens = 65; }},
                     Limit{"mode__of_a_dynamic_group", [](auto& c) { c.dynamic_ll_tokens = 8; }},
+                    Limit{"capture_lanes", [](auto& c) { c.capture_lanes = 3; }},
+                    Limit{"capture_lanes__without_low_latency",
+                          [](auto& c) {
+                            c.mode = session::GroupMode::kNormal;
+                            c.capture_lanes = 1;
+                          }},
                     Limit{"executor", [](auto& c) { c.executor = static_cast<session::Executor>(3); }},
                     Limit{"dispatch_dtypes__none_of_the_mode",
                           [](auto& c) {
@@ -184,6 +191,15 @@ TEST_F(DirectoryTest, GivesTheGroupTheDtypesOfItsConfiguration) {
   ASSERT_NE(formation_, nullptr);
   EXPECT_EQ(formation_->shared->settings().dispatch_dtypes, 5U);
   EXPECT_EQ(directory_.snapshot().front().config.dispatch_dtypes, 5U);
+}
+
+TEST_F(DirectoryTest, GivesTheGroupTheCaptureLanesOfItsConfiguration) {
+  session::GroupConfig config = config_of(1);
+  config.capture_lanes = 2;
+  (void)join(0, config);
+  ASSERT_NE(formation_, nullptr);
+  EXPECT_EQ(formation_->shared->settings().shape.capture_lanes, 2U);
+  EXPECT_EQ(directory_.snapshot().front().config.capture_lanes, 2U);
 }
 
 TEST_F(DirectoryTest, RefusesARankBeyondTheGroup) {

@@ -20,7 +20,7 @@ const char* const kFooter =
     "after).\n"
     "Before each iteration L2 is flushed by writing 128 MiB. Operations, copies of the same bytes over the link (the\n"
     "floor) and NCCL take turns in blocks. Halves are EXPERTD_ASYNC (send) and expertd_event_stream_wait (receive);\n"
-    "streams under capture are refused, so that no row is captured.\n"
+    "no row is captured.\n"
     "Exit codes: 0 every output was right, 1 some case failed, 64 wrong arguments, 69 no two GPUs or no daemon.";
 
 /// As typed.
