@@ -62,6 +62,8 @@ struct BenchCase {
   std::string name;
   /// Of what makes an operation a half: EXPERTD_ASYNC. Low latency alone takes them.
   uint32_t extra_flags = 0;
+  /// Issued into a CUDA graph: events stand for every replay and cannot be waited for, and there are no results.
+  bool captured = false;
 
   BenchInput input(uint32_t iteration) const { return BenchInput(options.seed, iteration); }
   /// The iterations with inputs of their own: the first, whose inputs all but the last use, and the last.

@@ -45,7 +45,8 @@ struct BenchOptions {
   uint32_t iterations = 200;  // at least 2: the first and the last are verified
   uint32_t warmup = 10;
   uint64_t seed = 1;
-  uint32_t executor = 0;  // of groups that serve low latency: expertd_group_executor_t
+  uint32_t executor = 0;       // of groups that serve low latency: expertd_group_executor_t
+  uint32_t capture_lanes = 0;  // of the same
   uint64_t timeout_ns = 60'000'000'000;
   bool plan = false;
   bool json = false;

@@ -179,6 +179,59 @@ TEST(TableCases, HalvesAreOfBothLowLatencyOperationsOfTheMainShape) {
   }
 }
 
+TEST(TableCases, CapturedAreLowLatencyOperationsPairsAndADecodeLayerInGroupsOfTheirOwn) {
+  std::map<std::string, std::vector<uint32_t>> captured;
+  const std::vector<TableCase> cases = table_cases({});
+  for (size_t i = 0; i < cases.size(); ++i) {
+    const TableCase& it = cases[i];
+    EXPECT_EQ(it.captured, it.name().find(" captured,") != std::string::npos) << it.name();
+    EXPECT_TRUE(i == 0 || it.captured == cases[i - 1].captured || !it.shares_group(cases[i - 1])) << it.name();
+    if (it.captured) {
+      captured[it.operation + " " + it.dtype].push_back(it.shape.tokens);
+      EXPECT_TRUE(it.low_latency && it.is_whole()) << it.name();
+    }
+  }
+  const std::vector<uint32_t> tokens = {128, 16, 512};
+  const std::map<std::string, std::vector<uint32_t>> wanted = {
+      {"dispatch fp8", tokens}, {"combine bf16", tokens}, {"pair fp8", tokens}, {"layer bf16", {128}}};
+  EXPECT_EQ(captured, wanted);
+}
+
+TEST(TableCases, CapturedComeBeforeTheOtherSizes) {
+  const std::vector<TableCase> cases = table_cases({});
+  const auto other = std::find_if(cases.begin(), cases.end(), [](const TableCase& it) {
+    return !it.captured && !it.has_main_shape() && it.operation != "empty";
+  });
+  EXPECT_TRUE(std::none_of(other, cases.end(), [](const TableCase& it) { return it.captured; }));
+}
+
+TEST(TableCases, SelectsCapturedOnesAloneAndAllOthersAlone) {
+  const auto captured = table_cases({.quick = true, .eager = false});
+  const auto eager = table_cases({.quick = true, .captured = false});
+  EXPECT_EQ(captured.size(), 9u) << "and no layer, which was not asked for";
+  EXPECT_EQ(captured.size() + eager.size(), table_cases({.quick = true}).size());
+  EXPECT_TRUE(std::all_of(captured.begin(), captured.end(), [](const TableCase& it) { return it.captured; }));
+  EXPECT_TRUE(std::none_of(eager.begin(), eager.end(), [](const TableCase& it) { return it.captured; }));
+  const auto pairs = table_cases({.operations = {"pair"}, .tokens = {512}, .eager = false});
+  ASSERT_EQ(pairs.size(), 1u);
+  EXPECT_EQ(pairs.front().name(), "pair ll fp8 captured, 512 tokens, hidden 7168, top 8");
+}
+
+TEST(TableRowJson, OfACapturedRowHasTheTimePerReplayAndNoMultiprocessors) {
+  TableRow row = row_of("pair", 128, true);
+  row.it.low_latency = true;
+  row.it.captured = true;
+  row.replay_us = 12.5;
+  const json made = row_json(row);
+  EXPECT_EQ(made.at("captured"), true);
+  EXPECT_EQ(made.at("executor"), "sm");
+  EXPECT_TRUE(made.at("sms").is_null());
+  EXPECT_EQ(made.at("replay_us"), 12.5);
+  EXPECT_TRUE(made.at("queued_us").is_null());
+  EXPECT_NE(table_text(document_of({row}, true)).find("pair ll fp8 captured"), std::string::npos);
+  EXPECT_NE(table_text(document_of({row}, true)).find("12.5"), std::string::npos);
+}
+
 TEST(TableRowJson, OfADoubleBatchComparesItWithOneAndWithBothInTurn) {
   TableRow row = row_of("overlap", 128, true);
   row.single_us = 16;
@@ -201,6 +254,14 @@ TEST(TableMerge, HalvesAreRowsOfTheirOwn) {
   const json base = document_of({row_of("dispatch", 128, false)}, false);
   EXPECT_EQ(merged(base, document_of({send}, false)).at("rows").size(), 2u);
   EXPECT_EQ(row_json(send).at("half"), "send");
+}
+
+TEST(TableMerge, CapturedRowsAreRowsOfTheirOwnAndReplaceThemselves) {
+  TableRow captured = row_of("dispatch", 128, false);
+  captured.it.captured = true;
+  const json both = merged(document_of({row_of("dispatch", 128, false)}, false), document_of({captured}, false));
+  EXPECT_EQ(both.at("rows").size(), 2u);
+  EXPECT_EQ(merged(both, document_of({captured}, false)).at("rows").size(), 2u);
 }
 
 TEST(TableCases, SelectsByOperationAndTokens) {
@@ -228,6 +289,13 @@ TEST(TableOptionsOfTheCommandLine, LinkMultiprocessorsAreThoseThatADaemonTakes) 
   EXPECT_EQ(parsed("--link-sms=132").value().link_sms, 132u);
   EXPECT_FALSE(parsed("--link-sms=0").has_value());
   EXPECT_FALSE(parsed("--link-sms=257").has_value());
+}
+
+TEST(TableOptionsOfTheCommandLine, CapturedIsYesNoOrBoth) {
+  EXPECT_TRUE(parsed("").value().selection.captured && parsed("").value().selection.eager);
+  EXPECT_FALSE(parsed("--captured=yes").value().selection.eager);
+  EXPECT_FALSE(parsed("--captured=no").value().selection.captured);
+  EXPECT_FALSE(parsed("--captured=maybe").has_value());
 }
 
 /// A row stands for itself by its rank and its place in that rank's input.

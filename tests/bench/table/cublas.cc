@@ -9,6 +9,8 @@
 #include <string>
 #include <type_traits>
 
+#include "tests/bench/cuda_check.h"
+
 namespace expertd::bench {
 
 namespace {
@@ -18,6 +20,9 @@ constexpr int kComputeFloat = 68;  // CUBLAS_COMPUTE_32F
 constexpr int kDefaultAlgorithm = -1;
 constexpr int kNotTransposed = 0;
 constexpr int kTransposed = 1;
+
+/// What cuBLAS takes by itself on compute capability 9.
+constexpr size_t kWorkspaceBytes = 32 << 20;
 
 void check(int status, const char* what) {
   if (status != 0) {
@@ -47,6 +52,7 @@ struct Cublas::Functions {
   int (*create)(void**) = nullptr;
   int (*destroy)(void*) = nullptr;
   int (*set_stream)(void*, cudaStream_t) = nullptr;
+  int (*set_workspace)(void*, void*, size_t) = nullptr;
   int (*gemm)(void*, int, int, int, int, int, const void*, const void*, cudaDataType, int, const void*, cudaDataType,
               int, const void*, void*, cudaDataType, int, int, int) = nullptr;
   int (*gemm_batch)(void*, int, int, int, int, int, const void*, const void*, cudaDataType, int, long long, const void*,
@@ -69,8 +75,8 @@ std::unique_ptr<Cublas> Cublas::open() {
     return *function != nullptr;
   };
   const bool complete = find(&f.create, "cublasCreate_v2") && find(&f.destroy, "cublasDestroy_v2") &&
-                        find(&f.set_stream, "cublasSetStream_v2") && find(&f.gemm, "cublasGemmEx") &&
-                        find(&f.gemm_batch, "cublasGemmStridedBatchedEx");
+                        find(&f.set_stream, "cublasSetStream_v2") && find(&f.set_workspace, "cublasSetWorkspace_v2") &&
+                        find(&f.gemm, "cublasGemmEx") && find(&f.gemm_batch, "cublasGemmStridedBatchedEx");
   if (!complete) {
     return nullptr;
   }
@@ -82,13 +88,28 @@ Cublas::~Cublas() {
   if (handle_ != nullptr) {
     static_cast<void>(functions_->destroy(handle_));  // nothing could be done about a failure
   }
+  static_cast<void>(cudaFree(workspace_));
+}
+
+void Cublas::keep_workspace() {
+  if (workspace_ == nullptr) {
+    check_cuda(cudaMalloc(&workspace_, kWorkspaceBytes), "cudaMalloc");
+  }
+}
+
+// The change of a stream takes the workspace away.
+void Cublas::use_stream(cudaStream_t stream) const {
+  check(functions_->set_stream(handle_, stream), "cublasSetStream");
+  if (workspace_ != nullptr) {
+    check(functions_->set_workspace(handle_, workspace_, kWorkspaceBytes), "cublasSetWorkspace");
+  }
 }
 
 // Column-major, as cuBLAS is, a row-major matrix is its transpose: what is computed is the product's transpose.
 void Cublas::multiply(const Product& it, cudaStream_t stream) const {
   const float one = 1.0f;
   const float zero = 0.0f;
-  check(functions_->set_stream(handle_, stream), "cublasSetStream");
+  use_stream(stream);
   check(functions_->gemm(handle_, kTransposed, kNotTransposed, as_int(it.columns), as_int(it.rows), as_int(it.inner),
                          &one, it.right, CUDA_R_16BF, as_int(it.inner), it.left, CUDA_R_16BF, as_int(it.inner), &zero,
                          it.product, CUDA_R_16BF, as_int(it.columns), kComputeFloat, kDefaultAlgorithm),
@@ -99,7 +120,7 @@ void Cublas::multiply_batch(const Product& first, const BatchStrides& strides, u
                             cudaStream_t stream) const {
   const float one = 1.0f;
   const float zero = 0.0f;
-  check(functions_->set_stream(handle_, stream), "cublasSetStream");
+  use_stream(stream);
   check(functions_->gemm_batch(handle_, kTransposed, kNotTransposed, as_int(first.columns), as_int(first.rows),
                                as_int(first.inner), &one, first.right, CUDA_R_16BF, as_int(first.inner),
                                as_stride(strides.right), first.left, CUDA_R_16BF, as_int(first.inner),

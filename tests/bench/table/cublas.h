@@ -38,6 +38,9 @@ class Cublas {
   Cublas(const Cublas&) = delete;
   Cublas& operator=(const Cublas&) = delete;
 
+  /// Gives it memory of its own, so that products can be captured: else each of them would allocate within the graph.
+  void keep_workspace();
+
   void multiply(const Product& it, cudaStream_t stream) const;
   /// `count` products of one size.
   void multiply_batch(const Product& first, const BatchStrides& strides, uint32_t count, cudaStream_t stream) const;
@@ -47,7 +50,10 @@ class Cublas {
 
   Cublas();
 
+  void use_stream(cudaStream_t stream) const;
+
   std::unique_ptr<Functions> functions_;
+  void* workspace_ = nullptr;
   void* handle_ = nullptr;
 };
 

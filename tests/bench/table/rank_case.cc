@@ -7,10 +7,10 @@
 #include <array>
 #include <stdexcept>
 
-#include "client/ctl/bench_numerics.h"
 #include "tests/bench/bench_daemon.h"
 #include "tests/bench/bench_figures.h"
 #include "tests/bench/cuda_check.h"
+#include "tests/bench/table/case_plans.h"
 #include "tests/bench/table/half.h"
 
 namespace expertd::bench {
@@ -35,6 +35,8 @@ constexpr uint32_t kSwitches = 30;
 constexpr uint32_t kQueued = 8;
 /// The daemon has as many more to enqueue.
 constexpr uint32_t kQueuedArm = kQueued / 2;
+/// Graphs launched one behind the other where their time back to back is asked for.
+constexpr uint32_t kReplays = 100;
 constexpr std::chrono::milliseconds kLoadAlone{40};
 
 /// User and system time of a process.
@@ -83,46 +85,6 @@ class Loaded {
   GemmLoad* load_;
 };
 
-uint32_t row_bytes_of(const TableCase& it, bool quantised) {
-  const uint32_t hidden = it.shape.hidden;
-  constexpr uint32_t kScaleBytes = 4;
-  return quantised ? hidden + hidden / ctl::kScaleChannels * kScaleBytes : hidden * 2;
-}
-
-/// What the all-to-all does for a case, one behind the other; empty: there is no such comparison.
-std::vector<ExchangePlan> plans_of(const TableCase& it, const ctl::BenchRouting& routing, uint32_t rank) {
-  const bool is_layer = it.operation == "layer";
-  const bool dispatches = it.operation == "dispatch" || it.operation == "pair" || is_layer;
-  const bool combines = it.operation == "combine" || it.operation == "pair" || is_layer;
-  // Experts want their rows one behind the other, which a token once per rank would have to be copied into.
-  const bool row_per_expert = it.low_latency || is_layer;
-  std::vector<ExchangePlan> plans;
-  if (dispatches) {
-    const uint32_t bytes = row_bytes_of(it, it.dtype == "fp8");
-    plans.push_back(row_per_expert ? plan_expert_dispatch(routing, rank, bytes) : plan_dispatch(routing, rank, bytes));
-  }
-  if (combines) {
-    const uint32_t bytes = row_bytes_of(it, false);
-    plans.push_back(row_per_expert ? plan_expert_combine(routing, rank, bytes) : plan_combine(routing, rank, bytes));
-  }
-  return plans;
-}
-
-/// Of a low latency operation that sends a token once per rank and gets one row per rank back; 0: there is no other
-/// floor than that of its rows.
-uint64_t least_link_bytes(const TableCase& it, const ctl::BenchRouting& routing, uint32_t own) {
-  const bool dispatches = it.operation == "dispatch" || it.operation == "pair";
-  const bool combines = it.operation == "combine" || it.operation == "pair";
-  uint64_t bytes = 0;
-  for (uint32_t peer = 0; it.low_latency && peer < it.shape.ranks; ++peer) {
-    for (uint32_t token = 0; peer != own && token < it.shape.tokens; ++token) {
-      bytes += dispatches && routing.delivered(peer, token, own) ? row_bytes_of(it, it.dtype == "fp8") : 0;
-      bytes += combines && routing.delivered(own, token, peer) ? row_bytes_of(it, false) : 0;
-    }
-  }
-  return bytes;
-}
-
 /// Under MPS the operation is between kernels, because a busy client of one process would hold up the rest; else no
 /// kernel of the client's may be near it, because its context would have to come back for that.
 TimerClock clock_of(const ctl::BenchRank& rank, Start start) {
@@ -155,6 +117,7 @@ RankCase::RankCase(RankGroup* group, ctl::BenchRank* rank, const TableCase& it)
     add_floors();
     add_nccl();
     add_queue();
+    add_replays();
     add_compute();
     add_switch();
   }
@@ -163,8 +126,19 @@ RankCase::RankCase(RankGroup* group, ctl::BenchRank* rank, const TableCase& it)
 }
 
 std::unique_ptr<ctl::BenchOperation> RankCase::make() {
+  std::unique_ptr<ctl::BenchOperation> eager = make_eager();
+  if (!it_.captured) {
+    return eager;
+  }
+  const bool of_inputs = it_.operation == "combine" || layer_ != nullptr;
+  auto replay = std::make_unique<ReplayOperation>(rank_, std::move(eager), of_inputs);
+  replay_ = replay.get();
+  return replay;
+}
+
+std::unique_ptr<ctl::BenchOperation> RankCase::make_eager() {
   const uint32_t flags = it_.half == "both" ? 0u : static_cast<uint32_t>(EXPERTD_ASYNC);
-  const ctl::BenchCase bench{group_->bench, it_.shape, rank_, it_.name(), flags};
+  const ctl::BenchCase bench{group_->bench, it_.shape, rank_, it_.name(), flags, it_.captured};
   if (it_.operation == "overlap") {
     std::unique_ptr<OverlapOperation> overlap = make_overlap(bench, tools().multiprocessors);
     overlap_ = overlap.get();
@@ -177,9 +151,16 @@ std::unique_ptr<ctl::BenchOperation> RankCase::make() {
   if (cublas_ == nullptr) {
     throw std::runtime_error("a layer needs cuBLAS, which cannot be loaded");
   }
+  if (it_.captured) {
+    cublas_->keep_workspace();
+  }
   std::unique_ptr<LayerOperation> layer = make_layer(bench, it_.low_latency, *cublas_);
   layer_ = layer.get();
   return layer;
+}
+
+expertd_op_result_t RankCase::wait(expertd_event_t event) const {
+  return replay_ != nullptr ? replay_->wait() : rank_->wait(event, it_.name());
 }
 
 /// Also what launches anything for the first time, which a parked stream would stop for ever.
@@ -191,7 +172,7 @@ void RankCase::warm_up() {
     if (it_.half == "receive") {
       rank_->check(expertd_event_stream_wait(event, rank_->stream()), "receive half");
     }
-    rank_->wait(event, it_.name());
+    wait(event);
     operation_->finish();
     if (untimed_ != nullptr) {
       untimed_->issue(&event);
@@ -296,6 +277,26 @@ void RankCase::add_queue() {
                          static_cast<double>(kQueued), start_, clock_});
 }
 
+/// At once, because a stream that is held takes fewer than all of them, and with an idle client alone, because beside
+/// GEMMs they would take the time of a table.
+void RankCase::add_replays() {
+  if (replay_ == nullptr) {
+    return;
+  }
+  Contender replays{&RankFigures::replay_us,
+                    [this] {
+                      for (uint32_t i = 0; i < kReplays; ++i) {
+                        replay_->issue(&switched_);
+                      }
+                    },
+                    [this] { wait(switched_); },
+                    static_cast<double>(kReplays),
+                    Start::kAtOnce,
+                    clock_ == TimerClock::kKernels ? clock_ : TimerClock::kEvents};
+  replays.idle_only = true;
+  contenders_.push_back(replays);
+}
+
 void RankCase::add_compute() {
   if (layer_ != nullptr) {
     contenders_.push_back({&RankFigures::compute_us, [this] { layer_->compute(); }, {}, 1, start_});
@@ -310,7 +311,7 @@ void RankCase::add_switch() {
   const uint32_t blocks = (group_->options.iterations + kBlock - 1) / kBlock;
   contenders_.push_back({&RankFigures::switch_us, [this] { operation_->issue(&switched_); },
                          [this] {
-                           rank_->wait(switched_, it_.name());
+                           wait(switched_);
                            operation_->finish();
                          },
                          1, start_, TimerClock::kEvents, (kSwitches + blocks - 1) / blocks});
@@ -434,7 +435,7 @@ void RankCase::iterate(bool busy, RankFigures* figures) {
     time_operation(figures, verified);
     if ((i + 1) % kBlock == 0 || i == last) {
       phase(LoadPhase::kOther);
-      time_contenders(busy ? kTurnBusy : kTurn, figures);
+      time_contenders(busy, figures);
     }
   }
 }
@@ -454,7 +455,7 @@ void RankCase::time_operation(RankFigures* figures, bool verified) {
     enqueue = time_receive_half(rank_, operation_.get(), &event, &timed);
   }
   figures->times_us.push_back(time_us(timed, enqueue));
-  const expertd_op_result_t result = rank_->wait(event, it_.name());
+  const expertd_op_result_t result = wait(event);
   figures->execution.add(result.executor, result.sms);
   if (leads() && !verified) {
     figures->daemon_cpu_ns += cpu_ns_of(group_->daemon) - cpu_ns;
@@ -468,13 +469,14 @@ void RankCase::time_operation(RankFigures* figures, bool verified) {
   operation_->finish();
 }
 
-void RankCase::time_contenders(uint32_t turns, RankFigures* figures) {
+void RankCase::time_contenders(bool busy, RankFigures* figures) {
+  const uint32_t turns = busy ? kTurnBusy : kTurn;
   const auto most = std::max_element(contenders_.begin(), contenders_.end(),
                                      [](const auto& left, const auto& right) { return left.turns < right.turns; });
   const uint32_t rounds = most == contenders_.end() ? 0 : std::max(turns, most->turns);
   for (uint32_t round = 0; round < rounds; ++round) {
     for (const Contender& it : contenders_) {
-      if (round >= (it.turns == 0 ? turns : it.turns)) {
+      if (round >= (it.turns == 0 ? turns : it.turns) || (busy && it.idle_only)) {
         continue;
       }
       const double us = time_us(timing(it.clock, it.start, it.per_timing), it.enqueue);

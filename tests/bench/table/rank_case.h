@@ -16,6 +16,7 @@
 #include "tests/bench/table/gemm_load.h"
 #include "tests/bench/table/layer.h"
 #include "tests/bench/table/overlap.h"
+#include "tests/bench/table/replay.h"
 #include "tests/bench/table/stream_timer.h"
 #include "tests/bench/table/table_options.h"
 #include "tests/bench/table/table_row.h"
@@ -46,7 +47,7 @@ struct RankGroup {
 /// What a rank found of a case with one kind of client.
 struct RankFigures {
   TimerClock clock = TimerClock::kEvents;  // of the operation and of those back to back
-  Times times_us, nccl_us, queued_us, compute_us;
+  Times times_us, nccl_us, queued_us, replay_us, compute_us;
   Times switch_us;        // the operation between events, where two contexts take turns for it
   Times clock_offset_us;  // what the words of memory take for nothing, taken off the operation's times already
   Times local_wait_us;    // what the kernels of the clock take for nothing
@@ -82,17 +83,21 @@ class RankCase {
     Start start = Start::kAtTheGate;
     TimerClock clock = TimerClock::kEvents;
     uint32_t turns = 0;  // in a row; 0: as many as all others
+    bool idle_only = false;
   };
 
   RankTools& tools() const { return *group_->tools[rank_->index()]; }
   bool leads() const { return rank_->index() == 0; }
   std::unique_ptr<ctl::BenchOperation> make();
+  std::unique_ptr<ctl::BenchOperation> make_eager();
+  expertd_op_result_t wait(expertd_event_t event) const;
   void warm_up();
   uint64_t agreed(uint64_t bytes);
   void add_floors();
   void add_floor(uint64_t bytes, Times RankFigures::*copy_engine, Times RankFigures::*kernel);
   void add_nccl();
   void add_queue();
+  void add_replays();
   void add_compute();
   void add_switch();
   void add_overlap();
@@ -104,7 +109,7 @@ class RankCase {
   void take_off_offset(RankFigures* figures) const;
   void iterate(bool busy, RankFigures* figures);
   void time_operation(RankFigures* figures, bool verified);
-  void time_contenders(uint32_t turns, RankFigures* figures);
+  void time_contenders(bool busy, RankFigures* figures);
 
   RankGroup* const group_;
   ctl::BenchRank* const rank_;
@@ -115,6 +120,7 @@ class RankCase {
   std::unique_ptr<Cublas> cublas_;
   LayerOperation* layer_ = nullptr;      // the operation where it is one
   OverlapOperation* overlap_ = nullptr;  // likewise
+  ReplayOperation* replay_ = nullptr;    // where the case is captured
   std::unique_ptr<ctl::BenchOperation> operation_;
   /// A small one, with which the daemon's context takes the GPU before the gate opens; null: the clock needs none.
   std::unique_ptr<ctl::BenchOperation> untimed_;

@@ -23,11 +23,33 @@ bool wanted(const std::vector<T>& some, const T& value) {
 }
 
 /// --quick has layers when they are asked for.
-void add_layer(const TableSelection& selection, bool low_latency, const BenchShape& shape,
+void add_layer(const TableSelection& selection, bool low_latency, const BenchShape& shape, bool captured,
                std::vector<TableCase>* cases) {
   if (!selection.quick || !selection.operations.empty()) {
-    cases->push_back({"layer", "bf16", low_latency, shape});
+    cases->push_back({"layer", "bf16", low_latency, shape, "both", captured});
   }
+}
+
+/// Those of a group that are asked for.
+void add_wanted(const TableSelection& selection, const std::vector<TableCase>& of_group,
+                std::vector<TableCase>* cases) {
+  for (const TableCase& it : of_group) {
+    const bool form = it.captured ? selection.captured : selection.eager;
+    if (form && wanted(selection.operations, it.operation) && wanted(selection.tokens, it.shape.tokens)) {
+      cases->push_back(it);
+    }
+  }
+}
+
+/// A group's low latency cases in CUDA graphs.
+void add_captured(const TableSelection& selection, const BenchShape& shape, std::vector<TableCase>* cases) {
+  std::vector<TableCase> of_group = {{"dispatch", "fp8", true, shape, "both", true},
+                                     {"combine", "bf16", true, shape, "both", true},
+                                     {"pair", "fp8", true, shape, "both", true}};
+  if (shape.tokens == kLowLatencyTokens) {
+    add_layer(selection, true, shape, true, &of_group);
+  }
+  add_wanted(selection, of_group, cases);
 }
 
 /// The cases of a group.
@@ -43,7 +65,7 @@ void add_group(const TableSelection& selection, bool low_latency, const BenchSha
         of_group.push_back({"dispatch", "fp8", true, shape, half});
         of_group.push_back({"combine", "bf16", true, shape, half});
       }
-      add_layer(selection, true, shape, &of_group);
+      add_layer(selection, true, shape, false, &of_group);
     }
   } else {
     of_group = {{"dispatch", "fp8", false, shape}, {"combine", "bf16", false, shape}};
@@ -52,14 +74,10 @@ void add_group(const TableSelection& selection, bool low_latency, const BenchSha
     }
     if (main_shape && shape.tokens == kTokens) {
       of_group.push_back({"layout", "", false, shape});
-      add_layer(selection, false, shape, &of_group);
+      add_layer(selection, false, shape, false, &of_group);
     }
   }
-  for (const TableCase& it : of_group) {
-    if (wanted(selection.operations, it.operation) && wanted(selection.tokens, shape.tokens)) {
-      cases->push_back(it);
-    }
-  }
+  add_wanted(selection, of_group, cases);
 }
 
 BenchRowSpec find(const std::vector<BenchRowSpec>& rows, const std::string& flags) {
@@ -74,9 +92,9 @@ BenchRowSpec find(const std::vector<BenchRowSpec>& rows, const std::string& flag
 }  // namespace
 
 std::string TableCase::name() const {
-  return operation + " " + mode() + (dtype.empty() ? "" : " " + dtype) + (half == "both" ? "" : " " + half) + ", " +
-         std::to_string(shape.tokens) + " tokens, hidden " + std::to_string(shape.hidden) + ", top " +
-         std::to_string(shape.top_k);
+  return operation + " " + mode() + (dtype.empty() ? "" : " " + dtype) + (half == "both" ? "" : " " + half) +
+         (captured ? " captured" : "") + ", " + std::to_string(shape.tokens) + " tokens, hidden " +
+         std::to_string(shape.hidden) + ", top " + std::to_string(shape.top_k);
 }
 
 bool TableCase::has_main_shape() const {
@@ -85,9 +103,9 @@ bool TableCase::has_main_shape() const {
 
 bool TableCase::shares_group(const TableCase& other) const {
   const auto key = [](const TableCase& it) {
-    // A double batch is measured with an idle client alone.
-    return std::tuple(it.operation == "overlap", it.low_latency, it.shape.ranks, it.shape.experts, it.shape.hidden,
-                      it.shape.top_k, it.shape.tokens);
+    // A double batch is measured with an idle client alone. A group that captures has streams of the daemon that wait.
+    return std::tuple(it.operation == "overlap", it.captured, it.low_latency, it.shape.ranks, it.shape.experts,
+                      it.shape.hidden, it.shape.top_k, it.shape.tokens);
   };
   return key(*this) == key(other);
 }
@@ -105,12 +123,17 @@ std::vector<TableCase> table_cases(const TableSelection& selection) {
   };
   add_group(selection, false, shape(kHidden, kTopK, kTokens), &cases);
   add_group(selection, true, shape(kHidden, kTopK, kLowLatencyTokens), &cases);
-  if (wanted(selection.operations, std::string("empty"))) {
+  add_captured(selection, shape(kHidden, kTopK, kLowLatencyTokens), &cases);
+  if (selection.eager && wanted(selection.operations, std::string("empty"))) {
     // Of a group of one rank, whose shape does not matter.
     cases.push_back({"empty", "", false, {1, selection.experts, kHidden, kTopK, kLowLatencyTokens}});
   }
-  if (wanted(selection.operations, std::string("overlap")) && wanted(selection.tokens, kLowLatencyTokens)) {
+  if (selection.eager && wanted(selection.operations, std::string("overlap")) &&
+      wanted(selection.tokens, kLowLatencyTokens)) {
     cases.push_back({"overlap", "bf16", true, shape(kHidden, kTopK, kLowLatencyTokens)});
+  }
+  for (const uint32_t tokens : {16u, 512u}) {
+    add_captured(selection, shape(kHidden, kTopK, tokens), &cases);
   }
   for (const uint32_t tokens : {16u, 64u, 512u, 1024u}) {
     add_group(selection, true, shape(kHidden, kTopK, tokens), &cases);

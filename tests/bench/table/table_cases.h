@@ -17,6 +17,8 @@ struct TableSelection {
   bool quick = false;                     // the main shape only
   std::vector<std::string> operations{};  // empty: all
   std::vector<uint32_t> tokens{};         // empty: all
+  bool captured = true;                   // operations in CUDA graphs
+  bool eager = true;                      // all others
 };
 
 /// An operation in a shape. Everything about it that the client sees.
@@ -26,6 +28,7 @@ struct TableCase {
   bool low_latency = false;
   ctl::BenchShape shape;
   std::string half = "both";  // or send or receive, of low latency
+  bool captured = false;      // in a CUDA graph that is replayed
 
   /// An operation with both halves that can be compared with others; a double batch is compared with itself.
   bool is_whole() const { return half == "both" && operation != "overlap"; }

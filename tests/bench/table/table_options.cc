@@ -20,12 +20,14 @@ const char* const kFooter =
     "after).\n"
     "Before each iteration L2 is flushed by writing 128 MiB. Operations, copies of the same bytes over the link (the\n"
     "floor) and NCCL take turns in blocks. Halves are EXPERTD_ASYNC (send) and expertd_event_stream_wait (receive);\n"
-    "no row is captured.\n"
+    "captured rows are CUDA graphs of an operation, a pair or a decode layer that are replayed (QUEUED: per graph of\n"
+    "100 launched back to back).\n"
     "Exit codes: 0 every output was right, 1 some case failed, 64 wrong arguments, 69 no two GPUs or no daemon.";
 
 /// As typed.
 struct Typed {
   std::string clients = "both";
+  std::string captured = "both";
   std::optional<uint32_t> iterations;
   uint32_t arm_us = 100;
   uint32_t seconds = 165;
@@ -44,6 +46,9 @@ void add_selection(CLI::App* app, Typed* typed, TableOptions* options) {
   app->add_option("--clients", typed->clients, "Whether the client's GPUs compute besides")
       ->check(CLI::IsMember({"idle", "busy", "both"}))
       ->capture_default_str();
+  app->add_option("--captured", typed->captured, "Operations in CUDA graphs alone, all others alone, or both")
+      ->check(CLI::IsMember({"yes", "no", "both"}))
+      ->capture_default_str();
   app->add_option("--experts", options->selection.experts, "A multiple of the GPUs")->capture_default_str();
   app->add_flag("--list", options->list, "Print the cases, and end");
 }
@@ -58,7 +63,7 @@ void add_running(CLI::App* app, Typed* typed, TableOptions* options) {
   app->add_option("--link-sms", options->link_sms, "device.link_sms of the own daemon")
       ->check(CLI::Range(1, 256))
       ->capture_default_str();
-  app->add_option("--executor", options->executor, "Of low latency operations")
+  app->add_option("--executor", options->executor, "Of low latency operations; captured ones are by sm in any case")
       ->check(CLI::IsMember({"auto", "sm", "copy_engine"}))
       ->capture_default_str();
   app->add_option("--daemon-arg", options->daemon_words, "Argument of the own daemon, as --daemon-arg=--name=value")
@@ -99,6 +104,8 @@ std::optional<TableOptions> parse_table_options(int argc, char** argv, int* exit
   options.iterations = typed.iterations.value_or(options.selection.quick ? kQuickIterations : options.iterations);
   options.idle = typed.clients != "busy";
   options.busy = typed.clients != "idle";
+  options.selection.captured = typed.captured != "no";
+  options.selection.eager = typed.captured != "yes";
   options.nccl = !typed.no_nccl;
   options.arm = std::chrono::microseconds(typed.arm_us);
   options.time_max = std::chrono::seconds(typed.seconds);

@@ -21,7 +21,6 @@ Times slowest_of(const std::vector<Times>& ranks);
 
 struct TableRow {
   TableCase it;
-  bool captured = false;
   std::string executor;  // as the operations' results say; empty: there are none
   uint32_t sms = 0;      // that the largest kernel takes, the most of any rank and iteration
   bool mps = false;
@@ -38,6 +37,7 @@ struct TableRow {
   double link_bytes = 0;
   double compute_us = 0;  // of a layer, its GEMMs alone; 0: not measured
   double queued_us = 0;   // per operation back to back; 0: not measured
+  double replay_us = 0;   // of a captured row, per graph of many launched back to back; 0: not measured
   /// Of an overlap: one micro-batch, two one behind the other, the operations of one alone, and multiprocessors that
   /// its computation takes; 0: not measured.
   double single_us = 0, serial_us = 0, communication_us = 0;

@@ -18,6 +18,8 @@ namespace {
 /// Of attaching, joining and each operation; a case that hangs costs the table no more.
 constexpr uint64_t kTimeoutNs = 20'000'000'000;
 constexpr uint32_t kFailuresInARow = 3;
+/// Of a group whose operations are captured: as many as a client with double batches has.
+constexpr uint32_t kCaptureLanes = 2;
 const char* const kTimeOver = "not run: the time for the table is over";
 
 }  // namespace
@@ -74,9 +76,12 @@ TableRunner::Batch::Batch(TableRunner* runner, std::vector<TableCase> cases, uin
   bench_.seed = runner->options_.seed;
   bench_.timeout_ns = kTimeoutNs;
   const std::string& executor = runner->options_.executor;
-  bench_.executor = executor == "sm"            ? EXPERTD_GROUP_EXECUTOR_SM
-                    : executor == "copy_engine" ? EXPERTD_GROUP_EXECUTOR_COPY_ENGINE
-                                                : EXPERTD_GROUP_EXECUTOR_AUTO;
+  const bool captured = cases_.front().captured;
+  bench_.capture_lanes = captured ? kCaptureLanes : 0;
+  // A captured combine is by the daemon's kernels in any group, and takes the routing of a dispatch by the same.
+  bench_.executor = captured || executor == "sm" ? EXPERTD_GROUP_EXECUTOR_SM
+                    : executor == "copy_engine"  ? EXPERTD_GROUP_EXECUTOR_COPY_ENGINE
+                                                 : EXPERTD_GROUP_EXECUTOR_AUTO;
   for (size_t i = 0; i < cases_.size(); ++i) {
     finished_.emplace_back(clients_.size());
   }
@@ -120,6 +125,7 @@ void TableRunner::Batch::rank_work(uint32_t index) {
   }
   rank.join(name_, cases_.front().shape, cases_.front().low_latency);
   tools.timer->begin(&meeting_, index == 0);
+  std::vector<std::unique_ptr<RankCase>> kept;  // captured operations keep their memory in use until the leave
   for (size_t i = 0; i < cases_.size(); ++i) {
     if (index == 0) {
       time_is_over_ = Clock::now() > runner_->end_;
@@ -129,11 +135,14 @@ void TableRunner::Batch::rank_work(uint32_t index) {
       break;
     }
     const uint64_t begin_ns = now_ns();
-    RankCase it(&group_, &rank, cases_[i]);
+    auto it = std::make_unique<RankCase>(&group_, &rank, cases_[i]);
     figures_[i].front()[index].set_up_s = static_cast<double>(now_ns() - begin_ns) * 1e-9;
     for (size_t client = 0; client < clients_.size(); ++client) {
-      it.measure(clients_[client], &figures_[i][client][index]);
+      it->measure(clients_[client], &figures_[i][client][index]);
       finished_[i][client].fetch_add(1);
+    }
+    if (cases_[i].captured) {
+      kept.push_back(std::move(it));
     }
   }
   meeting_.meet();
@@ -163,6 +172,7 @@ TableRow TableRunner::Batch::finished_row(const TableCase& it, size_t client,
   row.serial_us = quantile_of(slowest(&RankFigures::serial_us), 0.5);
   row.communication_us = quantile_of(slowest(&RankFigures::communication_us), 0.5);
   row.queued_us = quantile_of(slowest(&RankFigures::queued_us), 0.5);
+  row.replay_us = quantile_of(slowest(&RankFigures::replay_us), 0.5);
   row.compute_us = quantile_of(slowest(&RankFigures::compute_us), 0.5);
   ctl::BenchExecution execution;
   for (const RankFigures& rank : ranks) {
