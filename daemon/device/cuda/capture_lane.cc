@@ -65,6 +65,7 @@ base::Status CaptureLane::start(Closer* closer) {
   }
   pinned_ = std::move(memory).value();
   requests_.reserve(kernels::cuda::kMostCapturedEntries);
+  sms_.reserve(kernels::cuda::kMostCapturedEntries);
   int low = 0;
   int high = 0;
   EXPERTD_DRIVER_CALL(driver_, cuCtxGetStreamPriorityRange(&low, &high));
@@ -113,6 +114,7 @@ uint32_t CaptureLane::add(const engine::Request& request, const std::array<PartP
     return 0;
   }
   requests_.push_back(request);
+  sms_.push_back(std::min(params[0].captured.blocks, setup_.multiprocessors));
   timeout_ns_ = std::max(timeout_ns_, request.deadline_ns - std::min(request.deadline_ns, request.admit_ns));
   return place + 1;
 }
@@ -259,7 +261,7 @@ bool CaptureLane::take_head() {
       replay.outcome.report.reason = broken_;
     }
     replay.outcome.executor = EXPERTD_COMPLETION_EXECUTOR_SM;
-    replay.outcome.sms = setup_.multiprocessors;
+    replay.outcome.sms = sms_[ended.entry - 1];
     if (ended.start_ns != 0 && ended.end_ns >= ended.start_ns) {
       replay.outcome.start_ns = replay.outcome.end_ns - (ended.end_ns - ended.start_ns);
       replay.outcome.launch_ns = replay.outcome.start_ns;

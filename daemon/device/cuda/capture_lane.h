@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A capture lane: how operations that a client captured in CUDA graphs run without a host (D14). A client's graph writes
-// the operation's entry into the lane's doorbell; arms, enqueued before, wait for it on the lane's stream, and the
-// kernel behind takes everything from the daemon's table on the GPU:
+// A capture lane: how operations that a client captured in CUDA graphs run without a host (D14). A client's graph
+// writes the operation's entry into the lane's doorbell; arms, enqueued before, wait for it on the lane's stream, and
+// the kernel behind takes everything from the daemon's table on the GPU:
 //
 //   lane stream:  wait doorbell >= 1; link_ll_captured      once per arm, kArms of them ahead
 //   late stream:  wait routed; link_ll_captured; wait moved; link_ll_captured      for an arm whose ranks were late
@@ -47,12 +47,12 @@ class CaptureLane {
     const Driver* driver = nullptr;
     GpuView view;
     const GroupEntry* group = nullptr;
-    uint32_t lane = 0;           // of the group
-    uint32_t words = 0;          // of the session's flag page
-    void* flag_page = nullptr;   // of the rank's session, as the GPU sees it
-    CUstream rescue = nullptr;   // the device's: nothing on it ever waits
+    uint32_t lane = 0;          // of the group
+    uint32_t words = 0;         // of the session's flag page
+    void* flag_page = nullptr;  // of the rank's session, as the GPU sees it
+    CUstream rescue = nullptr;  // the device's: nothing on it ever waits
     uint32_t multiprocessors = 1;
-    bool flushes = false;        // exchange waits ask for remote writes to be flushed
+    bool flushes = false;  // exchange waits ask for remote writes to be flushed
     std::array<base::DeviceIndex, base::kMaxGpuRanks> devices{};
   };
   /// Streams, pinned words and the table's staging. CUDA, POOL_EXHAUSTED.
@@ -120,6 +120,7 @@ class CaptureLane {
   CUstream late_stream_ = nullptr;
   std::unique_ptr<PinnedMemory> pinned_;  // Pinned
   std::vector<engine::Request> requests_;
+  std::vector<uint32_t> sms_;  // of each
   uint64_t timeout_ns_ = 0;  // the longest of the captured operations
 
   Mode mode_ = Mode::kIdle;

@@ -26,17 +26,17 @@ base::Status CudaDevice::create_lanes(GroupEntry* entry) {
     parked += 2 * group->shape.capture_lanes;
   }
   if (parked + 2 * wanted > kMaxParkedStreams) {
-    return base::Status(EXPERTD_REASON_GROUP_LIMIT,
-                        "capture_lanes = " + std::to_string(wanted) + ": GPU " + gpu_.uuid + " has " +
-                            std::to_string(parked) + " of at most " + std::to_string(kMaxParkedStreams) +
-                            " armed streams (one per session, two per lane)");
+    return base::Status(EXPERTD_REASON_GROUP_LIMIT, "capture_lanes = " + std::to_string(wanted) + ": GPU " + gpu_.uuid +
+                                                        " has " + std::to_string(parked) + " of at most " +
+                                                        std::to_string(kMaxParkedStreams) +
+                                                        " armed streams (one per session, two per lane)");
   }
   for (uint32_t lane = 0; lane < wanted; ++lane) {
     const uint32_t words = static_cast<uint32_t>(std::countr_one(session->second->capture_words));
     if (words >= EXPERTD_CAPTURE_LANES_MAX) {
       give_back_words(*entry);
-      return base::Status(EXPERTD_REASON_GROUP_LIMIT, "the session has " + std::to_string(EXPERTD_CAPTURE_LANES_MAX) +
-                                                          " capture lanes already");
+      return base::Status(EXPERTD_REASON_GROUP_LIMIT,
+                          "the session has " + std::to_string(EXPERTD_CAPTURE_LANES_MAX) + " capture lanes already");
     }
     CaptureLane::Setup setup;
     setup.driver = &driver_;

@@ -117,8 +117,8 @@ struct GroupEntry {
   }
   /// The low latency buffer of a page; null when the group has none.
   char* low_latency(uint32_t page) const {
-    const uint32_t buffer = page < engine::kExchangePages ? page % kLowLatencyBuffers
-                                                          : kLowLatencyBuffers + page - engine::kExchangePages;
+    const uint32_t buffer =
+        page < engine::kExchangePages ? page % kLowLatencyBuffers : kLowLatencyBuffers + page - engine::kExchangePages;
     const uint64_t at = layout.low_latency + buffer * layout.low_latency_bytes;
     return layout.low_latency_bytes == 0 ? nullptr : reinterpret_cast<char*>(memory->address() + at);
   }

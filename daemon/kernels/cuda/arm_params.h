@@ -20,7 +20,7 @@ static_assert(kMostCapturedEntries < kNoEntry);
 /// Words of one lane in device memory of the daemon.
 struct LaneState {
   uint64_t cancelled;  // generation of the arms that were taken back: block 0 of the first such arm writes it
-  uint64_t broken;     // expertd_reason that every further operation of the lane ends with; written by the rescue stream
+  uint64_t broken;  // expertd_reason that every further operation of the lane ends with; written by the rescue stream
   uint64_t reserved[14];
 };
 static_assert(sizeof(LaneState) == 128);

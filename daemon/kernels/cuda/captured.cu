@@ -121,8 +121,8 @@ __device__ void count_through(const PartParams& p) {
 
 /// Whether the kernel before has left what comes after the exchange that this one stands behind.
 __device__ bool arm_was_left(const ArmParams& a, LowLatencyEntry place) {
-  const auto step = static_cast<uint32_t>(place == LowLatencyEntry::kBehindMoved ? SignalStep::kMoved
-                                                                                  : SignalStep::kRouted);
+  const auto step =
+      static_cast<uint32_t>(place == LowLatencyEntry::kBehindMoved ? SignalStep::kMoved : SignalStep::kRouted);
   return ld_acquire_sys(&a.words.state->passed[step]) == a.words.part * 4 + kLeft;
 }
 

@@ -38,8 +38,8 @@ bool serves_link(const PartParams& params);
 /// chain once per entry. Behind the last one's stream wait it writes `done`.
 cudaError_t launch_link_ll_dispatch(const PartParams& params, Entry entry, cudaStream_t stream);
 cudaError_t launch_link_ll_combine(const PartParams& params, LowLatencyEntry entry, cudaStream_t stream);
-/// An arm of a capture lane: any captured low latency operation. Behind the doorbell's wait as kWaits, whose place in the
-/// chain is the only one when the ranks are together; the other two on a stream that waits for the exchanges.
+/// An arm of a capture lane: any captured low latency operation. Behind the doorbell's wait as kWaits, whose place in
+/// the chain is the only one when the ranks are together; the other two on a stream that waits for the exchanges.
 cudaError_t launch_link_ll_captured(const ArmParams& params, LowLatencyEntry place, cudaStream_t stream);
 /// One compare-and-swap; a null word is a null operation.
 cudaError_t launch_swap_word(const SwapParams& params, cudaStream_t stream);

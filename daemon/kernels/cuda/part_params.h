@@ -24,7 +24,7 @@ struct SyncPage {
   uint64_t moved[base::kMaxGpuRanks];
   uint64_t routed_time_ns[base::kMaxGpuRanks];
   uint64_t moved_time_ns[base::kMaxGpuRanks];
-  uint64_t counted[base::kMaxGpuRanks];  // link dispatch: the rank's rows per expert are in the matrix too
+  uint64_t counted[base::kMaxGpuRanks];   // link dispatch: the rank's rows per expert are in the matrix too
   uint64_t captured[base::kMaxGpuRanks];  // number of the captured operation
 };
 static_assert(sizeof(SyncPage) == 768);
