@@ -219,8 +219,10 @@ void CaptureLane::break_lane(uint32_t reason) {
   CUstreamBatchMemOpParams write = write_op(&setup_.group->lane_state(setup_.lane)->broken, reason);
   driver_.cuStreamBatchMemOp(setup_.rescue, 1, &write, 0);
   shared_.broken.store(reason, std::memory_order_release);  // acquired by the loops of the other ranks
-  base::log_warn("captured operations of the group end with a failure until it is left",
-                 {{"group", setup_.group->shape.id}, {"rank", setup_.group->shape.rank}, {"reason", reason}});
+  if (!ending_) {
+    base::log_warn("captured operations of the group end with a failure until it is left",
+                   {{"group", setup_.group->shape.id}, {"rank", setup_.group->shape.rank}, {"reason", reason}});
+  }
   if (mode_ == Mode::kIdle) {
     shared_.detached.store(true, std::memory_order_release);
   } else {
