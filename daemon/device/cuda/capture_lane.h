@@ -121,7 +121,7 @@ class CaptureLane {
   std::unique_ptr<PinnedMemory> pinned_;  // Pinned
   std::vector<engine::Request> requests_;
   std::vector<uint32_t> sms_;  // of each
-  uint64_t timeout_ns_ = 0;  // the longest of the captured operations
+  uint64_t timeout_ns_ = 0;    // the longest of the captured operations
 
   Mode mode_ = Mode::kIdle;
   std::array<Arm, kArms> arms_{};
