@@ -287,6 +287,7 @@ RunEnd Daemon::run(supervise::Signals& signals) {
       count_lost_contexts();
       // A lost context cannot be mended inside the process; the supervisor starts a new one.
       base::log_error("GPU context lost; restarting", {});
+      tell_of_loss(signals);
       return RunEnd::kDeviceLost;
     }
     const uint64_t asked = drain_requested_ns_.exchange(0, std::memory_order_acq_rel);
@@ -298,6 +299,17 @@ RunEnd Daemon::run(supervise::Signals& signals) {
       drain(signals, asked > 1 ? asked - 1 : loaded_.config.control.drain_timeout_ns);
       return RunEnd::kDrained;
     }
+  }
+}
+
+// Lets the loops end what is in flight with GPU_LOST before the clients see the end of the process. A loop may be stuck
+// in the driver, so this does not wait for all.
+void Daemon::tell_of_loss(supervise::Signals& signals) {
+  constexpr uint64_t kTellNs = 200'000'000;
+  constexpr uint64_t kLookNs = 5'000'000;
+  const uint64_t deadline_ns = base::now_ns() + kTellNs;
+  while (sessions_->outstanding_operations() != 0 && base::now_ns() < deadline_ns) {
+    (void)signals.wait(kLookNs).is_ok();
   }
 }
 

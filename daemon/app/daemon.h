@@ -46,6 +46,7 @@ class Daemon final : public engine::WakePort {
   bool devices_healthy();
   void count_lost_contexts();
   supervise::Watchdog::Tick look_at_threads();
+  void tell_of_loss(supervise::Signals& signals);
   void drain(supervise::Signals& signals, uint64_t timeout_ns);
 
   config::LoadedConfig loaded_;

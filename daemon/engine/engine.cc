@@ -325,7 +325,10 @@ bool Engine::advance_ending(EngineSession& session, Op& op, uint64_t now_ns) {
   if (op.rank != nullptr) {
     GroupShared& group = *op.rank->group;
     const bool aborted = op.abort_sent || op.part == 0;
-    if (aborted && group.entry(op.number).unfinished.load(std::memory_order_acquire) != 0) {
+    // Nothing runs on a lost GPU, and the process is about to end: the loops of the others may not come back from the
+    // driver before that.
+    const bool lost = op.part != 0 && op.outcome.report.reason == EXPERTD_REASON_GPU_LOST;
+    if (aborted && !lost && group.entry(op.number).unfinished.load(std::memory_order_acquire) != 0) {
       return false;
     }
     if (aborted) {

@@ -308,5 +308,18 @@ TEST(EngineClose, FreesThePagesOfWhatItAborted) {
   EXPECT_EQ(group[0].port.parts().back().spec.active_ranks, 1U);
 }
 
+TEST(EngineLoss, OfAGpuIsToldBeforeTheOthersEnd) {
+  FakeGroup group(2);
+  group[1].port.ends_on_abort = false;  // its loop does not come back from the driver
+  group.submit_all();
+  ASSERT_TRUE(group.settle(1));
+  kernels::OpReport report;
+  report.reason = EXPERTD_REASON_GPU_LOST;
+  group[0].port.finish(1, report);
+  ASSERT_TRUE(group.settle(2));
+  EXPECT_EQ(group[0].reason(1), static_cast<uint32_t>(EXPERTD_REASON_GPU_LOST));
+  EXPECT_FALSE(group[1].completed(1));
+}
+
 }  // namespace
 }  // namespace expertd::test

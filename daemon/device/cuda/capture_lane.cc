@@ -115,7 +115,6 @@ uint32_t CaptureLane::add(const engine::Request& request, const std::array<PartP
   }
   requests_.push_back(request);
   sms_.push_back(std::min(params[0].captured.blocks, setup_.multiprocessors));
-  timeout_ns_ = std::max(timeout_ns_, request.deadline_ns - std::min(request.deadline_ns, request.admit_ns));
   return place + 1;
 }
 
@@ -273,13 +272,23 @@ bool CaptureLane::take_head() {
   return true;
 }
 
+/// What the operation of the oldest arm was given when it was captured; a doorbell that names none is over at once.
+uint64_t CaptureLane::head_timeout_ns() const {
+  const uint64_t entry = facts(head_)->entry;
+  if (entry == 0 || entry > requests_.size()) {
+    return 0;
+  }
+  const engine::Request& request = requests_[entry - 1];
+  return request.deadline_ns - std::min(request.deadline_ns, request.admit_ns);
+}
+
 /// Enqueues what the oldest arm left, and ends it when its deadline is over or the lane is broken.
 bool CaptureLane::serve_late(uint64_t now_ns) {
   Arm& arm = arms_[head_ % kArms];
   if (head_ == tail_ || load_word(facts(head_)->left) != head_) {
     return false;
   }
-  if (arm.late && broken_ == 0 && now_ns - arm.late_since_ns > timeout_ns_) {
+  if (arm.late && broken_ == 0 && now_ns - arm.late_since_ns > head_timeout_ns()) {
     break_lane(EXPERTD_REASON_TIMEOUT);
   }
   bool moved = false;

@@ -109,6 +109,7 @@ class CaptureLane {
   void abort_late(uint64_t id, Arm* arm);
   void release_caller();
   void break_lane(uint32_t reason);
+  uint64_t head_timeout_ns() const;
   bool drain(uint64_t now_ns);
   bool arm(uint64_t now_ns);
   bool swap(uint64_t expected, uint64_t desired);
@@ -121,7 +122,6 @@ class CaptureLane {
   std::unique_ptr<PinnedMemory> pinned_;  // Pinned
   std::vector<engine::Request> requests_;
   std::vector<uint32_t> sms_;  // of each
-  uint64_t timeout_ns_ = 0;    // the longest of the captured operations
 
   Mode mode_ = Mode::kIdle;
   std::array<Arm, kArms> arms_{};
