@@ -210,7 +210,8 @@ typedef struct expertd_group_options {
   uint32_t capture_lanes;
   /* Of the low latency operations; AUTO: COPY_ENGINE where every rank of the group can and no GPU is under MPS, else
    * SM. COPY_ENGINE ends the join with UNSUPPORTED, naming what is missing, on host devices, on GPUs that do not reach
-   * each other, and where a library has no kernels for its GPU. Captured operations are executed by SM in any group. A
+   * each other, and where a library has no kernels for its GPU. Captured operations are executed by SM in any group,
+   * so the handle of a captured combine is that of a captured dispatch (else STALE_HANDLE). A
    * struct_size that ends before this member means AUTO. */
   uint32_t executor; /* expertd_group_executor_t */
   uint32_t reserved; /* not read */

@@ -21,6 +21,7 @@ struct HandleState {
   base::GroupId group;
   bool low_latency = false;
   bool expanded = false;
+  bool copy_engine = false;  // its routing is in the exchange window, not in the tables of the daemon's kernels
   uint32_t expert_alignment = 1;
   uint32_t tokens = 0;
   uint32_t top_k = 0;

@@ -235,6 +235,7 @@ bool Admission::new_handle(bool low_latency) {
                                           .group = base::GroupId{slot_.group},
                                           .low_latency = low_latency,
                                           .expanded = (slot_.flags & EXPERTD_SLOT_EXPANDED) != 0,
+                                          .copy_engine = (slot_.flags & EXPERTD_SLOT_COPY_ENGINE) != 0,
                                           .expert_alignment = request_->shape.expert_alignment,
                                           .tokens = slot_.tokens,
                                           .top_k = slot_.top_k};
@@ -257,7 +258,9 @@ bool Admission::known_handle(bool low_latency, session::HandleState** handle) {
     return check_.refuse(EXPERTD_REASON_ARGUMENT_RANGE, EXPERTD_ARGUMENT_TOKENS, slot_.tokens, known.tokens,
                          known.tokens);
   }
-  if (known.expanded != ((slot_.flags & EXPERTD_SLOT_EXPANDED) != 0)) {
+  // A captured combine is by the daemon's kernels, so its handle is of a captured dispatch where others go by copies.
+  if (known.expanded != ((slot_.flags & EXPERTD_SLOT_EXPANDED) != 0) ||
+      known.copy_engine != ((slot_.flags & EXPERTD_SLOT_COPY_ENGINE) != 0)) {
     return check_.refuse(EXPERTD_REASON_STALE_HANDLE, EXPERTD_ARGUMENT_FLAGS, slot_.flags, 0, EXPERTD_SLOT_FLAGS_ALL);
   }
   request_->shape.top_k = known.top_k;

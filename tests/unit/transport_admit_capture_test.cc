@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "proto/abi/exchange_v1.h"
 #include "tests/support/fake_admission.h"
 
 namespace expertd::test {
@@ -87,6 +88,25 @@ TEST(AdmitCapture, InAGroupOfCopyEnginesItIsWithoutTheirFlag) {
   expertd_slot slot = captured(EXPERTD_OP_LL_DISPATCH);
   slot.flags |= EXPERTD_SLOT_COPY_ENGINE;
   world.expect_refused(slot, EXPERTD_REASON_UNSUPPORTED, EXPERTD_ARGUMENT_FLAGS);
+}
+
+TEST(AdmitCapture, NeedsTheHandleOfACapturedDispatchWhereEagerOnesGoByCopies) {
+  LaneWorld world(1);
+  world.shared.set_copy_engine(EXPERTD_EXCHANGE_BUFFERS);
+  expertd_slot eager = AdmissionWorld::slot(EXPERTD_OP_LL_DISPATCH);
+  eager.flags |= EXPERTD_SLOT_COPY_ENGINE;
+  eager.exchange_buffer = 1;
+  (void)world.admit(eager);
+  ASSERT_EQ(world.request.rejected_reason, EXPERTD_REASON_NONE);
+  expertd_slot combine = AdmissionWorld::slot(EXPERTD_OP_LL_COMBINE);
+  combine.flags |= EXPERTD_SLOT_CAPTURED;
+  world.expect_refused(combine, EXPERTD_REASON_STALE_HANDLE, EXPERTD_ARGUMENT_FLAGS);
+  expertd_slot captured = AdmissionWorld::slot(EXPERTD_OP_LL_DISPATCH);
+  captured.flags |= EXPERTD_SLOT_CAPTURED;
+  (void)world.admit(captured);
+  ASSERT_EQ(world.request.rejected_reason, EXPERTD_REASON_NONE);
+  (void)world.admit(combine);
+  EXPECT_EQ(world.request.rejected_reason, EXPERTD_REASON_NONE);
 }
 
 }  // namespace
