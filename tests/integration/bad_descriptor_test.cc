@@ -138,7 +138,7 @@ TEST_F(BadDescriptor, AnUnknownFlag) {
 
 TEST_F(BadDescriptor, ReservedBytesThatAreNotZero) {
   expertd_slot slot = good_dispatch();
-  slot.reserved[63] = 1;
+  slot.reserved[sizeof(slot.reserved) - 1] = 1;
   expect_refused(slot, EXPERTD_REASON_DESCRIPTOR_MALFORMED, EXPERTD_ARGUMENT_RESERVED);
 }
 
