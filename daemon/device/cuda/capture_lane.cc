@@ -14,6 +14,7 @@ namespace expertd::device::cuda {
 namespace {
 
 using kernels::cuda::ArmParams;
+using kernels::cuda::launch_await_doorbell;
 using kernels::cuda::LowLatencyEntry;
 using kernels::cuda::PartFacts;
 using kernels::cuda::PartParams;
@@ -144,6 +145,7 @@ ArmParams CaptureLane::arm_params(uint64_t id, uint64_t number) const {
   params.generation = generation_;
   params.experts = setup_.group->shape.experts;
   params.multiprocessors = setup_.multiprocessors;
+  params.after_doorbell = setup_.awaits_by_kernel ? 1 : 0;
   return params;
 }
 
@@ -152,9 +154,11 @@ bool CaptureLane::enqueue_arm() {
   *facts(id) = {};
   arms_[id % kArms] = {.number = next_number_};
   const ArmParams params = arm_params(id, next_number_);
-  if (driver_.cuStreamWaitValue64(stream_, reinterpret_cast<CUdeviceptr>(params.doorbell), 1,
-                                  CU_STREAM_WAIT_VALUE_GEQ) != CUDA_SUCCESS ||
-      launch_link_ll_captured(params, LowLatencyEntry::kWaits, stream_) != cudaSuccess) {
+  const bool waits = params.after_doorbell != 0
+                         ? launch_await_doorbell(params.doorbell, 1, stream_) == cudaSuccess
+                         : driver_.cuStreamWaitValue64(stream_, reinterpret_cast<CUdeviceptr>(params.doorbell), 1,
+                                                       CU_STREAM_WAIT_VALUE_GEQ) == CUDA_SUCCESS;
+  if (!waits || launch_link_ll_captured(params, LowLatencyEntry::kWaits, stream_) != cudaSuccess) {
     return false;
   }
   ++tail_;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The chain of one part, all of it enqueued by launch() on the session's armed stream:
 //
-//   wait doorbell[slot] >= seq                          (unless the doorbell has rung)
+//   wait doorbell[slot] >= seq                          (unless the doorbell has rung; under MPS by a kernel of one
+//                                                        thread where one kernel does the operation: doorbell.cu)
 //   dispatch: route_count, route_scan, signal(routed), route_number      others: signal(routed)
 //     with a relay the signal comes last, behind route_number (combine: relay_plan) and relay_publish
 //   wait routed[s] >= n for every other active rank s   (own device's page)
@@ -310,6 +311,8 @@ bool CudaDevice::fill_params(const LaunchSpec& spec, Part* taken, PartParams* pa
   }
   taken->links = part.group->linked && kernels::cuda::serves_link(*params);
   taken->low_latency = fill_low_latency(spec, part, params);
+  const bool one_kernel = taken->links || taken->low_latency || shape.kind == OpKind::kBarrier;
+  params->after_doorbell = awaits_by_kernel() && part.waits_doorbell && one_kernel ? 1 : 0;
   if (taken->low_latency && is_combine(shape) && !fill_lanes(spec, params)) {
     return false;
   }
@@ -429,15 +432,20 @@ uint32_t CudaDevice::sms_of(const Part& part, const PartParams& params) {
   return std::clamp(blocks, 1u, std::max(params.multiprocessors, 1u));
 }
 
+bool CudaDevice::enqueue_doorbell(const Part& part, const PartParams& params) {
+  const uint64_t* word = word_at(part.words.flag_page, EXPERTD_DOORBELL_OFFSET(part.words.slot));
+  if (params.after_doorbell != 0) {
+    return kernels::cuda::launch_await_doorbell(word, part.words.seq, part.session->stream) == cudaSuccess;
+  }
+  return driver_.cuStreamWaitValue64(part.session->stream, reinterpret_cast<CUdeviceptr>(word), part.words.seq,
+                                     CU_STREAM_WAIT_VALUE_GEQ) == CUDA_SUCCESS;
+}
+
 bool CudaDevice::enqueue_chain(const Part& part, const PartParams& params) {
   using namespace kernels::cuda;
   CUstream stream = part.session->stream;
-  if (part.waits_doorbell) {
-    const auto doorbell =
-        reinterpret_cast<CUdeviceptr>(word_at(part.words.flag_page, EXPERTD_DOORBELL_OFFSET(part.words.slot)));
-    if (driver_.cuStreamWaitValue64(stream, doorbell, part.words.seq, CU_STREAM_WAIT_VALUE_GEQ) != CUDA_SUCCESS) {
-      return false;
-    }
+  if (part.waits_doorbell && !enqueue_doorbell(part, params)) {
+    return false;
   }
   const OpShape& shape = params.op.shape;
   if (shape.kind == OpKind::kLayout) {

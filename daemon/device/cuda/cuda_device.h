@@ -160,6 +160,10 @@ class CudaDevice : public Device, public engine::DevicePort {
   bool enqueue_route(const Part& part, const kernels::cuda::PartParams& params);
   static uint32_t sms_of(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_chain(const Part& part, const kernels::cuda::PartParams& params);
+  bool enqueue_doorbell(const Part& part, const kernels::cuda::PartParams& params);
+  /// Under MPS a thread that polls has the doorbell sooner than a stream's wait and disturbs nobody; without MPS it
+  /// would hold the time slice. The kernel behind it starts early where the GPU can do that.
+  bool awaits_by_kernel() const { return gpu_.mps && bulk_copies_; }
   bool enqueue_exchange_wait(const Part& part, bool moved);
   bool enqueue_link(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_low_latency(const Part& part, const kernels::cuda::PartParams& params);

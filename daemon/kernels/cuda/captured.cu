@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "daemon/kernels/cuda/arm_params.h"
+#include "daemon/kernels/cuda/launch_config.h"
 #include "daemon/kernels/cuda/low_latency_combine.cuh"
 #include "daemon/kernels/cuda/low_latency_dispatch.cuh"
 
@@ -208,8 +209,9 @@ cudaError_t launch_link_ll_captured(const ArmParams& params, LowLatencyEntry pla
   grid.multiprocessors = params.multiprocessors;
   const uint32_t blocks = null ? 1 : std::max(most_low_latency_blocks(grid), 2u);
   const uint32_t bytes = null ? 0 : route_shared_bytes(params.experts);
-  link_ll_captured<<<blocks, kLowLatencyThreads, bytes, stream>>>(params, place);
-  return cudaGetLastError();
+  LaunchConfig config(blocks, kLowLatencyThreads, bytes, stream);
+  config.after_doorbell(params.after_doorbell != 0 && place == LowLatencyEntry::kWaits);
+  return cudaLaunchKernelEx(config.get(), link_ll_captured, params, place);
 }
 
 cudaError_t launch_swap_word(const SwapParams& params, cudaStream_t stream) {

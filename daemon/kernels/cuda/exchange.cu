@@ -7,6 +7,7 @@
 #include "daemon/kernels/cuda/exchange_steps.cuh"
 #include "daemon/kernels/cuda/finish_part.cuh"
 #include "daemon/kernels/cuda/launch.h"
+#include "daemon/kernels/cuda/launch_config.h"
 #include "daemon/kernels/cuda/plan.cuh"
 
 namespace expertd::kernels::cuda {
@@ -85,8 +86,9 @@ cudaError_t launch_signal(const PartParams& params, SignalStep step, cudaStream_
 }
 
 cudaError_t launch_meet(const PartParams& params, cudaStream_t stream) {
-  meet<<<1, kSignalThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  LaunchConfig config(1, kSignalThreads, 0, stream);
+  config.after_doorbell(params.after_doorbell != 0);
+  return cudaLaunchKernelEx(config.get(), meet, params);
 }
 
 cudaError_t launch_plan(const PartParams& params, cudaStream_t stream) {

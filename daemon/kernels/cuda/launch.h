@@ -25,6 +25,9 @@ enum class LowLatencyEntry : uint32_t { kWaits = 0, kBehindRouted = 1, kBehindMo
 cudaError_t launch_route_count(const PartParams& params, cudaStream_t stream);
 cudaError_t launch_route_scan(const PartParams& params, cudaStream_t stream);
 cudaError_t launch_route_number(const PartParams& params, cudaStream_t stream);
+/// Waits until the doorbell is at least `value`, as a stream's wait does. The kernel behind it has to be one whose
+/// launcher takes `after_doorbell`. Null: a null operation. Only under MPS: alone it would hold the GPU's time slice.
+cudaError_t launch_await_doorbell(const uint64_t* word, uint64_t value, cudaStream_t stream);
 /// Tells every active rank that this rank's step of the operation is done.
 cudaError_t launch_signal(const PartParams& params, SignalStep step, cudaStream_t stream);
 /// The whole of a barrier, but for what it leaves to finish.

@@ -2,6 +2,7 @@
 // Low latency combine between GPUs that all reach each other, in one kernel. Definitions: daemon/kernels/README.md.
 #include <algorithm>
 
+#include "daemon/kernels/cuda/launch_config.h"
 #include "daemon/kernels/cuda/low_latency_combine.cuh"
 
 namespace expertd::kernels::cuda {
@@ -43,14 +44,16 @@ uint32_t link_ll_combine_blocks(const PartParams& params) {
 cudaError_t launch_link_ll_combine(const PartParams& params, LowLatencyEntry entry, cudaStream_t stream) {
   const bool null = params.null_operation != 0;
   const bool many = params.table_top_k > kRowsAtOnce;
-  const uint32_t blocks = link_ll_combine_blocks(params);
+  LaunchConfig config(link_ll_combine_blocks(params), kLowLatencyThreads, 0, stream);
+  config.after_doorbell(params.after_doorbell != 0 && entry == LowLatencyEntry::kWaits);
+  cudaError_t error = cudaSuccess;
   if (null || many) {
-    link_ll_combine<true><<<blocks, kLowLatencyThreads, 0, stream>>>(params, entry);
+    error = cudaLaunchKernelEx(config.get(), link_ll_combine<true>, params, entry);
   }
-  if (null || !many) {
-    link_ll_combine<false><<<blocks, kLowLatencyThreads, 0, stream>>>(params, entry);
+  if (error == cudaSuccess && (null || !many)) {
+    error = cudaLaunchKernelEx(config.get(), link_ll_combine<false>, params, entry);
   }
-  return cudaGetLastError();
+  return error;
 }
 
 }  // namespace expertd::kernels::cuda

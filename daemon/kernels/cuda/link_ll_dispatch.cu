@@ -2,6 +2,7 @@
 // Low latency dispatch between GPUs that all reach each other, in one kernel. Definitions: daemon/kernels/README.md.
 #include <algorithm>
 
+#include "daemon/kernels/cuda/launch_config.h"
 #include "daemon/kernels/cuda/low_latency_dispatch.cuh"
 
 namespace expertd::kernels::cuda {
@@ -54,8 +55,9 @@ cudaError_t launch_link_ll_dispatch(const PartParams& params, Entry entry, cudaS
     }
   }
   const uint32_t bytes = entry == Entry::kWaits && !null ? route_shared_bytes(params.op.shape.experts) : 0;
-  link_ll_dispatch<<<link_ll_dispatch_blocks(params), kLowLatencyThreads, bytes, stream>>>(params, entry);
-  return cudaGetLastError();
+  LaunchConfig config(link_ll_dispatch_blocks(params), kLowLatencyThreads, bytes, stream);
+  config.after_doorbell(params.after_doorbell != 0 && entry == Entry::kWaits);
+  return cudaLaunchKernelEx(config.get(), link_ll_dispatch, params, entry);
 }
 
 }  // namespace expertd::kernels::cuda

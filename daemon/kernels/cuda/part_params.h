@@ -223,8 +223,9 @@ struct alignas(16) PartParams {
   uint32_t refused_reason = 0;  // this rank's routing counts as an error with this Reason
   uint32_t null_operation = 0;  // the launch at start that loads the kernel: returns at once
   uint32_t multiprocessors = 1;
-  uint32_t bulk_copies = 0;  // the context has the kernels with them
-  uint32_t link_sms = 0;     // multiprocessors for the link kernels
+  uint32_t bulk_copies = 0;     // the context has the kernels with them
+  uint32_t link_sms = 0;        // multiprocessors for the link kernels
+  uint32_t after_doorbell = 0;  // await_doorbell stands in front of the first kernel; for launchers
   CapturedParams captured;
 };
 static_assert(std::is_trivially_copyable_v<PartParams>);
