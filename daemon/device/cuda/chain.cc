@@ -313,6 +313,8 @@ bool CudaDevice::fill_params(const LaunchSpec& spec, Part* taken, PartParams* pa
   taken->low_latency = fill_low_latency(spec, part, params);
   const bool one_kernel = taken->links || taken->low_latency || shape.kind == OpKind::kBarrier;
   params->after_doorbell = awaits_by_kernel() && part.waits_doorbell && one_kernel ? 1 : 0;
+  const bool alone = spec.active_ranks == uint64_t{1} << spec.rank;  // nothing stands between its kernels
+  params->after_flags = awaits_by_kernel() && taken->low_latency && !alone ? 1 : 0;
   if (taken->low_latency && is_combine(shape) && !fill_lanes(spec, params)) {
     return false;
   }
@@ -336,6 +338,16 @@ bool CudaDevice::enqueue_exchange_wait(const Part& part, bool moved) {
     }
   }
   return count == 0 || driver_.cuStreamBatchMemOp(part.session->stream, count, waits.data(), 0) == CUDA_SUCCESS;
+}
+
+/// The same for the low latency kernels.
+bool CudaDevice::enqueue_flags(const Part& part, const PartParams& params, bool moved) {
+  if (params.after_flags == 0) {
+    return enqueue_exchange_wait(part, moved);
+  }
+  const uint64_t others = part.active_ranks & ~(uint64_t{1} << part.rank);
+  return kernels::cuda::launch_await_flags({moved ? part.page->moved : part.page->routed, others, part.group_op},
+                                           part.session->stream) == cudaSuccess;
 }
 
 bool CudaDevice::enqueue_move(const Part& part, const PartParams& params) {
@@ -390,13 +402,13 @@ bool CudaDevice::enqueue_low_latency(const Part& part, const PartParams& params)
   using namespace kernels::cuda;
   CUstream stream = part.session->stream;
   if (is_dispatch(params.op.shape)) {
-    return launch_link_ll_dispatch(params, Entry::kWaits, stream) == cudaSuccess && enqueue_exchange_wait(part, true) &&
+    return launch_link_ll_dispatch(params, Entry::kWaits, stream) == cudaSuccess && enqueue_flags(part, params, true) &&
            launch_link_ll_dispatch(params, Entry::kBehindWait, stream) == cudaSuccess;
   }
   return launch_link_ll_combine(params, LowLatencyEntry::kWaits, stream) == cudaSuccess &&
-         enqueue_exchange_wait(part, false) &&
+         enqueue_flags(part, params, false) &&
          launch_link_ll_combine(params, LowLatencyEntry::kBehindRouted, stream) == cudaSuccess &&
-         enqueue_exchange_wait(part, true) &&
+         enqueue_flags(part, params, true) &&
          launch_link_ll_combine(params, LowLatencyEntry::kBehindMoved, stream) == cudaSuccess;
 }
 

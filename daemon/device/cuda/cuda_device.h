@@ -160,6 +160,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   bool enqueue_route(const Part& part, const kernels::cuda::PartParams& params);
   static uint32_t sms_of(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_chain(const Part& part, const kernels::cuda::PartParams& params);
+  bool enqueue_flags(const Part& part, const kernels::cuda::PartParams& params, bool moved);
   bool enqueue_doorbell(const Part& part, const kernels::cuda::PartParams& params);
   /// Under MPS a thread that polls has the doorbell sooner than a stream's wait and disturbs nobody; without MPS it
   /// would hold the time slice. The kernel behind it starts early where the GPU can do that.

@@ -1,37 +1,48 @@
 // SPDX-License-Identifier: Apache-2.0
-// The wait for a doorbell as a kernel, where clients and daemon share a GPU at the same time (MPS).
+// The stream's waits as kernels, where clients and daemon share a GPU at the same time (MPS): for a doorbell, and for
+// the flags of ranks that are late.
+#include "daemon/kernels/cuda/await_word.cuh"
 #include "daemon/kernels/cuda/launch.h"
-#include "daemon/kernels/cuda/ptx.cuh"
+#include "daemon/kernels/cuda/launch_config.h"
 
 namespace expertd::kernels::cuda {
 namespace {
 
-/// Polls in a row before the thread sleeps between them: about 100 us.
-constexpr uint32_t kEagerPolls = 200;
-constexpr uint32_t kSleepNs = 200;
-
-// await_doorbell. Grid: one thread. Reads the doorbell, which the client's stream writes, until it is at least `value`
-// as a stream's wait compares them; then lets the next kernel of the stream start, which is launched for that and so is
-// there about 2 us sooner than behind a stream's wait. It has no place but that of one warp, for as long as the client
-// takes. An abort writes the doorbell as it does for a stream's wait. Bytes: 8.
+// await_doorbell. Grid: one thread. It may be there before the kernel in front has ended, which it waits for first.
+// Reads the doorbell, which the client's stream writes; then lets the next kernel of the stream start, which is
+// launched for that and so is there about 2 us sooner than behind a stream's wait. It has no place but that of one
+// warp, for as long as the client takes. Bytes: 8.
 __global__ void await_doorbell(const uint64_t* word, uint64_t value) {
-  if (word == nullptr) {
-    return;
+  wait_for_previous();
+  if (word != nullptr) {
+    await_word(word, value);
+    let_next_start();
   }
-#pragma unroll 1
-  for (uint32_t polls = 0; static_cast<int64_t>(ld_acquire_sys(word) - value) < 0; ++polls) {
-    if (polls >= kEagerPolls) {
-      __nanosleep(kSleepNs);
-    }
+}
+
+// await_flags. Grid: one warp; lane s reads the flag of rank s, which that rank writes. The same otherwise. Bytes: 8
+// per rank.
+__global__ void await_flags(const __grid_constant__ FlagWait p) {
+  wait_for_previous();
+  if (((p.ranks >> threadIdx.x) & 1) != 0) {
+    await_word(p.flags + threadIdx.x, p.value);
   }
+  __syncwarp();
   let_next_start();
 }
 
 }  // namespace
 
 cudaError_t launch_await_doorbell(const uint64_t* word, uint64_t value, cudaStream_t stream) {
-  await_doorbell<<<1, 1, 0, stream>>>(word, value);
-  return cudaGetLastError();
+  LaunchConfig config(1, 1, 0, stream);
+  config.starts_early(true);
+  return cudaLaunchKernelEx(config.get(), await_doorbell, word, value);
+}
+
+cudaError_t launch_await_flags(const FlagWait& params, cudaStream_t stream) {
+  LaunchConfig config(1, base::kMaxGpuRanks, 0, stream);
+  config.starts_early(true);
+  return cudaLaunchKernelEx(config.get(), await_flags, params);
 }
 
 }  // namespace expertd::kernels::cuda

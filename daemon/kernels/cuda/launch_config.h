@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a kernel that may stand behind await_doorbell is launched. Host side, no state.
+// How a kernel that may stand behind one that waits (doorbell.cu) is launched. Host side, no state.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -30,10 +30,10 @@ class LaunchConfig {
     attribute.val.clusterDim.z = 1;
   }
 
-  /// The kernel in front is await_doorbell, and this one starts as soon as that lets it. It reads nothing that the
-  /// other wrote; everything before that has ended.
-  void after_doorbell(bool is_there) {
-    if (is_there) {
+  /// The kernel in front is one of those that wait, and this one starts as soon as that lets it. It reads nothing that
+  /// the other wrote; everything before that has ended.
+  void starts_early(bool is_behind_wait) {
+    if (is_behind_wait) {
       cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
       attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -361,7 +361,7 @@ cudaError_t launch_pieces(const PartParams& params, Entry entry, cudaStream_t st
   const uint32_t threads = 32 + (null ? 32 : sum_threads(params.op.shape.hidden, kPieces));
   const uint32_t shared_bytes = bulk_rows(bytes) * bulk_row_stride(bytes);
   LaunchConfig config(link_combine_blocks(params), threads, shared_bytes, stream);
-  config.after_doorbell(params.after_doorbell != 0 && entry == Entry::kWaits);
+  config.starts_early(params.after_doorbell != 0 && entry == Entry::kWaits);
   return cudaLaunchKernelEx(config.get(), link_combine<kPieces>, params, entry);
 }
 

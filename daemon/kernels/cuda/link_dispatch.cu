@@ -458,7 +458,7 @@ cudaError_t launch_link_dispatch(const PartParams& params, Entry entry, cudaStre
   LaunchConfig config(link_dispatch_blocks(params), kBlockThreads, std::max<size_t>(rows, sizeof(TokenRouting)),
                       stream);
   config.cluster(blocks_per_cluster(params));
-  config.after_doorbell(params.after_doorbell != 0 && entry == Entry::kWaits);
+  config.starts_early(params.after_doorbell != 0 && entry == Entry::kWaits);
   return cudaLaunchKernelEx(config.get(), link_dispatch, params, entry);
 }
 

@@ -22,6 +22,7 @@ template <bool kMany>
 __global__ __launch_bounds__(kLowLatencyThreads,
                              kLowLatencyBlocksPerSm) void link_ll_combine(const __grid_constant__ PartParams p,
                                                                           LowLatencyEntry entry) {
+  let_next_start();  // of those that wait; it has no other place than that of one warp
   if (p.null_operation == 0) {
     run_ll_combine<kMany>(p, entry);
   }
@@ -45,7 +46,7 @@ cudaError_t launch_link_ll_combine(const PartParams& params, LowLatencyEntry ent
   const bool null = params.null_operation != 0;
   const bool many = params.table_top_k > kRowsAtOnce;
   LaunchConfig config(link_ll_combine_blocks(params), kLowLatencyThreads, 0, stream);
-  config.after_doorbell(params.after_doorbell != 0 && entry == LowLatencyEntry::kWaits);
+  config.starts_early((entry == LowLatencyEntry::kWaits ? params.after_doorbell : params.after_flags) != 0);
   cudaError_t error = cudaSuccess;
   if (null || many) {
     error = cudaLaunchKernelEx(config.get(), link_ll_combine<true>, params, entry);

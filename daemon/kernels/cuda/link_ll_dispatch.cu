@@ -22,6 +22,7 @@ __global__ __launch_bounds__(kLowLatencyThreads,
                              kLowLatencyBlocksPerSm) void link_ll_dispatch(const __grid_constant__ PartParams p,
                                                                            Entry entry) {
   extern __shared__ __align__(16) char route_memory[];
+  let_next_start();  // of those that wait; it has no other place than that of one warp
   if (p.null_operation == 0) {
     run_ll_dispatch(p, entry == Entry::kWaits, route_memory);
   }
@@ -56,7 +57,7 @@ cudaError_t launch_link_ll_dispatch(const PartParams& params, Entry entry, cudaS
   }
   const uint32_t bytes = entry == Entry::kWaits && !null ? route_shared_bytes(params.op.shape.experts) : 0;
   LaunchConfig config(link_ll_dispatch_blocks(params), kLowLatencyThreads, bytes, stream);
-  config.after_doorbell(params.after_doorbell != 0 && entry == Entry::kWaits);
+  config.starts_early((entry == Entry::kWaits ? params.after_doorbell : params.after_flags) != 0);
   return cudaLaunchKernelEx(config.get(), link_ll_dispatch, params, entry);
 }
 

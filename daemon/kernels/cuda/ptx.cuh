@@ -78,6 +78,14 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
+/// Waits until the kernel in front in the stream has ended and what it wrote is visible, in one that was launched
+/// early.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 /// Asks for the line in the second-level cache.
 __device__ __forceinline__ void prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
