@@ -12,7 +12,8 @@
 // each kernel waits for a place, up to as long as that work's kernels take, so there is one.
 //
 // It is two, up to the doorbell and from there on, with a wait of the stream for arrived[0] between them:
-// - with EXPERTD_ASYNC, where the second one goes to a stream of the library, so that it holds no place while the caller
+// - with EXPERTD_ASYNC, where the second one goes to a stream of the library, so that it holds no place while the
+// caller
 //   computes. That stream waits for the doorbell first: operations of a session are issued in one order, so a receive
 //   half that waits there holds back none that could come before it.
 // - where the doorbell's word cannot be relied on, and the host stands between them.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // CudaKernels: the library's kernels, loaded into one context through the driver, with the memory that they need beside
-// the caller's: a record and a scratch per slot, and counters of operations by copy engines. Everything is loaded, allocated and launched once by create(), at the
-// first attach: what loads or allocates later may hang beside a stream that waits. Any thread; owned by CudaSide, whose
-// driver it borrows, and gone before the context is given back.
+// the caller's: a record and a scratch per slot, and counters of operations by copy engines. Everything is loaded,
+// allocated and launched once by create(), at the first attach: what loads or allocates later may hang beside a stream
+// that waits. Any thread; owned by CudaSide, whose driver it borrows, and gone before the context is given back.
 #pragma once
 
 #include <array>

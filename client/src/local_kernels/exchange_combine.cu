@@ -180,9 +180,7 @@ class Combine {
 
   __device__ explicit Combine(const ExchangeParams& p) : p_(p) {}
   __device__ uint32_t units(uint32_t step) const {
-    return step == 0   ? exchange_weights_units(p_)
-           : step == 1 ? exchange_reduce_units(p_)
-                       : exchange_add_units(p_);
+    return step == 0 ? exchange_weights_units(p_) : step == 1 ? exchange_reduce_units(p_) : exchange_add_units(p_);
   }
   __device__ void do_unit(uint32_t step, uint32_t unit) {
     if (step == 0) {
@@ -222,7 +220,7 @@ class Combine {
 }  // namespace
 }  // namespace expertd::client::exchange
 
-// exchange_combine. Grid: at most kExchangeBlocks blocks of 512 threads, each taking units (exchange_flow.cuh). Send:
+// exchange_combine. Grid: at most kExchangeBlocks blocks of 1024 threads, each taking units (exchange_flow.cuh). Send:
 // writes the out weights from the caller's and the handle's own lanes, a warp per token; the block that ends the last
 // unit writes header and report and rings the doorbell. Receive: waits for arrived[0] of all ranks; a warp per 512
 // bytes of the sum of an (origin, token) reads the token's slots and weights, reads the rows, four at once, adds them
@@ -232,7 +230,7 @@ class Combine {
 // the last unit writes result, `ended` and the completion word. Does nothing when the operation was over before, but
 // for its doorbell. Bytes per token: 2H per row read, 2H per origin written, 2H per owner read, 2H written. Bound:
 // reading the rows from HBM.
-extern "C" __global__ void __launch_bounds__(expertd::client::kExchangeThreads, 2)
+extern "C" __global__ void __launch_bounds__(expertd::client::kExchangeThreads, 1)
     expertd_exchange_combine(const __grid_constant__ expertd::client::ExchangeParams p) {
   using namespace expertd::client::exchange;
   run_steps<Combine>(p);

@@ -60,14 +60,14 @@ class Dispatch {
 }  // namespace
 }  // namespace expertd::client::exchange
 
-// exchange_dispatch. Grid: at most kExchangeBlocks blocks of 512 threads, each taking units (exchange_flow.cuh). Send:
+// exchange_dispatch. Grid: at most kExchangeBlocks blocks of 1024 threads, each taking units (exchange_flow.cuh). Send:
 // numbers rows and packs them into the out block, a warp per expert and per 1024 bytes of a token; the block that ends
 // the last unit rings the doorbell. Receive: waits for arrived[0] of all ranks; then one unit writes counts, ranges,
 // statistics and the report, the others expand rows, a warp per 1024 bytes of a (token, source); the block that ends
 // the last one writes `ended` and the completion word. An operation that was over before gets its doorbell and cleared
 // counts, for the window may be gone then. Bytes per token: 2H read, H + H/32 (FP8) or 2H written, the row read once
 // more and written per slot. Bound: HBM writes, and for few tokens latency.
-extern "C" __global__ void __launch_bounds__(expertd::client::kExchangeThreads, 2)
+extern "C" __global__ void __launch_bounds__(expertd::client::kExchangeThreads, 1)
     expertd_exchange_dispatch(const __grid_constant__ expertd::client::ExchangeParams p) {
   using namespace expertd::client::exchange;
   run_steps<Dispatch>(p);

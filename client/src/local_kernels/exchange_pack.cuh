@@ -12,8 +12,7 @@ constexpr uint32_t kIdsAhead = 8;  // of a numbering warp, under way together
 
 /// Of the group's (token, lane). Mostly the operation has as many lanes as the group: no division then.
 __device__ int64_t id_of(const ExchangeParams& p, uint32_t position) {
-  return p.top_k == p.table_top_k ? load_id(p, position)
-                                  : id_at(p, position / p.table_top_k, position % p.table_top_k);
+  return p.top_k == p.table_top_k ? load_id(p, position) : id_at(p, position / p.table_top_k, position % p.table_top_k);
 }
 
 /// Numbers this source's rows for one expert in the order of (token, lane); the warp behind the last expert has the

@@ -16,10 +16,12 @@
 
 namespace expertd::client {
 
-inline constexpr uint32_t kExchangeThreads = 512;
+/// A warp's share of a sum waits for the memory twice, and a block begins its next unit when all of its warps are done:
+/// so many warps that a multiprocessor's accesses overlap, as many as its registers allow.
+inline constexpr uint32_t kExchangeThreads = 1024;
 inline constexpr uint32_t kExchangeWarps = kExchangeThreads / 32;
-/// Blocks of a launch. A multiprocessor moves about 48 GB/s in and out: 64 of them are as fast as the memory, and half
-/// of those that the smallest GPU of this kind has.
+/// Blocks of a launch, one per multiprocessor. A multiprocessor moves about 48 GB/s in and out, so 64 of them do what
+/// the memory does, and leave the other half of the GPU to the caller while they wait.
 inline constexpr uint32_t kExchangeBlocks = 64;
 /// Of a row, what a warp packs or expands at a time: two accesses of 16 bytes per lane.
 inline constexpr uint32_t kExchangePartBytes = 1024;
@@ -30,8 +32,8 @@ inline constexpr uint32_t kExchangeUnitsMax = 512;
 /// How many tokens other ranks sent is first known on the GPU: the own number is reckoned with, and at least this one.
 inline constexpr uint32_t kExchangeReckonedMin = 16;
 
-/// How long all blocks of a launch wait for the other ranks: beside a client that fills the GPU the daemon's copies take
-/// up to 40 us, so ranks that are in step meet within it.
+/// How long all blocks of a launch wait for the other ranks: beside a client that fills the GPU the daemon's copies
+/// take up to 40 us, so ranks that are in step meet within it.
 inline constexpr uint64_t kExchangePatienceNs = 100'000;
 /// And how many stay after that. Their multiprocessors have no room for a block that wants a whole one, so this is what
 /// a late rank costs the others: 2 of 132 at most. Any number ends the operation, more of them sooner.
