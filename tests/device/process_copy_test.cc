@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Label gpu. Low latency operations by copy engines, in processes of their own: every result is that of the reference,
 // and a peer that dies or stays away ends an operation as it does by kernels.
+#include <signal.h>
+
+#include <thread>
+
 #include "tests/device/process_fixture.h"
 
 namespace expertd::device_test {
@@ -25,6 +29,18 @@ class ProcessCopy : public ProcessTest {
   }
   bool join(const std::string& mode, const std::string& ms = "") {
     return all_ok({first_.get(), second_.get()}, "join copies # 2 " + mode + " " + ms);
+  }
+
+  /// The first one issues a round whose kernels wait for the second one.
+  void begin_alone() {
+    first_->send("rounds 1 1");
+    std::this_thread::sleep_for(milliseconds(200));
+  }
+  /// Nothing on its stream waits any more.
+  void expect_released(FaultClient& client) {
+    ASSERT_EQ(client.ask("block", seconds(10)), "ok blocking");
+    const std::string end = client.answer(seconds(10)).value_or("no answer");
+    EXPECT_NE(end.find("error=cudaSuccess"), std::string::npos) << end;
   }
 
   std::unique_ptr<FaultClient> first_;
@@ -63,6 +79,29 @@ TEST_F(ProcessCopy, APeerThatStaysAwayEndsItAtItsDeadline) {
   const std::string answer = first_->ask("rounds 1 1", seconds(30));
   EXPECT_NE(answer.find("failed TIMEOUT"), std::string::npos) << answer;
   EXPECT_NE(answer.find("rank=1"), std::string::npos) << answer;
+  expect_released(*first_);
+}
+
+TEST_F(ProcessCopy, APeerThatIsLateIsWaitedFor) {
+  ASSERT_TRUE(join("copy"));
+  for (int i = 0; i < 3; ++i) {
+    begin_alone();
+    EXPECT_TRUE(is_ok(second_->ask("rounds 1 1", seconds(30))));
+    const std::string answer = first_->answer(seconds(30)).value_or("no answer");
+    EXPECT_TRUE(is_ok(answer)) << answer;
+    EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "rounds 5 4", seconds(60)));
+  }
+}
+
+TEST_F(ProcessCopy, ADaemonThatIsKilledLetsAKernelThatWaitsGo) {
+  ASSERT_TRUE(join("copy"));
+  EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "rounds 5 2", seconds(60)));
+  begin_alone();
+  ::kill(daemon_->pid(), SIGKILL);
+  const std::string answer = first_->answer(seconds(30)).value_or("no answer");
+  EXPECT_NE(answer.find("UNAVAILABLE"), std::string::npos) << answer;
+  expect_released(*first_);
+  daemon_->kill();  // waits for its end
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The chain of a part that is executed by copy engines: words and copies on the session's armed stream and no kernel,
 // because beside a client that fills every multiprocessor a kernel waits for its time slice and these do not. The local
-// work is done by kernels of the client on its own stream; exchange_v1.h says where what lies.
+// work is done by a kernel of the client on its own stream; exchange_v1.h says where what lies.
 //
 //   wait doorbell >= seq; write active, arrived[0][self], arrived[*][inactive] = seq; started, progress
 //   dispatch: for each other rank: copy header, lanes and rows; write its arrived[0][self] = its seq
