@@ -3,6 +3,7 @@
 // daemon, which grants a rule, and stand-ins for the GPU and for the kernels of the library.
 #include <gtest/gtest.h>
 
+#include "proto/abi/exchange_v1.h"
 #include "tests/unit/client_fake_gpu.h"
 #include "tests/unit/client_fake_kernels.h"
 #include "tests/unit/client_session_fixture.h"
@@ -26,12 +27,18 @@ class ClientExecutor : public ClientSession {
   void grant_rule(uint32_t copies) {
     v1::JoinGroupResponse granted;
     granted.mutable_rule()->set_copies(copies);
+    granted.set_exchange_size(copies == 0 ? 0 : exchange_bytes());
     daemon_.grant(granted);
   }
   void grant_executor(v1::GroupExecutor executor) {
     v1::JoinGroupResponse granted;
     granted.set_executor(executor);
+    granted.set_exchange_size(executor == v1::GROUP_EXECUTOR_COPY_ENGINE ? exchange_bytes() : 0);
     daemon_.grant(granted);
+  }
+  static uint64_t exchange_bytes() {
+    const expertd_exchange_shape shape = {1, 4, kHidden, kMaxTokens, kTopK};
+    return expertd_exchange_layout_of(&shape).total_bytes;
   }
   expertd_status_t join(uint32_t executor = EXPERTD_GROUP_EXECUTOR_AUTO, uint32_t lanes = 0) {
     expertd_group_options_t options = group_options();

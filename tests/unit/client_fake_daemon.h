@@ -31,7 +31,6 @@
 #include <vector>
 
 #include "proto/abi/attach_v1.h"
-#include "proto/abi/exchange_v1.h"
 #include "proto/abi/ll_window_v1.h"
 #include "tests/unit/client_fake_socket.h"
 
@@ -392,10 +391,9 @@ class FakeDaemon : public v1::Session::Service {
                             v1::CreateWindowResponse* response) override {
     const std::lock_guard lock(mutex_);
     const uint64_t bytes = (request->size() + 4095) & ~uint64_t{4095};
-    const int fd = make_memfd(bytes);
-    response->set_buffer_id(grant_locked(fd, 0, bytes));
     response->set_size(bytes);
-    response->set_fd_token(put_window(fd));
+    response->set_fd_token(put_window(make_memfd(bytes)));
+    response->set_buffer_id(grant_locked(window_fds_[token_], 0, bytes));
     return grpc::Status::OK;
   }
 
@@ -432,20 +430,16 @@ class FakeDaemon : public v1::Session::Service {
     response->set_first_op_timeout_ns(4'000'000'000);
     config_ = request->config();
     response->MergeFrom(grant_);
-    if (grant_.rule().copies() != 0 || grant_.executor() == v1::GROUP_EXECUTOR_COPY_ENGINE) {
-      const expertd_exchange_shape shape = {config_.expert_parallel_size(), config_.num_experts(), config_.hidden(),
-                                            config_.max_tokens(), config_.top_k()};
-      response->set_exchange_size(expertd_exchange_layout_of(&shape).total_bytes);
-      response->set_exchange_fd_token(put_window(make_memfd(response->exchange_size())));
+    if (grant_.exchange_size() != 0) {
+      response->set_exchange_fd_token(put_window(make_memfd(grant_.exchange_size())));
     }
     if (config_.mode() != v1::GROUP_MODE_NORMAL) {
       const expertd_ll_window_shape shape = {config_.expert_parallel_size(), config_.num_experts(), config_.hidden(),
                                              config_.max_tokens()};
       const uint64_t bytes = expertd_ll_window_place_payloads(&shape, config_.dispatch_dtypes(), 0).total_bytes;
-      const int fd = make_memfd(bytes);
-      response->set_window_buffer_id(grant_locked(fd, 0, bytes));
       response->set_window_size(bytes);
-      response->set_window_fd_token(put_window(fd));
+      response->set_window_fd_token(put_window(make_memfd(bytes)));
+      response->set_window_buffer_id(grant_locked(window_fds_[token_], 0, bytes));
     }
     return grpc::Status::OK;
   }
