@@ -210,11 +210,12 @@ typedef struct expertd_group_options {
    * struct_size that ends before this member means 0. */
   uint32_t capture_lanes;
   /* AUTO, where every rank of the group can: without MPS COPY_ENGINE; under MPS COPY_ENGINE for split dispatches
-   * (EXPERTD_ASYNC) and SM for others. Ranks split the same dispatches there, else OP_MISMATCH about executor.
-   * Elsewhere SM. COPY_ENGINE ends the join with UNSUPPORTED, naming what is missing, on host devices, on GPUs that do
-   * not reach each other, and where a library has no kernels for its GPU. A combine has the executor of its dispatch,
-   * split or not. Captured operations are executed by SM in any group, so the handle of a captured combine is that of a
-   * dispatch by SM (else STALE_HANDLE). A struct_size that ends before this member means AUTO. */
+   * (EXPERTD_ASYNC), if that takes at most 1 GiB, and SM for others. Ranks split the same dispatches there, else
+   * OP_MISMATCH about executor. Elsewhere SM. COPY_ENGINE ends the join with UNSUPPORTED, naming what is missing, on
+   * host devices, on GPUs that do not reach each other, and where a library has no kernels for its GPU. A combine has
+   * the executor of its dispatch, split or not. Captured operations are executed by SM in any group, so the handle of a
+   * captured combine is that of a dispatch by SM (else STALE_HANDLE). A struct_size that ends before this member means
+   * AUTO. */
   uint32_t executor; /* expertd_group_executor_t */
   uint32_t reserved; /* not read */
 } expertd_group_options_t;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "proto/abi/exchange_v1.h"
 #include "proto/abi/expertd_reason.h"
 
 namespace expertd::session {
@@ -47,7 +48,11 @@ expertd_executor_rule automatic(const GroupConfig& config, const std::vector<Exe
   if (std::none_of(ranks.begin(), ranks.end(), [](const ExecutorFacts& rank) { return rank.mps; })) {
     return {copies, 0};
   }
-  if (std::any_of(ranks.begin(), ranks.end(), [](const ExecutorFacts& rank) { return rank.copies == 0; })) {
+  const expertd_exchange_shape shape{config.expert_parallel_size, config.num_experts, config.hidden, config.max_tokens,
+                                     config.top_k};
+  const bool has_old =
+      std::any_of(ranks.begin(), ranks.end(), [](const ExecutorFacts& rank) { return rank.copies == 0; });
+  if (has_old || expertd_exchange_layout_of(&shape).total_bytes > kSplitWindowBytesMax) {
     return {};
   }
   const uint64_t token_bytes = 2ULL * std::max(config.hidden, 1U);

@@ -16,6 +16,10 @@ namespace expertd::session {
 /// of a chain cost it; for less the chain costs more than it frees.
 inline constexpr uint64_t kHtSplitBytesMin = 16ULL << 20;
 
+/// A rank's exchange window that `auto` takes under MPS, where only split operations use it and none may come; for
+/// more, copy_engine has to be asked for. Eight ranks of 1024 tokens, hidden 7168 and top 8 have one of 898 MiB.
+inline constexpr uint64_t kSplitWindowBytesMax = 1ULL << 30;
+
 /// One rank of a group that is formed.
 struct ExecutorFacts {
   bool is_cuda = false;

@@ -23,7 +23,11 @@ GroupConfig config_of(Executor executor, GroupMode mode = GroupMode::kInference)
   GroupConfig config;
   config.executor = executor;
   config.mode = mode;
+  config.expert_parallel_size = 2;
+  config.num_experts = 256;
   config.hidden = 7168;
+  config.top_k = 8;
+  config.max_tokens = 128;
   return config;
 }
 
@@ -136,6 +140,18 @@ TEST(ExecutorChoice, TheThresholdIsInTokensOfTheGroup) {
   EXPECT_EQ(choice.rule.ht_split_tokens, 1171U);
   EXPECT_GE(choice.rule.ht_split_tokens * 2ULL * 7168, kHtSplitBytesMin);
   EXPECT_EQ(choose_executor(config_of(Executor::kAuto, GroupMode::kNormal), {kGood}, kAll).rule.ht_split_tokens, 0U);
+}
+
+TEST(ExecutorChoice, AutoTakesNoLargeWindowForWhatMayNotCome) {
+  GroupConfig config = config_of(Executor::kAuto);
+  config.expert_parallel_size = 8;
+  config.max_tokens = 1024;
+  EXPECT_EQ(choose_executor(config, {kMps, kMps}).rule.copies, kLlSplit);
+  config.max_tokens = 4096;
+  EXPECT_EQ(choose_executor(config, {kMps, kMps}).rule.copies, 0U);
+  EXPECT_EQ(choose_executor(config, {kGood, kGood}).rule.copies, kLl);
+  config.executor = Executor::kCopyEngine;
+  EXPECT_EQ(choose_executor(config, {kMps, kMps}).rule.copies, kLl);
 }
 
 TEST(ExecutorChoice, SmIsTakenAsAskedFor) {
