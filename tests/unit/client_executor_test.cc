@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "proto/abi/exchange_v1.h"
+#include "proto/abi/executor_v1.h"
 #include "tests/unit/client_fake_gpu.h"
 #include "tests/unit/client_fake_kernels.h"
 #include "tests/unit/client_session_fixture.h"
@@ -155,7 +156,7 @@ TEST_F(ClientExecutor, ADaemonWithoutRulesHasOneExecutorForTheGroup) {
 TEST_F(ClientExecutor, WhatIsAskedForIsHeldAgainstTheAnswer) {
   grant_executor(v1::GROUP_EXECUTOR_SM);
   EXPECT_EQ(EXPERTD_REASON_UNSUPPORTED, join(EXPERTD_GROUP_EXECUTOR_COPY_ENGINE).reason);
-  grant_rule(EXPERTD_COPIES_ALL << 1);
+  grant_rule(EXPERTD_COPIES_ALL + 1);
   EXPECT_EQ(EXPERTD_REASON_BAD_MESSAGE, join().reason);
 }
 
