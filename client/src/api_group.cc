@@ -204,6 +204,9 @@ Status ll_dispatch(Group* group, const expertd_ll_dispatch_args_t& args, expertd
   }
   status = client::issue_low_latency(group, request, stream, event);
   if (status.ok()) {
+    if (request->exchange != nullptr) {
+      group->session()->handles()->set_copies(next);
+    }
     group->commit_ll(next);
     *handle = next;
   }

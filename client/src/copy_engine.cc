@@ -119,8 +119,22 @@ bool is_sound(const OpRequest& request, const ExchangeParams& p) {
 
 }  // namespace
 
+bool takes_copies(const Group& group, const OpRequest& request) {
+  const expertd_slot& slot = request.slot;
+  if (group.exchange() == nullptr || request.captured) {
+    return false;
+  }
+  if (expertd_executor_follows(slot.op, slot.flags) != 0) {
+    return group.session()->handles()->is_of_copies({slot.handle_index, slot.handle_generation});
+  }
+  const uint32_t bound = expertd_executor_bound(slot.token_bound, group.config().max_tokens);
+  const int split = (request.flags & EXPERTD_ASYNC) != 0 ? 1 : 0;
+  return expertd_executor_of(&group.executor_rule(), slot.op, 0, split, bound) ==
+         EXPERTD_COMPLETION_EXECUTOR_COPY_ENGINE;
+}
+
 Status use_exchange(const Group& group, uint32_t place, OpRequest* request, ExchangeParams* params) {
-  if (group.exchange() == nullptr || request->captured) {
+  if (!takes_copies(group, *request)) {
     return {};
   }
   fill_sizes(group.config(), request->slot, params);

@@ -7,8 +7,12 @@
 
 namespace expertd::client {
 
-/// Prepares `params` and the descriptor of an operation of a group that copy engines execute; `place` is that of the
-/// handle's tables. Nothing for other groups. What the kernels cannot be given is left to the daemon, which refuses it
+/// Whether an operation goes by copy engines: a dispatch by the group's rule, which says the same on all ranks; what
+/// uses the routing of a handle the way of the dispatch that left it. The daemon comes to the same answer.
+bool takes_copies(const Group& group, const OpRequest& request);
+
+/// Prepares `params` and the descriptor of an operation that copy engines execute; `place` is that of the handle's
+/// tables. Nothing for other operations. What the kernels cannot be given is left to the daemon, which refuses it
 /// by name and before anything moves: the descriptor then does not ask for copy engines.
 Status use_exchange(const Group& group, uint32_t place, OpRequest* request, ExchangeParams* params);
 

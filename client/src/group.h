@@ -12,6 +12,7 @@
 #include "client/src/memory.h"
 #include "client/src/status.h"
 #include "proto/abi/exchange_v1.h"
+#include "proto/abi/executor_v1.h"
 
 namespace expertd::client {
 
@@ -37,7 +38,7 @@ struct GroupConfig {
   uint32_t dispatch_dtypes = 0;    // set of expertd_payload; 0: any
   uint32_t dynamic_ll_tokens = 0;  // 0: not dynamic
   uint32_t capture_lanes = 0;
-  uint32_t executor = 0;  // expertd_group_executor; what the daemon chose once joined
+  uint32_t executor = 0;  // expertd_group_executor, as asked for
 
   uint32_t local_experts() const { return ranks == 0 ? 0 : num_experts / ranks; }
   uint64_t worst_rows() const { return uint64_t{ranks} * max_tokens; }
@@ -73,7 +74,11 @@ class Group {
   /// The deadline the daemon will hold the next operation to.
   uint64_t next_timeout_ns(uint64_t asked_ns) const;
   void count_issued() { ++issued_; }
-  /// What low latency operations by copy engines exchange through; null where the daemon's kernels execute them.
+  /// Which dispatches go by copy engines, the same on all ranks.
+  const expertd_executor_rule& executor_rule() const { return executor_rule_; }
+  /// Whether the daemon is to hear which dispatches are split.
+  bool tells_split() const { return tells_split_; }
+  /// What operations by copy engines exchange through; null where the daemon's kernels execute all of them.
   const Buffer* exchange() const { return exchange_; }
   /// The buffer of the next operation in it.
   uint32_t exchange_buffer() const { return static_cast<uint32_t>((issued_ + 1) % EXPERTD_EXCHANGE_BUFFERS); }
@@ -98,6 +103,7 @@ class Group {
   Status call_join();
   Status adopt_resources();
   Status adopt_exchange();
+  Status adopt_rule(const expertd_executor_rule* granted, bool copies);
   Status tell_daemon(uint64_t timeout_ns) const;
   Status end(uint64_t timeout_ns);
   Status take_ll_handles();
@@ -114,6 +120,8 @@ class Group {
   uint64_t granted_exchange_token_ = 0;
   uint64_t granted_exchange_bytes_ = 0;
   Buffer* exchange_ = nullptr;
+  expertd_executor_rule executor_rule_{};
+  bool tells_split_ = false;
   uint64_t issued_ = 0;  // operations that the daemon counts
   std::array<expertd_handle_t, kLlHandles> ll_handles_{};
   uint64_t ll_count_ = 0;

@@ -52,6 +52,8 @@ struct DeviceInfo {
   uint64_t window_bytes = 0;     // windows of sessions, of ended ones too until they are reclaimed
   uint32_t armed_streams = 0;
   uint32_t armed_streams_max = 0;
+  uint32_t lane_streams = 0;        // of capture lanes, beside the armed ones
+  uint32_t parked_streams_max = 0;  // of both together
   uint64_t peer_access_mask = 0;
   bool healthy = true;
 };

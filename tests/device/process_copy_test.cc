@@ -65,6 +65,24 @@ TEST_F(ProcessCopy, ByKernelsWhereThatIsAskedFor) {
   EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "rounds 20 4", seconds(60)));
 }
 
+// What is asked for by nobody is what the rule says: without MPS all of it by copy engines, under MPS what is split.
+// Every second round is, so operations of both kinds follow each other, and use staging and exchange window in turn.
+TEST_F(ProcessCopy, EachOperationHasTheExecutorOfTheRule) {
+  const nlohmann::json before = ask_daemon("status");
+  for (const nlohmann::json& device : before["devices"]) {
+    if (device.value("kernels", std::string()) != "bulk") {
+      GTEST_SKIP() << "GPUs without the bulk-copy kernels have one executor only where it is asked for";
+    }
+  }
+  ASSERT_TRUE(join(machine().mps ? "mixed-sm" : "mixed-copy"));
+  const nlohmann::json status = ask_daemon("status");
+  ASSERT_EQ(status["groups"].size(), 1U) << status;
+  EXPECT_EQ(status["groups"][0]["executor"], machine().mps ? "ll sm, split copy_engine" : "ll copy_engine") << status;
+  EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "rounds 50 1", seconds(60)));
+  EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "rounds 50 2", seconds(60)));
+  EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "rounds 50 7", seconds(60)));
+}
+
 TEST_F(ProcessCopy, APeerThatIsKilledEndsTheOperation) {
   ASSERT_TRUE(join("copy"));
   EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "loop 4", seconds(60)));

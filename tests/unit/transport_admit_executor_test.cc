@@ -52,6 +52,96 @@ TEST_P(AdmitExecutor, TheBufferIsThatOfTheOperation) {
   }
 }
 
+struct RuleWorld : AdmissionWorld {
+  explicit RuleWorld(uint32_t copies, uint32_t lanes = 0) : AdmissionWorld(with(lanes)) {
+    shared.set_copy_engine(EXPERTD_EXCHANGE_BUFFERS, {copies, 16});
+  }
+  static engine::GroupSettings with(uint32_t lanes) {
+    engine::GroupSettings made = settings();
+    made.shape.capture_lanes = lanes;
+    return made;
+  }
+  /// Reason and argument with which an operation of such flags ends.
+  std::pair<uint32_t, uint32_t> end_of(uint32_t op, uint32_t flags, uint32_t bound = 0) {
+    expertd_slot made = slot(op);
+    made.flags = flags;
+    made.token_bound = bound;
+    made.exchange_buffer = (flags & EXPERTD_SLOT_COPY_ENGINE) != 0 ? 1 : 0;
+    (void)admit(made);
+    return {request.rejected_reason, request.rejected_argument};
+  }
+};
+
+using End = std::pair<uint32_t, uint32_t>;
+constexpr uint32_t kCopy = EXPERTD_SLOT_COPY_ENGINE;
+constexpr uint32_t kSplit = EXPERTD_SLOT_SPLIT;
+const End kGood{0, 0};
+const End kOther{EXPERTD_REASON_UNSUPPORTED, EXPERTD_ARGUMENT_FLAGS};
+const End kStale{EXPERTD_REASON_STALE_HANDLE, EXPERTD_ARGUMENT_FLAGS};
+
+TEST(AdmitExecutorRule, SaysWhichDispatchesHaveTheFlag) {
+  const struct {
+    uint32_t copies;
+    uint32_t op;
+    uint32_t bound;
+    bool together;
+    bool split;
+  } rows[] = {
+      {EXPERTD_COPIES_LL, EXPERTD_OP_LL_DISPATCH, 0, true, true},
+      {EXPERTD_COPIES_LL_SPLIT, EXPERTD_OP_LL_DISPATCH, 0, false, true},
+      {EXPERTD_COPIES_LL_TOGETHER, EXPERTD_OP_LL_DISPATCH, 0, true, false},
+      {EXPERTD_COPIES_LL, EXPERTD_OP_DISPATCH, 0, false, false},
+      {EXPERTD_COPIES_HT_SPLIT, EXPERTD_OP_DISPATCH, 64, false, true},
+      {EXPERTD_COPIES_HT, EXPERTD_OP_DISPATCH, 0, true, true},
+      {0, EXPERTD_OP_LL_DISPATCH, 0, false, false},
+  };
+  for (const auto& row : rows) {
+    for (const bool split : {false, true}) {
+      RuleWorld world(row.copies);
+      const uint32_t flags = split ? kSplit : 0;
+      const bool copies = split ? row.split : row.together;
+      EXPECT_EQ(world.end_of(row.op, flags | (copies ? kCopy : 0), row.bound), kGood) << row.copies << " " << row.op;
+      EXPECT_EQ(world.request.copies, copies);
+      EXPECT_EQ(world.end_of(row.op, flags | (copies ? 0 : kCopy), row.bound), kOther) << row.copies << " " << row.op;
+    }
+  }
+}
+
+TEST(AdmitExecutorRule, ACombineGoesTheWayOfItsDispatch) {
+  RuleWorld world(EXPERTD_COPIES_LL_SPLIT, 1);
+  ASSERT_EQ(world.end_of(EXPERTD_OP_LL_DISPATCH, kSplit | kCopy), kGood);
+  EXPECT_EQ(world.end_of(EXPERTD_OP_LL_COMBINE, 0), kStale);
+  EXPECT_EQ(world.end_of(EXPERTD_OP_LL_COMBINE, EXPERTD_SLOT_CAPTURED), kStale);
+  EXPECT_EQ(world.end_of(EXPERTD_OP_LL_COMBINE, EXPERTD_SLOT_CAPTURED | kCopy), kOther);
+  EXPECT_EQ(world.end_of(EXPERTD_OP_LL_COMBINE, kCopy), kGood);
+  EXPECT_TRUE(world.request.copies);
+  ASSERT_EQ(world.end_of(EXPERTD_OP_LL_DISPATCH, 0), kGood);
+  EXPECT_EQ(world.end_of(EXPERTD_OP_LL_COMBINE, kCopy), kStale);
+  EXPECT_EQ(world.end_of(EXPERTD_OP_LL_COMBINE, 0), kGood);
+  EXPECT_FALSE(world.request.copies);
+  EXPECT_EQ(world.end_of(EXPERTD_OP_LL_COMBINE, EXPERTD_SLOT_CAPTURED), kGood);
+}
+
+TEST(AdmitExecutorRule, AHandleOfARefusedDispatchLeadsToNoCopies) {
+  RuleWorld world(0);
+  ASSERT_EQ(world.end_of(EXPERTD_OP_LL_DISPATCH, kCopy), kOther);
+  EXPECT_EQ(world.end_of(EXPERTD_OP_LL_COMBINE, kCopy), kOther);
+  EXPECT_FALSE(world.request.copies);
+}
+
+TEST(AdmitExecutorRule, SplitIsOfDispatchesAlone) {
+  for (const uint32_t op : {EXPERTD_OP_BARRIER, EXPERTD_OP_LAYOUT, EXPERTD_OP_COMBINE, EXPERTD_OP_LL_COMBINE}) {
+    RuleWorld world(EXPERTD_COPIES_ALL);
+    world.tables.handles[0] = {.generation = 1,
+                               .group = base::GroupId{AdmissionWorld::kGroup},
+                               .low_latency = op == EXPERTD_OP_LL_COMBINE,
+                               .tokens = 64,
+                               .top_k = 4};
+    ASSERT_EQ(world.end_of(op, 0), kGood) << op;
+    EXPECT_EQ(world.end_of(op, kSplit), kOther) << op;
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Operations, AdmitExecutor, testing::Values(EXPERTD_OP_LL_DISPATCH));
 
 }  // namespace

@@ -313,7 +313,7 @@ CUdeviceptr CudaDevice::device_copy_facts(engine::PartId part) const {
 
 bool CudaDevice::takes_copies(const LaunchSpec& spec) const {
   const GroupEntry* group = spec.group.value == 0 ? nullptr : groups_.find(spec.group.value);
-  return group != nullptr && group->exchange != nullptr && is_low_latency(spec.own->shape);
+  return group != nullptr && group->exchange != nullptr && spec.own->copies && is_low_latency(spec.own->shape);
 }
 
 uint32_t CudaDevice::entries_of(const LaunchSpec& spec) const {

@@ -185,9 +185,11 @@ DeviceInfo CudaDevice::info() const {
   info.pool_used_bytes = pool_.used();
   info.window_bytes = window_bytes_.load(std::memory_order_relaxed);
   info.armed_streams_max = kMaxArmedStreams;
+  info.parked_streams_max = kMaxParkedStreams;
   info.peer_access_mask = gpu_.peer_mask;
   info.healthy = healthy_.load(std::memory_order_relaxed);
   info.armed_streams = open_sessions_.load(std::memory_order_relaxed);
+  info.lane_streams = lane_streams_.load(std::memory_order_relaxed);
   return info;
 }
 
@@ -439,6 +441,7 @@ base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t 
   }
   groups_.insert(shape.id.value, entry.get());  // as many slots as there are progress words
   groups_owned_[{shape.id.value, shape.rank}] = std::move(entry);
+  lane_streams_.fetch_add(2 * shape.capture_lanes, std::memory_order_relaxed);
   return base::Status::ok();
 }
 
@@ -455,6 +458,7 @@ void CudaDevice::destroy_group(base::GroupId group, base::Rank rank) {
     give_back_words(*found->second);
     destroyed = std::move(found->second);
     groups_owned_.erase(found);
+    lane_streams_.fetch_sub(2 * destroyed->shape.capture_lanes, std::memory_order_relaxed);
   }
   const ScopedContext context(driver_, gpu_.view.context);
   destroyed.reset();  // may block like an unmap of close_session()

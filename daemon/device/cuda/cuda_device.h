@@ -209,6 +209,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   std::atomic<bool> healthy_{true};
   std::atomic<uint64_t> window_bytes_{0};
   std::atomic<uint32_t> open_sessions_{0};
+  std::atomic<uint32_t> lane_streams_{0};  // of the groups that are here
 
   mutable std::mutex control_mutex_;  // control threads only
   std::map<uint64_t, std::unique_ptr<SessionEntry>> sessions_owned_;
