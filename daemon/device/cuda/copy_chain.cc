@@ -217,7 +217,10 @@ bool CudaDevice::CopyChain::find() {
 }
 
 bool CudaDevice::CopyChain::enqueue() {
-  bool sent = begin() && send_to_all(0);
+  // A copy to the host first: the words of a stream that has nothing else under way go to the compute engine's channel.
+  const CUdeviceptr ended = own_word(EXPERTD_STEP_ENDED_OFFSET(part_.words.slot));
+  bool sent = copy(device_.device_copy_facts(part_.id) + offsetof(CopyFacts, ended), ended, sizeof(uint64_t)) &&
+              begin() && send_to_all(0);
   if (sent && shape_.kind == OpKind::kLlCombine) {
     Words rung;
     rung.wait(own_word(EXPERTD_STEP_RUNG_OFFSET(part_.words.slot)), part_.words.seq);
