@@ -147,8 +147,8 @@ ArmParams CaptureLane::arm_params(uint64_t id, uint64_t number) const {
   return params;
 }
 
-/// Clears the packets of the buffer that the next operation uses when their tags are to come again; behind the doorbell,
-/// so behind the end of the operation that used it last.
+/// Clears the packets of the buffer that the next operation uses when their tags are to come again; behind the
+/// doorbell, so behind the end of the operation that used it last.
 bool CaptureLane::clear_old_packets(uint64_t number) {
   if ((number + 1) / kernels::cuda::kPacketEpoch == (number - 1) / kernels::cuda::kPacketEpoch) {
     return true;

@@ -16,15 +16,15 @@ namespace {
 // operation's tag, and that tag makes those bytes visible, no flag or fence does. Order of what is read: each block the
 // count rows of all ranks (a packet per thread; the sums of earlier sources go to shared memory), then each warp the
 // numbers of its (source, token) and its 512 bytes, and stores them to every slot of this rank's experts at once. The
-// first block takes no rows; it writes matrix, plan and the caller's tables. Beside its end a block counts, and the last
-// one announces `moved`, which only ranks that left something wait for. Bytes per token: row read; 11/8 of the row, 16 K
-// per destination; read again there; row + side written per slot. Bound: one store over the link behind the slower of
-// routing and row, three reads of the second-level cache.
+// first block takes no rows; it writes matrix, plan and the caller's tables. Beside its end a block counts, and the
+// last one announces `moved`, which only ranks that left something wait for. Bytes per token: row read; 11/8 of the
+// row, 16 K per destination; read again there; row + side written per slot. Bound: one store over the link behind the
+// slower of routing and row, three reads of the second-level cache.
 //
-// Without: a part is 1 KiB; every block counts, the last one announces `moved` behind a fence; `moved` of all ranks makes
-// all their bytes visible. Behind it (waited for, or left to the kernel behind the stream's wait) a warp takes 1 KiB of a
-// staged token, reads its numbers and stores it to its slots. Bytes per token: row read; row + side + K * 8 per
-// destination; the same read there, row + side written per slot. Bound: the link.
+// Without: a part is 1 KiB; every block counts, the last one announces `moved` behind a fence; `moved` of all ranks
+// makes all their bytes visible. Behind it (waited for, or left to the kernel behind the stream's wait) a warp takes 1
+// KiB of a staged token, reads its numbers and stores it to its slots. Bytes per token: row read; row + side + K * 8
+// per destination; the same read there, row + side written per slot. Bound: the link.
 //
 // The last block to end releases the caller, then writes the facts; the kernel behind the wait writes `done`.
 template <bool kPackets>
@@ -45,9 +45,9 @@ __global__ __launch_bounds__(kLowLatencyThreads,
 uint32_t dispatch_blocks(const PartParams& params) {
   const OpShape& shape = params.op.shape;
   const uint32_t most = most_tokens(params);
-  const uint32_t units =
-      in_packets(params) ? most * shape.ranks * packet_parts(shape.out_row_bytes)
-                         : std::max(most * row_parts(shape.row_bytes), most * shape.ranks * row_parts(shape.out_row_bytes));
+  const uint32_t units = in_packets(params) ? most * shape.ranks * packet_parts(shape.out_row_bytes)
+                                            : std::max(most * row_parts(shape.row_bytes),
+                                                       most * shape.ranks * row_parts(shape.out_row_bytes));
   constexpr uint32_t kUnitsPerBlock = kLowLatencyWarps / 4;  // fewer than it has warps: more multiprocessors are faster
   const uint32_t wanted =
       route_blocks(params, most_low_latency_blocks(params)) + (units + kUnitsPerBlock - 1) / kUnitsPerBlock;
@@ -65,10 +65,9 @@ cudaError_t launch_link_ll_dispatch(const PartParams& params, Entry entry, cudaS
   const bool packets = in_packets(params);
   const uint32_t blocks = link_ll_dispatch_blocks(params);
   for (const auto kernel : {link_ll_dispatch<true>, link_ll_dispatch<false>}) {
-    const cudaError_t allowed =
-        null ? cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    route_shared_bytes(base::kMaxExperts))
-             : cudaSuccess;
+    const cudaError_t allowed = null ? cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                            route_shared_bytes(base::kMaxExperts))
+                                     : cudaSuccess;
     if (allowed != cudaSuccess) {
       return allowed;
     }

@@ -20,7 +20,8 @@ namespace expertd::kernels::cuda {
 
 inline constexpr uint32_t kMorePackets = kPartPackets - 32;  // of a part, behind one per lane
 inline constexpr uint32_t kTriesPerGate = 16;  // polls between two looks at the gate, which is one word for all warps
-static_assert(kPacketPartBytes == 32 * 16 && kMorePackets * kPacketWords >= 32 + 4, "the lanes' last words, four scales");
+static_assert(kPacketPartBytes == 32 * 16 && kMorePackets * kPacketWords >= 32 + 4,
+              "the lanes' last words, four scales");
 
 __host__ __device__ constexpr uint32_t packet_parts(uint32_t bytes) {
   return (bytes + kPacketPartBytes - 1) / kPacketPartBytes;
@@ -167,8 +168,8 @@ __device__ inline Arrival take_lanes(const PartParams& p, uint32_t source, uint3
   return Arrival::kCame;
 }
 
-/// One part's packets; `packets`: as read_part() has them. Then only the last packet is asked for until it is there: all
-/// warps wait at once, and whole parts would fill the second-level cache's ways. Whole warp.
+/// One part's packets; `packets`: as read_part() has them. Then only the last packet is asked for until it is there:
+/// all warps wait at once, and whole parts would fill the second-level cache's ways. Whole warp.
 __device__ inline Arrival take_part(const PartParams& p, const uint4* from, LanePackets* packets) {
   const uint32_t tag = tag_of(p);
   uint32_t tries = 0;

@@ -127,8 +127,8 @@ __device__ inline void clear_round(uint32_t experts, const RouteShared& s) {
   }
 }
 
-/// Keeps one numbered lane in the handle and sends it to every active rank. In packets only the expert is kept here: who
-/// takes the packet writes the row, and nothing would order two writes.
+/// Keeps one numbered lane in the handle and sends it to every active rank. In packets only the expert is kept here:
+/// who takes the packet writes the row, and nothing would order two writes.
 __device__ inline void hand_over_lane(const PartParams& p, uint32_t position, RoutedLane lane) {
   const OpShape& shape = p.op.shape;
   p.op.routing.topk[position] = lane.expert;
@@ -275,9 +275,7 @@ __device__ inline uint32_t count_value(const PartParams& p, uint32_t at, const R
   if (at < count_columns(shape)) {
     return static_cast<uint32_t>(s.next[at - shape.ranks]);
   }
-  return at < matrix_row_ints(shape)
-             ? static_cast<uint32_t>(error_entry(p, at - count_columns(shape), *s.error))
-             : 0;
+  return at < matrix_row_ints(shape) ? static_cast<uint32_t>(error_entry(p, at - count_columns(shape), *s.error)) : 0;
 }
 
 /// This rank's row of the count matrix in packets, behind it the time and which captured operation the rank replays.

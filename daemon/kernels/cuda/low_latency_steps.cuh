@@ -165,7 +165,8 @@ __device__ inline Arrival wait_for_all(const PartParams& p, SignalStep step, boo
   __shared__ Arrival arrival;
   if (threadIdx.x < 32) {
     Arrival seen = poll_flags(p, step, waits ? kPatienceCycles : 0);
-    if (p.captured.number != 0 && (step == SignalStep::kMoved || in_packets(p)) && seen == Arrival::kCame && ranks_differ(p)) {
+    if (p.captured.number != 0 && (step == SignalStep::kMoved || in_packets(p)) && seen == Arrival::kCame &&
+        ranks_differ(p)) {
       seen = Arrival::kAborted;
     }
     if (threadIdx.x == 0) {

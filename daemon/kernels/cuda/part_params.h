@@ -161,10 +161,10 @@ struct LowLatencyLayout {
 /// and nothing has to be fenced, announced or reset. They take a third more of a link than the bytes alone, so large
 /// operations do without: those of which a rank has more tokens than this. 0: none uses packets.
 inline constexpr uint32_t kPacketTokens = 256;
-inline constexpr uint32_t kPacketWords = 3;           // of data, 4 bytes each
-inline constexpr uint32_t kPacketPartBytes = 512;     // of a row, what one warp moves: 16 bytes per lane
-inline constexpr uint32_t kPartPackets = 44;          // a part and four scales
-inline constexpr uint32_t kPartStridePackets = 48;    // whole lines
+inline constexpr uint32_t kPacketWords = 3;         // of data, 4 bytes each
+inline constexpr uint32_t kPacketPartBytes = 512;   // of a row, what one warp moves: 16 bytes per lane
+inline constexpr uint32_t kPartPackets = 44;        // a part and four scales
+inline constexpr uint32_t kPartStridePackets = 48;  // whole lines
 /// Operations that have different tags. A buffer is cleared once in so many, so that nothing in it is older.
 inline constexpr uint64_t kPacketEpoch = 1ull << 31;
 
