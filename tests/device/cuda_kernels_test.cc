@@ -193,33 +193,21 @@ TEST_F(CudaKernels, ManyTokens) {
   }
 }
 
-void launch_and_drain(GpuGroup* group, Pairs* pairs) {
-  for (uint32_t r = 0; r < group->size(); ++r) {
-    group->arena(r).upload(group->device_index(r));
-  }
-  for (const auto& op : pairs->ops) {
-    op->parts = group->launch(&op->requests, op->made.shape.active_ranks);
-  }
-  for (const auto& op : pairs->ops) {
-    ASSERT_TRUE(group->drain(&op->parts));
-  }
-}
-
 /// Dispatches and their combines, all launched before any has ended, so that ranks run into each other's operations.
-/// `again_at`: all of them once more behind the operation with this number, which is compared.
-void run_back_to_back(GpuGroup* group, const RandomCase& first, uint64_t again_at = 0) {
+void run_back_to_back(GpuGroup* group, const RandomCase& first) {
   SCOPED_TRACE(support::repro_line(first));
   Pairs pairs;
   ASSERT_TRUE(group->create_group(first.shape).is_ok());
   make_pairs(group, first, &pairs);
   const auto& ops = pairs.ops;
-  launch_and_drain(group, &pairs);
-  if (again_at != 0 && !testing::Test::HasFatalFailure()) {
-    group->skip_to(again_at);
-    launch_and_drain(group, &pairs);
+  for (uint32_t r = 0; r < group->size(); ++r) {
+    group->arena(r).upload(group->device_index(r));
   }
-  if (testing::Test::HasFatalFailure()) {
-    return;
+  for (const auto& op : ops) {
+    op->parts = group->launch(&op->requests, op->made.shape.active_ranks);
+  }
+  for (const auto& op : ops) {
+    ASSERT_TRUE(group->drain(&op->parts));
   }
   for (uint32_t r = 0; r < group->size(); ++r) {
     if (((first.shape.active_ranks >> r) & 1) == 0) {
@@ -235,41 +223,15 @@ void run_back_to_back(GpuGroup* group, const RandomCase& first, uint64_t again_a
   group->destroy_group();
 }
 
-void run_many_back_to_back(GpuGroup* group, uint32_t count, uint64_t again_at) {
+TEST_F(CudaKernels, LowLatencyBackToBack) {
   uint32_t ran = 0;
-  for (uint64_t seed = 1; ran < count && !testing::Test::HasFailure(); ++seed) {
+  for (uint64_t seed = 1; ran < 60 && !HasFailure(); ++seed) {
     const RandomCase random_case = support::make_random_case(seed, OpKind::kLlDispatch);
-    const uint64_t all = (uint64_t{1} << group->size()) - 1;
-    if (random_case.shape.ranks == group->size() && random_case.shape.active_ranks == all) {
-      run_back_to_back(group, random_case, again_at);
+    const uint64_t all = (uint64_t{1} << group_->size()) - 1;
+    if (random_case.shape.ranks == group_->size() && random_case.shape.active_ranks == all) {
+      run_back_to_back(group_.get(), random_case);
       ++ran;
     }
-  }
-}
-
-TEST_F(CudaKernels, LowLatencyBackToBack) {
-  run_many_back_to_back(group_.get(), 60, 0);
-}
-
-/// Tags come again after an epoch: operation epoch + 1 has that of operation 1, which was another one in the same
-/// place.
-TEST_F(CudaKernels, LowLatencyTagsComeAgain) {
-  run_many_back_to_back(group_.get(), 20, kernels::cuda::kPacketEpoch - 4);
-}
-
-/// As many tokens as go in packets, one less and one more, of the last rank fewer.
-TEST_F(CudaKernels, LowLatencyPacketLimit) {
-  for (uint64_t seed = 2; seed < 14 && !HasFatalFailure(); ++seed) {
-    RandomCase made = make_large_case(seed, OpKind::kLlDispatch, group_->size());
-    for (uint32_t r = 0; r < group_->size(); ++r) {
-      RankInput& input = made.inputs[r];
-      const auto tokens = static_cast<uint32_t>(kernels::cuda::kPacketTokens + seed % 3 - 1);
-      input.tokens = r + 1 == group_->size() ? tokens / 3 : tokens;
-      input.topk_idx.resize(size_t{input.tokens} * made.shape.top_k);
-      input.topk_weights.resize(input.topk_idx.size());
-      input.x.resize(size_t{input.tokens} * made.shape.row_bytes);
-    }
-    run_case(group_.get(), std::move(made));
   }
 }
 

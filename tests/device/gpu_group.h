@@ -136,8 +136,6 @@ class GpuGroup {
     }
     return base::Status::ok();
   }
-  /// The next operation of the group has the number behind this one.
-  void skip_to(uint64_t group_op) { group_op_ = group_op; }
   void destroy_group() {
     for (uint32_t r = 0; r < ranks_; ++r) {
       devices_[r]->destroy_group(group_, {r});

@@ -150,17 +150,6 @@ ArmParams CaptureLane::arm_params(uint64_t id, uint64_t number) const {
   return params;
 }
 
-/// Clears the packets of the buffer that the next operation uses when their tags are to come again; behind the
-/// doorbell, so behind the end of the operation that used it last.
-bool CaptureLane::clear_old_packets(uint64_t number) {
-  if ((number + 1) / kernels::cuda::kPacketEpoch == (number - 1) / kernels::cuda::kPacketEpoch) {
-    return true;
-  }
-  char* buffer = setup_.group->low_latency(lane_page(setup_.lane, (number + 1) % 2));
-  return driver_.cuMemsetD8Async(reinterpret_cast<CUdeviceptr>(buffer), 0, setup_.group->layout.packet_bytes,
-                                 stream_) == CUDA_SUCCESS;
-}
-
 bool CaptureLane::enqueue_arm() {
   const uint64_t id = tail_;
   *facts(id) = {};
@@ -170,8 +159,7 @@ bool CaptureLane::enqueue_arm() {
                          ? launch_await_arm(params, stream_) == cudaSuccess
                          : driver_.cuStreamWaitValue64(stream_, reinterpret_cast<CUdeviceptr>(params.doorbell), 1,
                                                        CU_STREAM_WAIT_VALUE_GEQ) == CUDA_SUCCESS;
-  if (!waits || !clear_old_packets(next_number_) ||
-      launch_link_ll_captured(params, LowLatencyEntry::kWaits, stream_) != cudaSuccess) {
+  if (!waits || launch_link_ll_captured(params, LowLatencyEntry::kWaits, stream_) != cudaSuccess) {
     return false;
   }
   ++tail_;

@@ -103,7 +103,6 @@ class CaptureLane {
   uint64_t* doorbell() const;
   kernels::cuda::ArmParams arm_params(uint64_t id, uint64_t number) const;
   bool enqueue_arm();
-  bool clear_old_packets(uint64_t number);
   bool enqueue_late(uint64_t id, const Arm& arm);
   bool wait_for_peers(bool moved, const Arm& arm);
   bool take_head();

@@ -219,7 +219,6 @@ bool CudaDevice::fill_low_latency(const LaunchSpec& spec, const Part& part, Part
   }
   kernels::cuda::LowLatencyTable table{};
   table.layout = kernels::cuda::low_latency_layout(shape, params->table_top_k);
-  table.packets = 1;
   for (uint32_t j = 0; j < spec.ranks; ++j) {
     if (!is_active(spec.active_ranks, j)) {
       continue;
@@ -231,9 +230,6 @@ bool CudaDevice::fill_low_latency(const LaunchSpec& spec, const Part& part, Part
       return false;
     }
     table.tokens[j] = std::min(spec.requests[j]->shape.tokens, shape.max_tokens);
-    if (!kernels::cuda::fits_packets(spec.requests[j]->shape, table.layout)) {
-      table.packets = 0;
-    }
   }
   params->low_latency = table;
   return true;
@@ -388,21 +384,6 @@ bool CudaDevice::enqueue_route(const Part& part, const PartParams& params) {
                                                   : launch_relay_plan(params, stream);
   return prepared == cudaSuccess && launch_relay_publish(params, stream) == cudaSuccess &&
          launch_signal(params, SignalStep::kRouted, stream) == cudaSuccess;
-}
-
-/// Clears the packets of the buffer that the next operation uses when their tags are to come again. No rank writes
-/// there before it has seen something of this operation, which comes behind it in the stream.
-bool CudaDevice::clear_old_packets(uint64_t group_op, GroupEntry* group, CUstream stream) {
-  const uint64_t next = group_op + 1;
-  const uint64_t epoch = next / kernels::cuda::kPacketEpoch;
-  uint64_t& cleared = group->packet_epochs[next % kLowLatencyBuffers];
-  char* buffer = group->low_latency(static_cast<uint32_t>(next % engine::kExchangePages));
-  if (buffer == nullptr || cleared == epoch) {
-    return true;
-  }
-  cleared = epoch;
-  return driver_.cuMemsetD8Async(reinterpret_cast<CUdeviceptr>(buffer), 0, group->layout.packet_bytes, stream) ==
-         CUDA_SUCCESS;
 }
 
 /// The chain of the link kernels.

@@ -167,7 +167,6 @@ class CudaDevice : public Device, public engine::DevicePort {
   bool awaits_by_kernel() const { return gpu_.mps && bulk_copies_; }
   bool enqueue_exchange_wait(const Part& part, bool moved);
   bool enqueue_link(const Part& part, const kernels::cuda::PartParams& params);
-  bool clear_old_packets(uint64_t group_op, GroupEntry* group, CUstream stream);
   bool enqueue_low_latency(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_barrier(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_move(const Part& part, const kernels::cuda::PartParams& params);

@@ -104,12 +104,11 @@ bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords&
     slot->group->last_op = spec.group_op;
     slot->group->last_active = spec.active_ranks;
   }
-  const ScopedContext context(driver_, gpu_.view.context);
-  const bool clean = slot->group == nullptr || clear_old_packets(spec.group_op, slot->group, session->stream);
-  if (!filled || !clean) {
-    fail_launch(slot, filled ? EXPERTD_REASON_CUDA : EXPERTD_REASON_UNSUPPORTED);
+  if (!filled) {
+    fail_launch(slot, EXPERTD_REASON_UNSUPPORTED);
     return true;
   }
+  const ScopedContext context(driver_, gpu_.view.context);
   slot->sms = sms_of(*slot, params);
   slot->entries = kEntriesPerPart;
   session->queued_entries += slot->entries;

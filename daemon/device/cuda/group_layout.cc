@@ -37,7 +37,6 @@ GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit)
   layout.shared_bytes = at;
   kernels::OpShape widest;
   widest.ranks = shape.ranks;
-  widest.experts = shape.experts;
   widest.hidden = shape.hidden;
   widest.max_tokens = shape.max_tokens;
   layout.relay_bytes = kernels::cuda::relay_bytes(widest, shape.top_k);
@@ -58,9 +57,7 @@ GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit)
         place(uint64_t{kLanePages} * kernels::cuda::kMostCapturedEntries * sizeof(kernels::cuda::PartParams));
   }
   if (shape.low_latency) {
-    const kernels::cuda::LowLatencyLayout buffer = kernels::cuda::low_latency_layout(widest, shape.top_k);
-    layout.low_latency_bytes = buffer.bytes;
-    layout.packet_bytes = buffer.packet_bytes;
+    layout.low_latency_bytes = kernels::cuda::low_latency_layout(widest, shape.top_k).bytes;
     layout.low_latency = place((kLowLatencyBuffers + lanes * kLanePages) * layout.low_latency_bytes);
   }
   const uint64_t per_token = (shape.ranks + 2ull * shape.top_k) * sizeof(int32_t);

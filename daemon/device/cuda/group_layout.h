@@ -60,7 +60,6 @@ struct GroupLayout {
   std::array<LaneLayout, kMaxGroupLanes> lanes{};
   uint64_t low_latency = 0;        // two buffers and two per lane; only of groups that serve low latency
   uint64_t low_latency_bytes = 0;  // of one
-  uint64_t packet_bytes = 0;       // of its packets, with which it begins
   uint64_t handles = 0;
   uint64_t handle_bytes = 0;
   uint64_t handle_rows = 0;  // inside a handle: behind its count matrix

@@ -100,8 +100,7 @@ struct GroupEntry {
   CUdeviceptr flag_page = 0;  // of the rank's session, with `exchange`
   uint64_t last_op = 0;       // operation launched last, and the ranks that took part; loop thread only
   uint64_t last_active = ~uint64_t{0};
-  std::array<uint64_t, kLowLatencyBuffers> packet_epochs{};  // for which each buffer was cleared; loop thread only
-  uint32_t progress_index = 0;                               // of the device's pinned progress words
+  uint32_t progress_index = 0;  // of the device's pinned progress words
   kernels::cuda::Progress* host_progress = nullptr;
   kernels::cuda::Progress* device_progress = nullptr;
   std::array<std::unique_ptr<CaptureLane>, kMaxGroupLanes> lanes;  // as many as the shape says

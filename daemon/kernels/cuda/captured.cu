@@ -5,8 +5,8 @@
 #include "daemon/kernels/cuda/arm_params.h"
 #include "daemon/kernels/cuda/await_word.cuh"
 #include "daemon/kernels/cuda/launch_config.h"
-#include "daemon/kernels/cuda/low_latency_combine_packets.cuh"
-#include "daemon/kernels/cuda/low_latency_dispatch_packets.cuh"
+#include "daemon/kernels/cuda/low_latency_combine.cuh"
+#include "daemon/kernels/cuda/low_latency_dispatch.cuh"
 
 namespace expertd::kernels::cuda {
 namespace {
@@ -153,42 +153,15 @@ __device__ bool arm_was_left(const ArmParams& a, LowLatencyEntry place) {
   return ld_acquire_sys(&a.words.state->passed[step]) == a.words.part * 4 + kLeft;
 }
 
-/// The operation's parameters in the block's shared memory.
-__device__ __forceinline__ PartParams& captured_part() {
-  __shared__ __align__(16) char memory[sizeof(PartParams)];
-  return *reinterpret_cast<PartParams*>(memory);
-}
-
-// What the kernel may become. Not inlined, so that each has all registers to itself.
-
-__device__ __noinline__ void run_dispatch(LowLatencyEntry place, void* route_memory) {
-  run_packet_dispatch(captured_part(), place == LowLatencyEntry::kWaits, route_memory);
-}
-
-template <bool kMany>
-__device__ __noinline__ void run_combine(LowLatencyEntry place) {
-  run_packet_combine<kMany>(captured_part(), place);
-}
-
-__device__ __noinline__ void run_large_dispatch(LowLatencyEntry place, void* route_memory) {
-  run_ll_dispatch(captured_part(), place == LowLatencyEntry::kWaits, route_memory);
-}
-
-template <bool kMany>
-__device__ __noinline__ void run_large_combine(LowLatencyEntry place) {
-  run_ll_combine<kMany>(captured_part(), place);
-}
-
 __device__ void run_captured(const PartParams& p, LowLatencyEntry place, void* route_memory) {
-  const bool packets = in_packets(p);
-  if (p.op.shape.kind == OpKind::kLlDispatch) {
-    if (place != LowLatencyEntry::kBehindRouted) {
-      packets ? run_dispatch(place, route_memory) : run_large_dispatch(place, route_memory);
+  if (p.op.shape.kind != OpKind::kLlDispatch) {
+    if (p.table_top_k > kRowsAtOnce) {
+      run_ll_combine<true>(p, place);
+    } else {
+      run_ll_combine<false>(p, place);
     }
-  } else if (p.table_top_k > kRowsAtOnce) {
-    packets ? run_combine<true>(place) : run_large_combine<true>(place);
-  } else {
-    packets ? run_combine<false>(place) : run_large_combine<false>(place);
+  } else if (place != LowLatencyEntry::kBehindRouted) {
+    run_ll_dispatch(p, place == LowLatencyEntry::kWaits, route_memory);
   }
 }
 
@@ -209,7 +182,8 @@ __global__ __launch_bounds__(kLowLatencyThreads,
                              kLowLatencyBlocksPerSm) void link_ll_captured(const __grid_constant__ ArmParams a,
                                                                            LowLatencyEntry place) {
   extern __shared__ __align__(16) char route_memory[];
-  PartParams* p = &captured_part();
+  __shared__ __align__(16) char part_memory[sizeof(PartParams)];
+  auto* p = reinterpret_cast<PartParams*>(part_memory);
   let_next_start();
   if (a.null_operation != 0) {
     return;

@@ -384,7 +384,7 @@ __device__ __forceinline__ void run_ll_combine(const PartParams& p, LowLatencyEn
     if (arrival == Arrival::kCame) {
       add_tokens(p, team_crew(p), owners);
     }
-    end_block(p, arrival == Arrival::kCame ? Ending::kGood : Ending::kAborted, Sent::kCounted);
+    end_block(p, arrival == Arrival::kCame ? Ending::kGood : Ending::kAborted);
   }
   if (last) {
     drain_chain(p, true);

@@ -196,18 +196,15 @@ __device__ Slot slot_of(const PartParams& p, uint32_t source, uint32_t token, Ro
   return slot;
 }
 
-/// Words of a row's scales.
-__device__ uint32_t scale_words(const OpShape& shape) {
-  return shape.hidden / kScaleGroup / (shape.scale == ScaleForm::kUe8m0 ? 4 : 1);
-}
-
-/// `each` words of scales to the token's slots, in their transposed layout: the lane's is `value`, the row's word
-/// `word`, the same for lanes that are a multiple of `each` apart. Whole warp.
-__device__ void scatter_scales(const PartParams& p, uint32_t value, uint32_t word, uint32_t each, const Slot& slot,
-                               uint32_t slots) {
+/// The scales of eight groups (UE8M0: two words) to the token's slots, in their transposed layout. Whole warp.
+__device__ void store_scales(const PartParams& p, const char* staged, uint32_t part, const Slot& slot, uint32_t slots) {
   const OpShape& shape = p.op.shape;
-  const uint32_t words = scale_words(shape);
+  const bool packed = shape.scale == ScaleForm::kUe8m0;
+  const uint32_t words = shape.hidden / kScaleGroup / (packed ? 4 : 1);
+  const uint32_t each = packed ? 2 : 8;
   const uint32_t lane = threadIdx.x & 31;
+  const uint32_t word = part * each + lane % each;
+  const uint32_t value = word < words ? reinterpret_cast<const uint32_t*>(staged + shape.out_row_bytes)[word] : 0;
   // 32 / each slots at a time, one per neighbouring lanes.
   uint32_t left = slots;
 #pragma unroll 1
@@ -228,16 +225,6 @@ __device__ void scatter_scales(const PartParams& p, uint32_t value, uint32_t wor
       left &= left - 1;
     }
   }
-}
-
-/// The scales of eight groups (UE8M0: two words) of a staged token to its slots. Whole warp.
-__device__ void store_scales(const PartParams& p, const char* staged, uint32_t part, const Slot& slot, uint32_t slots) {
-  const OpShape& shape = p.op.shape;
-  const uint32_t each = shape.scale == ScaleForm::kUe8m0 ? 2 : 8;
-  const uint32_t word = part * each + (threadIdx.x & 31) % each;
-  const bool given = word < scale_words(shape);
-  const uint32_t value = given ? reinterpret_cast<const uint32_t*>(staged + shape.out_row_bytes)[word] : 0;
-  scatter_scales(p, value, word, each, slot, slots);
 }
 
 /// The staged side row to the token's slots. Whole warp.
@@ -340,7 +327,7 @@ __device__ __forceinline__ void run_ll_dispatch(const PartParams& p, bool waits,
     if (arrival == Arrival::kCame && blockIdx.x != 0) {
       expand_rows(p, warps_behind(p, 1));
     }
-    end_block(p, ending, Sent::kCounted);
+    end_block(p, ending);
     if (plans) {
       keep_matrix(p);  // behind the count, because the caller does not wait for it
     }

@@ -8,7 +8,6 @@
 namespace expertd::kernels::cuda {
 namespace {
 
-constexpr uint64_t kPacketBytes = (kPacketWords + 1) * sizeof(uint32_t);
 constexpr uint64_t kLeastSideBytes = 256;  // of a dispatched token, for rows of bytes with a side of their own
 
 uint64_t align_up(uint64_t bytes, uint64_t unit) {
@@ -26,18 +25,9 @@ LowLatencyLayout low_latency_layout(const OpShape& shape, uint32_t table_top_k) 
     return begin;
   };
   const uint64_t tokens = uint64_t{shape.ranks} * shape.max_tokens;
-  const auto units = [](uint64_t size, uint64_t unit) { return static_cast<uint32_t>((size + unit - 1) / unit); };
   const uint64_t scales = shape.hidden / kScaleGroup * sizeof(float);
   // Whole lines, so that no two rows share one.
   layout.row_stride = align_up(2ull * shape.hidden + std::max(scales, kLeastSideBytes), 128);
-  layout.packet_tokens = std::min(shape.max_tokens, kPacketTokens);
-  layout.packet_parts = units(layout.row_stride, kPacketPartBytes);
-  layout.count_packets = units(count_row_ints(shape.ranks, shape.experts), kPacketWords) + 2;
-  const uint64_t few = uint64_t{shape.ranks} * layout.packet_tokens;
-  layout.packet_rows = place(few * layout.packet_parts * kPartStridePackets * kPacketBytes);
-  layout.packet_lanes = place(few * table_top_k * kPacketBytes);
-  layout.packet_counts = place(uint64_t{shape.ranks} * layout.count_packets * kPacketBytes);
-  layout.packet_bytes = at;
   layout.dispatch_rows = place(tokens * layout.row_stride);
   layout.dispatch_lanes = place(tokens * table_top_k * sizeof(RoutedLane));
   layout.combine_rows = place(tokens * shape.hidden * 2);
@@ -49,11 +39,6 @@ bool fits_low_latency(const OpShape& shape, const LowLatencyLayout& layout) {
   const uint64_t side = shape.payload == Payload::kFp8 ? shape.hidden / kScaleGroup * sizeof(float)
                                                        : uint64_t{shape.side_elements} * shape.side_element_bytes;
   return shape.out_row_bytes + side <= layout.row_stride;
-}
-
-bool fits_packets(const OpShape& shape, const LowLatencyLayout& layout) {
-  const bool plain = shape.payload == Payload::kFp8 || shape.side_elements == 0;  // scales have a place, sides none
-  return plain && shape.tokens <= layout.packet_tokens;
 }
 
 }  // namespace expertd::kernels::cuda

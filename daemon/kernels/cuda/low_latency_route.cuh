@@ -4,7 +4,7 @@
 // Device code only, included by link_ll_dispatch.cu; no state. Definitions: daemon/kernels/README.md.
 #pragma once
 
-#include "daemon/kernels/cuda/low_latency_packets.cuh"
+#include "daemon/kernels/cuda/low_latency_steps.cuh"
 #include "daemon/kernels/cuda/plan.cuh"
 
 namespace expertd::kernels::cuda {
@@ -127,22 +127,15 @@ __device__ inline void clear_round(uint32_t experts, const RouteShared& s) {
   }
 }
 
-/// Keeps one numbered lane in the handle and sends it to every active rank. In packets only the expert is kept here:
-/// who takes the packet writes the row, and nothing would order two writes.
+/// Keeps one numbered lane in the handle and sends it to every active rank.
 __device__ inline void hand_over_lane(const PartParams& p, uint32_t position, RoutedLane lane) {
   const OpShape& shape = p.op.shape;
   p.op.routing.topk[position] = lane.expert;
-  const bool packets = in_packets(p);
-  if (!packets) {
-    p.op.routing.token_expert[position] = lane.row;
-  }
+  p.op.routing.token_expert[position] = lane.row;
   const uint64_t at = uint64_t{shape.rank} * shape.max_tokens * p.table_top_k + position;
 #pragma unroll 1
   for (uint32_t j = 0; j < shape.ranks; ++j) {
-    if (rank_active(shape, j) && packets) {
-      st_packet(lane_packets(p, j, shape.rank, 0) + position,
-                {static_cast<uint32_t>(lane.expert), static_cast<uint32_t>(lane.row), 0, tag_of(p)});
-    } else if (rank_active(shape, j)) {
+    if (rank_active(shape, j)) {
       char* lanes = p.low_latency.staging[j] + p.low_latency.layout.dispatch_lanes;
       reinterpret_cast<int2*>(lanes)[at] = int2{lane.expert, lane.row};
     }
@@ -266,52 +259,6 @@ __device__ inline void hand_over_counts(const PartParams& p, const int32_t* pend
   }
 }
 
-/// The same integers as hand_over_counts() has them.
-__device__ inline uint32_t count_value(const PartParams& p, uint32_t at, const RouteShared& s) {
-  const OpShape& shape = p.op.shape;
-  if (at < shape.ranks) {
-    return 0;
-  }
-  if (at < count_columns(shape)) {
-    return static_cast<uint32_t>(s.next[at - shape.ranks]);
-  }
-  return at < matrix_row_ints(shape) ? static_cast<uint32_t>(error_entry(p, at - count_columns(shape), *s.error)) : 0;
-}
-
-/// This rank's row of the count matrix in packets, behind it the time and which captured operation the rank replays.
-/// The last of the routing blocks.
-__device__ inline void send_counts(const PartParams& p, const int32_t* pending, const RouteShared& s) {
-  const OpShape& shape = p.op.shape;
-  const uint32_t rows = p.low_latency.layout.count_packets - 2;
-#pragma unroll
-  for (uint32_t c = 0; c < kColumnsPerThread; ++c) {
-    const uint32_t e = c * kLowLatencyThreads + threadIdx.x;
-    if (e < shape.experts) {
-      s.next[e] += pending[c];
-    }
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < rows + 2; i += kLowLatencyThreads) {
-    uint4 packet{0, 0, 0, tag_of(p)};
-    if (i < rows) {
-      packet.x = count_value(p, i * kPacketWords, s);
-      packet.y = count_value(p, i * kPacketWords + 1, s);
-      packet.z = count_value(p, i * kPacketWords + 2, s);
-    } else {
-      const uint64_t word = i == rows ? global_timer_ns() : p.captured.number;
-      packet.x = static_cast<uint32_t>(word);
-      packet.y = static_cast<uint32_t>(word >> 32);
-    }
-#pragma unroll 1
-    for (uint32_t j = 0; j < shape.ranks; ++j) {
-      if (rank_active(shape, j)) {
-        st_packet(count_packets(p, j, shape.rank) + i, packet);
-      }
-    }
-  }
-}
-
 /// The share that one of `blocks` blocks has of routing, up to the fence; false when the part was aborted. The gate is
 /// read beside the first ids. Whole block.
 __device__ inline bool route_tokens(const PartParams& p, uint32_t blocks, const RouteShared& s) {
@@ -338,10 +285,7 @@ __device__ inline bool route_tokens(const PartParams& p, uint32_t blocks, const 
   int32_t pending[kColumnsPerThread] = {};
   count_earlier(p, range.begin, earlier, s);
   number_lanes(p, range, id, pending, s);
-  if (blockIdx.x == blocks - 1 && in_packets(p)) {
-    __syncthreads();  // number_lanes() may still read what is to be summed
-    send_counts(p, pending, s);
-  } else if (blockIdx.x == blocks - 1) {
+  if (blockIdx.x == blocks - 1) {
     hand_over_counts(p, pending, s);
   }
   return true;

@@ -46,11 +46,6 @@ __host__ __device__ inline uint32_t most_tokens(const PartParams& p) {
   return most;
 }
 
-/// Whether the ranks exchange packets (low_latency_packets.cuh).
-__host__ __device__ inline bool in_packets(const PartParams& p) {
-  return kHasPackets && p.low_latency.packets != 0;
-}
-
 /// Blocks that work: of a captured operation fewer than the grid has, which serves any.
 __device__ __forceinline__ uint32_t grid_blocks(const PartParams& p) {
   return p.captured.blocks != 0 ? p.captured.blocks : gridDim.x;
@@ -66,14 +61,6 @@ __device__ inline uint32_t row_at_index(const OpShape& shape, uint32_t rank, uin
   return rank * shape.max_tokens + token;
 }
 
-/// Which captured operation this rank replays, as stamp_step() has it.
-__device__ inline void stamp_captured(const PartParams& p) {
-  const uint32_t j = threadIdx.x;
-  if (p.captured.number != 0 && j < p.op.shape.ranks && rank_active(p.op.shape, j)) {
-    st_relaxed_sys(&p.peers.pages[j]->captured[p.op.shape.rank], p.captured.number);
-  }
-}
-
 /// The time of a step, beside its flag-to-be, so that no flag waits for it alone. The first warp of one block, before
 /// the fence of what is announced.
 __device__ inline void stamp_step(const PartParams& p, SignalStep step) {
@@ -86,8 +73,10 @@ __device__ inline void stamp_step(const PartParams& p, SignalStep step) {
     if (p.op.shape.kind == OpKind::kLlDispatch) {
       st_relaxed_sys(&page->routed_time_ns[p.op.shape.rank], 0);  // there is no such step to be late at
     }
+    if (p.captured.number != 0) {
+      st_relaxed_sys(&page->captured[p.op.shape.rank], p.captured.number);
+    }
   }
-  stamp_captured(p);
 }
 
 /// Above the blocks of any grid: what the counts of blocks tell beside their number.
@@ -96,8 +85,12 @@ inline constexpr uint32_t kFailedBlock = 0x10000000;  // of one block
 static_assert(kMostLinkSms * kAbortedBlock < kFailedBlock);
 
 /// Counts this block as through with what comes before `moved`; the last one announces it to every active rank, unless
-/// a block was gated. One thread, behind a barrier of the block.
-__device__ inline void count_sent(const PartParams& p, bool any_gated) {
+/// a block was gated. Whole block.
+__device__ inline void send_block(const PartParams& p, bool gated) {
+  const bool any_gated = __syncthreads_or(gated ? 1 : 0) != 0;
+  if (threadIdx.x != kCountingWarp * 32) {
+    return;
+  }
   fence_sys();  // behind the barrier, so for the stores of the whole block
   const uint32_t before = atomicAdd(&p.words.state->blocks_done, any_gated ? kAbortedBlock + 1 : 1);
   if (before % kAbortedBlock != grid_blocks(p) - 1) {
@@ -117,14 +110,6 @@ __device__ inline void count_sent(const PartParams& p, bool any_gated) {
     }
   }
   p.words.state->blocks_done = 0;
-}
-
-/// The same by the whole block.
-__device__ inline void send_block(const PartParams& p, bool gated) {
-  const bool any_gated = __syncthreads_or(gated ? 1 : 0) != 0;
-  if (threadIdx.x == kCountingWarp * 32) {
-    count_sent(p, any_gated);
-  }
 }
 
 /// Polls the flags of all active ranks, the own one too, which tells that all blocks of this kernel have sent. One
@@ -165,8 +150,7 @@ __device__ inline Arrival wait_for_all(const PartParams& p, SignalStep step, boo
   __shared__ Arrival arrival;
   if (threadIdx.x < 32) {
     Arrival seen = poll_flags(p, step, waits ? kPatienceCycles : 0);
-    if (p.captured.number != 0 && (step == SignalStep::kMoved || in_packets(p)) && seen == Arrival::kCame &&
-        ranks_differ(p)) {
+    if (p.captured.number != 0 && step == SignalStep::kMoved && seen == Arrival::kCame && ranks_differ(p)) {
       seen = Arrival::kAborted;
     }
     if (threadIdx.x == 0) {
@@ -213,12 +197,6 @@ __device__ inline void release_at_once(const PartParams& p, uint32_t reason) {
 /// block; not inlined, because it is rare.
 __device__ __noinline__ inline void end_specially(const PartParams& p, bool go, uint32_t reason) {
   const Crew block{threadIdx.x, blockDim.x};
-  if (go && p.op.shape.kind == OpKind::kLlCombine && in_packets(p)) {
-    if (threadIdx.x < 32) {
-      poll_flags(p, SignalStep::kMoved, kPatienceCycles);  // the times; of a rank that is later still none is counted
-    }
-    __syncthreads();
-  }
   if (go && reason == 0) {
     store_waits(p, block);
   } else if (go || caller_is_there(p)) {
@@ -238,8 +216,7 @@ __device__ inline void sum_block_rows(const PartParams& p) {
   }
   uint32_t local = 0;
   uint32_t remote = 0;
-  const uint32_t blocks = in_packets(p) ? 1 : grid_blocks(p);  // then the first one counts all
-  for (uint32_t b = threadIdx.x; b < blocks; b += 32) {
+  for (uint32_t b = threadIdx.x; b < grid_blocks(p); b += 32) {
     local += static_cast<uint32_t>(p.scratch.block_rows[b].local);
     remote += static_cast<uint32_t>(p.scratch.block_rows[b].remote);
   }
@@ -253,27 +230,12 @@ __device__ inline void sum_block_rows(const PartParams& p) {
 
 /// How a block ends. kFailed: it has put a Reason into the plan; at most one block of a part does.
 enum class Ending : uint32_t { kGood, kFailed, kAborted };
-/// Whether a block that ends has still to count what it sent, beside the caller's release, and whether it was gated.
-enum class Sent : uint32_t { kCounted, kAll, kGated };
-
-/// Behind `done` nothing may write to other ranks any more: the blocks that count what they sent beside their end are
-/// given the time to. One thread, whose block has counted.
-__device__ inline void await_counts_of_blocks(const PartParams& p, Sent sent) {
-  const int64_t begin = clock64();
-  while (sent != Sent::kCounted && ld_relaxed_gpu(&p.words.state->blocks_done) != 0 &&
-         clock64() - begin < kPatienceCycles) {
-  }
-  fence_sys();
-}
 
 /// Counts this block as at its end; the last one ends the part, for the caller first. Its count tells how the others
 /// ended, so that nothing is read between the count and the caller's words. Whole block.
-__device__ inline void end_block(const PartParams& p, Ending ending, Sent sent) {
+__device__ inline void end_block(const PartParams& p, Ending ending) {
   __shared__ uint32_t counted;
   __syncthreads();
-  if (threadIdx.x == kCountingWarp * 32 && sent != Sent::kCounted) {
-    count_sent(p, sent == Sent::kGated);
-  }
   if (threadIdx.x == 0) {
     fence_gpu();
     const uint32_t mine =
@@ -305,7 +267,6 @@ __device__ inline void end_block(const PartParams& p, Ending ending, Sent sent) 
     fence_sys();
     __syncthreads();
     if (threadIdx.x == 0) {
-      await_counts_of_blocks(p, sent);
       tell_done(p);
     }
   }

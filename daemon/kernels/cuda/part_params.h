@@ -147,26 +147,7 @@ struct LowLatencyLayout {
   uint64_t dispatch_lanes = 0;  // [R sources, M, K of the group] RoutedLane
   uint64_t combine_rows = 0;    // [R owners, M, H] bf16
   uint64_t bytes = 0;           // of one buffer
-  // The same in packets, for operations of few tokens; at the buffer's start, for dispatches and combines alike.
-  uint64_t packet_rows = 0;    // [R sources or owners, packet_tokens, packet_parts] parts of kPartStridePackets packets
-  uint64_t packet_lanes = 0;   // [R sources or origins, packet_tokens, K of the group] packets
-  uint64_t packet_counts = 0;  // [R sources, count_packets] packets
-  uint64_t packet_bytes = 0;   // of these three
-  uint32_t packet_tokens = 0;
-  uint32_t packet_parts = 0;
-  uint32_t count_packets = 0;  // of a row of the count matrix, and two more
 };
-
-/// A packet is 12 bytes and the tag of their operation, written and read as one, so that who sees the tag has the bytes
-/// and nothing has to be fenced, announced or reset. They take a third more of a link than the bytes alone, so large
-/// operations do without: those of which a rank has more tokens than this. 0: none uses packets.
-inline constexpr uint32_t kPacketTokens = 256;
-inline constexpr uint32_t kPacketWords = 3;         // of data, 4 bytes each
-inline constexpr uint32_t kPacketPartBytes = 512;   // of a row, what one warp moves: 16 bytes per lane
-inline constexpr uint32_t kPartPackets = 44;        // a part and four scales
-inline constexpr uint32_t kPartStridePackets = 48;  // whole lines
-/// Operations that have different tags. A buffer is cleared once in so many, so that nothing in it is older.
-inline constexpr uint64_t kPacketEpoch = 1ull << 31;
 
 /// One (token, lane) of a dispatch as its source numbered it.
 struct RoutedLane {
@@ -190,7 +171,6 @@ struct LowLatencyTable {
   uint32_t tokens[base::kMaxGpuRanks];
   LaneTables lanes[base::kMaxGpuRanks];  // combine: of every active rank
   LowLatencyLayout layout;
-  uint32_t packets = 0;  // not 0: the ranks exchange packets; the same on all of them
 };
 
 struct PeerTable {
@@ -269,12 +249,10 @@ RelayLayout relay_layout(const OpShape& shape, uint32_t table_top_k);
 /// and a side of at most 4096 bytes per token.
 uint64_t relay_bytes(const OpShape& shape, uint32_t table_top_k);
 
-/// Layout of a low-latency buffer; `shape` has the group's ranks, experts, hidden and max_tokens. Pure.
+/// Layout of a low-latency buffer; `shape` has the group's ranks, hidden and max_tokens. Pure.
 LowLatencyLayout low_latency_layout(const OpShape& shape, uint32_t table_top_k);
 /// Whether a dispatch with rows of this shape, or a combine, fits such a buffer. Pure.
 bool fits_low_latency(const OpShape& shape, const LowLatencyLayout& layout);
-/// Whether the request of one rank allows that the ranks of its operation exchange packets; it fits a buffer. Pure.
-bool fits_packets(const OpShape& shape, const LowLatencyLayout& layout);
 
 /// What a kernel waits for that stands for a stream's wait: flags [ranks] of at least `value`.
 struct FlagWait {

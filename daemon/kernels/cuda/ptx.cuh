@@ -46,12 +46,6 @@ __device__ __forceinline__ uint64_t ld_relaxed_gpu(const uint64_t* word) {
   return value;
 }
 
-__device__ __forceinline__ uint32_t ld_relaxed_gpu(const uint32_t* word) {
-  uint32_t value = 0;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
-  return value;
-}
-
 /// The same word where only its value counts and nothing is read behind it.
 __device__ __forceinline__ uint64_t ld_relaxed_sys(const uint64_t* word) {
   uint64_t value = 0;
@@ -91,52 +85,6 @@ __device__ __forceinline__ void wait_for_previous() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-
-/// Whether 16 bytes can be written and read at once. PTX calls an access of type b128 single-copy atomic, one of four
-/// words not; compilers before 12.4 do not have it.
-#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 4)
-inline constexpr bool kHasPackets = true;
-
-/// A packet, to the memory of any GPU: who sees one of its words sees all. Orders nothing else.
-__device__ __forceinline__ void st_packet(uint4* to, const uint4& packet) {
-  asm volatile(
-      "{\n"
-      ".reg .b64 low, high;\n"
-      ".reg .b128 packet;\n"
-      "mov.b64 low, {%1, %2};\n"
-      "mov.b64 high, {%3, %4};\n"
-      "mov.b128 packet, {low, high};\n"
-      "st.relaxed.sys.global.b128 [%0], packet;\n"
-      "}" ::"l"(to),
-      "r"(packet.x), "r"(packet.y), "r"(packet.z), "r"(packet.w)
-      : "memory");
-}
-
-__device__ __forceinline__ uint4 ld_packet(const uint4* from) {
-  uint4 packet;
-  asm volatile(
-      "{\n"
-      ".reg .b64 low, high;\n"
-      ".reg .b128 packet;\n"
-      "ld.relaxed.sys.global.b128 packet, [%4];\n"
-      "mov.b128 {low, high}, packet;\n"
-      "mov.b64 {%0, %1}, low;\n"
-      "mov.b64 {%2, %3}, high;\n"
-      "}"
-      : "=r"(packet.x), "=r"(packet.y), "=r"(packet.z), "=r"(packet.w)
-      : "l"(from)
-      : "memory");
-  return packet;
-}
-#else
-inline constexpr bool kHasPackets = false;  // then nothing calls these
-__device__ __forceinline__ void st_packet(uint4* to, const uint4& packet) {
-  *to = packet;
-}
-__device__ __forceinline__ uint4 ld_packet(const uint4* from) {
-  return *from;
-}
-#endif
 
 /// Asks for the line in the second-level cache.
 __device__ __forceinline__ void prefetch(const void* address) {
