@@ -8,6 +8,7 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -23,6 +24,9 @@ namespace expertd::device_test {
 
 inline constexpr uint64_t kArenaBytes = 192ull << 20;
 inline constexpr uint64_t kDrainNs = 20'000'000'000;  // far above any real time, below the test's limit
+
+/// As the daemon sets it before its first call of CUDA; some tests begin CUDA before they have devices.
+inline const bool kConnectionsAreSet = setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1) == 0;
 
 /// One rank's memory on its GPU: a window, its host mirror and what lies where.
 class Arena {

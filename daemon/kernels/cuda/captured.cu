@@ -27,6 +27,7 @@ __device__ __noinline__ void refuse(const ArmParams& a, const PartParams* p, uin
   fence_sys();
   __syncthreads();
   if (threadIdx.x == 0) {
+    wait_for_previous();  // the doorbell is back at 0 before the client may ring again
     st_pair_relaxed_sys(a.words.completion, a.words.seq, reason);
     a.words.facts->report.reason = reason;
     a.words.facts->report.rank = -1;
@@ -57,25 +58,30 @@ __device__ Taken unpack_taken(uint64_t word) {
 }
 
 /// Takes the doorbell back to 0, unless the arm was taken back before it rang: then it stays for the arms to come. Once
-/// one arm was, so are those behind it, or operations would change places. One thread.
-__device__ Taken take_doorbell(const ArmParams& a) {
+/// one arm was, so are those behind it, or operations would change places. One thread. `decided` is called as soon as
+/// the blocks may read what was taken, before the words for the host, which are slower.
+template <typename Decided>
+__device__ Taken take_doorbell(const ArmParams& a, const Decided& decided) {
   const uint64_t rung = ld_relaxed_sys(a.doorbell);
   const uint64_t broken = ld_relaxed_sys(&a.lane->broken);
   const uint64_t cancelled = ld_relaxed_sys(&a.lane->cancelled);
   Taken taken;
-  if (cancelled >= a.generation || rung == EXPERTD_CAPTURE_CANCEL) {
+  const bool runs = cancelled < a.generation && rung != EXPERTD_CAPTURE_CANCEL;
+  if (runs) {
+    // A doorbell is memory of the client: whatever it holds, the place is one of the table.
+    taken.entry = static_cast<uint32_t>(rung - 1 < kMostCapturedEntries ? rung - 1 : kMostCapturedEntries);
+    taken.refused = broken != 0 || taken.entry == kMostCapturedEntries;
+  }
+  st_relaxed_sys(&a.words.state->taken_entry, pack_taken(a, taken));
+  decided();
+  if (runs) {
+    st_relaxed_sys(a.doorbell, 0);
+    st_relaxed_sys(&a.words.facts->entry, rung);
+  } else {
     st_relaxed_sys(&a.lane->cancelled, a.generation);
-    st_relaxed_sys(&a.words.state->taken_entry, pack_taken(a, taken));
     st_relaxed_sys(&a.words.facts->verdict, kVerdictCancelled);
     tell_arm_done(a);
-    return taken;
   }
-  // A doorbell is memory of the client: whatever it holds, the place is one of the table.
-  taken.entry = static_cast<uint32_t>(rung - 1 < kMostCapturedEntries ? rung - 1 : kMostCapturedEntries);
-  taken.refused = broken != 0 || taken.entry == kMostCapturedEntries;
-  st_relaxed_sys(&a.words.state->taken_entry, pack_taken(a, taken));
-  st_relaxed_sys(a.doorbell, 0);
-  st_relaxed_sys(&a.words.facts->entry, rung);
   return taken;
 }
 
@@ -84,7 +90,7 @@ __device__ Taken take_doorbell(const ArmParams& a) {
 __device__ Taken take_entry(const ArmParams& a) {
   __shared__ Taken taken;
   if (threadIdx.x == 0 && blockIdx.x == 0 && a.after_wait == 0) {
-    taken = take_doorbell(a);
+    taken = take_doorbell(a, [] {});
   } else if (threadIdx.x == 0) {
     uint64_t seen = 0;
     do {
@@ -102,10 +108,11 @@ __global__ void await_arm(const __grid_constant__ ArmParams a) {
   wait_for_previous();
   if (a.null_operation == 0) {
     await_word(a.doorbell, 1);
-    take_doorbell(a);
-    fence_gpu();
+    take_doorbell(a, [] {
+      fence_gpu();
+      let_next_start();
+    });
   }
-  let_next_start();
 }
 
 /// The operation's parameters into shared memory, with the words of this arm. False: there is no such operation. Whole

@@ -188,6 +188,9 @@ __device__ inline bool block_was_left(const PartParams& p, SignalStep step) {
 /// Lets the caller's stream go on, by one thread behind a fence.
 __device__ inline void release_at_once(const PartParams& p, uint32_t reason) {
   static_assert(EXPERTD_RESULT_WORD_OFFSET(0) == EXPERTD_COMPLETION_WORD_OFFSET(0) + 8);
+  if (p.captured.number != 0) {
+    wait_for_previous();  // which takes the doorbell back and tells the host the entry; it has ended long ago
+  }
   if (p.words.completion != nullptr) {
     st_pair_relaxed_sys(p.words.completion, p.words.seq, reason);
   }
