@@ -70,7 +70,7 @@ constexpr Agreement kAgreements[] = {
     {EXPERTD_ARGUMENT_FLAGS,
      [](const Request& r) {
        return static_cast<int64_t>(r.shape.cached | (r.shape.expanded << 1) |
-                                   (static_cast<uint32_t>(r.shape.scale) << 2));
+                                   (static_cast<uint32_t>(r.shape.scale) << 2) | (r.by_copies ? 16u : 0u));
      }},
     {EXPERTD_ARGUMENT_IN_TOPK_WEIGHTS,
      [](const Request& r) { return has_rows(r) ? static_cast<int64_t>(r.with_weights ? 1 : 0) : kAny; }},

@@ -81,7 +81,7 @@ class GroupShared {
   /// For whoever knows how the devices of the ranks reach each other. Only before the first operation, while no loop
   /// has the group: they read the settings without locks.
   void set_exchange_pages(uint32_t pages) { settings_.exchange_pages = pages; }
-  /// The group's low latency operations are those of copy engines, with a buffer for each that may be launched.
+  /// The group's operations are those of copy engines, with a buffer for each that may be launched.
   void set_copy_engine(uint32_t buffers) {
     settings_.shape.copy_engine = true;
     settings_.exchange_pages = buffers;

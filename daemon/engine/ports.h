@@ -51,6 +51,7 @@ struct Request {
   Traffic traffic = Traffic::kThroughput;
   bool with_weights = false;   // top-k weights travel; all ranks alike, also those with no tokens
   bool without_words = false;  // refused by the client, which rang no doorbell and has nothing waiting
+  bool by_copies = false;      // executed by copy engines and kernels of the clients
   bool captured = false;       // kept for replays of a CUDA graph; nothing runs now, and there are no words
   uint32_t capture_lane = 0;
   uint32_t rejected_reason = 0;  // refused, at admission or by the client, but counted as this rank's operation
@@ -120,7 +121,8 @@ struct GroupShape {
   uint32_t max_tokens = 0;
   bool low_latency = false;    // low latency operations are allowed: some devices keep memory for them
   uint32_t capture_lanes = 0;  // how many captured operations may be outstanding at once; 0: none is captured
-  bool copy_engine = false;    // they are executed by copy engines and kernels of the clients
+  bool copy_engine = false;    // operations are executed by copy engines and kernels of the clients
+  bool normal = false;         // high throughput operations are allowed
   std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};
   base::SessionId session;
 };

@@ -32,6 +32,7 @@ engine::GroupShape shape_of(const session::GroupConfig& config) {
   shape.top_k = config.top_k;
   shape.max_tokens = config.max_tokens;
   shape.low_latency = config.mode != session::GroupMode::kNormal;
+  shape.normal = config.mode != session::GroupMode::kInference;
   shape.capture_lanes = config.capture_lanes;
   return shape;
 }

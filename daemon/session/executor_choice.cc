@@ -35,20 +35,16 @@ ErrorDetail unsupported(int32_t rank, const std::string& sentence) {
 
 ExecutorChoice choose_executor(const GroupConfig& config, const std::vector<ExecutorFacts>& ranks) {
   ExecutorChoice choice;
-  const bool low_latency = config.mode != GroupMode::kNormal;
   if (config.executor == Executor::kAuto) {
     const bool fits = std::all_of(ranks.begin(), ranks.end(), [](const ExecutorFacts& rank) {
       return lack_of(rank) == nullptr && !rank.mps && rank.link_kernels;
     });
-    choice.executor = low_latency && fits ? Executor::kCopyEngine : Executor::kSm;
+    choice.executor = fits ? Executor::kCopyEngine : Executor::kSm;
     return choice;
   }
   choice.executor = config.executor;
   if (config.executor != Executor::kCopyEngine) {
     return choice;
-  }
-  if (!low_latency) {
-    choice.error = unsupported(-1, "executor = copy_engine: a group of mode normal has no operations for it");
   }
   for (size_t r = 0; r < ranks.size() && choice.error.status.is_ok(); ++r) {
     if (const char* lack = lack_of(ranks[r]); lack != nullptr) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which executor a group's low latency operations get: one answer for all ranks, from what each rank's device and
+// Which executor a group's operations get: one answer for all ranks, from what each rank's device and
 // client can. Pure, any thread.
 #pragma once
 
@@ -23,8 +23,8 @@ struct ExecutorChoice {
   ErrorDetail error;  // UNSUPPORTED, naming rank and what is missing: only where COPY_ENGINE was asked for
 };
 
-/// `ranks` in rank order. `config.executor` kAuto: copy engines where every rank can, without MPS, in a group that
-/// serves low latency; under MPS kernels of the daemon have a place beside the client's.
+/// `ranks` in rank order. `config.executor` kAuto: copy engines where every rank can, without MPS; under MPS
+/// kernels of the daemon have a place beside the client's.
 ExecutorChoice choose_executor(const GroupConfig& config, const std::vector<ExecutorFacts>& ranks);
 
 }  // namespace expertd::session

@@ -7,7 +7,7 @@
 #include "daemon/base/clock.h"
 #include "daemon/session/service.h"
 #include "daemon/session/session.h"
-#include "proto/abi/exchange_v1.h"
+#include "proto/abi/exchange_ht_v1.h"
 #include "proto/abi/ll_window_v1.h"
 
 namespace expertd::session {
@@ -217,7 +217,8 @@ void SessionService::form_group(std::unique_ptr<group::Formation> formation) {
   const ExecutorChoice choice = executor_of(*formation);
   ErrorDetail error = choice.error;
   if (error.status.is_ok() && choice.executor == Executor::kCopyEngine) {
-    formation->shared->set_copy_engine(EXPERTD_EXCHANGE_BUFFERS);
+    formation->shared->set_copy_engine(formation->shared->settings().normal ? EXPERTD_HT_BUFFERS
+                                                                            : EXPERTD_EXCHANGE_BUFFERS);
   }
   for (size_t i = 0; i < formation->members.size() && error.status.is_ok(); ++i) {
     grants[i].executor = choice.executor;

@@ -97,7 +97,7 @@ bool Admission::group(const engine::RankState* rank) {
 
 bool Admission::operation(const engine::GroupShared* group) {
   // What is wrong with the arguments is said first: a client with such has nothing for copy engines either.
-  return arguments(group) && (refused_by_client(slot_) || check_executor(slot_, group, number_, &check_));
+  return arguments(group) && (refused_by_client(slot_) || check_executor(slot_, group, number_, &check_, request_));
 }
 
 bool Admission::arguments(const engine::GroupShared* group) {

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "daemon/base/log.h"
+#include "daemon/device/cuda/ht_chain.h"
 #include "daemon/kernels/cuda/launch.h"
 #include "proto/abi/ring_v1.h"
 
@@ -256,7 +257,7 @@ base::Result<SessionGrant> CudaDevice::open_session(base::SessionId session) {
   auto entry = std::make_unique<SessionEntry>();
   entry->id = session.value;
   // Copies of other ranks write words of it.
-  auto page = VmmMemory::create(reach(true), EXPERTD_FLAG_PAGE_BYTES, &pool_);
+  auto page = VmmMemory::create(reach(true), EXPERTD_HT_FLAG_PAGE_BYTES, &pool_);
   if (!page.is_ok()) {
     return page.status().with_context("flag page");
   }
@@ -392,8 +393,7 @@ base::Result<GroupMemory> CudaDevice::plan_group(const engine::GroupShape& shape
   }
   uint64_t exchange = 0;
   if (shape.copy_engine) {
-    const expertd_exchange_layout exchanged = exchange_layout(shape);
-    const auto bytes = VmmMemory::allocation_bytes(reach(false), exchanged.total_bytes);
+    const auto bytes = VmmMemory::allocation_bytes(reach(false), copy_layout(shape).total_bytes);
     if (!bytes.is_ok()) {
       return bytes.status();
     }
@@ -403,6 +403,10 @@ base::Result<GroupMemory> CudaDevice::plan_group(const engine::GroupShape& shape
                        !std::all_of(all_.begin(), all_.end(), [this](const GpuFacts& other) { return reaches(other); });
   GroupMemory memory = group_memory(layout, allocated.value(), relayed);
   memory.table_bytes += exchange;
+  if (const expertd_exchange_ht_layout ht = copy_layout(shape).ht; shape.copy_engine && ht.total_bytes != 0) {
+    memory.pinned_bytes += HtGroup::pinned_bytes(ht);
+    memory.handle_count = std::min(memory.handle_count, ht.handle_count);
+  }
   return memory;
 }
 
@@ -431,7 +435,7 @@ base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t 
   entry->layout = group_layout(entry->shape, handle_limit);
   EXPERTD_RETURN_IF_ERROR(allocate_tables(entry.get()));
   EXPERTD_RETURN_IF_ERROR(create_lanes(entry.get()));
-  EXPERTD_RETURN_IF_ERROR(allocate_exchange(entry.get()));
+  EXPERTD_RETURN_IF_ERROR(allocate_exchange(shape, entry.get()));
   if (!take_progress(entry.get())) {
     give_back_words(*entry);
     return base::Status(EXPERTD_REASON_GROUP_LIMIT,
@@ -462,7 +466,10 @@ void CudaDevice::destroy_group(base::GroupId group, base::Rank rank) {
 
 uint32_t CudaDevice::handle_capacity(base::GroupId group, base::Rank rank) const {
   const GroupEntry* entry = groups_.find(group.value);
-  return entry != nullptr && entry->shape.rank == rank.value ? entry->layout.handle_count : 0;
+  if (entry == nullptr || entry->shape.rank != rank.value) {
+    return 0;
+  }
+  return entry->ht == nullptr ? entry->layout.handle_count : static_cast<uint32_t>(entry->ht->handles.size());
 }
 
 }  // namespace expertd::device::cuda
