@@ -173,6 +173,8 @@ Status dispatch(Group* group, const expertd_dispatch_args_t& args, expertd_strea
   }
   request->slot.handle_index = taken.index;
   request->slot.handle_generation = taken.generation;
+  client::HtRequest ht;
+  client::use_ht(group, request, &ht);
   status = group->session()->submit(request, stream, event);
   if (!status.ok() && !cached) {
     // It is this call's own, so that giving it back cannot fail.
@@ -305,6 +307,10 @@ expertd_status_t expertd_combine(expertd_group_t* group, const expertd_combine_a
     Status built = it->check_handle(args->handle);
     if (built.ok()) {
       built = client::build_combine(*it, *args, request);
+    }
+    client::HtRequest ht;
+    if (built.ok()) {
+      client::use_ht(it, request, &ht);
     }
     return built.ok() ? it->session()->submit(request, stream, event) : built;
   });

@@ -155,7 +155,7 @@ Status Group::adopt_exchange() {
   if (config_.executor != EXPERTD_GROUP_EXECUTOR_COPY_ENGINE) {
     return {};
   }
-  const uint64_t needed = config_.exchange_layout().total_bytes;
+  const uint64_t needed = config_.ht_offset() + config_.ht_layout().total_bytes;
   if (granted_exchange_bytes_ < needed || needed == 0) {
     return error(EXPERTD_REASON_BAD_MESSAGE, "the group's exchange window has %llu bytes, its layout needs %llu",
                  static_cast<unsigned long long>(granted_exchange_bytes_), static_cast<unsigned long long>(needed));

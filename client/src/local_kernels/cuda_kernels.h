@@ -33,6 +33,7 @@ class CudaKernels final : public LocalKernels {
   Status launch_layout(const LayoutParams& params, uint32_t slot, expertd_stream_t stream) override;
   bool exchanges() const override { return exchanges_; }
   Status launch_exchange(ExchangeKernel kernel, const ExchangeParams& params, expertd_stream_t stream) override;
+  Status launch_ht(HtKernel kernel, const HtParams& params, expertd_stream_t stream) override;
   bool reaches(const Extent& bytes, Extent* known) override;
   Status health() override;
 
@@ -49,6 +50,7 @@ class CudaKernels final : public LocalKernels {
   cuda::Module module_ = nullptr;
   cuda::Function layout_ = nullptr;
   std::array<cuda::Function, kExchangeKernels> exchange_{};
+  std::array<cuda::Function, kHtKernels> ht_{};
   bool exchanges_ = false;
   LocalRecord* records_ = nullptr;  // pinned
   cuda::Pointer scratch_ = 0;

@@ -5,6 +5,7 @@ namespace expertd::client::exchange_ht {
 namespace {
 
 constexpr uint32_t kWarps = kHtRouteThreads / 32;
+constexpr uint32_t kIdsAhead = 8;  // of a token, under way together
 
 struct RouteShared {
   int32_t experts[2048];
@@ -16,19 +17,28 @@ struct RouteShared {
 /// The ranks that a token goes to; its lanes are counted and their owners kept.
 __device__ uint32_t route_lanes(const HtParams& p, RouteShared* s, uint32_t token) {
   uint32_t ranks = 0;
-#pragma unroll 4
-  for (uint32_t k = 0; k < p.top_k; ++k) {
-    const uint64_t at = uint64_t{token} * p.top_k + k;
-    const int64_t id = load_id(p, at);
-    uint32_t owner = 255;
-    if (id >= 0 && id < int64_t{p.experts}) {
-      owner = static_cast<uint32_t>(id) / p.local_experts;
-      ranks |= 1u << owner;
-      atomicAdd(&s->experts[id], 1);
-    } else if (id != -1) {
-      atomicMin(&s->bad, static_cast<uint32_t>(at));
+  const uint64_t base = uint64_t{token} * p.top_k;
+#pragma unroll 1
+  for (uint32_t first = 0; first < p.top_k; first += kIdsAhead) {
+    int64_t ids[kIdsAhead];
+#pragma unroll
+    for (uint32_t i = 0; i < kIdsAhead; ++i) {
+      ids[i] = first + i < p.top_k ? load_id(p, base + first + i) : -1;
     }
-    owners_of(p)[at] = static_cast<uint8_t>(owner);
+#pragma unroll
+    for (uint32_t i = 0; i < kIdsAhead; ++i) {
+      uint32_t owner = 255;
+      if (ids[i] >= 0 && ids[i] < int64_t{p.experts}) {
+        owner = static_cast<uint32_t>(ids[i]) / p.local_experts;
+        ranks |= 1u << owner;
+        atomicAdd(&s->experts[ids[i]], 1);
+      } else if (ids[i] != -1) {
+        atomicMin(&s->bad, static_cast<uint32_t>(base) + first + i);
+      }
+      if (first + i < p.top_k) {
+        owners_of(p)[base + first + i] = static_cast<uint8_t>(owner);
+      }
+    }
   }
   if (p.token_rank_mask != nullptr) {
     ranks = 0;
