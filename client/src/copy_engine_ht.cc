@@ -89,9 +89,9 @@ bool is_sound(const OpRequest& request, const HtParams& p) {
     const bool weights = p.out_topk_weights == nullptr || p.topk_weights != nullptr || p.capacity_rows == 0;
     return weights && p.row_bytes == 2 * p.hidden && (p.tokens == 0 || p.out_x != nullptr);
   }
-  const bool side = p.side_elements == 0 ||
-                    ((p.side_element_bytes == 1 || p.side_element_bytes == 2 || p.side_element_bytes == 4) &&
-                     (p.side != nullptr || p.tokens == 0) && (p.out_side != nullptr || p.capacity_rows == 0));
+  const bool side =
+      p.side_elements == 0 || ((p.side_element_bytes == 1 || p.side_element_bytes == 2 || p.side_element_bytes == 4) &&
+                               (p.side != nullptr || p.tokens == 0) && (p.out_side != nullptr || p.capacity_rows == 0));
   return side && (p.tokens == 0 || (p.x != nullptr && (p.cached || p.topk_idx != nullptr)));
 }
 

@@ -23,17 +23,18 @@
 #define EXPERTD_HT_PIECES 2u
 /* Of a combine: chunks by slices, the last ones smaller, since nothing hides their sums. */
 #define EXPERTD_HT_CHUNKS 5u
-#define EXPERTD_HT_CHUNK_ENDS {2u, 4u, 6u, 7u, 8u}
+#define EXPERTD_HT_CHUNK_ENDS \
+  { 2u, 4u, 6u, 7u, 8u }
 #define EXPERTD_HT_TOKENS_MAX 65536u
 #define EXPERTD_HT_HANDLES_MAX 512u
 #define EXPERTD_HT_HANDLES_BYTES (UINT64_C(128) << 20)
 
 /* Words of a slot, on the flag page behind those of ring_v1.h. `progress` of rank j: how much of what comes from it is
- * here, the slot's sequence times 8 plus a number: chunks that have arrived, or ALL; of the own rank ALL when everything
- * that the others get has left. `plan`: what the daemon decided is here. These two are written by the daemon and waited
- * for by the client's stream, as are `active`, `voided` (a rank was aborted before its copies; the sequence), `verdict`
- * (a Reason, 0: rows move) and `rows` of rank j (how many rows of it a combine may take; of the own rank also the first
- * one, in the upper half). `packed` of a piece and `ended` are written by the client. */
+ * here, the slot's sequence times 8 plus a number: chunks that have arrived, or ALL; of the own rank ALL when
+ * everything that the others get has left. `plan`: what the daemon decided is here. These two are written by the daemon
+ * and waited for by the client's stream, as are `active`, `voided` (a rank was aborted before its copies; the
+ * sequence), `verdict` (a Reason, 0: rows move) and `rows` of rank j (how many rows of it a combine may take; of the
+ * own rank also the first one, in the upper half). `packed` of a piece and `ended` are written by the client. */
 #define EXPERTD_HT_STEP_STRIDE 512u
 #define EXPERTD_HT_STEP_OFFSET(slot) (EXPERTD_FLAG_PAGE_BYTES + UINT64_C(1) * (slot)*EXPERTD_HT_STEP_STRIDE)
 #define EXPERTD_HT_STEP_PROGRESS 0u
@@ -68,8 +69,8 @@ struct expertd_exchange_ht_counts {
   int32_t rows[EXPERTD_HT_SLICES][EXPERTD_EXCHANGE_RANKS_MAX]; /* by destination */
 };
 
-/* What the daemon tells of a dispatch that moves rows. Copied to the GPU as a whole: small copies from the host wait for
- * the compute engine. */
+/* What the daemon tells of a dispatch that moves rows. Copied to the GPU as a whole: small copies from the host wait
+ * for the compute engine. */
 struct expertd_exchange_ht_plan {
   uint32_t recv_rows;
   uint32_t own_base; /* the first of the own rows in the own output */
@@ -131,9 +132,9 @@ static inline struct expertd_exchange_ht_layout expertd_exchange_ht_layout_of(
   lanes = UINT64_C(1) * shape->max_tokens * shape->top_k;
   others = shape->ranks - 1u;
   at.row_bytes_max = UINT64_C(2) * shape->hidden;
-  at.side_bytes_max = shape->hidden / 32u > EXPERTD_EXCHANGE_SIDE_BYTES ? shape->hidden / 32u : EXPERTD_EXCHANGE_SIDE_BYTES;
-  at.counts_bytes =
-      sizeof(struct expertd_exchange_ht_counts) + UINT64_C(4) * EXPERTD_HT_SLICES * shape->num_experts;
+  at.side_bytes_max =
+      shape->hidden / 32u > EXPERTD_EXCHANGE_SIDE_BYTES ? shape->hidden / 32u : EXPERTD_EXCHANGE_SIDE_BYTES;
+  at.counts_bytes = sizeof(struct expertd_exchange_ht_counts) + UINT64_C(4) * EXPERTD_HT_SLICES * shape->num_experts;
   at.rows_bytes = expertd_exchange_align(shape->max_tokens * at.row_bytes_max);
   at.side_bytes = expertd_exchange_align(shape->max_tokens * at.side_bytes_max);
   at.idx_bytes = expertd_exchange_align(lanes * 8u);

@@ -43,8 +43,8 @@ class Rounds {
   /// Gives the registrations back.
   support::Outcome release();
 
-  /// `mode`: normal; ll; sm and copy, which are ll of that executor and must then say that they had it; or captured,
-  /// which is ll with two capture lanes.
+  /// `mode`: normal; copy-normal, which is that by copy engines; ll; sm and copy, which are ll of that executor and
+  /// must then say that they had it; or captured, which is ll with two capture lanes.
   support::Outcome join(const std::string& name, uint32_t rank, uint32_t ranks, const std::string& mode,
                         uint64_t op_ns);
   support::Outcome leave();
@@ -54,6 +54,8 @@ class Rounds {
 
   /// Issues `depth` rounds, waits for all of them and checks the output of the last.
   BatchEnd batch(uint32_t depth, OpCounts* counts);
+  /// Issues a round of a normal group behind whatever the stream waits for, with the inputs that are there.
+  support::Outcome issue(OpCounts* counts) { return issue_normal(counts); }
 
  private:
   friend class Graphs;

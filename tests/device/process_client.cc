@@ -16,6 +16,7 @@
 #include <sstream>
 
 #include "tests/device/client_exchange.h"
+#include "tests/device/client_exchange_ht.h"
 #include "tests/device/client_graphs.h"
 #include "tests/device/client_hooks.h"
 #include "tests/device/client_layout.h"
@@ -147,6 +148,7 @@ Client::Client() {
     const std::string problem = graphs_.time(&pair_us);
     return said(problem, " pair_us=" + std::to_string(pair_us));
   };
+  verbs_["issue"] = [this](auto&) { return said(rounds_.issue(counts_)); };
   verbs_["replay-alone"] = [this](auto&) { return said(graphs_.replay_alone(), ""); };
   verbs_["layout"] = [this](auto& words) { return layout(number(words, 10)); };
   verbs_["hooks"] = [this](auto& words) { return hooks(words); };
@@ -156,6 +158,17 @@ Client::Client() {
     const uint64_t cases = number(words, 10);
     const auto rank = static_cast<uint32_t>(number(words, 0));
     Exchanges exchanges;
+    std::string problem = exchanges.open(session_.get(), on_gpu_ ? &gpu_ : nullptr);
+    for (uint64_t i = 0; i < cases && problem.empty(); ++i) {
+      problem = exchanges.run(seed + i, rank);
+    }
+    return said(problem, " cases=" + std::to_string(cases));
+  };
+  verbs_["exchange-ht"] = [this](auto& words) {
+    const uint64_t seed = number(words, 1);
+    const uint64_t cases = number(words, 10);
+    const auto rank = static_cast<uint32_t>(number(words, 0));
+    HtExchanges exchanges;
     std::string problem = exchanges.open(session_.get(), on_gpu_ ? &gpu_ : nullptr);
     for (uint64_t i = 0; i < cases && problem.empty(); ++i) {
       problem = exchanges.run(seed + i, rank);

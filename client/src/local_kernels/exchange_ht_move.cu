@@ -21,8 +21,8 @@ __device__ Target target_of(const HtParams& p, uint32_t rank) {
             p.out_topk_weights, p.src_info};
   }
   const uint64_t place = place_of(p, rank);
-  return {p.buffer + p.layout.rows + place * p.layout.rows_bytes, p.buffer + p.layout.side + place * p.layout.side_bytes,
-          p.buffer + p.layout.idx + place * p.layout.idx_bytes,
+  return {p.buffer + p.layout.rows + place * p.layout.rows_bytes,
+          p.buffer + p.layout.side + place * p.layout.side_bytes, p.buffer + p.layout.idx + place * p.layout.idx_bytes,
           reinterpret_cast<float*>(p.buffer + p.layout.weights + place * p.layout.weights_bytes),
           reinterpret_cast<int32_t*>(p.buffer + p.layout.tokens + place * p.layout.tokens_bytes)};
 }
@@ -121,11 +121,11 @@ __device__ void clear_rows(const HtParams& p, bool fails) {
 }  // namespace expertd::client::exchange_ht
 
 // exchange_ht_move. Grid: a warp per part of 2048 bytes of a token. Pieces: the rows of their slices for other ranks go
-// to the window in the order of the tokens, with what travels beside them; the stream writes `packed` behind each. Place:
-// behind the stream's wait for `plan`, the rows that stay go to the caller's outputs, and one block more writes counts,
-// prefix and the result word. Every block does nothing (of a place: makes the outputs those of a failure) when the
-// operation has ended before. Rows are clamped: numbers are the caller's own, the plan's
-// are the daemon's. Bytes per token and rank: a row read, one written. Bound: HBM.
+// to the window in the order of the tokens, with what travels beside them; the stream writes `packed` behind each.
+// Place: behind the stream's wait for `plan`, the rows that stay go to the caller's outputs, and one block more writes
+// counts, prefix and the result word. Every block does nothing (of a place: makes the outputs those of a failure) when
+// the operation has ended before. Rows are clamped: numbers are the caller's own, the plan's are the daemon's. Bytes
+// per token and rank: a row read, one written. Bound: HBM.
 extern "C" __global__ void __launch_bounds__(expertd::client::kHtThreads)
     expertd_exchange_ht_move(const __grid_constant__ expertd::client::HtParams p) {
   using namespace expertd::client;

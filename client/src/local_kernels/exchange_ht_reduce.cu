@@ -106,8 +106,8 @@ __device__ void add_weights(const HtParams& p, uint32_t token, uint64_t at, uint
 }
 
 /// Of the lane's rank: where its row of a tensor of `bytes` per row is, the own rank's in the caller's `own`.
-__device__ uint64_t address_of(const HtParams& p, const Owner& owner, const void* own, uint64_t region, uint64_t place_bytes,
-                               uint32_t row, uint64_t bytes) {
+__device__ uint64_t address_of(const HtParams& p, const Owner& owner, const void* own, uint64_t region,
+                               uint64_t place_bytes, uint32_t row, uint64_t bytes) {
   if (lane_id() == p.rank) {
     return reinterpret_cast<uint64_t>(own) + (uint64_t{owner.base} + row) * bytes;
   }
@@ -140,11 +140,11 @@ __device__ void sum_part(const HtParams& p, const Bases& bases, const Owner& own
 }  // namespace
 }  // namespace expertd::client::exchange_ht
 
-// exchange_ht_reduce. Grid: a warp per 512 bytes of the sum of a token of the chunk. Behind the stream's wait for `plan`
-// and for the progress of the other ranks; does nothing when the operation has ended before or rows do not move. The
-// own rank's rows are read in the caller's x, those of others in the window, in the order of the ranks or of the token's
-// lanes, summed in float32 behind the biases and rounded once. The first chunk writes the result word. Bytes per token:
-// 2H per rank and bias read, 2H written. Bound: HBM.
+// exchange_ht_reduce. Grid: a warp per 512 bytes of the sum of a token of the chunk. Behind the stream's wait for
+// `plan` and for the progress of the other ranks; does nothing when the operation has ended before or rows do not move.
+// The own rank's rows are read in the caller's x, those of others in the window, in the order of the ranks or of the
+// token's lanes, summed in float32 behind the biases and rounded once. The first chunk writes the result word. Bytes
+// per token: 2H per rank and bias read, 2H written. Bound: HBM.
 extern "C" __global__ void __launch_bounds__(expertd::client::kHtThreads)
     expertd_exchange_ht_reduce(const __grid_constant__ expertd::client::HtParams p) {
   using namespace expertd::client;

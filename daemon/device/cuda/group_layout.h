@@ -69,8 +69,8 @@ struct GroupLayout {
 };
 /// Pure; at least one handle, and no more than fit kMaxHandleTableBytes. `shape.low_latency` asks for the buffers.
 GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit);
-/// Where things lie in the exchange window of a rank: what low latency needs, then what high throughput needs, each only
-/// where the group serves it and has a shape for it.
+/// Where things lie in the exchange window of a rank: what low latency needs, then what high throughput needs, each
+/// only where the group serves it and has a shape for it.
 struct CopyLayout {
   expertd_exchange_layout low_latency{};
   expertd_exchange_ht_layout ht{};

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The chain of a high throughput part by copy engines. As with low latency (copy_chain.cc) it has copies to the peers and
-// to the host and words behind them, and no kernel; the local work is done by kernels of the client. But how many rows
-// go where is first known when the clients have counted them, so a chain is enqueued in two steps and the loop, which
-// polls, decides in between:
+// The chain of a high throughput part by copy engines. As with low latency (copy_chain.cc) it has copies to the peers
+// and to the host and words behind them, and no kernel; the local work is done by kernels of the client. But how many
+// rows go where is first known when the clients have counted them, so a chain is enqueued in two steps and the loop,
+// which polls, decides in between:
 //
-//   wait doorbell; [dispatch that is not cached: counts -> host, counted]
+//   wait doorbell; [dispatch: counts -> host, counted]
 //   the loop: checks the counts, lets the loops of the other ranks have them, waits for theirs, decides
 //   dispatch: [plan -> window, plan; on the rescue stream]
 //             for both pieces: wait packed; for each other rank: rows, and with the last piece what travels beside
@@ -13,9 +13,10 @@
 //             window; its progress
 //   own progress; wait ended; voided and ended -> host; done
 //
-// Between the two steps nothing else is launched on the session's stream, since it would stand in front of the rest.
-// A rank whose client cannot go (a bad id, counts that cannot be true, a handle that is not there) publishes that as
-// well, so that all ranks end alike and nobody moves anything.
+// A cached dispatch knows its counts and still tells that its doorbell has rung: until then its outputs belong to what
+// the caller's stream runs before it. Between the two steps nothing else is launched on the session's stream, since it
+// would stand in front of the rest. A rank whose client cannot go (a bad id, counts that cannot be true, a handle that
+// is not there) publishes that as well, so that all ranks end alike and nobody moves anything.
 //
 // What a client wrote decides nothing before it was checked: counts are no more than its tokens have (ht_take_counts),
 // rows of all ranks fit the outputs that admission saw (ht_decide), rows of a handle are clipped to the tensors of this
@@ -127,19 +128,23 @@ bool CudaDevice::HtChain::begin() {
     words.wait(address_of(part_.words.flag_page) + EXPERTD_DOORBELL_OFFSET(part_.words.slot), part_.words.seq);
   }
   words.write(address_of(&device_.device_facts(part_.id)->start_ns), 1);  // only that it has started is known
-  if (!counts()) {
+  if (!is_dispatch()) {
     words.write(routed, spec_.group_op);
     return words.send(driver_, stream_);
   }
+  const uint64_t bytes = counts() ? ht_.layout.counts_bytes : sizeof(expertd_exchange_ht_counts);
   ChainWords behind;
   behind.write(facts() + offsetof(HtFacts, counted), part_.id);
   behind.write(routed, spec_.group_op);
   return words.send(driver_, stream_) &&
-         copy(ht_.pinned->device() + ht_.counts_at(spec_.group_op), buffer_of(spec_.rank), ht_.layout.counts_bytes) &&
+         copy(ht_.pinned->device() + ht_.counts_at(spec_.group_op), buffer_of(spec_.rank), bytes) &&
          behind.send(driver_, stream_);
 }
 
 void CudaDevice::HtChain::take_counts() {
+  if (!counts()) {
+    return;
+  }
   const char* pinned = static_cast<const char*>(ht_.pinned->host()) + ht_.counts_at(spec_.group_op);
   const auto* said = reinterpret_cast<const expertd_exchange_ht_counts*>(pinned);
   ht_take_counts(*said, reinterpret_cast<const int32_t*>(said + 1), shape_, own_row());
@@ -169,7 +174,8 @@ bool CudaDevice::HtChain::gather(HtRows* rows) const {
     if (!is_active(spec_.active_ranks, j)) {
       continue;
     }
-    const HtGroup::Published& published = device_.find_peer(spec_, j)->ht->published[spec_.group_op % EXPERTD_HT_BUFFERS];
+    const HtGroup::Published& published =
+        device_.find_peer(spec_, j)->ht->published[spec_.group_op % EXPERTD_HT_BUFFERS];
     if (published.op.load(std::memory_order_acquire) != spec_.group_op) {
       return false;
     }
@@ -225,7 +231,8 @@ bool CudaDevice::HtChain::tell_plan(const HtTable& table, uint32_t verdict) {
   const CUstream stream = device_.rescue_stream_;
   if (verdict == 0) {
     const uint64_t at = ht_.plan_at(spec_.group_op);
-    ht_fill_plan(table, shape_, reinterpret_cast<expertd_exchange_ht_plan*>(static_cast<char*>(ht_.pinned->host()) + at));
+    ht_fill_plan(table, shape_,
+                 reinterpret_cast<expertd_exchange_ht_plan*>(static_cast<char*>(ht_.pinned->host()) + at));
     if (driver_.cuMemcpyAsync(buffer_of(spec_.rank) + ht_.layout.plan, ht_.pinned->device() + at,
                               sizeof(expertd_exchange_ht_plan), stream) != CUDA_SUCCESS) {
       return false;
@@ -318,15 +325,15 @@ bool CudaDevice::HtChain::send_chunk(const HtTable& table, uint64_t given, uint3
       continue;
     }
     const uint64_t row = table.base(s, spec_.rank);
-    const uint64_t limit =
-        is_active(table.active, s) ? ht_rows_inside(row, table.rows[s][spec_.rank], given) : 0;
+    const uint64_t limit = is_active(table.active, s) ? ht_rows_inside(row, table.rows[s][spec_.rank], given) : 0;
     const HtSpan span =
         ht_span(table.received, s, chunk == 0 ? 0 : kHtChunkEnds[chunk - 1], kHtChunkEnds[chunk], limit);
     const uint64_t place = place_of(spec_.rank, s);
     const CUdeviceptr to = buffer_of(s);
     sent = copy(to + ht_.layout.rows + place * ht_.layout.rows_bytes + span.begin * bytes,
                 tensor(spec_.rank, EXPERTD_IN_X) + (row + span.begin) * bytes, span.count * bytes);
-    const bool weighted = spec_.own->with_weights && spec_.requests[s]->tensors[EXPERTD_OUT_TOPK_WEIGHTS].mapping != nullptr;
+    const bool weighted =
+        spec_.own->with_weights && spec_.requests[s]->tensors[EXPERTD_OUT_TOPK_WEIGHTS].mapping != nullptr;
     if (weighted) {
       sent = sent && copy(to + ht_.layout.weights + place * ht_.layout.weights_bytes + span.begin * weight_bytes,
                           tensor(spec_.rank, EXPERTD_IN_TOPK_WEIGHTS) + (row + span.begin) * weight_bytes,

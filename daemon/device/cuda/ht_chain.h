@@ -14,7 +14,7 @@ namespace expertd::device::cuda {
 
 /// In pinned memory; the stream writes it.
 struct alignas(128) CudaDevice::HtFacts {
-  uint64_t counted;  // the part's number when the client's counts are here
+  uint64_t counted;  // the part's number when the doorbell has rung and the client's counts are here
   uint64_t voided;   // copied from the client's words when the chain is through, together with `ended`
   uint64_t ended;
   uint64_t reserved[13];
@@ -22,7 +22,7 @@ struct alignas(128) CudaDevice::HtFacts {
 
 struct CudaDevice::HtState {
   enum class Stage : uint32_t {
-    kCounting,   // the client's counts are awaited
+    kCounting,   // the client's counts are awaited, or that its doorbell rings
     kGathering,  // the own row is published, those of the others are awaited
     kSent,       // the whole chain is enqueued
     kClosed,     // aborted before that: only its end is

@@ -59,9 +59,9 @@ bool CudaDevice::launch_ht(const engine::LaunchSpec& spec, Part* part) {
     return true;
   }
   part->session->open_part = part->id;
-  const bool counts = spec.own->shape.kind == kernels::OpKind::kDispatch && spec.own->shape.cached == 0;
-  state->stage = counts ? HtState::Stage::kCounting : HtState::Stage::kGathering;
-  if (!counts) {
+  const bool dispatch = spec.own->shape.kind == kernels::OpKind::kDispatch;
+  state->stage = dispatch ? HtState::Stage::kCounting : HtState::Stage::kGathering;
+  if (!dispatch) {
     chain.publish();
     advance_ht(part);
   }

@@ -169,11 +169,11 @@ void ht_report(const HtTable& table, const std::array<uint64_t, kHtRanks>& capac
   *report = {};
   report->rank = -1;
   const bool dispatch = shape.kind == OpKind::kDispatch;
-  const uint64_t row_bytes = dispatch ? shape.out_row_bytes + uint64_t{shape.side_elements} * shape.side_element_bytes
-                                      : 2ull * shape.hidden;
+  const uint64_t row_bytes =
+      dispatch ? shape.out_row_bytes + uint64_t{shape.side_elements} * shape.side_element_bytes : 2ull * shape.hidden;
   for (uint32_t j = 0; j < shape.ranks; ++j) {
-    const uint64_t rows =
-        ht_rows_inside(table.base(shape.rank, j), table.rows[shape.rank][j], is_active(table.active, j) ? capacities[j] : 0);
+    const uint64_t rows = ht_rows_inside(table.base(shape.rank, j), table.rows[shape.rank][j],
+                                         is_active(table.active, j) ? capacities[j] : 0);
     (j == shape.rank ? report->local_bytes : report->remote_bytes) += rows * row_bytes;
   }
   if (!dispatch) {
@@ -183,8 +183,7 @@ void ht_report(const HtTable& table, const std::array<uint64_t, kHtRanks>& capac
   report->expert_count_entries = shape.local_experts;
   for (uint32_t e = 0; e < shape.local_experts; ++e) {
     const uint64_t alignment = std::max(shape.expert_alignment, 1u);
-    report->expert_counts[e] =
-        static_cast<uint32_t>((table.experts[e] + alignment - 1) / alignment * alignment);
+    report->expert_counts[e] = static_cast<uint32_t>((table.experts[e] + alignment - 1) / alignment * alignment);
   }
 }
 
