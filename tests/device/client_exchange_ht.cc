@@ -364,7 +364,7 @@ std::string HtExchanges::refused(const Case& made, const Places& at, uint32_t ow
   }
   const support::OpEnd end = support::finish(issued.dispatched);
   const uint32_t wanted = rank_ == 0 ? own : other;
-  if (end.outcome.status.reason != wanted) {
+  if (static_cast<uint32_t>(end.outcome.status.reason) != wanted) {
     return "expected " + std::to_string(wanted) + ", got " + support::describe(end.outcome);
   }
   problem = fetch(at);

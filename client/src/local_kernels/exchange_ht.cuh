@@ -72,7 +72,7 @@ __device__ inline void load_bases(const HtParams& p, Bases& bases) {
 __device__ inline int32_t row_of(const HtParams& p, const Bases& bases, uint32_t token) {
   int32_t row = -1;
   if (lane_id() < p.ranks) {
-    const uint32_t slice = static_cast<uint32_t>((uint64_t{token} * 8 + 7) / p.tokens);
+    const uint32_t slice = (token * EXPERTD_HT_SLICES + EXPERTD_HT_SLICES - 1) / p.tokens;
     const int32_t number = numbers_of(p)[uint64_t{token} * p.ranks + lane_id()];
     row = number < 0 ? -1 : bases[slice][lane_id()] + number;
   }

@@ -83,7 +83,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   bool poll(engine::PartId part, engine::Outcome* outcome) override;
   void abort(engine::PartId part, uint32_t reason) override;
   uint32_t missing(engine::PartId part, uint64_t* ranks) override;
-  bool busy() const override { return false; }
+  bool busy() const override;
   bool polls() const override { return parts_in_flight_ != 0 || launch_refused_ || capturing_; }
   bool tend(uint64_t now_ns) override;
   bool next_replay(const engine::Request** request, engine::Outcome* outcome) override;
@@ -239,6 +239,8 @@ class CudaDevice : public Device, public engine::DevicePort {
   std::unique_ptr<PinnedMemory> copy_facts_;
   std::unique_ptr<PinnedMemory> ht_facts_;
   std::unique_ptr<HtState[]> ht_states_;  // by part
+  uint32_t ht_open_ = 0;                  // parts whose chain waits for the loop
+  uint64_t ht_spin_until_ns_ = 0;
   std::array<Part, kMaxPartsInFlight> parts_{};
   uint32_t parts_in_flight_ = 0;
   bool launch_refused_ = false;  // nobody wakes the loop when a close that held launches back is over

@@ -30,7 +30,6 @@
 
 #include <algorithm>
 
-#include "daemon/base/clock.h"
 #include "daemon/device/cuda/word_batch.h"
 #include "proto/abi/ring_v1.h"
 
