@@ -12,8 +12,8 @@ namespace expertd::device::cuda {
 
 namespace {
 
-/// A chain that waits for the loop is looked at without naps for so long: the caller's compute that stands in front of a
-/// doorbell takes milliseconds, and what a nap adds would come on top of the operation. Behind that it is 1 in 100.
+/// A chain that waits for the loop is looked at without naps for so long: the caller's compute that stands in front of
+/// a doorbell takes milliseconds, and what a nap adds would come on top of the operation. Behind that it is 1 in 100.
 constexpr uint64_t kSpinNs = 100'000'000;
 
 uint64_t load_word(const uint64_t& word) {
