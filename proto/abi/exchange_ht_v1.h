@@ -109,8 +109,7 @@ struct expertd_exchange_ht_layout {
   uint64_t handle_numbers; /* in a handle: [M,R] i32, the token's number among the slice's rows for the rank, or -1 */
   uint64_t handle_owners;  /* in a handle: [M,K] u8, the rank of each lane, 255 for none */
   uint64_t handle_bytes;
-  uint32_t handle_count;
-  uint32_t reserved;
+  uint64_t handle_count;
   uint64_t total_bytes;
 };
 
@@ -124,7 +123,7 @@ static inline int expertd_exchange_ht_shape_ok(const struct expertd_exchange_ht_
 
 static inline struct expertd_exchange_ht_layout expertd_exchange_ht_layout_of(
     const struct expertd_exchange_ht_shape* shape) {
-  struct expertd_exchange_ht_layout at = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+  struct expertd_exchange_ht_layout at = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
   uint64_t cursor = 0, lanes, others, fitting;
   if (!expertd_exchange_ht_shape_ok(shape)) {
     return at;
@@ -154,8 +153,7 @@ static inline struct expertd_exchange_ht_layout expertd_exchange_ht_layout_of(
   at.handle_owners = expertd_exchange_place(&cursor, lanes);
   at.handle_bytes = cursor;
   fitting = EXPERTD_HT_HANDLES_BYTES / at.handle_bytes;
-  at.handle_count =
-      (uint32_t)(fitting < 1u ? 1u : (fitting < EXPERTD_HT_HANDLES_MAX ? fitting : EXPERTD_HT_HANDLES_MAX));
+  at.handle_count = fitting < 1u ? 1u : (fitting < EXPERTD_HT_HANDLES_MAX ? fitting : EXPERTD_HT_HANDLES_MAX);
   at.total_bytes = at.handles + at.handle_count * at.handle_bytes;
   return at;
 }
@@ -167,9 +165,9 @@ static inline int expertd_exchange_ht_fits(const struct expertd_exchange_ht_layo
          side_bytes <= at->side_bytes_max;
 }
 
-/* The first token of a slice; of slice EXPERTD_HT_SLICES the number of tokens. */
+/* The first token of a slice; of slice EXPERTD_HT_SLICES the number of tokens, at most EXPERTD_HT_TOKENS_MAX. */
 static inline uint32_t expertd_exchange_ht_slice(uint32_t tokens, uint32_t slice) {
-  return (uint32_t)(UINT64_C(1) * tokens * slice / EXPERTD_HT_SLICES);
+  return tokens * slice / EXPERTD_HT_SLICES;
 }
 
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_exchange_ht_counts) == 640, "exchange ht counts");

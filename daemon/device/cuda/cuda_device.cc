@@ -405,7 +405,7 @@ base::Result<GroupMemory> CudaDevice::plan_group(const engine::GroupShape& shape
   memory.table_bytes += exchange;
   if (const expertd_exchange_ht_layout ht = copy_layout(shape).ht; shape.copy_engine && ht.total_bytes != 0) {
     memory.pinned_bytes += HtGroup::pinned_bytes(ht);
-    memory.handle_count = std::min(memory.handle_count, ht.handle_count);
+    memory.handle_count = std::min(memory.handle_count, static_cast<uint32_t>(ht.handle_count));
   }
   return memory;
 }

@@ -172,7 +172,7 @@ base::Status CudaDevice::allocate_ht(const engine::GroupShape& shape, GroupEntry
   auto ht = std::make_unique<HtGroup>();
   ht->layout = layout.ht;
   ht->window_offset = layout.ht_offset;
-  ht->handles.resize(std::min(layout.ht.handle_count, entry->layout.handle_count));
+  ht->handles.resize(std::min<uint64_t>(layout.ht.handle_count, entry->layout.handle_count));
   auto pinned = PinnedMemory::create(driver_, gpu_.view.context, HtGroup::pinned_bytes(ht->layout), &registry_->closer);
   if (!pinned.is_ok()) {
     return pinned.status().with_context("pinned counts of the group");
