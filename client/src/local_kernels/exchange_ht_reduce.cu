@@ -4,7 +4,7 @@
 namespace expertd::client::exchange_ht {
 namespace {
 
-constexpr uint32_t kRowsAtOnce = 4;  // whose loads are in flight together
+constexpr uint32_t kRowsAtOnce = 2;  // whose loads are in flight together
 
 /// What the daemon said of the lane's rank: how many of its rows there are, whether weights came with them, and of the
 /// own rank the first of its rows in x.

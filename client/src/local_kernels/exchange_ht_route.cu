@@ -5,7 +5,7 @@ namespace expertd::client::exchange_ht {
 namespace {
 
 constexpr uint32_t kWarps = kHtRouteThreads / 32;
-constexpr uint32_t kIdsAhead = 8;  // of a token, under way together
+constexpr uint32_t kIdsAhead = 4;  // of a token, under way together
 
 struct RouteShared {
   int32_t experts[2048];
