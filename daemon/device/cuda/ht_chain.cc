@@ -4,10 +4,10 @@
 // rows go where is first known when the clients have counted them, so a chain is enqueued in two steps and the loop,
 // which polls, decides in between:
 //
-//   wait doorbell; [dispatch: counts -> host, counted]
+//   wait doorbell; [dispatch: counts -> host, counted; wait packed of the first piece]
 //   the loop: checks the counts, lets the loops of the other ranks have them, waits for theirs, decides
 //   dispatch: [plan -> window, plan; on the rescue stream]
-//             for both pieces: wait packed; for each other rank: rows, and with the last piece what travels beside
+//             for both pieces: (wait packed;) for each other rank: rows, and with the last piece what travels beside
 //             them, straight into its outputs; its progress
 //   combine:  rows that may be taken, plan; for every chunk and each other rank: rows of the own input, into its
 //             window; its progress
@@ -135,6 +135,7 @@ bool CudaDevice::HtChain::begin() {
   ChainWords behind;
   behind.write(facts() + offsetof(HtFacts, counted), part_.id);
   behind.write(routed, spec_.group_op);
+  behind.wait(own_word(EXPERTD_HT_STEP_PACKED), part_.words.seq);  // here, so that the loop need not enqueue it
   return words.send(driver_, stream_) &&
          copy(ht_.pinned->device() + ht_.counts_at(spec_.group_op), buffer_of(spec_.rank), bytes) &&
          behind.send(driver_, stream_);
@@ -205,16 +206,18 @@ bool CudaDevice::HtChain::proceed(const HtRows& rows) {
   const HtTable& table = counts() ? fresh : handle.table;
   const Capacities room = capacities();
   const bool go = ht_decide(rows, is_dispatch() ? &table : nullptr, room, shape_, &state_.report);
+  bool sent = false;
+  if (go) {
+    sent = is_dispatch() ? send_dispatch(table, room) : send_combine(table, room);
+    ht_report(table, room, shape_, &state_.report);
+  } else {
+    sent = is_dispatch() ? tell_plan(table, state_.report.reason) : tell_rows({}, {}, state_.report.reason);
+  }
   if (counts()) {
     handle.generation = go ? spec_.own->handle_generation : 0;
     handle.table = fresh;
   }
-  if (!go) {
-    const bool told = is_dispatch() ? tell_plan(table, state_.report.reason) : tell_rows({}, {}, state_.report.reason);
-    return told && end();
-  }
-  ht_report(table, room, shape_, &state_.report);
-  return (is_dispatch() ? send_dispatch(table, room) : send_combine(table, room)) && end();
+  return sent && end();
 }
 
 /// Tells another rank how far this one's copies for it are.
@@ -238,6 +241,7 @@ bool CudaDevice::HtChain::tell_plan(const HtTable& table, uint32_t verdict) {
     }
   }
   ChainWords words;
+  words.write(own_word(EXPERTD_HT_STEP_ACTIVE), spec_.active_ranks);
   words.write(own_word(EXPERTD_HT_STEP_VERDICT), verdict);
   words.write(own_word(EXPERTD_HT_STEP_PLAN), part_.words.seq);
   return words.send(driver_, stream);
@@ -273,7 +277,9 @@ bool CudaDevice::HtChain::send_piece(const HtTable& table, const Capacities& cap
   const uint32_t first = piece == 0 ? 0 : EXPERTD_HT_FIRST_SLICES;
   const uint32_t end = last ? kHtSlices : EXPERTD_HT_FIRST_SLICES;
   ChainWords packed;
-  packed.wait(own_word(EXPERTD_HT_STEP_PACKED + uint64_t{piece} * sizeof(uint64_t)), part_.words.seq);
+  if (piece != 0) {
+    packed.wait(own_word(EXPERTD_HT_STEP_PACKED + uint64_t{piece} * sizeof(uint64_t)), part_.words.seq);
+  }
   bool sent = packed.send(driver_, stream_);
   for (uint32_t i = 1; i < spec_.ranks && sent; ++i) {
     const uint32_t j = (spec_.rank + i) % spec_.ranks;
@@ -308,6 +314,7 @@ bool CudaDevice::HtChain::tell_rows(const HtTable& table, const Capacities& give
     words.write(own_word(EXPERTD_HT_STEP_ROWS + uint64_t{j} * sizeof(uint64_t)),
                 rows | (j == spec_.rank ? base << 32 : 0));
   }
+  words.write(own_word(EXPERTD_HT_STEP_ACTIVE), spec_.active_ranks);
   words.write(own_word(EXPERTD_HT_STEP_VERDICT), verdict);
   words.write(own_word(EXPERTD_HT_STEP_PLAN), part_.words.seq);
   return words.send(driver_, stream_);
