@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "client/src/local_kernels/exchange_ht_params.h"
 #include "daemon/device/cuda/ht_plan.h"
 #include "proto/abi/expertd_reason.h"
 #include "proto/abi/ring_v1.h"
@@ -219,6 +220,35 @@ TEST_F(HtRanks, PlanAndReportSayTheSame) {
   EXPECT_EQ(report.remote_bytes, (own.rows[2][0] + own.rows[2][1]) * 256u);
   for (uint32_t e = 0; e < 2; ++e) {
     EXPECT_EQ(report.expert_counts[e], (plan->expert_counts[e] + 15) / 16 * 16);
+  }
+}
+
+/// A chunk's rows are those of the tokens that the client's kernel takes in that step.
+TEST(HtPlan, TheClientTakesTheSameTokens) {
+  for (const uint32_t tokens : {0u, 1u, 5u, 8u, 100u, 4096u}) {
+    client::HtParams params;
+    params.tokens = tokens;
+    params.row_bytes = 512;
+    uint32_t first = 0;
+    for (uint32_t piece = 0; piece < EXPERTD_HT_PIECES; ++piece) {
+      client::set_ht_step(client::HtKernel::kMove, piece, &params);
+      EXPECT_EQ(params.first_token, first);
+      first += params.step_tokens;
+      EXPECT_EQ(first, expertd_exchange_ht_slice(tokens, piece == 0 ? EXPERTD_HT_FIRST_SLICES : kHtSlices));
+      EXPECT_GE(client::ht_blocks(client::HtKernel::kMove, params), 1u);
+    }
+    client::set_ht_step(client::HtKernel::kMove, client::kHtPlace, &params);
+    EXPECT_EQ(params.first_token, 0u);
+    EXPECT_EQ(params.step_tokens, tokens);
+    EXPECT_GE(client::ht_blocks(client::HtKernel::kMove, params), 2u);
+    first = 0;
+    for (uint32_t chunk = 0; chunk < EXPERTD_HT_CHUNKS; ++chunk) {
+      client::set_ht_step(client::HtKernel::kReduce, chunk, &params);
+      EXPECT_EQ(params.first_token, first);
+      first += params.step_tokens;
+      EXPECT_EQ(first, expertd_exchange_ht_slice(tokens, kHtChunkEnds[chunk]));
+    }
+    EXPECT_EQ(first, tokens);
   }
 }
 
