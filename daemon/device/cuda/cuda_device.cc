@@ -123,6 +123,8 @@ CudaDevice::~CudaDevice() {
     states_.reset();
     facts_.reset();
     copy_facts_.reset();
+    ht_facts_.reset();
+    ht_pinned_.clear();
     progress_.reset();
   }
   driver_.cuDevicePrimaryCtxRelease(gpu_.view.device);
@@ -404,7 +406,7 @@ base::Result<GroupMemory> CudaDevice::plan_group(const engine::GroupShape& shape
   GroupMemory memory = group_memory(layout, allocated.value(), relayed);
   memory.table_bytes += exchange;
   if (const expertd_exchange_ht_layout ht = copy_layout(shape).ht; shape.copy_engine && ht.total_bytes != 0) {
-    memory.pinned_bytes += HtGroup::pinned_bytes(ht);
+    memory.pinned_bytes += HtGroup::kPinnedBytes;
     memory.handle_count = std::min(memory.handle_count, static_cast<uint32_t>(ht.handle_count));
   }
   return memory;
@@ -438,6 +440,7 @@ base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t 
   EXPERTD_RETURN_IF_ERROR(allocate_exchange(shape, entry.get()));
   if (!take_progress(entry.get())) {
     give_back_words(*entry);
+    keep_ht_pinned(entry.get());
     return base::Status(EXPERTD_REASON_GROUP_LIMIT,
                         "GPU " + gpu_.uuid + " has " + std::to_string(kMaxGroupsPerDevice) + " groups already");
   }
@@ -457,6 +460,7 @@ void CudaDevice::destroy_group(base::GroupId group, base::Rank rank) {
     groups_.erase(group.value);
     progress_used_[found->second->progress_index] = false;
     give_back_words(*found->second);
+    keep_ht_pinned(found->second.get());
     destroyed = std::move(found->second);
     groups_owned_.erase(found);
   }

@@ -196,6 +196,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   class HtChain;
   base::Status start_ht();
   base::Status allocate_ht(const engine::GroupShape& shape, GroupEntry* entry);
+  void keep_ht_pinned(GroupEntry* entry);
   bool launch_ht(const engine::LaunchSpec& spec, Part* part);
   void advance_ht(Part* part);
   void close_ht(Part* part);
@@ -226,6 +227,8 @@ class CudaDevice : public Device, public engine::DevicePort {
   std::map<uint64_t, std::unique_ptr<SessionEntry>> sessions_owned_;
   std::map<std::pair<uint64_t, uint32_t>, std::unique_ptr<GroupEntry>> groups_owned_;
   CUstream control_stream_ = nullptr;
+  // Of groups that ended, for the next ones: freeing pinned memory would synchronise.
+  std::vector<std::unique_ptr<PinnedMemory>> ht_pinned_;
   std::unique_ptr<PinnedMemory> progress_;  // one Progress per group: freeing pinned memory would synchronise
   std::array<bool, kMaxGroupsPerDevice> progress_used_{};
 

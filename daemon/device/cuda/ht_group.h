@@ -34,9 +34,10 @@ struct HtGroup {
   std::array<Published, EXPERTD_HT_BUFFERS> published;
   std::vector<Handle> handles;
 
-  static uint64_t pinned_bytes(const expertd_exchange_ht_layout& layout) {
-    return EXPERTD_HT_BUFFERS * (sizeof(expertd_exchange_ht_plan) + expertd_exchange_align(layout.counts_bytes));
-  }
+  /// Enough for the largest group, so that the next group can have what this one had.
+  static constexpr uint64_t kPinnedBytes =
+      EXPERTD_HT_BUFFERS * (sizeof(expertd_exchange_ht_plan) + EXPERTD_EXCHANGE_ALIGNMENT +
+                            sizeof(expertd_exchange_ht_counts) + 4ull * EXPERTD_HT_SLICES * base::kMaxExperts);
   /// Offsets in the pinned memory.
   uint64_t plan_at(uint64_t op) const { return op % EXPERTD_HT_BUFFERS * sizeof(expertd_exchange_ht_plan); }
   uint64_t counts_at(uint64_t op) const {

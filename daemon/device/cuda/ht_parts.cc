@@ -173,13 +173,24 @@ base::Status CudaDevice::allocate_ht(const engine::GroupShape& shape, GroupEntry
   ht->layout = layout.ht;
   ht->window_offset = layout.ht_offset;
   ht->handles.resize(std::min<uint64_t>(layout.ht.handle_count, entry->layout.handle_count));
-  auto pinned = PinnedMemory::create(driver_, gpu_.view.context, HtGroup::pinned_bytes(ht->layout), &registry_->closer);
-  if (!pinned.is_ok()) {
-    return pinned.status().with_context("pinned counts of the group");
+  if (ht_pinned_.empty()) {
+    auto pinned = PinnedMemory::create(driver_, gpu_.view.context, HtGroup::kPinnedBytes);
+    if (!pinned.is_ok()) {
+      return pinned.status().with_context("pinned counts of the group");
+    }
+    ht_pinned_.push_back(std::move(pinned).value());
   }
-  ht->pinned = std::move(pinned).value();
+  ht->pinned = std::move(ht_pinned_.back());
+  ht_pinned_.pop_back();
   entry->ht = std::move(ht);
   return base::Status::ok();
+}
+
+/// When no part of the group is left.
+void CudaDevice::keep_ht_pinned(GroupEntry* entry) {
+  if (entry->ht != nullptr && entry->ht->pinned != nullptr) {
+    ht_pinned_.push_back(std::move(entry->ht->pinned));
+  }
 }
 
 }  // namespace expertd::device::cuda
