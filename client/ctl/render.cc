@@ -19,6 +19,11 @@ std::string or_dash(const std::string& text) {
   return text.empty() ? "-" : text;
 }
 
+/// "3/24"; "-" where there is no limit, because there is nothing of the kind or the daemon is older.
+std::string of_limit(uint32_t value, uint32_t limit) {
+  return limit == 0 ? "-" : std::to_string(value) + "/" + std::to_string(limit);
+}
+
 std::string devices_text(const v1::GetStatusResponse& status) {
   Table table({{"DEVICE", Align::kRight},
                {"KIND"},
@@ -27,6 +32,7 @@ std::string devices_text(const v1::GetStatusResponse& status) {
                {"HEALTH"},
                {"SESSIONS", Align::kRight},
                {"STREAMS", Align::kRight},
+               {"PARKED", Align::kRight},
                {"MPS"},
                {"DOORBELL"},
                {"KERNELS"},
@@ -34,9 +40,8 @@ std::string devices_text(const v1::GetStatusResponse& status) {
   for (const v1::DeviceStatus& device : status.devices()) {
     table.add({std::to_string(device.index()), device.kind(), device.uuid(), or_dash(device.name()),
                device.healthy() ? "ok" : "LOST", std::to_string(device.sessions()),
-               device.armed_streams_max() == 0
-                   ? "-"
-                   : std::to_string(device.armed_streams()) + "/" + std::to_string(device.armed_streams_max()),
+               of_limit(device.armed_streams(), device.armed_streams_max()),
+               of_limit(device.armed_streams() + device.lane_streams(), device.parked_streams_max()),
                device.mps_active() ? "yes" : "no", or_dash(device.doorbell_form()), or_dash(device.kernels()),
                mask_text(device.peer_access_mask())});
   }
@@ -126,6 +131,7 @@ std::string groups_text(const v1::GetStatusResponse& status) {
                {"TOP-K", Align::kRight},
                {"TOKENS", Align::kRight},
                {"DTYPES"},
+               {"EXECUTOR"},
                {"EPOCH", Align::kRight},
                {"OPS", Align::kRight},
                {"JOINED"},
@@ -133,8 +139,9 @@ std::string groups_text(const v1::GetStatusResponse& status) {
   for (const v1::GroupStatus& group : status.groups()) {
     table.add({group.name(), mode_text(group), std::to_string(group.expert_parallel_size()),
                std::to_string(group.num_experts()), std::to_string(group.hidden()), std::to_string(group.top_k()),
-               std::to_string(group.max_tokens()), dtypes_text(group), std::to_string(group.epoch()),
-               std::to_string(group.ops()), mask_text(group.joined()), mask_text(group.lost())});
+               std::to_string(group.max_tokens()), dtypes_text(group), or_dash(group.executor()),
+               std::to_string(group.epoch()), std::to_string(group.ops()), mask_text(group.joined()),
+               mask_text(group.lost())});
   }
   return table.text();
 }
@@ -160,6 +167,8 @@ json device_json(const v1::DeviceStatus& device) {
           {"quarantined_bytes", device.quarantined_bytes()},
           {"armed_streams", device.armed_streams()},
           {"armed_streams_max", device.armed_streams_max()},
+          {"lane_streams", device.lane_streams()},
+          {"parked_streams_max", device.parked_streams_max()},
           {"peer_access_mask", device.peer_access_mask()}};
 }
 
@@ -174,6 +183,7 @@ json group_json(const v1::GroupStatus& group) {
           {"dispatch_dtypes", dtype_names(group)},
           {"dynamic_ll_tokens", group.dynamic_ll_tokens()},
           {"capture_lanes", group.capture_lanes()},
+          {"executor", group.executor()},
           {"mode", group.mode()},
           {"epoch", group.epoch()},
           {"joined_mask", group.joined()},

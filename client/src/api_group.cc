@@ -180,6 +180,9 @@ Status dispatch(Group* group, const expertd_dispatch_args_t& args, expertd_strea
     // It is this call's own, so that giving it back cannot fail.
     static_cast<void>(group->session()->handles()->give_back(group->id(), taken));
   }
+  if (status.ok() && request->ht != nullptr && !cached) {
+    group->session()->handles()->set_copies(taken);
+  }
   if (status.ok() && handle != nullptr) {
     *handle = taken;
   }
@@ -206,6 +209,9 @@ Status ll_dispatch(Group* group, const expertd_ll_dispatch_args_t& args, expertd
   }
   status = client::issue_low_latency(group, request, stream, event);
   if (status.ok()) {
+    if (request->exchange != nullptr) {
+      group->session()->handles()->set_copies(next);
+    }
     group->commit_ll(next);
     *handle = next;
   }

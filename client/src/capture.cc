@@ -63,11 +63,9 @@ Status issue_low_latency(Group* group, OpRequest* request, expertd_stream_t stre
   }
   group->commit_capture();
   *event = {wrap(session), (session->incarnation() << kIncarnationShift) | kCapturedEvent | words};
-  Status status = session->device()->ring_captured(words, entry, stream);
-  if (status.ok() && (request->flags & EXPERTD_ASYNC) == 0) {
-    status = session->device()->take_captured(words, stream);
-  }
-  return status;
+  DeviceSide* device = session->device();
+  return (request->flags & EXPERTD_ASYNC) == 0 ? device->call_captured(words, entry, stream)
+                                               : device->ring_captured(words, entry, stream);
 }
 
 // Waits for the daemon, which answers when every rank has captured the operation; not under the submit lock.

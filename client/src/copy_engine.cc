@@ -1,16 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-// An operation on the caller's stream:
+// An operation is one kernel on the caller's stream (local_kernels/exchange_flow.cuh), which rings the doorbell, waits
+// for the other ranks in its place and writes the ends:
 //
 //   dispatch: pack, doorbell                     combine: weights, doorbell
-//             wait arrived[0] of all ranks                wait arrived[0] of all ranks
+//             until arrived[0] of all ranks               until arrived[0] of all ranks
 //                                                         reduce, rung
-//                                                         wait arrived[1] of the others
+//                                                         until arrived[1] of the others
 //             expand, ended and completion                add, ended and completion
 //
-// The daemon's chain (daemon/device/cuda/copy_chain.cc) has its copies between them. With EXPERTD_ASYNC what follows
-// the doorbell goes to a stream of the library, which waits for the doorbell first: operations of a session are issued
-// in one order, so a receive half that waits there holds back none that could come before it.
+// The daemon's chain (daemon/device/cuda/copy_chain.cc) has its copies between them. Beside work that fills the GPU
+// each kernel waits for a place, up to as long as that work's kernels take, so there is one.
+//
+// It is two, up to the doorbell and from there on, with a wait of the stream for arrived[0] between them:
+// - with EXPERTD_ASYNC, where the second one goes to a stream of the library, so that it holds no place while the
+// caller
+//   computes. That stream waits for the doorbell first: operations of a session are issued in one order, so a receive
+//   half that waits there holds back none that could come before it.
+// - where the doorbell's word cannot be relied on, and the host stands between them.
+// - of one rank alone: its chain has no copy in front of the words, and words alone wait for the time slice of a GPU on
+//   which a kernel of another process waits for them.
 #include "client/src/copy_engine.h"
+
+#include <algorithm>
 
 #include "client/src/clock.h"
 #include "client/src/session.h"
@@ -108,8 +119,22 @@ bool is_sound(const OpRequest& request, const ExchangeParams& p) {
 
 }  // namespace
 
+bool takes_copies(const Group& group, const OpRequest& request) {
+  const expertd_slot& slot = request.slot;
+  if (group.exchange() == nullptr || request.captured) {
+    return false;
+  }
+  if (expertd_executor_follows(slot.op, slot.flags) != 0) {
+    return group.session()->handles()->is_of_copies({slot.handle_index, slot.handle_generation});
+  }
+  const uint32_t bound = expertd_executor_bound(slot.token_bound, group.config().max_tokens);
+  const int split = (request.flags & EXPERTD_ASYNC) != 0 ? 1 : 0;
+  return expertd_executor_of(&group.executor_rule(), slot.op, 0, split, bound) ==
+         EXPERTD_COMPLETION_EXECUTOR_COPY_ENGINE;
+}
+
 Status use_exchange(const Group& group, uint32_t place, OpRequest* request, ExchangeParams* params) {
-  if (group.exchange() == nullptr || request->captured) {
+  if (!takes_copies(group, *request)) {
     return {};
   }
   fill_sizes(group.config(), request->slot, params);
@@ -132,16 +157,22 @@ Status use_exchange(const Group& group, uint32_t place, OpRequest* request, Exch
 Status Session::issue_exchange(OpRequest* request, uint32_t index, bool rung, expertd_stream_t stream) {
   ExchangeParams& params = *request->exchange;
   char* page = device_->flag_page();
-  params.steps = reinterpret_cast<const uint64_t*>(page + EXPERTD_STEP_OFFSET(index));
-  params.completion = reinterpret_cast<const uint64_t*>(page + EXPERTD_COMPLETION_WORD_OFFSET(index));
+  params.steps = reinterpret_cast<uint64_t*>(page + EXPERTD_STEP_OFFSET(index));
+  params.doorbell = rung ? nullptr : reinterpret_cast<uint64_t*>(page + EXPERTD_DOORBELL_OFFSET(index));
+  params.completion = reinterpret_cast<uint64_t*>(page + EXPERTD_COMPLETION_WORD_OFFSET(index));
   params.result = reinterpret_cast<uint64_t*>(page + EXPERTD_RESULT_WORD_OFFSET(index));
   params.seq = request->slot.seq;
-  const bool dispatch = request->slot.op == EXPERTD_OP_LL_DISPATCH;
-  const ExchangeKernel first = dispatch ? ExchangeKernel::kPack : ExchangeKernel::kWeights;
+  params.limit_ns = request->timeout_ns + std::min(kExchangeGraceNs, UINT64_MAX - request->timeout_ns);
+  const bool async = (request->flags & EXPERTD_ASYNC) != 0;
+  const bool halves = async || rung || params.ranks == 1;
+  params.stages = halves ? kExchangeSend : kExchangeSend | kExchangeReceive;
   LocalKernels* kernels = device_->local_kernels();
+  kernels->begin_exchange(&params);
+  const ExchangeKernel kernel =
+      request->slot.op == EXPERTD_OP_LL_DISPATCH ? ExchangeKernel::kDispatch : ExchangeKernel::kCombine;
   Status status;
   if (rung) {
-    status = kernels->launch_exchange(first, params, stream);
+    status = kernels->launch_exchange(kernel, params, stream);
     if (status.ok()) {
       status = device_->synchronize(stream, deadline_after(request->timeout_ns));
     }
@@ -151,52 +182,31 @@ Status Session::issue_exchange(OpRequest* request, uint32_t index, bool rung, ex
   connection_->ring()->submit(request->slot);
   request->submitted = true;
   if (!rung) {
-    status = kernels->launch_exchange(first, params, stream);
-    if (status.ok()) {
-      status = device_->ring_doorbell(index, params.seq, stream);
-    }
+    status = kernels->launch_exchange(kernel, params, stream);
     doorbells_[index] = status.ok() ? Doorbell{params.seq, stream} : doorbells_[index];
   }
-  const bool async = (request->flags & EXPERTD_ASYNC) != 0;
-  return status.ok() ? receive_exchange(*request, index, rung, async ? device_->receive_stream() : stream) : status;
+  if (!status.ok() || !halves) {
+    return status;
+  }
+  params.stages = kExchangeReceive;
+  const expertd_stream_t receiving = async ? device_->receive_stream() : stream;
+  status = wait_for_arrivals(params, index, async && !rung, receiving);
+  return status.ok() ? kernels->launch_exchange(kernel, params, receiving) : status;
 }
 
-Status Session::receive_exchange(const OpRequest& request, uint32_t index, bool rung, expertd_stream_t stream) {
-  const ExchangeParams& params = *request.exchange;
-  char* page = device_->flag_page();
-  const bool dispatch = request.slot.op == EXPERTD_OP_LL_DISPATCH;
-  LocalKernels* kernels = device_->local_kernels();
+/// Of the first step. What comes later the kernel waits for itself.
+Status Session::wait_for_arrivals(const ExchangeParams& params, uint32_t index, bool doorbell,
+                                  expertd_stream_t stream) {
+  const char* page = device_->flag_page();
   StreamWord words[kStreamWordsMax];
   uint32_t count = 0;
-  if ((request.flags & EXPERTD_ASYNC) != 0 && !rung) {
+  if (doorbell) {
     words[count++] = {page + EXPERTD_DOORBELL_OFFSET(index), params.seq, false};
   }
   for (uint32_t rank = 0; rank < params.ranks; ++rank) {
     words[count++] = {page + EXPERTD_STEP_ARRIVED_OFFSET(index, 0, rank), params.seq, false};
   }
-  Status status = device_->stream_words(words, count, stream);
-  if (status.ok()) {
-    status = kernels->launch_exchange(dispatch ? ExchangeKernel::kExpand : ExchangeKernel::kReduce, params, stream);
-  }
-  if (status.ok() && !dispatch) {
-    count = 0;
-    words[count++] = {page + EXPERTD_STEP_RUNG_OFFSET(index), params.seq, true};
-    for (uint32_t rank = 0; rank < params.ranks; ++rank) {
-      if (rank != params.rank) {
-        words[count++] = {page + EXPERTD_STEP_ARRIVED_OFFSET(index, 1, rank), params.seq, false};
-      }
-    }
-    status = device_->stream_words(words, count, stream);
-  }
-  if (status.ok() && !dispatch) {
-    status = kernels->launch_exchange(ExchangeKernel::kAdd, params, stream);
-  }
-  if (!status.ok()) {
-    return status;
-  }
-  const StreamWord end[] = {{page + EXPERTD_STEP_ENDED_OFFSET(index), params.seq, true},
-                            {page + EXPERTD_COMPLETION_WORD_OFFSET(index), params.seq, true}};
-  return device_->stream_words(end, 2, stream);
+  return device_->stream_words(words, count, stream);
 }
 
 }  // namespace expertd::client

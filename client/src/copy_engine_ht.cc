@@ -24,14 +24,6 @@ T* tensor_of(const OpRequest& request, uint32_t index) {
   return static_cast<T*>(const_cast<void*>(request.tensors[index].pointer));
 }
 
-/// As the daemon reckons it at admission, of what all ranks give alike.
-bool goes_by_copies(const GroupConfig& config, const expertd_slot& slot) {
-  const bool bytes = slot.dtype == EXPERTD_DTYPE_BYTES;
-  const uint64_t side = bytes ? uint64_t{slot.side_elements} * slot.side_element_bytes : 0;
-  const expertd_exchange_ht_layout layout = config.ht_layout();
-  return (slot.flags & EXPERTD_SLOT_EXPANDED) == 0 && expertd_exchange_ht_fits(&layout, slot.row_bytes, side) != 0;
-}
-
 void fill_sizes(const GroupConfig& config, const expertd_slot& slot, HtParams* params) {
   params->layout = config.ht_layout();
   params->ranks = config.ranks;
@@ -98,17 +90,20 @@ bool is_sound(const OpRequest& request, const HtParams& p) {
 }  // namespace
 
 void use_ht(Group* group, OpRequest* request, HtRequest* ht) {
-  if (group->exchange() == nullptr || request->captured || !goes_by_copies(group->config(), request->slot)) {
+  if (!takes_copies(*group, *request)) {
     return;
   }
   fill_sizes(group->config(), request->slot, &ht->params);
+  if (expertd_exchange_ht_serves(&ht->params.layout, &request->slot) == 0) {
+    return;
+  }
   fill_tensors(*request, &ht->params);
   if (!is_sound(*request, ht->params)) {
     return;
   }
   const uint32_t buffer = group->exchange_buffer();
   const expertd_exchange_ht_layout& layout = ht->params.layout;
-  char* window = static_cast<char*>(group->exchange()->data) + group->config().ht_offset();
+  char* window = static_cast<char*>(group->exchange()->data) + group->ht_offset();
   ht->params.buffer = window + buffer % EXPERTD_HT_BUFFERS * layout.buffer_bytes;
   ht->params.handle = window + layout.handles + request->slot.handle_index * layout.handle_bytes;
   ht->last = group->ht_use(buffer % EXPERTD_HT_BUFFERS);

@@ -150,6 +150,7 @@ class CurrentContext {
 // boundary. System scope, because the other side is another process and maybe another GPU. Release on the signal orders
 // the stream's earlier writes before the word; acquire on the wait orders later reads behind it. The wait ends by the
 // signed compare, so that the abort word releases it too. Take waits in the same way and sets the word back to 0.
+// Call is signal and then wait or take, which saves a launch.
 inline constexpr const char* kWordKernels = R"ptx(
 .version 7.0
 .target sm_80
@@ -161,6 +162,31 @@ inline constexpr const char* kWordKernels = R"ptx(
   ld.param.u64 %rd1, [p_word];
   ld.param.u64 %rd2, [p_value];
   st.release.sys.global.u64 [%rd1], %rd2;
+  ret;
+}
+
+.visible .entry expertd_call(.param .u64 p_word, .param .u64 p_value, .param .u64 p_end, .param .u64 p_least,
+                            .param .u64 p_take)
+{
+  .reg .b64 %rd<7>;
+  .reg .pred %p<3>;
+  ld.param.u64 %rd1, [p_word];
+  ld.param.u64 %rd2, [p_value];
+  ld.param.u64 %rd3, [p_end];
+  ld.param.u64 %rd4, [p_least];
+  ld.param.u64 %rd5, [p_take];
+  st.release.sys.global.u64 [%rd1], %rd2;
+AGAIN:
+  ld.acquire.sys.global.u64 %rd6, [%rd3];
+  setp.ge.s64 %p1, %rd6, %rd4;
+  @%p1 bra DONE;
+  nanosleep.u32 20;
+  bra AGAIN;
+DONE:
+  setp.eq.u64 %p2, %rd5, 0;
+  @%p2 ret;
+  mov.b64 %rd6, 0;
+  st.relaxed.sys.global.u64 [%rd3], %rd6;
   ret;
 }
 

@@ -39,6 +39,8 @@ class CudaSide final : public DeviceSide {
   void exchange_capture_mode(int* mode) override;
   Status ring_doorbell(uint32_t slot, uint64_t seq, expertd_stream_t stream) override;
   Status wait_completion(uint32_t slot, uint64_t seq, expertd_stream_t stream) override;
+  Status call(uint32_t slot, uint64_t seq, expertd_stream_t stream) override;
+  Status call_captured(uint32_t words, uint64_t entry, expertd_stream_t stream) override;
   Status wait_word(const void* word, uint64_t value, expertd_stream_t stream) override;
   Status stream_words(const StreamWord* words, uint32_t count, expertd_stream_t stream) override;
   char* flag_page() override { return static_cast<char*>(flags_.data); }
@@ -64,6 +66,7 @@ class CudaSide final : public DeviceSide {
   Status map_allocation(cuda::Allocation allocation, uint64_t bytes, cuda::Pointer at, MappedWindow* mapped);
   Status export_descriptor(cuda::Pointer base, uint64_t bytes, ExportedMemory* exported);
   Status launch(cuda::Function function, cuda::Pointer word, uint64_t value, cuda::Stream stream);
+  Status launch_call(cuda::Pointer word, uint64_t value, cuda::Pointer end, uint64_t least, cuda::Stream stream);
 
   cuda::Driver driver_;
   int ordinal_ = -1;
@@ -84,6 +87,7 @@ class CudaSide final : public DeviceSide {
   cuda::Function signal_ = nullptr;
   cuda::Function wait_ = nullptr;
   cuda::Function take_ = nullptr;
+  cuda::Function call_ = nullptr;
   cuda::Stream abort_stream_ = nullptr;
   uint64_t* abort_word_ = nullptr;  // pinned, several
   cuda::Stream receive_stream_ = nullptr;

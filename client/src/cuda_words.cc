@@ -53,6 +53,9 @@ Status CudaSide::load_kernels() {
   if (status.ok()) {
     status = check("cuModuleGetFunction", driver_.module_function(&take_, module_, "expertd_take"));
   }
+  if (status.ok()) {
+    status = check("cuModuleGetFunction", driver_.module_function(&call_, module_, "expertd_call"));
+  }
   const Pointer page = to_pointer(flags_.data);
   if (status.ok()) {
     // Doorbell 0 is 0 before the first operation, and every word is at least 0.
@@ -63,6 +66,10 @@ Status CudaSide::load_kernels() {
   }
   if (status.ok()) {
     status = launch(take_, page + EXPERTD_COMPLETION_WORD_OFFSET(0), 0, abort_stream_);
+  }
+  if (status.ok()) {
+    status =
+        launch_call(page + EXPERTD_DOORBELL_OFFSET(0), 0, page + EXPERTD_COMPLETION_WORD_OFFSET(0), 0, abort_stream_);
   }
   return status.ok() ? synchronize(abort_stream_, deadline_after(kReleaseNs)) : status;
 }
@@ -180,6 +187,34 @@ void CudaSide::exchange_capture_mode(int* mode) {
 Status CudaSide::launch(cuda::Function function, Pointer word, uint64_t value, cuda::Stream stream) {
   void* arguments[] = {&word, &value};
   return check("cuLaunchKernel", driver_.launch(function, 1, 1, 1, 1, 1, 1, 0, stream, arguments, nullptr));
+}
+
+/// `least` 0: `value`, and the word at `end` stays; else it is set back to 0.
+Status CudaSide::launch_call(Pointer word, uint64_t value, Pointer end, uint64_t least, cuda::Stream stream) {
+  uint64_t awaited = least == 0 ? value : least;
+  uint64_t takes = least == 0 ? 0 : 1;
+  void* arguments[] = {&word, &value, &end, &awaited, &takes};
+  return check("cuLaunchKernel", driver_.launch(call_, 1, 1, 1, 1, 1, 1, 0, stream, arguments, nullptr));
+}
+
+Status CudaSide::call(uint32_t slot, uint64_t seq, expertd_stream_t stream) {
+  if (!mps_.load(std::memory_order_relaxed)) {
+    return DeviceSide::call(slot, seq, stream);
+  }
+  const Current current(this);
+  const Pointer page = to_pointer(flags_.data);
+  return launch_call(page + EXPERTD_DOORBELL_OFFSET(slot), seq, page + EXPERTD_COMPLETION_WORD_OFFSET(slot), 0,
+                     to_stream(stream));
+}
+
+Status CudaSide::call_captured(uint32_t words, uint64_t entry, expertd_stream_t stream) {
+  if (!mps_.load(std::memory_order_relaxed) || words >= capture_words_) {
+    return DeviceSide::call_captured(words, entry, stream);
+  }
+  const Current current(this);
+  const Pointer page = to_pointer(flags_.data);
+  return launch_call(page + EXPERTD_CAPTURE_DOORBELL_OFFSET(words), entry,
+                     page + EXPERTD_CAPTURE_COMPLETION_OFFSET(words), 1, to_stream(stream));
 }
 
 Status CudaSide::ring_doorbell(uint32_t slot, uint64_t seq, expertd_stream_t stream) {

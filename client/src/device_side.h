@@ -77,6 +77,15 @@ class DeviceSide {
   virtual void exchange_capture_mode(int* mode) = 0;
   virtual Status ring_doorbell(uint32_t slot, uint64_t seq, expertd_stream_t stream) = 0;
   virtual Status wait_completion(uint32_t slot, uint64_t seq, expertd_stream_t stream) = 0;
+  /// The two together, for a stream that goes on with the result; and ring_captured() with take_captured().
+  virtual Status call(uint32_t slot, uint64_t seq, expertd_stream_t stream) {
+    Status status = ring_doorbell(slot, seq, stream);
+    return status.ok() ? wait_completion(slot, seq, stream) : status;
+  }
+  virtual Status call_captured(uint32_t words, uint64_t entry, expertd_stream_t stream) {
+    Status status = ring_captured(words, entry, stream);
+    return status.ok() ? take_captured(words, stream) : status;
+  }
   /// Makes the stream wait until the word, 8 bytes of the GPU's memory, has reached the value.
   virtual Status wait_word(const void* word, uint64_t value, expertd_stream_t stream) = 0;
   /// In order; at most kStreamWordsMax.

@@ -36,10 +36,11 @@ expertd_v1_GroupConfig to_proto(const GroupConfig& config) {
   return message;
 }
 
-// An older daemon has no copy engines.
-bool has_copy_kernels(Session* session) {
+// What the rank itself has for copy engines; an older daemon has none.
+void tell_copies(Session* session, expertd_v1_GroupConfig* message) {
   LocalKernels* kernels = session->device()->local_kernels();
-  return kernels != nullptr && kernels->exchanges();
+  message->copy_kernels = kernels != nullptr && kernels->exchanges();
+  message->copies = EXPERTD_COPIES_BUILT;
 }
 
 }  // namespace
@@ -48,7 +49,7 @@ Status Group::plan(Session* session, const GroupConfig& config, expertd_group_pl
   expertd_v1_PlanGroupRequest request{};
   request.has_config = true;
   request.config = to_proto(config);
-  request.config.copy_kernels = has_copy_kernels(session);
+  tell_copies(session, &request.config);
   expertd_v1_PlanGroupResponse response{};
   Status status = session->connection()->call("PlanGroup", {expertd_v1_PlanGroupRequest_fields, &request},
                                               {expertd_v1_PlanGroupResponse_fields, &response}, kControlTimeoutNs);
@@ -98,7 +99,7 @@ Status Group::call_join() {
   request.rank = config_.rank;
   request.has_config = true;
   request.config = to_proto(config_);
-  request.config.copy_kernels = has_copy_kernels(session_);
+  tell_copies(session_, &request.config);
   request.join_timeout_ns = join_ns;
   expertd_v1_JoinGroupResponse response{};
   Status status =
@@ -123,12 +124,22 @@ Status Group::call_join() {
   granted_bytes_ = response.window_size;
   granted_exchange_token_ = response.exchange_fd_token;
   granted_exchange_bytes_ = response.exchange_size;
-  if (config_.executor == EXPERTD_GROUP_EXECUTOR_COPY_ENGINE &&
-      response.executor != expertd_v1_GroupExecutor_GROUP_EXECUTOR_COPY_ENGINE) {
+  const expertd_executor_rule granted = {response.rule.copies, response.rule.ht_split_tokens};
+  return adopt_rule(response.has_rule ? &granted : nullptr,
+                    response.executor == expertd_v1_GroupExecutor_GROUP_EXECUTOR_COPY_ENGINE);
+}
+
+// A daemon without rules has one executor for all low latency operations, and one that is older has none to choose.
+Status Group::adopt_rule(const expertd_executor_rule* granted, bool copies) {
+  tells_split_ = granted != nullptr;
+  executor_rule_ = granted != nullptr ? *granted : expertd_executor_rule{copies ? uint32_t{EXPERTD_COPIES_LL} : 0u, 0};
+  if (config_.executor == EXPERTD_GROUP_EXECUTOR_COPY_ENGINE && executor_rule_.copies == 0) {
     return {EXPERTD_REASON_UNSUPPORTED, "executor = copy_engine: the daemon is older and has none"};
   }
-  config_.executor = static_cast<uint32_t>(response.executor);
-  return {};
+  return (executor_rule_.copies & ~uint32_t{EXPERTD_COPIES_BUILT}) == 0
+             ? Status()
+             : error(EXPERTD_REASON_BAD_MESSAGE, "the daemon granted copies %u, asked for %u", executor_rule_.copies,
+                     EXPERTD_COPIES_BUILT);
 }
 
 Status Group::adopt_resources() {
@@ -152,10 +163,11 @@ Status Group::adopt_resources() {
 
 // No buffer of the session's: tensors cannot lie in it, and the daemon frees its side with the group.
 Status Group::adopt_exchange() {
-  if (config_.executor != EXPERTD_GROUP_EXECUTOR_COPY_ENGINE) {
+  if (executor_rule_.copies == 0) {
     return {};
   }
-  const uint64_t needed = config_.ht_offset() + config_.ht_layout().total_bytes;
+  const bool high_throughput = (executor_rule_.copies & EXPERTD_COPIES_HT) != 0;
+  const uint64_t needed = ht_offset() + (high_throughput ? config_.ht_layout().total_bytes : 0);
   if (granted_exchange_bytes_ < needed || needed == 0) {
     return error(EXPERTD_REASON_BAD_MESSAGE, "the group's exchange window has %llu bytes, its layout needs %llu",
                  static_cast<unsigned long long>(granted_exchange_bytes_), static_cast<unsigned long long>(needed));

@@ -13,6 +13,7 @@
 #include "client/src/status.h"
 #include "proto/abi/exchange_ht_v1.h"
 #include "proto/abi/exchange_v1.h"
+#include "proto/abi/executor_v1.h"
 
 namespace expertd::client {
 
@@ -38,7 +39,7 @@ struct GroupConfig {
   uint32_t dispatch_dtypes = 0;    // set of expertd_payload; 0: any
   uint32_t dynamic_ll_tokens = 0;  // 0: not dynamic
   uint32_t capture_lanes = 0;
-  uint32_t executor = 0;  // expertd_group_executor; what the daemon chose once joined
+  uint32_t executor = 0;  // expertd_group_executor, as asked for
 
   uint32_t local_experts() const { return ranks == 0 ? 0 : num_experts / ranks; }
   uint64_t worst_rows() const { return uint64_t{ranks} * max_tokens; }
@@ -47,12 +48,10 @@ struct GroupConfig {
     return expertd_exchange_layout_of(&shape);
   }
   bool low_latency() const { return mode != EXPERTD_MODE_NORMAL; }
-  /// Of high throughput, which lies behind the part for low latency.
   expertd_exchange_ht_layout ht_layout() const {
     const expertd_exchange_ht_shape shape{ranks, num_experts, hidden, max_tokens, top_k};
-    return mode == EXPERTD_MODE_INFERENCE ? expertd_exchange_ht_layout{} : expertd_exchange_ht_layout_of(&shape);
+    return expertd_exchange_ht_layout_of(&shape);
   }
-  uint64_t ht_offset() const { return low_latency() ? exchange_layout().total_bytes : 0; }
   /// Of set `set` of the low-latency window.
   LlWindowLayout window_layout(uint32_t set) const {
     return ll_window_layout({ranks, num_experts, hidden, max_tokens}, dispatch_dtypes, set);
@@ -88,8 +87,17 @@ class Group {
   /// The deadline the daemon will hold the next operation to.
   uint64_t next_timeout_ns(uint64_t asked_ns) const;
   void count_issued() { ++issued_; }
-  /// What operations by copy engines exchange through; null where the daemon's kernels execute them.
+  /// Which dispatches go by copy engines, the same on all ranks.
+  const expertd_executor_rule& executor_rule() const { return executor_rule_; }
+  /// Whether the daemon is to hear which dispatches are split.
+  bool tells_split() const { return tells_split_; }
+  /// What operations by copy engines exchange through; null where the daemon's kernels execute all of them.
   const Buffer* exchange() const { return exchange_; }
+  /// It has a part for low latency and one for high throughput, each if the rule has such operations. Where the second
+  /// one begins:
+  uint64_t ht_offset() const {
+    return (executor_rule_.copies & EXPERTD_COPIES_LL) != 0 ? config_.exchange_layout().total_bytes : 0;
+  }
   /// The buffer of the next operation in it.
   uint32_t exchange_buffer() const { return static_cast<uint32_t>((issued_ + 1) % EXPERTD_EXCHANGE_BUFFERS); }
   HtUse* ht_use(uint32_t buffer) { return &ht_uses_[buffer]; }
@@ -114,6 +122,7 @@ class Group {
   Status call_join();
   Status adopt_resources();
   Status adopt_exchange();
+  Status adopt_rule(const expertd_executor_rule* granted, bool copies);
   Status tell_daemon(uint64_t timeout_ns) const;
   Status end(uint64_t timeout_ns);
   Status take_ll_handles();
@@ -130,6 +139,8 @@ class Group {
   uint64_t granted_exchange_token_ = 0;
   uint64_t granted_exchange_bytes_ = 0;
   Buffer* exchange_ = nullptr;
+  expertd_executor_rule executor_rule_{};
+  bool tells_split_ = false;
   uint64_t issued_ = 0;  // operations that the daemon counts
   std::array<expertd_handle_t, kLlHandles> ll_handles_{};
   uint64_t ll_count_ = 0;

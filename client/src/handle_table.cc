@@ -59,6 +59,19 @@ expertd_handle_t HandleTable::renew(uint32_t index) {
   return {index, places_[index].generation};
 }
 
+void HandleTable::set_copies(expertd_handle_t handle) {
+  const std::lock_guard lock(mutex_);
+  if (handle.index < places_.size()) {
+    places_[handle.index].copies_generation = handle.generation;
+  }
+}
+
+bool HandleTable::is_of_copies(expertd_handle_t handle) const {
+  const std::lock_guard lock(mutex_);
+  return handle.generation != 0 && handle.index < places_.size() &&
+         places_[handle.index].copies_generation == handle.generation;
+}
+
 Status HandleTable::check_locked(uint64_t owner, expertd_handle_t handle) const {
   if (handle.generation == 0) {
     return missing_argument("handle");

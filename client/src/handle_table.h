@@ -20,6 +20,9 @@ class HandleTable {
   Status take(uint64_t owner, expertd_handle_t* handle);
   /// The next generation of a place that stays taken (low-latency rotation).
   expertd_handle_t renew(uint32_t index);
+  /// Who executed the dispatch that the handle is of: copy engines. Until it is told, and of other generations, not.
+  void set_copies(expertd_handle_t handle);
+  bool is_of_copies(expertd_handle_t handle) const;
   /// STALE_HANDLE unless the place is taken by this owner in this generation.
   Status check(uint64_t owner, expertd_handle_t handle) const;
   Status give_back(uint64_t owner, expertd_handle_t handle);
@@ -30,6 +33,7 @@ class HandleTable {
   struct Place {
     uint64_t owner = 0;  // 0: free
     uint32_t generation = 0;
+    uint32_t copies_generation = 0;  // the last one whose routing copy engines left; 0: none
   };
 
   Status check_locked(uint64_t owner, expertd_handle_t handle) const;

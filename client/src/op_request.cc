@@ -36,6 +36,13 @@ Status set_flags(uint32_t flags, OpRequest* request) {
   return {};
 }
 
+// Of a dispatch, for the daemon: whether the caller computes meanwhile is among what its executor is chosen by.
+void mark_split(const Group& group, OpRequest* request) {
+  if (group.tells_split() && !request->captured && (request->flags & EXPERTD_ASYNC) != 0) {
+    request->slot.flags |= EXPERTD_SLOT_SPLIT;
+  }
+}
+
 void set_in(OpRequest* request, uint32_t index, const void* pointer, uint64_t bytes) {
   if (pointer != nullptr) {
     request->tensors[index] = {pointer, bytes, 0, Direction::kIn, CopyBack::kAll, 0};
@@ -222,6 +229,7 @@ Status build_dispatch(const Group& group, const expertd_dispatch_args_t& args, O
     return status;
   }
   expertd_slot& slot = request->slot;
+  mark_split(group, request);
   set_payload(args, request);
   slot.topk_idx_bytes = idx_bytes(args.idx_type);
   slot.capacity_rows = args.capacity_rows;
@@ -366,6 +374,7 @@ Status build_ll_dispatch(const Group& group, const expertd_ll_dispatch_args_t& g
     return status;
   }
   expertd_slot& slot = request->slot;
+  mark_split(group, request);
   set_payload(args, request);
   slot.topk_idx_bytes = idx_bytes(args.idx_type);
   const uint64_t side_row = ll_side_row_bytes(slot);

@@ -113,7 +113,7 @@ class Session {
   bool rings_late(uint32_t slot, expertd_stream_t stream);
   // Operations by copy engines (copy_engine.cc).
   Status issue_exchange(OpRequest* request, uint32_t index, bool rung, expertd_stream_t stream);
-  Status receive_exchange(const OpRequest& request, uint32_t index, bool rung, expertd_stream_t stream);
+  Status wait_for_arrivals(const ExchangeParams& params, uint32_t index, bool doorbell, expertd_stream_t stream);
   // The same of high throughput (copy_engine_ht.cc).
   Status follow_ht(HtUse* last, uint32_t index, uint64_t seq, bool async, expertd_stream_t stream);
   Status issue_ht(OpRequest* request, uint32_t index, bool rung, expertd_stream_t stream);

@@ -262,13 +262,12 @@ Status Session::submit(OpRequest* request, expertd_stream_t stream, expertd_even
   // Before the doorbell: the daemon arms its stream as soon as the descriptor is there.
   ring->submit(slot);
   request->submitted = true;
-  if (!rung) {
-    status = device_->ring_doorbell(index, slot.seq, stream);
-    doorbells_[index] = status.ok() ? Doorbell{slot.seq, stream} : doorbells_[index];
+  const bool waits = (request->flags & EXPERTD_ASYNC) == 0;
+  if (rung) {
+    return waits ? device_->wait_completion(index, slot.seq, stream) : status;
   }
-  if (status.ok() && (request->flags & EXPERTD_ASYNC) == 0) {
-    status = device_->wait_completion(index, slot.seq, stream);
-  }
+  status = waits ? device_->call(index, slot.seq, stream) : device_->ring_doorbell(index, slot.seq, stream);
+  doorbells_[index] = status.ok() ? Doorbell{slot.seq, stream} : doorbells_[index];
   return status;
 }
 

@@ -64,6 +64,8 @@ void put_device(const session::DeviceSnapshot& device, v1::DeviceStatus* message
   message->set_sessions(device.sessions);
   message->set_armed_streams(device.armed_streams);
   message->set_armed_streams_max(device.armed_streams_max);
+  message->set_lane_streams(device.lane_streams);
+  message->set_parked_streams_max(device.parked_streams_max);
   message->set_peer_access_mask(device.peer_access_mask);
   message->set_kernels(device.kernels);
 }
@@ -84,6 +86,7 @@ void put_group(const session::GroupSnapshot& group, v1::GroupStatus* message) {
   message->set_dispatch_dtypes(group.config.dispatch_dtypes);
   message->set_dynamic_ll_tokens(group.config.dynamic_ll_tokens);
   message->set_capture_lanes(group.config.capture_lanes);
+  message->set_executor(group.executor);
 }
 
 void put_session(const session::SessionSnapshot& session, v1::SessionStatus* message) {
@@ -171,6 +174,7 @@ Converted<session::GroupConfig> from_proto(const v1::GroupConfig& message) {
   out.value.capture_lanes = message.capture_lanes();
   out.value.executor = static_cast<session::Executor>(message.executor());
   out.value.copy_kernels = message.copy_kernels();
+  out.value.copies = message.copies();
   return out;
 }
 
@@ -214,6 +218,8 @@ void to_proto(const session::JoinGrant& grant, v1::JoinGroupResponse* message) {
   message->set_executor(static_cast<v1::GroupExecutor>(grant.executor));
   message->set_exchange_fd_token(grant.exchange.fd_token);
   message->set_exchange_size(grant.exchange.size);
+  message->mutable_rule()->set_copies(grant.rule.copies);
+  message->mutable_rule()->set_ht_split_tokens(grant.rule.ht_split_tokens);
 }
 
 void to_proto(const session::MaskReply& reply, v1::GroupMaskResponse* message) {

@@ -52,6 +52,8 @@ struct DeviceInfo {
   uint64_t window_bytes = 0;     // windows of sessions, of ended ones too until they are reclaimed
   uint32_t armed_streams = 0;
   uint32_t armed_streams_max = 0;
+  uint32_t lane_streams = 0;        // of capture lanes, beside the armed ones
+  uint32_t parked_streams_max = 0;  // of both together
   uint64_t peer_access_mask = 0;
   bool healthy = true;
 };
@@ -96,7 +98,7 @@ class Device {
   virtual base::Result<GroupMemory> plan_group(const engine::GroupShape& shape, uint32_t handle_limit) const = 0;
   virtual void destroy_group(base::GroupId group, base::Rank rank) = 0;
   /// Another descriptor of the memory through which a rank's client exchanges with the others, of a group with
-  /// shape.copy_engine; `memory` stays with the group. UNSUPPORTED where there is none.
+  /// shape.copies; `memory` stays with the group. UNSUPPORTED where there is none.
   virtual base::Result<Window> exchange_window(base::GroupId /*group*/, base::Rank /*rank*/) {
     return base::Status(EXPERTD_REASON_UNSUPPORTED, "the device has no memory for copy engines");
   }

@@ -66,11 +66,15 @@ constexpr Agreement kAgreements[] = {
     {EXPERTD_ARGUMENT_TOKEN_BOUND, [](const Request& r) { return static_cast<int64_t>(r.token_bound); }},
     {EXPERTD_ARGUMENT_CAPTURE_LANE,
      [](const Request& r) { return r.captured ? int64_t{r.capture_lane} : int64_t{-1}; }},
+    {EXPERTD_ARGUMENT_EXECUTOR,
+     [](const Request& r) {
+       return static_cast<int64_t>(r.copies ? EXPERTD_COMPLETION_EXECUTOR_COPY_ENGINE : EXPERTD_COMPLETION_EXECUTOR_SM);
+     }},
     {EXPERTD_ARGUMENT_DTYPE, [](const Request& r) { return static_cast<int64_t>(r.shape.payload); }},
     {EXPERTD_ARGUMENT_FLAGS,
      [](const Request& r) {
        return static_cast<int64_t>(r.shape.cached | (r.shape.expanded << 1) |
-                                   (static_cast<uint32_t>(r.shape.scale) << 2) | (r.by_copies ? 16u : 0u));
+                                   (static_cast<uint32_t>(r.shape.scale) << 2));
      }},
     {EXPERTD_ARGUMENT_IN_TOPK_WEIGHTS,
      [](const Request& r) { return has_rows(r) ? static_cast<int64_t>(r.with_weights ? 1 : 0) : kAny; }},

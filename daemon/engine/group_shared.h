@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "daemon/engine/ports.h"
+#include "proto/abi/executor_v1.h"
 
 namespace expertd::engine {
 
@@ -69,6 +70,7 @@ struct GroupSettings {
   /// How many operations may be launched at once. 1 where ranks exchange through memory that the next operation writes
   /// again (the relay of GPUs without peer access): a rank whose part was aborted would write under a late reader.
   uint32_t exchange_pages = kExchangePages;
+  expertd_executor_rule executor_rule{};  // which dispatches are those of copy engines
 };
 
 class GroupShared {
@@ -81,9 +83,11 @@ class GroupShared {
   /// For whoever knows how the devices of the ranks reach each other. Only before the first operation, while no loop
   /// has the group: they read the settings without locks.
   void set_exchange_pages(uint32_t pages) { settings_.exchange_pages = pages; }
-  /// The group's operations are those of copy engines, with a buffer for each that may be launched.
-  void set_copy_engine(uint32_t buffers) {
-    settings_.shape.copy_engine = true;
+  /// Operations of the group are those of copy engines by a rule, all of low latency if none is given, with a buffer
+  /// for each that may be launched.
+  void set_copy_engine(uint32_t buffers, const expertd_executor_rule& rule = {EXPERTD_COPIES_LL, 0}) {
+    settings_.shape.copies = rule.copies;
+    settings_.executor_rule = rule;
     settings_.exchange_pages = buffers;
   }
   uint32_t ranks() const { return settings_.shape.ranks; }

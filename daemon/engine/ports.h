@@ -51,7 +51,7 @@ struct Request {
   Traffic traffic = Traffic::kThroughput;
   bool with_weights = false;   // top-k weights travel; all ranks alike, also those with no tokens
   bool without_words = false;  // refused by the client, which rang no doorbell and has nothing waiting
-  bool by_copies = false;      // executed by copy engines and kernels of the clients
+  bool copies = false;         // by copy engines; its routing is in the exchange windows
   bool captured = false;       // kept for replays of a CUDA graph; nothing runs now, and there are no words
   uint32_t capture_lane = 0;
   uint32_t rejected_reason = 0;  // refused, at admission or by the client, but counted as this rank's operation
@@ -121,8 +121,7 @@ struct GroupShape {
   uint32_t max_tokens = 0;
   bool low_latency = false;    // low latency operations are allowed: some devices keep memory for them
   uint32_t capture_lanes = 0;  // how many captured operations may be outstanding at once; 0: none is captured
-  bool copy_engine = false;    // operations are executed by copy engines and kernels of the clients
-  bool normal = false;         // high throughput operations are allowed
+  uint32_t copies = 0;         // operations executed by copy engines and kernels of the clients: set of expertd_copies
   std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};
   base::SessionId session;
 };

@@ -32,7 +32,6 @@ engine::GroupShape shape_of(const session::GroupConfig& config) {
   shape.top_k = config.top_k;
   shape.max_tokens = config.max_tokens;
   shape.low_latency = config.mode != session::GroupMode::kNormal;
-  shape.normal = config.mode != session::GroupMode::kInference;
   shape.capture_lanes = config.capture_lanes;
   return shape;
 }
@@ -169,7 +168,7 @@ std::unique_ptr<Formation> Directory::form(const std::string& name, Pending&& pe
   }
   formation->shared = std::make_shared<engine::GroupShared>(settings);
   std::erase_if(formed_, [](const auto& entry) { return entry.second.shared.expired(); });
-  formed_[settings.shape.id.value] = {name, config, formation->shared, formation->shared->all_ranks()};
+  formed_[settings.shape.id.value] = {name, config, formation->shared, formation->shared->all_ranks(), {}};
   return formation;
 }
 
@@ -240,6 +239,13 @@ std::vector<EndedJoin> Directory::expire(uint64_t now_ns) {
   return ended;
 }
 
+void Directory::describe(base::GroupId group, const std::string& executor) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (const auto found = formed_.find(group.value); found != formed_.end()) {
+    found->second.executor = executor;
+  }
+}
+
 std::vector<session::GroupSnapshot> Directory::snapshot() const {
   std::vector<session::GroupSnapshot> groups;
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -254,7 +260,8 @@ std::vector<session::GroupSnapshot> Directory::snapshot() const {
                       .epoch = shared->epoch(),
                       .joined = formed.present,
                       .lost = shared->lost(),
-                      .ops = shared->launched_ops()});
+                      .ops = shared->launched_ops(),
+                      .executor = formed.executor});
   }
   return groups;
 }

@@ -24,6 +24,7 @@ struct Member {
   session::JoinCallback done;
   uint64_t deadline_ns = 0;
   bool copy_kernels = false;                                     // as in GroupConfig
+  uint32_t copies = 0;                                           // as in GroupConfig
   uint64_t ticket = 0;                                           // the service's name for the join
   std::shared_ptr<const std::atomic<bool>> cancelled = nullptr;  // as in JoinRequest
   bool is_cancelled() const { return cancelled != nullptr && cancelled->load(std::memory_order_acquire); }
@@ -68,6 +69,8 @@ class Directory {
   void left(base::GroupId group, uint32_t rank);
   /// Takes out the joins that were cancelled or whose deadline passed; the caller answers them.
   [[nodiscard]] std::vector<EndedJoin> expire(uint64_t now_ns);
+  /// What executes the operations of a group that is being formed, for snapshots.
+  void describe(base::GroupId group, const std::string& executor);
   std::vector<session::GroupSnapshot> snapshot() const;
 
  private:
@@ -80,6 +83,7 @@ class Directory {
     session::GroupConfig config;
     std::weak_ptr<engine::GroupShared> shared;
     uint64_t present = 0;  // ranks that neither left nor ended
+    std::string executor;
   };
   session::ErrorDetail check_place(const session::JoinRequest& request, const Member& member, const Pending* pending);
   std::unique_ptr<Formation> form(const std::string& name, Pending&& pending);

@@ -13,6 +13,7 @@
 
 #include "daemon/base/ids.h"
 #include "daemon/base/status.h"
+#include "proto/abi/executor_v1.h"
 
 namespace expertd::session {
 
@@ -23,7 +24,7 @@ struct BufferGrant {
 };
 
 enum class GroupMode : uint32_t { kUnspecified = 0, kNormal = 1, kInference = 2, kAuto = 3 };
-/// Of the low latency operations of a group.
+/// Of the operations of a group; kAuto: a rule tells for each (proto/abi/executor_v1.h).
 enum class Executor : uint32_t { kAuto = 0, kSm = 1, kCopyEngine = 2 };
 enum class OnRankLoss : uint32_t { kUnspecified = 0, kFail = 1, kMask = 2 };
 
@@ -42,6 +43,7 @@ struct GroupConfig {
   uint32_t capture_lanes = 0;      // captured operations outstanding at once
   Executor executor = Executor::kAuto;
   bool copy_kernels = false;  // what the rank's client has: not one of the things that ranks have in common
+  uint32_t copies = 0;        // nor is this: a set of expertd_copies that it evaluates a rule for
   friend bool operator==(const GroupConfig&, const GroupConfig&) = default;
 };
 
@@ -57,9 +59,10 @@ struct JoinRequest {
 struct JoinGrant {
   base::GroupId group;
   uint64_t epoch = 0;
-  BufferGrant window;  // buffer_id 0: none
-  Executor executor = Executor::kSm;
-  BufferGrant exchange;  // with kCopyEngine: descriptor and size, no buffer
+  BufferGrant window;                 // buffer_id 0: none
+  Executor executor = Executor::kSm;  // of all low latency operations; kAuto: see the rule
+  expertd_executor_rule rule{};
+  BufferGrant exchange;  // where the rule has copies: descriptor and size, no buffer
   uint64_t op_timeout_ns = 0;
   uint64_t first_op_timeout_ns = 0;
 };
@@ -130,6 +133,8 @@ struct DeviceSnapshot {
   uint32_t sessions = 0;
   uint32_t armed_streams = 0;
   uint32_t armed_streams_max = 0;
+  uint32_t lane_streams = 0;        // of capture lanes, beside the armed ones
+  uint32_t parked_streams_max = 0;  // of both together
   uint64_t peer_access_mask = 0;
   std::string kernels;
 };
@@ -142,6 +147,7 @@ struct GroupSnapshot {
   uint64_t joined = 0;
   uint64_t lost = 0;
   uint64_t ops = 0;
+  std::string executor;  // rule_text(), or "host"
 };
 
 struct SessionSnapshot {

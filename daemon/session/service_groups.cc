@@ -40,11 +40,12 @@ base::Result<GroupPlan> SessionService::plan_group(base::SessionId id, const Gro
   const device::Device& device = *found.value()->place.device;
   const device::DeviceInfo info = device.info();
   // Where the other ranks will be is not known: as for the tables, on GPUs that reach each other.
-  const ExecutorFacts own{info.is_cuda, info.mps_active, true, info.kernels == "bulk", config.copy_kernels};
+  const ExecutorFacts own{info.is_cuda,           info.mps_active,     true,
+                          info.kernels == "bulk", config.copy_kernels, config.copies};
   const ExecutorChoice choice = choose_executor(config, {own});
   EXPERTD_RETURN_IF_ERROR(choice.error.status);
   engine::GroupShape shape = group::shape_of(config);
-  shape.copy_engine = choice.executor == Executor::kCopyEngine;
+  shape.copies = choice.rule.copies;
   const base::Result<device::GroupMemory> memory = device.plan_group(shape, options_.handles_per_session);
   if (!memory.is_ok()) {
     return memory.status();
@@ -129,6 +130,7 @@ void SessionService::join_group(base::SessionId id, const JoinRequest& request, 
   member.deadline_ns = base::now_ns() + (request.timeout_ns != 0 ? request.timeout_ns : kDefaultJoinNs);
   member.done = answer;
   member.copy_kernels = request.config.copy_kernels;
+  member.copies = request.config.copies;
   member.ticket = ticket;
   member.cancelled = request.cancelled;
   std::unique_ptr<group::Formation> formation;
@@ -179,7 +181,8 @@ ExecutorChoice SessionService::executor_of(const group::Formation& formation) co
         std::all_of(formation.members.begin(), formation.members.end(), [&](const group::Member& other) {
           return other.device == member.device || (info.peer_access_mask >> other.device.value & 1) != 0;
         });
-    ranks.push_back({info.is_cuda, info.mps_active, reaches_all, info.kernels == "bulk", member.copy_kernels});
+    ranks.push_back(
+        {info.is_cuda, info.mps_active, reaches_all, info.kernels == "bulk", member.copy_kernels, member.copies});
   }
   return choose_executor(formation.config, ranks);
 }
@@ -216,12 +219,15 @@ void SessionService::form_group(std::unique_ptr<group::Formation> formation) {
   std::vector<JoinGrant> grants(formation->members.size());
   const ExecutorChoice choice = executor_of(*formation);
   ErrorDetail error = choice.error;
-  if (error.status.is_ok() && choice.executor == Executor::kCopyEngine) {
-    formation->shared->set_copy_engine(formation->shared->settings().normal ? EXPERTD_HT_BUFFERS
-                                                                            : EXPERTD_EXCHANGE_BUFFERS);
+  if (error.status.is_ok() && choice.rule.copies != 0) {
+    const bool high_throughput = (choice.rule.copies & EXPERTD_COPIES_HT) != 0;
+    formation->shared->set_copy_engine(high_throughput ? EXPERTD_HT_BUFFERS : EXPERTD_EXCHANGE_BUFFERS, choice.rule);
   }
+  const bool on_gpus = devices_[formation->members.front().device.value].device->info().is_cuda;
+  directory_.describe(group, on_gpus ? rule_text(formation->config.mode, choice.rule) : "host");
   for (size_t i = 0; i < formation->members.size() && error.status.is_ok(); ++i) {
     grants[i].executor = choice.executor;
+    grants[i].rule = choice.rule;
     error.status = form_member(*formation, formation->members[i], &grants[i]);
     error.rank = error.status.is_ok() ? -1 : static_cast<int32_t>(formation->members[i].rank);
   }
@@ -284,7 +290,7 @@ base::Status SessionService::form_member(const group::Formation& formation, cons
     }
     entry->second.window_buffer = grant->window.buffer_id;
   }
-  if (shape.copy_engine) {
+  if (shape.copies != 0) {
     EXPERTD_RETURN_IF_ERROR(grant_exchange(formation, member, grant));
   }
   grant->group = shape.id;

@@ -91,6 +91,8 @@ std::vector<DeviceSnapshot> SessionService::devices() {
     snapshot.table_bytes = info.pool_used_bytes - std::min(info.pool_used_bytes, info.window_bytes);
     snapshot.armed_streams = info.armed_streams;
     snapshot.armed_streams_max = info.armed_streams_max;
+    snapshot.lane_streams = info.lane_streams;
+    snapshot.parked_streams_max = info.parked_streams_max;
     snapshot.peer_access_mask = info.peer_access_mask;
     snapshot.kernels = info.kernels;
     snapshots.push_back(std::move(snapshot));

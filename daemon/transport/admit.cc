@@ -97,7 +97,7 @@ bool Admission::group(const engine::RankState* rank) {
 
 bool Admission::operation(const engine::GroupShared* group) {
   // What is wrong with the arguments is said first: a client with such has nothing for copy engines either.
-  return arguments(group) && (refused_by_client(slot_) || check_executor(slot_, group, number_, &check_, request_));
+  return arguments(group) && (refused_by_client(slot_) || take_executor(slot_, group, number_, &check_, request_));
 }
 
 bool Admission::arguments(const engine::GroupShared* group) {
@@ -258,7 +258,8 @@ bool Admission::known_handle(bool low_latency, session::HandleState** handle) {
     return check_.refuse(EXPERTD_REASON_ARGUMENT_RANGE, EXPERTD_ARGUMENT_TOKENS, slot_.tokens, known.tokens,
                          known.tokens);
   }
-  // A captured combine is by the daemon's kernels, so its handle is of a captured dispatch where others go by copies.
+  // Routing is where the executor of the dispatch left it: a captured combine, which is by the daemon's kernels, needs
+  // the handle of a dispatch by those.
   if (known.expanded != ((slot_.flags & EXPERTD_SLOT_EXPANDED) != 0) ||
       known.copy_engine != ((slot_.flags & EXPERTD_SLOT_COPY_ENGINE) != 0)) {
     return check_.refuse(EXPERTD_REASON_STALE_HANDLE, EXPERTD_ARGUMENT_FLAGS, slot_.flags, 0, EXPERTD_SLOT_FLAGS_ALL);

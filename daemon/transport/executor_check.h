@@ -8,9 +8,9 @@
 
 namespace expertd::transport {
 
-/// `group` is null for operations without one, `number` that of the operation. Tells `request` which executor it is;
-/// false with a refusal in `check`.
-bool check_executor(const expertd_slot& slot, const engine::GroupShared* group, uint64_t number, TensorCheck* check,
-                    engine::Request* request);
+/// `group` is null for operations without one, `number` that of the operation, whose handle was held against the flags
+/// before. False with a refusal in `check`; else `request` says which executor it is.
+bool take_executor(const expertd_slot& slot, const engine::GroupShared* group, uint64_t number, TensorCheck* check,
+                   engine::Request* request);
 
 }  // namespace expertd::transport

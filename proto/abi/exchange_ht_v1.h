@@ -158,11 +158,21 @@ static inline struct expertd_exchange_ht_layout expertd_exchange_ht_layout_of(
   return at;
 }
 
-/* Whether rows of these sizes go by copy engines: what all ranks of an operation have to give alike. */
+/* Whether the window has room for rows of these sizes. */
 static inline int expertd_exchange_ht_fits(const struct expertd_exchange_ht_layout* at, uint64_t row_bytes,
                                            uint64_t side_bytes) {
   return at->total_bytes != 0u && row_bytes >= 16u && row_bytes % 16u == 0u && row_bytes <= at->row_bytes_max &&
          side_bytes <= at->side_bytes_max;
+}
+
+/* Whether copy engines can execute a dispatch or combine of this form, of what all ranks give alike. Where the rule of
+ * executor_v1.h says copies and this does not, the operation is one of the daemon's kernels, on all ranks. */
+static inline int expertd_exchange_ht_serves(const struct expertd_exchange_ht_layout* at,
+                                             const struct expertd_slot* slot) {
+  const int bytes = slot->dtype == EXPERTD_DTYPE_BYTES;
+  const uint64_t side = bytes ? UINT64_C(1) * slot->side_elements * slot->side_element_bytes : 0u;
+  return (slot->flags & EXPERTD_SLOT_EXPANDED) == 0u &&
+         expertd_exchange_ht_fits(at, bytes ? slot->row_bytes : at->row_bytes_max, side) != 0;
 }
 
 /* The first token of a slice; of slice EXPERTD_HT_SLICES the number of tokens, at most EXPERTD_HT_TOKENS_MAX. */

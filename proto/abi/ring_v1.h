@@ -12,8 +12,8 @@
 #define EXPERTD_RING_MAGIC 0x31474e5244505845ULL /* "EXPDRNG1" read as little-endian */
 #define EXPERTD_ABI_MAJOR 1u
 /* 1: EXPERTD_SLOT_REFUSED. 2: executor and sms of a completion. 3: token_bound of a slot; EXPERTD_SLOT_CAPTURED and the
- * words of captured operations; EXPERTD_SLOT_COPY_ENGINE. A client reads the daemon's in the header and uses nothing
- * that is newer. */
+ * words of captured operations; EXPERTD_SLOT_COPY_ENGINE and EXPERTD_SLOT_SPLIT. A client reads the daemon's in the
+ * header and uses nothing that is newer. */
 #define EXPERTD_ABI_MINOR 3u
 
 #define EXPERTD_RING_HEADER_BYTES 4096u
@@ -121,7 +121,8 @@ enum expertd_slot_flag {
   EXPERTD_SLOT_REFUSED = 512u,            /* alone: the rank refused its operation itself, refused_* say why (1.1) */
   EXPERTD_SLOT_CAPTURED = 1024u,          /* ll_dispatch, ll_combine: keep it for replays, run nothing now (1.3) */
   EXPERTD_SLOT_COPY_ENGINE = 2048u,       /* ll_*: the client's kernels do the local work (1.3) */
-  EXPERTD_SLOT_FLAGS_ALL = 4095u
+  EXPERTD_SLOT_SPLIT = 4096u,             /* dispatch, ll_dispatch: the caller computes meanwhile (1.3) */
+  EXPERTD_SLOT_FLAGS_ALL = 8191u
 };
 
 enum expertd_dtype {
@@ -275,7 +276,8 @@ struct expertd_completion {
 };
 
 /* Names of the arguments a Reason can be about; numbers are stable. Of DISPATCH_DTYPE the value is the operation's
- * expertd_payload, and the maximum the set of them that its group was joined with. */
+ * expertd_payload, and the maximum the set of them that its group was joined with; of EXECUTOR it is the operation's
+ * expertd_completion_executor. */
 #define EXPERTD_ARGUMENTS(X)                      \
   X(NONE, 0, "argument")                          \
   X(OP, 1, "op")                                  \
@@ -306,6 +308,7 @@ struct expertd_completion {
   X(TOKEN_BOUND, 26, "token_bound")               \
   X(CAPTURE_LANE, 27, "capture_lane")             \
   X(EXCHANGE_BUFFER, 28, "exchange_buffer")       \
+  X(EXECUTOR, 29, "executor")                     \
   X(IN_X, 32, "x")                                \
   X(IN_TOPK_IDX, 33, "topk_idx")                  \
   X(IN_TOPK_WEIGHTS, 34, "topk_weights")          \

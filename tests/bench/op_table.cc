@@ -3,8 +3,10 @@
 // verified, beside the floor of the link and NCCL, which take turns with it. One run is one state of MPS. tests/bench/
 // README.md says what is timed and how.
 #include <cuda_runtime_api.h>
+#include <signal.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <deque>
 #include <fstream>
@@ -110,11 +112,13 @@ json document_of(const TableOptions& options, const TableRunner& runner, const s
           {"rows", list}};
 }
 
+/// Whole or not at all, whenever the program ends.
 void write_file(const std::string& path, const json& document) {
-  std::ofstream file(path);
+  const std::string fresh = path + ".new";
+  std::ofstream file(fresh);
   file << document.dump(1) << "\n";
   file.close();
-  if (!file) {
+  if (!file || std::rename(fresh.c_str(), path.c_str()) != 0) {
     throw std::runtime_error(path + " cannot be written");
   }
 }
@@ -126,6 +130,33 @@ json read_file(const std::string& path) {
     throw std::runtime_error(path + " cannot be read");
   }
   return merged(json::parse(file), {{"rows", json::array()}});
+}
+
+/// What --resume may keep; null where there is nothing, also where the file is no table.
+json read_resumable(const std::string& path, const std::string& device) {
+  std::ifstream file(path);
+  if (path.empty() || !file) {
+    return {};
+  }
+  const json kept = resumable(json::parse(file, nullptr, false), EXPERTD_COMMIT, device);
+  std::cerr << "op_table: " + path + ": " + std::to_string(kept.is_null() ? 0 : kept["rows"].size()) +
+                   " rows of commit " + EXPERTD_COMMIT + " and " + device + " are kept\n";
+  return kept;
+}
+
+/// The row that runs is the last; what comes behind it says that it was not run.
+void stop_on_signals() {
+  struct sigaction action {};
+  action.sa_handler = [](int) { table_stopped.store(true, std::memory_order_relaxed); };
+  action.sa_flags = SA_RESTART;
+  for (const int number : {SIGTERM, SIGINT, SIGHUP}) {
+    sigaction(number, &action, nullptr);
+  }
+}
+
+bool has_mps(int gpu) {
+  int mps = 0;
+  return cudaDeviceGetAttribute(&mps, cudaDevAttrMpsEnabled, gpu) == cudaSuccess && mps != 0;
 }
 
 /// The last lines of an own daemon's log that are more than information.
@@ -181,6 +212,8 @@ int run(const TableOptions& options) {
   }
   TableSelection selection = options.selection;
   selection.ranks = static_cast<uint32_t>(gpus.size());
+  // Without MPS `auto` is by copy engines anyway.
+  selection.copies = options.executor == "auto" && has_mps(gpus.front());
   if (selection.experts == 0 || selection.experts % selection.ranks != 0) {
     std::cerr << "op_table: --experts " << selection.experts << " is no multiple of " << gpus.size() << " GPUs\n";
     return kUsage;
@@ -201,9 +234,17 @@ int run(const TableOptions& options) {
   TableRunner runner(options, gpus, place,
                      options.runtime_directory.empty() ? TableRunner::Renew(start_daemon) : TableRunner::Renew());
   leave_out_layers(&cases);
-  // After each group, so that a run that is stopped leaves what it had.
+  const json kept = read_resumable(options.resume_file, runner.device_name());
+  const auto whole = [&](const std::vector<TableRow>& rows) {
+    const json document = document_of(options, runner, version, rows);
+    return kept.is_null() ? document : merged(kept, document);
+  };
+  // After each row, so that a run that is stopped leaves what it had.
   const auto keep = [&](const std::vector<TableRow>& rows) {
     const json document = document_of(options, runner, version, rows);
+    if (!options.resume_file.empty()) {
+      write_file(options.resume_file, whole(rows));
+    }
     if (!options.json_file.empty()) {
       write_file(options.json_file, document);
     }
@@ -212,18 +253,21 @@ int run(const TableOptions& options) {
     }
   };
   const uint64_t begin_ns = now_ns();
-  const std::vector<TableRow> rows = runner.run(cases, keep);
+  const std::vector<TableRow> rows = runner.run(
+      cases, [&](const TableRow& row) { return has_row(kept, row); }, keep);
   tell_seconds(rows, static_cast<double>(now_ns() - begin_ns) * 1e-9);
   keep(rows);
   if (options.runtime_directory.empty() && daemon != nullptr) {
     tell_warnings(daemon->log_file());
   }
-  const json document = document_of(options, runner, version, rows);
-  const auto right = std::count_if(rows.begin(), rows.end(), [](const TableRow& row) { return row.verified; });
+  const json document = whole(rows);
+  const json& all = document.at("rows");
+  const auto right =
+      std::count_if(all.begin(), all.end(), [](const json& row) { return row.value("verified", false); });
   std::cout << (options.json ? document.dump(1) + "\n"
                              : table_text(document) + "verified " + std::to_string(right) + " of " +
-                                   std::to_string(rows.size()) + " rows\n");
-  return !rows.empty() && all_verified(document) ? kOk : kFailed;
+                                   std::to_string(all.size()) + " rows\n");
+  return !all.empty() && all_verified(document) ? kOk : kFailed;
 }
 
 }  // namespace
@@ -245,6 +289,7 @@ int main(int argc, char** argv) {
   }
   try {
     set_environment();
+    stop_on_signals();
     return run(*options);
   } catch (const std::exception& error) {
     std::cerr << "op_table: " << error.what() << "\n";

@@ -133,7 +133,7 @@ Outcome Rounds::release() {
 }
 
 Outcome Rounds::join(const std::string& name, uint32_t rank, uint32_t ranks, const std::string& mode, uint64_t op_ns) {
-  const bool low_latency = mode != "normal" && mode != "copy-normal";
+  const bool low_latency = !mode.ends_with("normal");
   const uint32_t executor = mode == "copy" || mode == "copy-normal" ? EXPERTD_GROUP_EXECUTOR_COPY_ENGINE
                             : mode == "sm"                          ? EXPERTD_GROUP_EXECUTOR_SM
                                                                     : EXPERTD_GROUP_EXECUTOR_AUTO;
@@ -143,7 +143,11 @@ Outcome Rounds::join(const std::string& name, uint32_t rank, uint32_t ranks, con
   rank_ = rank;
   ranks_ = ranks;
   low_latency_ = low_latency;
-  executor_ = executor;
+  mixed_ = mode.starts_with("mixed-");
+  expected_ = mode.find("copy") != std::string::npos ? EXPERTD_EXECUTOR_COPY_ENGINE
+              : mode.find("sm") != std::string::npos ? EXPERTD_EXECUTOR_SM
+                                                     : EXPERTD_EXECUTOR_NONE;
+  issued_rounds_ = 0;
   number_ = 0;
   handles_.clear();
   expertd_group_options_t options = support::small_group(name.c_str(), rank, ranks);
@@ -198,8 +202,8 @@ Outcome Rounds::upload() {
   return outcome.ok() ? copy(weights_, host_weights_, kWeightBytes) : outcome;
 }
 
-void Rounds::note_issued(expertd_event_t event, OpCounts* counts) {
-  issued_.push_back({event, false});
+void Rounds::note_issued(expertd_event_t event, OpCounts* counts, bool split) {
+  issued_.push_back({event, false, split ? uint32_t{EXPERTD_EXECUTOR_COPY_ENGINE} : expected_});
   counts->issued.fetch_add(1, std::memory_order_relaxed);
 }
 
@@ -269,11 +273,19 @@ Outcome Rounds::issue_ll_combine(uint32_t tokens, uint32_t flags, expertd_handle
 Outcome Rounds::issue_low_latency(OpCounts* counts, BatchEnd* batch) {
   expertd_handle_t handle{};
   expertd_event_t event{};
-  Outcome outcome = issue_ll_dispatch(kTokens, 0, &handle, &event);
+  const bool split = mixed_ && issued_rounds_++ % 2 == 1;
+  const uint32_t flags = split ? EXPERTD_ASYNC : 0;
+  Outcome outcome = issue_ll_dispatch(kTokens, flags, &handle, &event);
   if (!outcome.ok()) {
     return outcome;
   }
-  note_issued(event, counts);
+  note_issued(event, counts, split);
+  if (split) {
+    outcome = receive(event);
+    if (!outcome.ok()) {
+      return outcome;
+    }
+  }
   if (gpu_ == nullptr) {
     // Host sessions copy at once, so the rows must be there.
     collect(&issued_.back(), counts, batch);
@@ -283,12 +295,16 @@ Outcome Rounds::issue_low_latency(OpCounts* counts, BatchEnd* batch) {
   }
   outcome = give_back(handle);
   if (outcome.ok()) {
-    outcome = issue_ll_combine(kTokens, 0, handle, combined_, &event);
+    outcome = issue_ll_combine(kTokens, flags, handle, combined_, &event);
   }
   if (outcome.ok()) {
-    note_issued(event, counts);
+    note_issued(event, counts, split);
   }
-  return outcome;
+  return outcome.ok() && split ? receive(event) : outcome;
+}
+
+Outcome Rounds::receive(expertd_event_t event) {
+  return outcome_of(expertd_event_stream_wait(event, stream()));
 }
 
 Outcome Rounds::fetch() {
@@ -303,14 +319,9 @@ void Rounds::collect(Issued* op, OpCounts* counts, BatchEnd* batch) {
   op->seen = true;
   const support::OpEnd end = support::finish(op->event);
   counts->ended.fetch_add(1, std::memory_order_relaxed);
-  uint32_t expected = end.result.executor;
-  if (executor_ == EXPERTD_GROUP_EXECUTOR_COPY_ENGINE) {
-    expected = EXPERTD_EXECUTOR_COPY_ENGINE;
-  } else if (executor_ == EXPERTD_GROUP_EXECUTOR_SM) {
-    expected = EXPERTD_EXECUTOR_SM;
-  }
-  if (end.outcome.ok() && end.result.executor != expected) {
-    batch->wrong = "WRONG_EXECUTOR " + std::to_string(end.result.executor);
+  if (end.outcome.ok() && op->executor != EXPERTD_EXECUTOR_NONE && end.result.executor != op->executor) {
+    batch->wrong =
+        "WRONG_EXECUTOR " + std::to_string(end.result.executor) + ", expected " + std::to_string(op->executor);
   }
   if (batch->end.outcome.ok()) {
     batch->end = end;

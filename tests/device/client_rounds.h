@@ -43,8 +43,10 @@ class Rounds {
   /// Gives the registrations back.
   support::Outcome release();
 
-  /// `mode`: normal; copy-normal, which is that by copy engines; ll; sm and copy, which are ll of that executor and
-  /// must then say that they had it; or captured, which is ll with two capture lanes.
+  /// `mode`: normal; ll; copy-normal, sm and copy, which are those of that executor and must then say that they had it;
+  /// auto-sm-normal and auto-copy-normal, of no chosen executor, which must say that they had the one named; captured,
+  /// which is ll with two capture lanes; or mixed-sm and mixed-copy, which are ll of no chosen executor with every
+  /// second round in halves: those are by copy engines, the others as named.
   support::Outcome join(const std::string& name, uint32_t rank, uint32_t ranks, const std::string& mode,
                         uint64_t op_ns);
   support::Outcome leave();
@@ -61,7 +63,8 @@ class Rounds {
   friend class Graphs;
   struct Issued {
     expertd_event_t event{};
-    bool seen = false;  // its end
+    bool seen = false;      // its end
+    uint32_t executor = 0;  // that it must say; 0: any
   };
 
   support::Outcome add(uint64_t bytes, const std::string& kind, void** data);
@@ -75,7 +78,8 @@ class Rounds {
   support::Outcome upload();
   support::Outcome issue_normal(OpCounts* counts);
   support::Outcome issue_low_latency(OpCounts* counts, BatchEnd* batch);
-  void note_issued(expertd_event_t event, OpCounts* counts);
+  void note_issued(expertd_event_t event, OpCounts* counts, bool split = false);
+  support::Outcome receive(expertd_event_t event);
   void collect(Issued* op, OpCounts* counts, BatchEnd* batch);
   float sent(uint32_t token, uint32_t channel) const;
   uint32_t target(uint32_t token, uint32_t lane) const { return (rank_ + token + lane) % ranks_; }
@@ -95,7 +99,9 @@ class Rounds {
   uint32_t rank_ = 0;
   uint32_t ranks_ = 0;
   bool low_latency_ = false;
-  uint32_t executor_ = 0;
+  uint32_t expected_ = 0;  // expertd_executor_t of operations that are not split; 0: any
+  bool mixed_ = false;
+  uint64_t issued_rounds_ = 0;
   uint64_t number_ = 0;
   std::vector<Issued> issued_;
   std::vector<expertd_handle_t> handles_;

@@ -95,6 +95,35 @@ class CudaCaptures : public GpuTest {
   void ring(uint32_t op, uint32_t rank) {
     group_->write_word(rank, EXPERTD_CAPTURE_DOORBELL_OFFSET(entries_[op].words[rank]), entries_[op].entry[rank]);
   }
+  /// Of all ranks, as close together as the host can.
+  void ring_all(uint32_t op) {
+    for (uint32_t r = 0; r < group_->size(); ++r) {
+      group_->write_word_async(r, EXPERTD_CAPTURE_DOORBELL_OFFSET(entries_[op].words[r]), entries_[op].entry[r]);
+    }
+    for (uint32_t r = 0; r < group_->size(); ++r) {
+      group_->wait_for_words(r);
+    }
+  }
+  /// Replays without the engine until an operation does not end, which it does then with it; returns how many did.
+  uint32_t replay_alone(support::Random* random) {
+    for (uint32_t done = 0; done < 200; ++done) {
+      const uint32_t op = 2 * static_cast<uint32_t>(random->below(kPairs));
+      ring_all(op);
+      bool late = false;
+      for (uint32_t r = 0; r < group_->size(); ++r) {
+        uint64_t reason = take(op, r, late, late ? kDrainNs : 50'000'000);
+        if (reason == ~uint64_t{0} && !late) {
+          late = true;
+          reason = take(op, r);
+        }
+        EXPECT_EQ(reason, 0U) << repro_;
+      }
+      if (late) {
+        return done;
+      }
+    }
+    return 200;
+  }
   /// Waits for the completion as the graph does, and takes it. The Reason, or ~0 when it did not come.
   uint64_t take(uint32_t op, uint32_t rank, bool tends = true, uint64_t limit_ns = kDrainNs) {
     const uint32_t words = entries_[op].words[rank];
@@ -225,34 +254,16 @@ TEST_F(CudaCaptures, ArmsRunOutAndOperationsAreLateNotWrong) {
   capture(11);
   support::Random random(11);
   wait_until_armed();
-  // Without the engine there are 64 arms per lane; what comes behind them waits for it.
+  // Without the engine there are 64 arms per lane; what comes behind them waits for it, and so does an operation whose
+  // doorbells this thread was kept from ringing together, which is why there are several attempts.
   upload();
   uint32_t done = 0;
-  for (; done < 200; ++done) {
-    const uint32_t op = 2 * static_cast<uint32_t>(random.below(kPairs));
-    for (uint32_t r = 0; r < group_->size(); ++r) {
-      ring(op, r);
-    }
-    uint64_t reason = take(op, 0, false, 50'000'000);
-    if (reason == ~uint64_t{0}) {
-      break;
-    }
-    ASSERT_EQ(reason, 0U);
-    for (uint32_t r = 1; r < group_->size(); ++r) {
-      ASSERT_EQ(take(op, r, false), 0U);
-    }
+  for (int attempt = 0; attempt < 20 && done != 64 && !HasFailure(); ++attempt) {
+    done = replay_alone(&random);
+    ASSERT_LE(done, 64U) << "all of these were in one lane";
+    wait_until_armed();
   }
-  EXPECT_EQ(done, 64U) << "all of these were in one lane";
-  if (done < 200) {
-    tend();
-    const uint32_t words = entries_[0].words[0];
-    while (group_->read_word(0, EXPERTD_CAPTURE_COMPLETION_OFFSET(words)) == 0) {
-      tend();
-    }
-    for (uint32_t r = 0; r < group_->size(); ++r) {
-      ASSERT_EQ(take(0, r), 0U) << "lanes are shared: operation 0 names the same words";
-    }
-  }
+  EXPECT_EQ(done, 64U);
   for (uint32_t i = 0; i < 5 && !HasFailure(); ++i) {
     round(&random, [&](uint32_t op) { replay(op); });
   }

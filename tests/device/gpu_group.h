@@ -225,12 +225,16 @@ class GpuGroup {
   void* flag_page(uint32_t rank) { return devices_[rank]->session_flag_page({rank + 1}); }
   /// A word of the rank's flag page, through the stream of ring().
   void write_word(uint32_t rank, uint64_t offset, uint64_t value) {
+    write_word_async(rank, offset, value);
+    wait_for_words(rank);
+  }
+  void write_word_async(uint32_t rank, uint64_t offset, uint64_t value) {
     EXPECT_EQ(cudaSuccess, cudaSetDevice(static_cast<int>(device_index(rank))));
     *bells_[rank].value = value;
     EXPECT_EQ(cudaSuccess, cudaMemcpyAsync(static_cast<char*>(flag_page(rank)) + offset, bells_[rank].value,
                                            sizeof(value), cudaMemcpyHostToDevice, bells_[rank].stream));
-    EXPECT_EQ(cudaSuccess, cudaStreamSynchronize(bells_[rank].stream));
   }
+  void wait_for_words(uint32_t rank) { EXPECT_EQ(cudaSuccess, cudaStreamSynchronize(bells_[rank].stream)); }
   uint64_t read_word(uint32_t rank, uint64_t offset) {
     EXPECT_EQ(cudaSuccess, cudaSetDevice(static_cast<int>(device_index(rank))));
     EXPECT_EQ(cudaSuccess, cudaMemcpyAsync(bells_[rank].value, static_cast<char*>(flag_page(rank)) + offset,

@@ -13,12 +13,11 @@ inline constexpr const char* kClientMode = "--client";
 ///   gpus                       count=N mps=B uuid0=...       free                      free0=BYTES total0=BYTES ...
 ///   cuda ORDINAL               a context and a stream        attach SOCKET DEVICE NAME
 ///   memory KIND                tensors for rounds            release                   gives them back
-///   join NAME RANK RANKS normal|ll|sm|copy|captured [MS]     leave                     detach
-///   (ll of no chosen executor, sm and copy of that one)      exchange SEED N RANK      N random low latency cases by
-///   copy engines in groups of their own of two ranks, against the reference
-///   rounds N [DEPTH]           batches=N p50_us= p99_us= max_us=                           state
-///   reattach MS
-///   loop [DEPTH]               batches until one fails or a line comes; answers "ok looping" after the first, then the
+///   join NAME RANK RANKS normal|ll|sm|copy|captured|mixed-sm|mixed-copy [MS]           leave detach (the modes are
+///   those of Rounds)                          exchange SEED N RANK      N random low latency cases by copy engines in
+///   groups of their own of two ranks, against the reference rounds N [DEPTH]           batches=N p50_us= p99_us=
+///   max_us=                           state reattach MS loop [DEPTH]               batches until one fails or a line
+///   comes; answers "ok looping" after the first, then the
 ///                              end
 ///   count FILE                 counts operations in a shared file (OpCounts)
 ///   capture                    graphs (Graphs)               replay SEED N [IDLE_US]    replays=N, each checked

@@ -140,6 +140,44 @@ TEST(TableMerge, ARowOfOtherMultiprocessorsIsAnotherAndAFailedOneGivesWay) {
   EXPECT_EQ(merged(document_of({failed}, false), document_of({failed}, false)).at("rows").size(), 1u);
 }
 
+TEST(TableResume, KeepsVerifiedRowsOfTheSameCommitAndDevice) {
+  TableRow failed = row_of("combine", 4096, false);
+  failed.verified = false;
+  json document = document_of({row_of("dispatch", 4096, false), failed}, false);
+  document["device"] = "GPU";
+  const json kept = resumable(document, "a", "GPU");
+  ASSERT_EQ(kept.at("rows").size(), 1u);
+  EXPECT_EQ(kept.at("rows")[0].at("operation"), "dispatch");
+  EXPECT_TRUE(resumable(document, "b", "GPU").is_null());
+  EXPECT_TRUE(resumable(document, "a", "another GPU").is_null());
+  EXPECT_TRUE(resumable(document_of({failed}, false), "a", "GPU").is_null());
+  for (const json& other : {json(), json::array(), json{{"commit", "a"}, {"device", "GPU"}}}) {
+    EXPECT_TRUE(resumable(other, "a", "GPU").is_null());
+    EXPECT_FALSE(has_row(other, failed));
+  }
+}
+
+TEST(TableResume, KnowsARowThatWasAskedForAlike) {
+  const TableRow there = row_of("dispatch", 4096, false);
+  const json kept = document_of({there}, false);
+  TableRow planned;  // without results, of which no executor is known
+  planned.it = there.it;
+  EXPECT_TRUE(has_row(kept, planned));
+  const auto but = [&](const auto& change) {
+    TableRow other = planned;
+    change(&other);
+    return has_row(kept, other);
+  };
+  EXPECT_FALSE(but([](TableRow* row) { row->busy = true; }));
+  EXPECT_FALSE(but([](TableRow* row) { row->mps = true; }));
+  EXPECT_FALSE(but([](TableRow* row) { row->asked_executor = "copy_engine"; }));
+  EXPECT_FALSE(but([](TableRow* row) { row->link_sms = 32; }));
+  EXPECT_FALSE(but([](TableRow* row) { row->it.captured = true; }));
+  EXPECT_FALSE(but([](TableRow* row) { row->it.half = "send"; }));
+  EXPECT_FALSE(but([](TableRow* row) { row->it.shape.experts = 64; }));
+  EXPECT_FALSE(but([](TableRow* row) { row->it.shape.tokens = 512; }));
+}
+
 TEST(TableMerge, RefusesWhatIsNoTable) {
   EXPECT_THROW(merged(json::array(), document_of({}, false)), std::runtime_error);
   EXPECT_THROW(merged({{"rows", 3}}, document_of({}, false)), std::runtime_error);
@@ -157,14 +195,39 @@ TEST(TableCases, EveryCaseHasAnOperationAndGroupsLieTogether) {
   EXPECT_LT(table_cases({.quick = true}).size(), cases.size());
 }
 
-TEST(TableCases, LayersAndDoubleBatchesComeBeforeOtherShapes) {
-  const std::vector<TableCase> cases = table_cases({});
-  size_t other_shape = cases.size();
-  for (size_t i = 0; i < cases.size(); ++i) {
-    const bool early = cases[i].operation == "layer" || cases[i].operation == "overlap";
-    other_shape = cases[i].has_main_shape() || cases[i].operation == "empty" ? other_shape : std::min(other_shape, i);
-    EXPECT_TRUE(!early || i < other_shape) << cases[i].name();
+TEST(TableCases, ComeByImportance) {
+  const std::vector<TableCase> cases = table_cases({.copies = true});
+  const auto rank = [](const TableCase& it) {
+    if (it.operation == "layer") {
+      return 5;
+    }
+    if (!it.executor.empty() || it.operation == "overlap") {
+      return 3;
+    }
+    if (it.captured || it.operation == "empty") {
+      return 2;
+    }
+    return !it.has_main_shape() ? 4 : it.low_latency ? 1 : 0;
+  };
+  for (size_t i = 1; i < cases.size(); ++i) {
+    EXPECT_LE(rank(cases[i - 1]), rank(cases[i])) << cases[i].name();
   }
+  EXPECT_EQ(cases.front().name(), "dispatch ht fp8, 4096 tokens, hidden 7168, top 8");
+}
+
+TEST(TableCases, ThoseByCopyEnginesAreInGroupsOfTheirOwn) {
+  std::vector<std::string> names;
+  for (const TableCase& it : table_cases({.copies = true})) {
+    if (!it.executor.empty()) {
+      names.push_back(it.operation);
+      EXPECT_NE(it.name().find(" by copy_engine, 128 tokens"), std::string::npos) << it.name();
+    }
+  }
+  EXPECT_EQ(names, (std::vector<std::string>{"dispatch", "combine", "pair", "overlap"}));
+  EXPECT_EQ(table_cases({.copies = true}).size(), table_cases({}).size() + 4);
+  TableCase other = table_cases({}).front();
+  other.executor = "copy_engine";
+  EXPECT_FALSE(other.shares_group(table_cases({}).front()));
 }
 
 TEST(TableCases, HalvesAreOfBothLowLatencyOperationsOfTheMainShape) {
@@ -202,7 +265,8 @@ TEST(TableCases, CapturedComeBeforeTheOtherSizes) {
   const auto other = std::find_if(cases.begin(), cases.end(), [](const TableCase& it) {
     return !it.captured && !it.has_main_shape() && it.operation != "empty";
   });
-  EXPECT_TRUE(std::none_of(other, cases.end(), [](const TableCase& it) { return it.captured; }));
+  EXPECT_TRUE(
+      std::none_of(other, cases.end(), [](const TableCase& it) { return it.captured && it.operation != "layer"; }));
 }
 
 TEST(TableCases, SelectsCapturedOnesAloneAndAllOthersAlone) {
@@ -296,6 +360,13 @@ TEST(TableOptionsOfTheCommandLine, CapturedIsYesNoOrBoth) {
   EXPECT_FALSE(parsed("--captured=yes").value().selection.eager);
   EXPECT_FALSE(parsed("--captured=no").value().selection.captured);
   EXPECT_FALSE(parsed("--captured=maybe").has_value());
+}
+
+TEST(TableOptionsOfTheCommandLine, RowsHaveATimeAndRunsAFileToGoOnWith) {
+  EXPECT_EQ(parsed("").value().row_seconds, 4);
+  EXPECT_EQ(parsed("--row-seconds=0.5").value().row_seconds, 0.5);
+  EXPECT_FALSE(parsed("--row-seconds=0").has_value());
+  EXPECT_EQ(parsed("--resume=t.json").value().resume_file, "t.json");
 }
 
 /// A row stands for itself by its rank and its place in that rank's input.

@@ -108,6 +108,11 @@ class FakeDaemon : public v1::Session::Service {
     const std::lock_guard lock(mutex_);
     return seen_;
   }
+  // What is in the answers to joins beside the rest.
+  void grant(v1::JoinGroupResponse granted) {
+    const std::lock_guard lock(mutex_);
+    grant_ = std::move(granted);
+  }
   // Of the last join.
   v1::GroupConfig config() {
     const std::lock_guard lock(mutex_);
@@ -370,6 +375,11 @@ class FakeDaemon : public v1::Session::Service {
     return buffer_;
   }
 
+  uint64_t put_window(int fd) {
+    window_fds_[++token_] = fd;
+    return token_;
+  }
+
   grpc::Status OpenSession(grpc::ServerContext*, const v1::OpenSessionRequest*,
                            v1::OpenSessionResponse* response) override {
     response->set_session_id(session_);
@@ -381,11 +391,9 @@ class FakeDaemon : public v1::Session::Service {
                             v1::CreateWindowResponse* response) override {
     const std::lock_guard lock(mutex_);
     const uint64_t bytes = (request->size() + 4095) & ~uint64_t{4095};
-    const int fd = make_memfd(bytes);
-    response->set_buffer_id(grant_locked(fd, 0, bytes));
     response->set_size(bytes);
-    response->set_fd_token(++token_);
-    window_fds_[token_] = fd;
+    response->set_fd_token(put_window(make_memfd(bytes)));
+    response->set_buffer_id(grant_locked(window_fds_[token_], 0, bytes));
     return grpc::Status::OK;
   }
 
@@ -421,15 +429,17 @@ class FakeDaemon : public v1::Session::Service {
     response->set_op_timeout_ns(2'000'000'000);
     response->set_first_op_timeout_ns(4'000'000'000);
     config_ = request->config();
+    response->MergeFrom(grant_);
+    if (grant_.exchange_size() != 0) {
+      response->set_exchange_fd_token(put_window(make_memfd(grant_.exchange_size())));
+    }
     if (config_.mode() != v1::GROUP_MODE_NORMAL) {
       const expertd_ll_window_shape shape = {config_.expert_parallel_size(), config_.num_experts(), config_.hidden(),
                                              config_.max_tokens()};
       const uint64_t bytes = expertd_ll_window_place_payloads(&shape, config_.dispatch_dtypes(), 0).total_bytes;
-      const int fd = make_memfd(bytes);
-      response->set_window_buffer_id(grant_locked(fd, 0, bytes));
       response->set_window_size(bytes);
-      response->set_window_fd_token(++token_);
-      window_fds_[token_] = fd;
+      response->set_window_fd_token(put_window(make_memfd(bytes)));
+      response->set_window_buffer_id(grant_locked(window_fds_[token_], 0, bytes));
     }
     return grpc::Status::OK;
   }
@@ -482,6 +492,7 @@ class FakeDaemon : public v1::Session::Service {
   Script script_;
   std::pair<int32_t, std::string> refusal_;
   v1::GroupConfig config_;
+  v1::JoinGroupResponse grant_;
   v1::ErrorInfo join_error_;
   std::string join_error_text_;
 };

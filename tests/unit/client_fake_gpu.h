@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "client/src/device_side.h"
+#include "proto/abi/ring_v1.h"
 #include "tests/unit/client_fake_socket.h"
 
 namespace expertd::test {
@@ -212,6 +213,15 @@ class FakeGpuSide final : public client::DeviceSide {
     gpu_->note_wait({word, value, stream});
     return {};
   }
+  Status stream_words(const client::StreamWord* words, uint32_t count, expertd_stream_t stream) override {
+    for (uint32_t i = 0; i < count; ++i) {
+      if (!words[i].writes) {
+        gpu_->note_wait({words[i].word, words[i].value, stream});
+      }
+    }
+    return {};
+  }
+  char* flag_page() override { return flag_page_.data(); }
   client::LocalKernels* local_kernels() override { return gpu_->kernels(); }
   Status copy(void*, const void*, uint64_t, expertd_stream_t) override { return {}; }
   Status synchronize(expertd_stream_t stream, uint64_t) override {
@@ -221,6 +231,7 @@ class FakeGpuSide final : public client::DeviceSide {
 
  private:
   FakeGpu* const gpu_;
+  std::vector<char> flag_page_ = std::vector<char>(EXPERTD_FLAG_PAGE_BYTES);
   const std::string name_ = "GPU-fake";
   std::unique_ptr<client::DeviceSide> windows_ = client::create_host_side("host:0");
 };

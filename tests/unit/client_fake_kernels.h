@@ -44,6 +44,14 @@ class FakeKernels final : public client::LocalKernels {
     return lost_ ? client::Status{EXPERTD_REASON_CUDA, "the context is lost"} : client::Status();
   }
 
+  bool exchanges() const override { return exchanges_; }
+  client::Status launch_exchange(client::ExchangeKernel, const client::ExchangeParams&, expertd_stream_t) override {
+    return {};
+  }
+
+  client::Status launch_ht(client::HtKernel, const client::HtParams&, expertd_stream_t) override { return {}; }
+
+  void have_exchanges() { exchanges_ = true; }
   void hold(bool holds) { holds_ = holds; }
   void fail_launches(bool fails) { fails_ = fails; }
   void lose() { lost_ = true; }
@@ -73,6 +81,7 @@ class FakeKernels final : public client::LocalKernels {
   std::mutex mutex_;
   std::vector<Launch> launches_;
   std::function<bool(const client::Extent&, client::Extent*)> reaches_;
+  bool exchanges_ = false;
   std::atomic<bool> holds_{false};
   std::atomic<bool> fails_{false};
   std::atomic<bool> lost_{false};

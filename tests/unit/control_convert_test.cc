@@ -129,6 +129,30 @@ TEST(ControlConvert, StatusCarriesDevicesGroupsAndProcess) {
   EXPECT_EQ(message.resident_bytes(), 4096U);
 }
 
+TEST(ControlConvert, TheRuleOfAGroupIsInTheAnswersToJoinsAndPeople) {
+  v1::GroupConfig config = good_config();
+  config.set_copies(3);
+  EXPECT_EQ(from_proto(config).value.copies, 3U);
+  session::JoinGrant grant;
+  grant.rule = {2, 1171};
+  v1::JoinGroupResponse message;
+  to_proto(grant, &message);
+  ASSERT_TRUE(message.has_rule());
+  EXPECT_EQ(message.rule().copies(), 2U);
+  EXPECT_EQ(message.rule().ht_split_tokens(), 1171U);
+  session::StatusSnapshot snapshot;
+  snapshot.groups.emplace_back();
+  snapshot.groups[0].executor = "ll sm, split copy_engine";
+  snapshot.devices.emplace_back();
+  snapshot.devices[0].lane_streams = 4;
+  snapshot.devices[0].parked_streams_max = 28;
+  v1::GetStatusResponse status;
+  to_proto(snapshot, ProcessFacts{.pid = 7, .resident_bytes = 4096}, &status);
+  EXPECT_EQ(status.groups(0).executor(), "ll sm, split copy_engine");
+  EXPECT_EQ(status.devices(0).lane_streams(), 4U);
+  EXPECT_EQ(status.devices(0).parked_streams_max(), 28U);
+}
+
 TEST(ControlConvert, OddBytesInNamesDoNotSpoilTheAnswer) {
   std::vector<session::SessionSnapshot> sessions(1);
   sessions[0].name = "a\xff\nb";

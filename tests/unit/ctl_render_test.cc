@@ -90,6 +90,26 @@ TEST(RenderGroup, NamesTheDtypesThatItCarries) {
   EXPECT_EQ(status_json(status_of_group(2))["groups"][0]["dispatch_dtypes"], nlohmann::json({"bytes"}));
 }
 
+TEST(RenderGroup, TellsWhatExecutesItsOperations) {
+  v1::GetStatusResponse status = status_of_group(0);
+  EXPECT_NE(row_below(status_text(status), "EXECUTOR").find(" any - "), std::string::npos) << "an older daemon";
+  status.mutable_groups(0)->set_executor("ll sm, split copy_engine");
+  EXPECT_NE(row_below(status_text(status), "EXECUTOR").find(" any ll sm, split copy_engine "), std::string::npos);
+  EXPECT_EQ(status_json(status)["groups"][0]["executor"], "ll sm, split copy_engine");
+}
+
+TEST(RenderDevice, CountsStreamsOfSessionsAndThoseOfLanes) {
+  v1::GetStatusResponse status;
+  v1::DeviceStatus& device = *status.add_devices();
+  device.set_armed_streams(3);
+  device.set_armed_streams_max(24);
+  EXPECT_NE(row_below(status_text(status), "STREAMS").find(" 3/24 - "), std::string::npos) << "an older daemon";
+  device.set_lane_streams(4);
+  device.set_parked_streams_max(28);
+  EXPECT_NE(row_below(status_text(status), "PARKED").find(" 3/24 7/28 "), std::string::npos) << status_text(status);
+  EXPECT_EQ(status_json(status)["devices"][0]["lane_streams"], 4);
+}
+
 TEST(RenderGroup, SaysThatItCarriesAny) {
   EXPECT_EQ(row_below(status_text(status_of_group(0)), "DTYPES").substr(0, 28), "decode auto 0 0 0 0 128 any ");
   EXPECT_EQ(status_json(status_of_group(0))["groups"][0]["dispatch_dtypes"], nlohmann::json({"any"}));

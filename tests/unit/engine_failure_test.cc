@@ -139,6 +139,7 @@ INSTANTIATE_TEST_SUITE_P(
         Disagreement{"op", EXPERTD_ARGUMENT_OP, [](auto& r) { r.shape.kind = kernels::OpKind::kLlDispatch; }},
         Disagreement{"token_bound", EXPERTD_ARGUMENT_TOKEN_BOUND, [](auto& r) { r.token_bound = 32; }},
         Disagreement{"captured", EXPERTD_ARGUMENT_CAPTURE_LANE, [](auto& r) { r.captured = true; }},
+        Disagreement{"executor", EXPERTD_ARGUMENT_EXECUTOR, [](auto& r) { r.copies = true; }},
         Disagreement{"dtype", EXPERTD_ARGUMENT_DTYPE, [](auto& r) { r.shape.payload = kernels::Payload::kBytes; }},
         Disagreement{"cached", EXPERTD_ARGUMENT_FLAGS, [](auto& r) { r.shape.cached = 1; }},
         Disagreement{"expanded", EXPERTD_ARGUMENT_FLAGS, [](auto& r) { r.shape.expanded = 1; }},

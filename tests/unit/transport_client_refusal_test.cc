@@ -111,7 +111,7 @@ TEST(ClientRefusal, StandsAlone) {
 TEST(ClientRefusal, IsNoneOfALocalOperation) {
   AdmissionWorld world;
   EXPECT_EQ(world.admit(claim(EXPERTD_OP_LAYOUT)), nullptr);
-  expect_rejected(world.request, EXPERTD_REASON_DESCRIPTOR_MALFORMED, EXPERTD_ARGUMENT_FLAGS, 512, 0, 3583);
+  expect_rejected(world.request, EXPERTD_REASON_DESCRIPTOR_MALFORMED, EXPERTD_ARGUMENT_FLAGS, 512, 0, 7679);
 }
 
 TEST(ClientRefusal, NeedsAGroupOfTheSession) {

@@ -13,12 +13,11 @@ namespace {
 
 constexpr uint64_t kLoadNs = 5 * kNsPerS;
 // By ExchangeKernel.
-constexpr const char* kExchangeNames[kExchangeKernels] = {"expertd_exchange_pack", "expertd_exchange_expand",
-                                                          "expertd_exchange_weights", "expertd_exchange_reduce",
-                                                          "expertd_exchange_add"};
+constexpr const char* kExchangeNames[kExchangeKernels] = {"expertd_exchange_dispatch", "expertd_exchange_combine"};
 // By HtKernel.
 constexpr const char* kHtNames[kHtKernels] = {"expertd_exchange_ht_route", "expertd_exchange_ht_move",
                                               "expertd_exchange_ht_reduce"};
+constexpr uint64_t kCounterBytes = kExchangeCounterSets * kExchangeCounterWords * sizeof(uint64_t);
 constexpr int kAllocationsMax = 64;  // one behind the other, that one tensor may lie in
 
 Status check(const cuda::Driver& driver, const char* call, cuda::Result result) {
@@ -52,8 +51,10 @@ Status CudaKernels::create(const cuda::Driver* driver, cuda::Context context, cu
 
 CudaKernels::~CudaKernels() {
   const cuda::CurrentContext current(driver_, context_);
-  if (scratch_ != 0) {
-    driver_->mem_free(scratch_);
+  for (const cuda::Pointer memory : {scratch_, counters_}) {
+    if (memory != 0) {
+      driver_->mem_free(memory);
+    }
   }
   if (records_ != nullptr) {
     driver_->host_free(records_);
@@ -90,8 +91,14 @@ Status CudaKernels::allocate() {
   records_ = static_cast<LocalRecord*>(records);
   std::memset(records, 0, kLocalSlots * sizeof(LocalRecord));
   status = check(*driver_, "cuMemAlloc", driver_->mem_alloc(&scratch_, kLocalSlots * sizeof(LocalScratch)));
-  return status.ok() ? check(*driver_, "cuMemsetD8Async",
-                             driver_->memset_async(scratch_, 0, kLocalSlots * sizeof(LocalScratch), stream_))
+  if (status.ok()) {
+    status = check(*driver_, "cuMemAlloc", driver_->mem_alloc(&counters_, kCounterBytes));
+  }
+  if (status.ok()) {
+    status = check(*driver_, "cuMemsetD8Async",
+                   driver_->memset_async(scratch_, 0, kLocalSlots * sizeof(LocalScratch), stream_));
+  }
+  return status.ok() ? check(*driver_, "cuMemsetD8Async", driver_->memset_async(counters_, 0, kCounterBytes, stream_))
                      : status;
 }
 
@@ -137,13 +144,18 @@ Status CudaKernels::launch_layout(const LayoutParams& params, uint32_t slot, exp
                                static_cast<cuda::Stream>(stream), arguments, nullptr));
 }
 
+void CudaKernels::begin_exchange(ExchangeParams* params) {
+  params->number = exchange_number_.fetch_add(1, std::memory_order_relaxed) + 1;
+  params->counters =
+      reinterpret_cast<uint64_t*>(counters_) + params->number % kExchangeCounterSets * kExchangeCounterWords;
+}
+
 Status CudaKernels::launch_exchange(ExchangeKernel kernel, const ExchangeParams& params, expertd_stream_t stream) {
   void* arguments[] = {const_cast<ExchangeParams*>(&params)};
-  const uint32_t threads = kernel == ExchangeKernel::kWeights ? kWeightsThreads : kExchangeThreads;
   const cuda::CurrentContext current(driver_, context_);
   return check(*driver_, "cuLaunchKernel",
-               driver_->launch(exchange_[static_cast<uint32_t>(kernel)], exchange_blocks(kernel, params), 1, 1, threads,
-                               1, 1, 0, static_cast<cuda::Stream>(stream), arguments, nullptr));
+               driver_->launch(exchange_[static_cast<uint32_t>(kernel)], exchange_blocks(kernel, params), 1, 1,
+                               kExchangeThreads, 1, 1, 0, static_cast<cuda::Stream>(stream), arguments, nullptr));
 }
 
 Status CudaKernels::launch_ht(HtKernel kernel, const HtParams& params, expertd_stream_t stream) {

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // CudaKernels: the library's kernels, loaded into one context through the driver, with the memory that they need beside
-// the caller's: a record and a scratch per slot. Everything is loaded, allocated and launched once by create(), at the
-// first attach: what loads or allocates later may hang beside a stream that waits. Any thread; owned by CudaSide, whose
-// driver it borrows, and gone before the context is given back.
+// the caller's: a record and a scratch per slot, and counters of operations by copy engines. Everything is loaded,
+// allocated and launched once by create(), at the first attach: what loads or allocates later may hang beside a stream
+// that waits. Any thread; owned by CudaSide, whose driver it borrows, and gone before the context is given back.
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <memory>
 
 #include "client/src/cuda_driver.h"
@@ -32,6 +33,7 @@ class CudaKernels final : public LocalKernels {
   const void* word(uint32_t slot) const override;
   Status launch_layout(const LayoutParams& params, uint32_t slot, expertd_stream_t stream) override;
   bool exchanges() const override { return exchanges_; }
+  void begin_exchange(ExchangeParams* params) override;
   Status launch_exchange(ExchangeKernel kernel, const ExchangeParams& params, expertd_stream_t stream) override;
   Status launch_ht(HtKernel kernel, const HtParams& params, expertd_stream_t stream) override;
   bool reaches(const Extent& bytes, Extent* known) override;
@@ -54,6 +56,8 @@ class CudaKernels final : public LocalKernels {
   bool exchanges_ = false;
   LocalRecord* records_ = nullptr;  // pinned
   cuda::Pointer scratch_ = 0;
+  cuda::Pointer counters_ = 0;  // [kExchangeCounterSets, kExchangeCounterWords]
+  std::atomic<uint64_t> exchange_number_{0};
 };
 
 }  // namespace expertd::client

@@ -15,14 +15,13 @@ __device__ inline uint32_t lane_id() {
   return threadIdx.x & 31;
 }
 
-/// The warp in its grid, and how many there are; without the first `skipped` blocks.
+/// The warp among those of all units of a step, and how many there are.
 struct Warps {
   uint32_t first;
   uint32_t step;
 };
-__device__ inline Warps warps_behind(uint32_t skipped) {
-  const uint32_t warps = blockDim.x / 32;
-  return {(blockIdx.x - skipped) * warps + threadIdx.x / 32, (gridDim.x - skipped) * warps};
+__device__ inline Warps warps_of(uint32_t unit, uint32_t units) {
+  return {unit * kExchangeWarps + threadIdx.x / 32, units * kExchangeWarps};
 }
 
 __device__ inline bool has_bit(uint64_t mask, uint32_t bit) {
@@ -34,9 +33,9 @@ __device__ inline uint64_t active_ranks(const ExchangeParams& p) {
   return load_acquire_sys(p.steps + 2 * EXPERTD_STEP_RANKS) & ((uint64_t{1} << p.ranks) - 1);
 }
 
-/// Whether the operation was aborted: a word that the stream waited for has the abort value, or that of a later
-/// operation; or it has the right one, but the operation had ended before (the completion word is written first), or
-/// another rank was aborted before it copied (`voided` is written before its arrived word).
+/// Whether the operation is over: a word that was waited for has the abort value, or that of a later operation; or
+/// it has the right one, but the operation had ended before (the completion word is written first, also by a block of
+/// this one), or another rank was aborted before it copied (`voided` is written before its arrived word).
 /// Whole block; one warp reads. `steps`: how many were waited for.
 __device__ inline bool was_aborted(const ExchangeParams& p, uint32_t steps) {
   int aborted = 0;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "client/src/local_kernels/exchange.cuh"
+#include "client/src/local_kernels/exchange_flow.cuh"
 
 namespace expertd::client::exchange {
 namespace {
@@ -57,7 +57,7 @@ __device__ uint4 sum_rows(const uint4* x, uint32_t pieces, bool inside, uint32_t
 }
 
 /// This warp's parts of the sums for all origins.
-__device__ void reduce_rows(const ExchangeParams& p, uint64_t active) {
+__device__ void reduce_rows(const ExchangeParams& p, uint64_t active, Warps warps) {
   const uint32_t pieces = p.hidden / 8;
   const uint32_t parts = exchange_parts(2 * p.hidden, kExchangeSumBytes);
   const auto* slots = reinterpret_cast<const int32_t*>(p.handle + p.layout.handle_slots);
@@ -66,7 +66,6 @@ __device__ void reduce_rows(const ExchangeParams& p, uint64_t active) {
   for (uint32_t o = 0; o < p.ranks; ++o) {
     most = has_bit(active, o) ? max(most, min(handle_of(p).tokens[o], p.max_tokens)) : most;
   }
-  const Warps warps = warps_behind(0);
 #pragma unroll 1
   for (uint32_t unit = warps.first; unit < p.ranks * most * parts; unit += warps.step) {
     const uint32_t origin = unit / parts % p.ranks;
@@ -92,12 +91,11 @@ __device__ void reduce_rows(const ExchangeParams& p, uint64_t active) {
 }
 
 /// This warp's parts of the own tokens: the owners' sums in rank order.
-__device__ void add_sums(const ExchangeParams& p, uint64_t active) {
+__device__ void add_sums(const ExchangeParams& p, uint64_t active, Warps warps) {
   const uint32_t pieces = p.hidden / 8;
   const uint32_t parts = exchange_parts(2 * p.hidden, kExchangeSumBytes);
   const auto* experts = reinterpret_cast<const int32_t*>(p.handle + p.layout.handle_lanes);
   const char* weights = weights_of(p, p.rank);
-  const Warps warps = warps_behind(0);
 #pragma unroll 1
   for (uint32_t unit = warps.first; unit < p.tokens * parts; unit += warps.step) {
     const uint32_t token = unit / parts;
@@ -125,87 +123,115 @@ __device__ void add_sums(const ExchangeParams& p, uint64_t active) {
   }
 }
 
-}  // namespace
-}  // namespace expertd::client::exchange
-
-// exchange_weights. Grid: one block of 32 warps. Writes the out weights: a mask of the lanes that the caller took away,
-// and the weights, K of the group per token; then the report's rows. Reads the handle's own lanes. Does nothing when
-// the operation has ended before (completion word), waits for nothing; the stream rings the doorbell behind it. Bytes
-// per token: K * (8 + 4) read, K * 4 + 4 written. Bound: latency.
-extern "C" __global__ void __launch_bounds__(expertd::client::kWeightsThreads)
-    expertd_exchange_weights(const __grid_constant__ expertd::client::ExchangeParams p) {
-  using namespace expertd::client::exchange;
-  if (p.steps == nullptr || was_aborted(p, 0)) {
-    return;
-  }
-  __shared__ uint32_t counts[2];
-  if (threadIdx.x < 2) {
-    counts[threadIdx.x] = 0;
-  }
-  __syncthreads();
+/// One unit of the out weights: a mask of the lanes that the caller took away, and the weights, K of the group per
+/// token. Counts the lanes, of the own rank and of others. Whole block.
+__device__ void weights_unit(const ExchangeParams& p, uint32_t unit) {
   char* block = p.buffer + p.layout.out_weights;
   const auto* experts = reinterpret_cast<const int32_t*>(p.handle + p.layout.handle_lanes);
   const uint32_t k = lane_id();
+  const Warps warps = warps_of(unit, exchange_weights_units(p));
+  uint32_t locals = 0;
+  uint32_t remotes = 0;
 #pragma unroll 1
-  for (uint32_t token = threadIdx.x / 32; token < p.tokens; token += blockDim.x / 32) {
+  for (uint32_t token = warps.first; token < p.tokens; token += warps.step) {
     const bool given = k < p.top_k;
-    const int64_t id = given ? load_id(p, token * p.top_k + k) : -1;
-    const bool taken = id < 0 || id >= int64_t{p.experts};
     const uint64_t at = uint64_t{token} * p.table_top_k + k;
+    const int64_t id = given ? load_id(p, token * p.top_k + k) : -1;
+    const float weight = given ? p.topk_weights[token * p.top_k + k] : 0.0f;
+    const uint32_t had = k < p.table_top_k ? static_cast<uint32_t>(experts[at]) : ~0u;
+    const bool taken = id < 0 || id >= int64_t{p.experts};
     if (k < p.table_top_k) {
-      reinterpret_cast<float*>(block + p.layout.weights)[at] = given ? p.topk_weights[token * p.top_k + k] : 0.0f;
+      reinterpret_cast<float*>(block + p.layout.weights)[at] = weight;
     }
     const uint32_t mask = __ballot_sync(kFullWarp, taken);
-    const uint32_t expert = k < p.table_top_k && !taken ? static_cast<uint32_t>(experts[at]) : ~0u;
+    const uint32_t expert = taken ? ~0u : had;
     const bool local = expert < p.experts && expert / p.local_experts == p.rank;
-    const uint32_t locals = __ballot_sync(kFullWarp, local);
-    const uint32_t remotes = __ballot_sync(kFullWarp, expert < p.experts && !local);
+    locals += __popc(__ballot_sync(kFullWarp, local));
+    remotes += __popc(__ballot_sync(kFullWarp, expert < p.experts && !local));
     if (k == 0) {
       reinterpret_cast<uint32_t*>(block + p.layout.masks)[token] = mask;
-      atomicAdd(&counts[0], __popc(locals));
-      atomicAdd(&counts[1], __popc(remotes));
     }
   }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    auto* header = reinterpret_cast<expertd_exchange_header*>(block);
-    header->tokens = p.tokens;
-    header->error = EXPERTD_REASON_NONE;
-    expertd_exchange_report* report = report_of(p);
-    *report = {};
-    report->rank = -1;
-    report->local_rows = counts[0];
-    report->remote_rows = counts[1];
+  if (k == 0 && locals + remotes != 0) {
+    count_up(p, kLocalRows, locals);
+    count_up(p, kRemoteRows, remotes);
   }
 }
 
-// exchange_reduce. Grid: a warp per 512 bytes of the sum of an (origin, token). Behind the stream's wait for arrived[0]
-// of all ranks; every block reads these words and the completion word and does nothing when the operation was aborted;
-// then active. A warp's lanes read the token's slots and weights, all read the rows, four at once, add them in float32
-// in lane order, round once and store: for other origins where the copies take them, for the own tokens where the sum
-// of an owner lies. The stream rings `rung` behind it. Bytes per token: 2H per row read, 2H per origin written. Bound:
+/// The weights' header and the report's rows, when all weights are there. One thread.
+__device__ void write_weights_head(const ExchangeParams& p) {
+  auto* header = reinterpret_cast<expertd_exchange_header*>(p.buffer + p.layout.out_weights);
+  header->tokens = p.tokens;
+  header->error = EXPERTD_REASON_NONE;
+  expertd_exchange_report* report = report_of(p);
+  report->reason = EXPERTD_REASON_NONE;
+  report->value = 0;
+  report->recv_rows = 0;
+  report->expert_count_entries = 0;
+  report->rank = -1;
+  report->local_rows = count_up(p, kLocalRows, 0);
+  report->remote_rows = count_up(p, kRemoteRows, 0);
+}
+
+/// Weights, reduce, add. What arrived is read by who has a unit only, as in Dispatch.
+class Combine {
+ public:
+  static constexpr uint32_t kSteps = 3;
+
+  __device__ explicit Combine(const ExchangeParams& p) : p_(p) {}
+  __device__ uint32_t units(uint32_t step) const {
+    return step == 0 ? exchange_weights_units(p_) : step == 1 ? exchange_reduce_units(p_) : exchange_add_units(p_);
+  }
+  __device__ void do_unit(uint32_t step, uint32_t unit) {
+    if (step == 0) {
+      weights_unit(p_, unit);
+      return;
+    }
+    if (!known_) {
+      known_ = true;
+      active_ = active_ranks(p_) & handle_of(p_).active;
+    }
+    if (step == 1) {
+      reduce_rows(p_, active_, warps_of(unit, exchange_reduce_units(p_)));
+    } else {
+      add_sums(p_, active_, warps_of(unit, exchange_add_units(p_)));
+    }
+  }
+  __device__ void end_step(uint32_t step) const {
+    if (step == 0) {
+      write_weights_head(p_);
+      ring_once(p_);
+    } else if (step == 1) {
+      __threadfence_system();
+      store_relaxed_sys(step_word(p_, EXPERTD_STEP_RUNG_OFFSET(0)), p_.seq);
+    } else {
+      *p_.result = EXPERTD_REASON_NONE;
+      end_operation(p_);
+    }
+  }
+  __device__ void give_up(bool /*too_late*/) const {}
+
+ private:
+  const ExchangeParams& p_;
+  uint64_t active_ = 0;
+  bool known_ = false;
+};
+
+}  // namespace
+}  // namespace expertd::client::exchange
+
+// exchange_combine. Grid: at most kExchangeBlocks blocks of 1024 threads, each taking units (exchange_flow.cuh). Send:
+// writes the out weights from the caller's and the handle's own lanes, a warp per token; the block that ends the last
+// unit writes header and report and rings the doorbell. Receive: waits for arrived[0] of all ranks; a warp per 512
+// bytes of the sum of an (origin, token) reads the token's slots and weights, reads the rows, four at once, adds them
+// in float32 in lane order, rounds once and stores: for other origins where the copies take them, for the own tokens
+// where the sum of an owner lies; the block that ends the last unit writes `rung`. Waits for arrived[1] of all others
+// and for the own sums; a warp per 512 bytes of an own token adds the owners' sums in rank order; the block that ends
+// the last unit writes result, `ended` and the completion word. Does nothing when the operation was over before, but
+// for its doorbell. Bytes per token: 2H per row read, 2H per origin written, 2H per owner read, 2H written. Bound:
 // reading the rows from HBM.
-extern "C" __global__ void __launch_bounds__(expertd::client::kExchangeThreads)
-    expertd_exchange_reduce(const __grid_constant__ expertd::client::ExchangeParams p) {
+extern "C" __global__ void __launch_bounds__(expertd::client::kExchangeThreads, 1)
+    expertd_exchange_combine(const __grid_constant__ expertd::client::ExchangeParams p) {
   using namespace expertd::client::exchange;
-  if (p.steps == nullptr || was_aborted(p, 1)) {
-    return;
-  }
-  reduce_rows(p, active_ranks(p) & handle_of(p).active);
-}
-
-// exchange_add. Grid: a warp per 512 bytes of an own token. Behind the stream's wait for arrived[1] of all other ranks;
-// every block reads the words of both steps and the completion word and does nothing when the operation was aborted;
-// then active. Adds the owners' sums in rank order. The stream writes `ended` and the completion word behind it. Bytes
-// per token: 2H per owner read, 2H written. Bound: HBM and latency.
-extern "C" __global__ void __launch_bounds__(expertd::client::kExchangeThreads)
-    expertd_exchange_add(const __grid_constant__ expertd::client::ExchangeParams p) {
-  using namespace expertd::client::exchange;
-  if (p.steps == nullptr || was_aborted(p, 2)) {
-    return;
-  }
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    *p.result = EXPERTD_REASON_NONE;
-  }
-  add_sums(p, active_ranks(p) & handle_of(p).active);
+  run_steps<Combine>(p);
 }

@@ -16,27 +16,62 @@
 
 namespace expertd::client {
 
-inline constexpr uint32_t kExchangeThreads = 256;
+/// A warp's share of a sum waits for the memory twice, and a block begins its next unit when all of its warps are done:
+/// so many warps that a multiprocessor's accesses overlap, as many as its registers allow.
+inline constexpr uint32_t kExchangeThreads = 1024;
 inline constexpr uint32_t kExchangeWarps = kExchangeThreads / 32;
-inline constexpr uint32_t kWeightsThreads = 1024;
+/// Blocks of a launch, one per multiprocessor. A multiprocessor moves about 48 GB/s in and out, so 64 of them do what
+/// the memory does, and leave the other half of the GPU to the caller while they wait.
+inline constexpr uint32_t kExchangeBlocks = 64;
 /// Of a row, what a warp packs or expands at a time: two accesses of 16 bytes per lane.
 inline constexpr uint32_t kExchangePartBytes = 1024;
 /// Of a sum, what a warp takes at a time: 16 bytes per lane.
 inline constexpr uint32_t kExchangeSumBytes = 512;
-/// More tokens than so many blocks have warps for are taken in turn.
-inline constexpr uint32_t kExchangeBlocksMax = 2048;
+/// Units of a step: more rows than so many have warps for are taken in turn.
+inline constexpr uint32_t kExchangeUnitsMax = 512;
+/// How many tokens other ranks sent is first known on the GPU: the own number is reckoned with, and at least this one.
+inline constexpr uint32_t kExchangeReckonedMin = 16;
 
-enum class ExchangeKernel : uint32_t { kPack = 0, kExpand = 1, kWeights = 2, kReduce = 3, kAdd = 4 };
-inline constexpr uint32_t kExchangeKernels = 5;
+/// How long all blocks of a launch wait for the other ranks: beside a client that fills the GPU the daemon's copies
+/// take up to 40 us, so ranks that are in step meet within it.
+inline constexpr uint64_t kExchangePatienceNs = 100'000;
+/// And how many stay after that. Their multiprocessors have no room for a block that wants a whole one, so this is what
+/// a late rank costs the others: 2 of 132 at most. Any number ends the operation, more of them sooner.
+inline constexpr uint32_t kExchangeKeepers = 2;
+/// Looks at the words come without a pause before this, and then with one: a look costs the memory nothing to speak of,
+/// but its warp an issue slot of others.
+inline constexpr uint64_t kExchangeSpinNs = 20'000;
+inline constexpr uint32_t kExchangePauseNs = 200;
+/// A launch waits so much longer than the operation's deadline. Before that the daemon ends the operation, or the
+/// library when the daemon is gone; this is for the case that neither does.
+inline constexpr uint64_t kExchangeGraceNs = 10'000'000'000;
+
+/// Of the operation's counters (exchange_flow.cuh).
+inline constexpr uint32_t kExchangeCounters = 10;
+inline constexpr uint32_t kExchangeCounterWords = 16;
+/// Operations of a session whose counters are apart. Far more than the ring has slots.
+inline constexpr uint32_t kExchangeCounterSets = 256;
+static_assert(kExchangeCounters <= kExchangeCounterWords);
+
+enum class ExchangeKernel : uint32_t { kDispatch = 0, kCombine = 1 };
+inline constexpr uint32_t kExchangeKernels = 2;
+/// What a launch does of its operation.
+enum ExchangeStage : uint32_t { kExchangeSend = 1, kExchangeReceive = 2 };
 
 enum class ExchangePayload : uint32_t { kPlain = 0, kFp8 = 1, kFp8Rounded = 2, kUe8m0 = 3 };
 
 struct ExchangeParams {
   // Words of the slot, of the flag page.
-  const uint64_t* steps = nullptr;  // at EXPERTD_STEP_OFFSET; null: a launch that does nothing
-  const uint64_t* completion = nullptr;
+  uint64_t* steps = nullptr;     // at EXPERTD_STEP_OFFSET; null: a launch that does nothing
+  uint64_t* doorbell = nullptr;  // null: nobody waits for it
+  uint64_t* completion = nullptr;
   uint64_t* result = nullptr;
   uint64_t seq = 0;
+  // Of this launch. The number is that of the library's operations by copy engines, from 1, over all attachments.
+  uint64_t* counters = nullptr;  // [kExchangeCounters]
+  uint64_t number = 0;
+  uint64_t limit_ns = 0;  // of its waits
+  uint32_t stages = 0;
   // Of the exchange window.
   char* buffer = nullptr;
   char* handle = nullptr;
@@ -74,8 +109,8 @@ struct ExchangeParams {
 };
 static_assert(std::is_trivially_copyable_v<ExchangeParams> && sizeof(ExchangeParams) <= 1024);
 
-/// Blocks of the pack kernel that number rows: a warp per expert, and one for lanes without.
-EXPERTD_EXCHANGE_BOTH constexpr uint32_t exchange_route_blocks(uint32_t experts) {
+/// Units of packing that number rows: a warp per expert, and one for lanes without.
+EXPERTD_EXCHANGE_BOTH constexpr uint32_t exchange_route_units(uint32_t experts) {
   return (experts + kExchangeWarps) / kExchangeWarps;
 }
 
@@ -83,28 +118,42 @@ EXPERTD_EXCHANGE_BOTH constexpr uint32_t exchange_parts(uint32_t bytes, uint32_t
   return (bytes + part - 1) / part;
 }
 
-constexpr uint32_t exchange_row_blocks(uint64_t units) {
-  const uint64_t blocks = (units + kExchangeWarps - 1) / kExchangeWarps;
-  return blocks == 0 ? 1 : blocks < kExchangeBlocksMax ? static_cast<uint32_t>(blocks) : kExchangeBlocksMax;
+/// Units for so many shares of a warp.
+EXPERTD_EXCHANGE_BOTH constexpr uint32_t exchange_row_units(uint64_t shares) {
+  const uint64_t units = (shares + kExchangeWarps - 1) / kExchangeWarps;
+  return units == 0 ? 1 : units < kExchangeUnitsMax ? static_cast<uint32_t>(units) : kExchangeUnitsMax;
 }
 
-/// The grid of a kernel. How many tokens other ranks sent is first known on the GPU: as many as here are reckoned with.
+/// (origin, token) pairs of all ranks.
+EXPERTD_EXCHANGE_BOTH constexpr uint64_t exchange_reckoned(const ExchangeParams& p) {
+  return uint64_t{p.ranks} * (p.tokens < kExchangeReckonedMin ? kExchangeReckonedMin : p.tokens);
+}
+
+// A step's units: what a block takes at a time. All blocks of all launches of an operation reckon the same.
+EXPERTD_EXCHANGE_BOTH constexpr uint32_t exchange_pack_units(const ExchangeParams& p) {
+  return exchange_route_units(p.experts) +
+         exchange_row_units(uint64_t{p.tokens} * exchange_parts(p.row_bytes, kExchangePartBytes));
+}
+EXPERTD_EXCHANGE_BOTH constexpr uint32_t exchange_expand_units(const ExchangeParams& p) {
+  return 1 + exchange_row_units(exchange_reckoned(p) * exchange_parts(p.out_row_bytes, kExchangePartBytes));
+}
+EXPERTD_EXCHANGE_BOTH constexpr uint32_t exchange_weights_units(const ExchangeParams& p) {
+  return exchange_row_units(p.tokens);
+}
+EXPERTD_EXCHANGE_BOTH constexpr uint32_t exchange_reduce_units(const ExchangeParams& p) {
+  return exchange_row_units(exchange_reckoned(p) * exchange_parts(2 * p.hidden, kExchangeSumBytes));
+}
+EXPERTD_EXCHANGE_BOTH constexpr uint32_t exchange_add_units(const ExchangeParams& p) {
+  return exchange_row_units(uint64_t{p.tokens} * exchange_parts(2 * p.hidden, kExchangeSumBytes));
+}
+
+/// The grid of a launch: a block per unit of its largest step, within kExchangeBlocks.
 constexpr uint32_t exchange_blocks(ExchangeKernel kernel, const ExchangeParams& p) {
-  switch (kernel) {
-    case ExchangeKernel::kPack:
-      return exchange_route_blocks(p.experts) +
-             exchange_row_blocks(uint64_t{p.tokens} * exchange_parts(p.row_bytes, kExchangePartBytes));
-    case ExchangeKernel::kExpand:
-      return 1 +
-             exchange_row_blocks(uint64_t{p.ranks} * p.tokens * exchange_parts(p.out_row_bytes, kExchangePartBytes));
-    case ExchangeKernel::kWeights:
-      return 1;
-    case ExchangeKernel::kReduce:
-      return exchange_row_blocks(uint64_t{p.ranks} * p.tokens * exchange_parts(2 * p.hidden, kExchangeSumBytes));
-    case ExchangeKernel::kAdd:
-      return exchange_row_blocks(uint64_t{p.tokens} * exchange_parts(2 * p.hidden, kExchangeSumBytes));
-  }
-  return 1;
+  const bool dispatch = kernel == ExchangeKernel::kDispatch;
+  const uint32_t send = dispatch ? exchange_pack_units(p) : exchange_weights_units(p);
+  const uint32_t receive = dispatch ? exchange_expand_units(p) : exchange_reduce_units(p);
+  const uint32_t units = (p.stages & kExchangeReceive) == 0 || send > receive ? send : receive;
+  return units < kExchangeBlocks ? units : kExchangeBlocks;
 }
 
 }  // namespace expertd::client

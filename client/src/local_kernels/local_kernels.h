@@ -44,6 +44,9 @@ class LocalKernels {
   virtual Status launch_layout(const LayoutParams& params, uint32_t slot, expertd_stream_t stream) = 0;
   /// Whether there are those of operations by copy engines.
   virtual bool exchanges() const { return false; }
+  /// Once per operation, before its launches: its number and counters.
+  virtual void begin_exchange(ExchangeParams* /*params*/) {}
+  /// Does params.stages of the operation, at most kExchangeBlocks blocks.
   virtual Status launch_exchange(ExchangeKernel /*kernel*/, const ExchangeParams& /*params*/,
                                  expertd_stream_t /*stream*/) {
     return {EXPERTD_REASON_UNSUPPORTED, "the library has no kernels for copy engines"};

@@ -12,11 +12,22 @@ __device__ inline void store_relaxed_sys(uint64_t* word, uint64_t value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
 
+/// Behind all that this thread wrote or saw.
+__device__ inline void store_release_sys(uint64_t* word, uint64_t value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+
 /// Pairs with what the daemon's copies and streams write.
 __device__ inline uint64_t load_acquire_sys(const uint64_t* word) {
   uint64_t value = 0;
   asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
   return value;
+}
+
+__device__ inline uint64_t global_timer_ns() {
+  uint64_t now = 0;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+  return now;
 }
 
 /// Round to nearest even; the lower half is the first.

@@ -14,6 +14,8 @@ namespace expertd::device::cuda {
 namespace {
 
 using kernels::cuda::ArmParams;
+using kernels::cuda::launch_await_arm;
+using kernels::cuda::launch_await_flags;
 using kernels::cuda::LowLatencyEntry;
 using kernels::cuda::PartFacts;
 using kernels::cuda::PartParams;
@@ -144,6 +146,7 @@ ArmParams CaptureLane::arm_params(uint64_t id, uint64_t number) const {
   params.generation = generation_;
   params.experts = setup_.group->shape.experts;
   params.multiprocessors = setup_.multiprocessors;
+  params.after_wait = setup_.awaits_by_kernel ? 1 : 0;
   return params;
 }
 
@@ -152,9 +155,11 @@ bool CaptureLane::enqueue_arm() {
   *facts(id) = {};
   arms_[id % kArms] = {.number = next_number_};
   const ArmParams params = arm_params(id, next_number_);
-  if (driver_.cuStreamWaitValue64(stream_, reinterpret_cast<CUdeviceptr>(params.doorbell), 1,
-                                  CU_STREAM_WAIT_VALUE_GEQ) != CUDA_SUCCESS ||
-      launch_link_ll_captured(params, LowLatencyEntry::kWaits, stream_) != cudaSuccess) {
+  const bool waits = params.after_wait != 0
+                         ? launch_await_arm(params, stream_) == cudaSuccess
+                         : driver_.cuStreamWaitValue64(stream_, reinterpret_cast<CUdeviceptr>(params.doorbell), 1,
+                                                       CU_STREAM_WAIT_VALUE_GEQ) == CUDA_SUCCESS;
+  if (!waits || launch_link_ll_captured(params, LowLatencyEntry::kWaits, stream_) != cudaSuccess) {
     return false;
   }
   ++tail_;
@@ -167,6 +172,10 @@ bool CaptureLane::wait_for_peers(bool moved, const Arm& arm) {
   kernels::cuda::SyncPage* page = setup_.group->sync_page(lane_page(setup_.lane, arm.number % 2));
   std::array<CUstreamBatchMemOpParams, base::kMaxGpuRanks> waits{};
   uint32_t count = 0;
+  const uint64_t others = ((uint64_t{1} << shape.ranks) - 1) & ~(uint64_t{1} << shape.rank);
+  if (setup_.awaits_by_kernel && others != 0) {
+    return launch_await_flags({moved ? page->moved : page->routed, others, arm.number}, late_stream_) == cudaSuccess;
+  }
   for (uint32_t s = 0; s < shape.ranks; ++s) {
     if (s != shape.rank) {
       CUstreamBatchMemOpParams& wait = waits[count++];
@@ -180,7 +189,8 @@ bool CaptureLane::wait_for_peers(bool moved, const Arm& arm) {
 }
 
 bool CaptureLane::enqueue_late(uint64_t id, const Arm& arm) {
-  const ArmParams params = arm_params(id, arm.number);
+  ArmParams params = arm_params(id, arm.number);
+  params.after_wait = setup_.awaits_by_kernel && setup_.group->shape.ranks > 1 ? 1 : 0;
   return wait_for_peers(false, arm) &&
          launch_link_ll_captured(params, LowLatencyEntry::kBehindRouted, late_stream_) == cudaSuccess &&
          wait_for_peers(true, arm) &&

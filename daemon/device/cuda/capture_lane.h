@@ -52,7 +52,8 @@ class CaptureLane {
     void* flag_page = nullptr;  // of the rank's session, as the GPU sees it
     CUstream rescue = nullptr;  // the device's: nothing on it ever waits
     uint32_t multiprocessors = 1;
-    bool flushes = false;  // exchange waits ask for remote writes to be flushed
+    bool awaits_by_kernel = false;  // CudaDevice::awaits_by_kernel()
+    bool flushes = false;           // exchange waits ask for remote writes to be flushed
     std::array<base::DeviceIndex, base::kMaxGpuRanks> devices{};
   };
   /// Streams, pinned words and the table's staging. CUDA, POOL_EXHAUSTED.

@@ -48,6 +48,7 @@ base::Status CudaDevice::create_lanes(GroupEntry* entry) {
     setup.rescue = rescue_stream_;
     setup.multiprocessors = gpu_.multiprocessors;
     setup.flushes = gpu_.can_flush_remote_writes;
+    setup.awaits_by_kernel = awaits_by_kernel();
     auto created = CaptureLane::create(setup, &registry_->closer);
     if (!created.is_ok()) {
       give_back_words(*entry);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The chain of one part, all of it enqueued by launch() on the session's armed stream:
 //
-//   wait doorbell[slot] >= seq                          (unless the doorbell has rung)
+//   wait doorbell[slot] >= seq                          (unless the doorbell has rung; under MPS by a kernel of one
+//                                                        thread where one kernel does the operation: doorbell.cu)
 //   dispatch: route_count, route_scan, signal(routed), route_number      others: signal(routed)
 //     with a relay the signal comes last, behind route_number (combine: relay_plan) and relay_publish
 //   wait routed[s] >= n for every other active rank s   (own device's page)
@@ -310,6 +311,10 @@ bool CudaDevice::fill_params(const LaunchSpec& spec, Part* taken, PartParams* pa
   }
   taken->links = part.group->linked && kernels::cuda::serves_link(*params);
   taken->low_latency = fill_low_latency(spec, part, params);
+  const bool one_kernel = taken->links || taken->low_latency || shape.kind == OpKind::kBarrier;
+  params->after_doorbell = awaits_by_kernel() && part.waits_doorbell && one_kernel ? 1 : 0;
+  const bool alone = spec.active_ranks == uint64_t{1} << spec.rank;  // nothing stands between its kernels
+  params->after_flags = awaits_by_kernel() && taken->low_latency && !alone ? 1 : 0;
   if (taken->low_latency && is_combine(shape) && !fill_lanes(spec, params)) {
     return false;
   }
@@ -333,6 +338,16 @@ bool CudaDevice::enqueue_exchange_wait(const Part& part, bool moved) {
     }
   }
   return count == 0 || driver_.cuStreamBatchMemOp(part.session->stream, count, waits.data(), 0) == CUDA_SUCCESS;
+}
+
+/// The same for the low latency kernels.
+bool CudaDevice::enqueue_flags(const Part& part, const PartParams& params, bool moved) {
+  if (params.after_flags == 0) {
+    return enqueue_exchange_wait(part, moved);
+  }
+  const uint64_t others = part.active_ranks & ~(uint64_t{1} << part.rank);
+  return kernels::cuda::launch_await_flags({moved ? part.page->moved : part.page->routed, others, part.group_op},
+                                           part.session->stream) == cudaSuccess;
 }
 
 bool CudaDevice::enqueue_move(const Part& part, const PartParams& params) {
@@ -387,13 +402,13 @@ bool CudaDevice::enqueue_low_latency(const Part& part, const PartParams& params)
   using namespace kernels::cuda;
   CUstream stream = part.session->stream;
   if (is_dispatch(params.op.shape)) {
-    return launch_link_ll_dispatch(params, Entry::kWaits, stream) == cudaSuccess && enqueue_exchange_wait(part, true) &&
+    return launch_link_ll_dispatch(params, Entry::kWaits, stream) == cudaSuccess && enqueue_flags(part, params, true) &&
            launch_link_ll_dispatch(params, Entry::kBehindWait, stream) == cudaSuccess;
   }
   return launch_link_ll_combine(params, LowLatencyEntry::kWaits, stream) == cudaSuccess &&
-         enqueue_exchange_wait(part, false) &&
+         enqueue_flags(part, params, false) &&
          launch_link_ll_combine(params, LowLatencyEntry::kBehindRouted, stream) == cudaSuccess &&
-         enqueue_exchange_wait(part, true) &&
+         enqueue_flags(part, params, true) &&
          launch_link_ll_combine(params, LowLatencyEntry::kBehindMoved, stream) == cudaSuccess;
 }
 
@@ -429,15 +444,20 @@ uint32_t CudaDevice::sms_of(const Part& part, const PartParams& params) {
   return std::clamp(blocks, 1u, std::max(params.multiprocessors, 1u));
 }
 
+bool CudaDevice::enqueue_doorbell(const Part& part, const PartParams& params) {
+  const uint64_t* word = word_at(part.words.flag_page, EXPERTD_DOORBELL_OFFSET(part.words.slot));
+  if (params.after_doorbell != 0) {
+    return kernels::cuda::launch_await_doorbell(word, part.words.seq, part.session->stream) == cudaSuccess;
+  }
+  return driver_.cuStreamWaitValue64(part.session->stream, reinterpret_cast<CUdeviceptr>(word), part.words.seq,
+                                     CU_STREAM_WAIT_VALUE_GEQ) == CUDA_SUCCESS;
+}
+
 bool CudaDevice::enqueue_chain(const Part& part, const PartParams& params) {
   using namespace kernels::cuda;
   CUstream stream = part.session->stream;
-  if (part.waits_doorbell) {
-    const auto doorbell =
-        reinterpret_cast<CUdeviceptr>(word_at(part.words.flag_page, EXPERTD_DOORBELL_OFFSET(part.words.slot)));
-    if (driver_.cuStreamWaitValue64(stream, doorbell, part.words.seq, CU_STREAM_WAIT_VALUE_GEQ) != CUDA_SUCCESS) {
-      return false;
-    }
+  if (part.waits_doorbell && !enqueue_doorbell(part, params)) {
+    return false;
   }
   const OpShape& shape = params.op.shape;
   if (shape.kind == OpKind::kLayout) {

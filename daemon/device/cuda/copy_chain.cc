@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The chain of a part that is executed by copy engines: words and copies on the session's armed stream and no kernel,
 // because beside a client that fills every multiprocessor a kernel waits for its time slice and these do not. The local
-// work is done by kernels of the client on its own stream; exchange_v1.h says where what lies.
+// work is done by a kernel of the client on its own stream; exchange_v1.h says where what lies.
 //
 //   wait doorbell >= seq; write active, arrived[0][self], arrived[*][inactive] = seq; started, progress
 //   dispatch: for each other rank: copy header, lanes and rows; write its arrived[0][self] = its seq
@@ -25,7 +25,8 @@
 //
 // Order and visibility. A stream's copy has ended before the next entry begins, and a peer's copy is acknowledged by
 // the memory it wrote; the destination's client starts its kernel behind a wait for the word in its own GPU's memory.
-// Buffers are four, and operation n is launched when all parts of n - 4 have ended (GroupShared::set_copy_engine).
+// Buffers are four, and operation n is launched when all parts of n - 4 have ended (GroupShared::set_copy_engine), or
+// of n - 2 where high throughput goes by copies too.
 #include <algorithm>
 #include <array>
 
@@ -188,7 +189,10 @@ bool CudaDevice::CopyChain::find() {
 }
 
 bool CudaDevice::CopyChain::enqueue() {
-  bool sent = begin() && send_to_all(0);
+  // A copy to the host first: the words of a stream that has nothing else under way go to the compute engine's channel.
+  const CUdeviceptr ended = own_word(EXPERTD_STEP_ENDED_OFFSET(part_.words.slot));
+  bool sent = copy(device_.device_copy_facts(part_.id) + offsetof(CopyFacts, ended), ended, sizeof(uint64_t)) &&
+              begin() && send_to_all(0);
   if (sent && shape_.kind == OpKind::kLlCombine) {
     ChainWords rung;
     rung.wait(own_word(EXPERTD_STEP_RUNG_OFFSET(part_.words.slot)), part_.words.seq);
@@ -284,7 +288,7 @@ CUdeviceptr CudaDevice::device_copy_facts(engine::PartId part) const {
 
 bool CudaDevice::takes_copies(const LaunchSpec& spec) const {
   const GroupEntry* group = spec.group.value == 0 ? nullptr : groups_.find(spec.group.value);
-  return group != nullptr && group->exchange != nullptr && spec.own->by_copies;
+  return group != nullptr && group->exchange != nullptr && spec.own->copies;
 }
 
 uint32_t CudaDevice::entries_of(const LaunchSpec& spec) const {
@@ -296,7 +300,12 @@ uint32_t CudaDevice::entries_of(const LaunchSpec& spec) const {
 
 /// Takes the part whatever comes of it, as launch() does.
 bool CudaDevice::launch_copies(const LaunchSpec& spec, Part* part) {
-  if (!is_low_latency(spec.own->shape) && part->group->ht != nullptr) {
+  const bool low_latency = is_low_latency(spec.own->shape);
+  if (low_latency ? part->group->exchange_layout.total_bytes == 0 : part->group->ht == nullptr) {
+    fail_launch(part, EXPERTD_REASON_UNSUPPORTED);
+    return true;
+  }
+  if (!low_latency) {
     return launch_ht(spec, part);
   }
   part->copies = true;
@@ -342,7 +351,7 @@ void CudaDevice::judge_copies(const Part& part) {
 }
 
 base::Status CudaDevice::allocate_exchange(const engine::GroupShape& shape, GroupEntry* entry) {
-  if (!entry->shape.copy_engine) {
+  if (shape.copies == 0) {
     return base::Status::ok();
   }
   const auto session = sessions_owned_.find(entry->shape.session.value);

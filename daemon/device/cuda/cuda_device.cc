@@ -188,9 +188,11 @@ DeviceInfo CudaDevice::info() const {
   info.pool_used_bytes = pool_.used();
   info.window_bytes = window_bytes_.load(std::memory_order_relaxed);
   info.armed_streams_max = kMaxArmedStreams;
+  info.parked_streams_max = kMaxParkedStreams;
   info.peer_access_mask = gpu_.peer_mask;
   info.healthy = healthy_.load(std::memory_order_relaxed);
   info.armed_streams = open_sessions_.load(std::memory_order_relaxed);
+  info.lane_streams = lane_streams_.load(std::memory_order_relaxed);
   return info;
 }
 
@@ -394,7 +396,7 @@ base::Result<GroupMemory> CudaDevice::plan_group(const engine::GroupShape& shape
     return allocated.status();
   }
   uint64_t exchange = 0;
-  if (shape.copy_engine) {
+  if (shape.copies != 0) {
     const auto bytes = VmmMemory::allocation_bytes(reach(false), copy_layout(shape).total_bytes);
     if (!bytes.is_ok()) {
       return bytes.status();
@@ -405,7 +407,7 @@ base::Result<GroupMemory> CudaDevice::plan_group(const engine::GroupShape& shape
                        !std::all_of(all_.begin(), all_.end(), [this](const GpuFacts& other) { return reaches(other); });
   GroupMemory memory = group_memory(layout, allocated.value(), relayed);
   memory.table_bytes += exchange;
-  if (const expertd_exchange_ht_layout ht = copy_layout(shape).ht; shape.copy_engine && ht.total_bytes != 0) {
+  if (const expertd_exchange_ht_layout ht = copy_layout(shape).ht; ht.total_bytes != 0) {
     memory.pinned_bytes += HtGroup::kPinnedBytes;
     memory.handle_count = std::min(memory.handle_count, static_cast<uint32_t>(ht.handle_count));
   }
@@ -446,6 +448,7 @@ base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t 
   }
   groups_.insert(shape.id.value, entry.get());  // as many slots as there are progress words
   groups_owned_[{shape.id.value, shape.rank}] = std::move(entry);
+  lane_streams_.fetch_add(2 * shape.capture_lanes, std::memory_order_relaxed);
   return base::Status::ok();
 }
 
@@ -463,6 +466,7 @@ void CudaDevice::destroy_group(base::GroupId group, base::Rank rank) {
     keep_ht_pinned(found->second.get());
     destroyed = std::move(found->second);
     groups_owned_.erase(found);
+    lane_streams_.fetch_sub(2 * destroyed->shape.capture_lanes, std::memory_order_relaxed);
   }
   const ScopedContext context(driver_, gpu_.view.context);
   destroyed.reset();  // may block like an unmap of close_session()

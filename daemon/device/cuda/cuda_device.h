@@ -161,6 +161,11 @@ class CudaDevice : public Device, public engine::DevicePort {
   bool enqueue_route(const Part& part, const kernels::cuda::PartParams& params);
   static uint32_t sms_of(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_chain(const Part& part, const kernels::cuda::PartParams& params);
+  bool enqueue_flags(const Part& part, const kernels::cuda::PartParams& params, bool moved);
+  bool enqueue_doorbell(const Part& part, const kernels::cuda::PartParams& params);
+  /// Under MPS a thread that polls has the doorbell sooner than a stream's wait and disturbs nobody; without MPS it
+  /// would hold the time slice. The kernel behind it starts early where the GPU can do that.
+  bool awaits_by_kernel() const { return gpu_.mps && bulk_copies_; }
   bool enqueue_exchange_wait(const Part& part, bool moved);
   bool enqueue_link(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_low_latency(const Part& part, const kernels::cuda::PartParams& params);
@@ -222,6 +227,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   std::atomic<bool> healthy_{true};
   std::atomic<uint64_t> window_bytes_{0};
   std::atomic<uint32_t> open_sessions_{0};
+  std::atomic<uint32_t> lane_streams_{0};  // of the groups that are here
 
   mutable std::mutex control_mutex_;  // control threads only
   std::map<uint64_t, std::unique_ptr<SessionEntry>> sessions_owned_;

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "daemon/kernels/cuda/arm_params.h"
+#include "proto/abi/executor_v1.h"
 
 namespace expertd::device::cuda {
 namespace {
@@ -72,11 +73,11 @@ GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit)
 
 CopyLayout copy_layout(const engine::GroupShape& shape) {
   CopyLayout layout;
-  if (shape.low_latency) {
+  if ((shape.copies & EXPERTD_COPIES_LL) != 0) {
     const expertd_exchange_shape exchanged{shape.ranks, shape.experts, shape.hidden, shape.max_tokens, shape.top_k};
     layout.low_latency = expertd_exchange_layout_of(&exchanged);
   }
-  if (shape.normal) {
+  if ((shape.copies & EXPERTD_COPIES_HT) != 0) {
     const expertd_exchange_ht_shape exchanged{shape.ranks, shape.experts, shape.hidden, shape.max_tokens, shape.top_k};
     layout.ht = expertd_exchange_ht_layout_of(&exchanged);
   }

@@ -4,9 +4,10 @@
 // rows go where is first known when the clients have counted them, so a chain is enqueued in two steps and the loop,
 // which polls, decides in between:
 //
-//   wait doorbell; [dispatch: counts -> host, counted; wait packed of the first piece]
+//   copy -> host; wait doorbell; [dispatch: counts -> host, counted; wait packed of the first piece]
 //   the loop: checks the counts, lets the loops of the other ranks have them, waits for theirs, decides
-//   dispatch: [plan -> window, plan; on the rescue stream]
+//   copy -> host
+//   dispatch: [plan -> window, copy -> host, plan; on the rescue stream]
 //             for both pieces: (wait packed;) for each other rank: rows, and with the last piece what travels beside
 //             them, straight into its outputs; its progress
 //   combine:  rows that may be taken, plan; for every chunk and each other rank: rows of the own input, into its
@@ -120,6 +121,13 @@ bool CudaDevice::HtChain::find() {
   return reachable_ && is_active(spec_.active_ranks, spec_.rank);
 }
 
+/// The words of a stream that has nothing else under way go to the compute engine's channel, where they wait for the
+/// time slice of their process; behind a copy to the host they do not (copy_chain.cc).
+bool CudaDevice::HtChain::put_copy_first(CUstream stream) const {
+  return driver_.cuMemcpyAsync(facts() + offsetof(HtFacts, begun), own_word(EXPERTD_HT_STEP_ENDED), sizeof(uint64_t),
+                               stream) == CUDA_SUCCESS;
+}
+
 bool CudaDevice::HtChain::begin() {
   const CUdeviceptr routed = address_of(&group_.device_progress->routed);
   ChainWords words;
@@ -129,14 +137,14 @@ bool CudaDevice::HtChain::begin() {
   words.write(address_of(&device_.device_facts(part_.id)->start_ns), 1);  // only that it has started is known
   if (!is_dispatch()) {
     words.write(routed, spec_.group_op);
-    return words.send(driver_, stream_);
+    return put_copy_first(stream_) && words.send(driver_, stream_);
   }
   const uint64_t bytes = counts() ? ht_.layout.counts_bytes : sizeof(expertd_exchange_ht_counts);
   ChainWords behind;
   behind.write(facts() + offsetof(HtFacts, counted), part_.id);
   behind.write(routed, spec_.group_op);
   behind.wait(own_word(EXPERTD_HT_STEP_PACKED), part_.words.seq);  // here, so that the loop need not enqueue it
-  return words.send(driver_, stream_) &&
+  return put_copy_first(stream_) && words.send(driver_, stream_) &&
          copy(ht_.pinned->device() + ht_.counts_at(spec_.group_op), buffer_of(spec_.rank), bytes) &&
          behind.send(driver_, stream_);
 }
@@ -206,11 +214,11 @@ bool CudaDevice::HtChain::proceed(const HtRows& rows) {
   const HtTable& table = counts() ? fresh : handle.table;
   const Capacities room = capacities();
   const bool go = ht_decide(rows, is_dispatch() ? &table : nullptr, room, shape_, &state_.report);
-  bool sent = false;
-  if (go) {
+  bool sent = put_copy_first(stream_);  // all that stood on the stream may be over
+  if (sent && go) {
     sent = is_dispatch() ? send_dispatch(table, room) : send_combine(table, room);
     ht_report(table, room, shape_, &state_.report);
-  } else {
+  } else if (sent) {
     sent = is_dispatch() ? tell_plan(table, state_.report.reason) : tell_rows({}, {}, state_.report.reason);
   }
   if (counts()) {
@@ -244,7 +252,7 @@ bool CudaDevice::HtChain::tell_plan(const HtTable& table, uint32_t verdict) {
   words.write(own_word(EXPERTD_HT_STEP_ACTIVE), spec_.active_ranks);
   words.write(own_word(EXPERTD_HT_STEP_VERDICT), verdict);
   words.write(own_word(EXPERTD_HT_STEP_PLAN), part_.words.seq);
-  return words.send(driver_, stream);
+  return put_copy_first(stream) && words.send(driver_, stream);
 }
 
 /// What travels beside the rows, for one rank and all slices.

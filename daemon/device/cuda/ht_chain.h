@@ -17,7 +17,8 @@ struct alignas(128) CudaDevice::HtFacts {
   uint64_t counted;  // the part's number when the doorbell has rung and the client's counts are here
   uint64_t voided;   // copied from the client's words when the chain is through, together with `ended`
   uint64_t ended;
-  uint64_t reserved[13];
+  uint64_t begun;  // nobody reads it: what the copies in front of words write (put_copy_first())
+  uint64_t reserved[12];
 };
 
 struct CudaDevice::HtState {
@@ -88,6 +89,7 @@ class CudaDevice::HtChain {
   bool copy(CUdeviceptr to, CUdeviceptr from, uint64_t bytes) {
     return bytes == 0 || driver_.cuMemcpyAsync(to, from, bytes, stream_) == CUDA_SUCCESS;
   }
+  bool put_copy_first(CUstream stream) const;
   Capacities capacities() const;
   bool announce(uint32_t rank, uint32_t steps);
   bool tell_plan(const HtTable& table, uint32_t verdict);

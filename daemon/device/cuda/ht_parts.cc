@@ -166,7 +166,7 @@ void CudaDevice::judge_ht(const Part& part) {
 /// Of a group whose high throughput goes by copy engines: beside the exchange window, behind the part for low latency.
 base::Status CudaDevice::allocate_ht(const engine::GroupShape& shape, GroupEntry* entry) {
   const CopyLayout layout = copy_layout(shape);
-  if (!shape.copy_engine || layout.ht.total_bytes == 0) {
+  if (layout.ht.total_bytes == 0) {
     return base::Status::ok();
   }
   auto ht = std::make_unique<HtGroup>();

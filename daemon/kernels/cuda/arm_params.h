@@ -34,6 +34,7 @@ struct ArmParams {
   uint32_t experts = 0;
   uint32_t multiprocessors = 1;
   uint32_t null_operation = 0;
+  uint32_t after_wait = 0;  // await_arm or await_flags stands in front
 };
 static_assert(std::is_trivially_copyable_v<ArmParams>);
 

@@ -3,6 +3,8 @@
 #include <algorithm>
 
 #include "daemon/kernels/cuda/arm_params.h"
+#include "daemon/kernels/cuda/await_word.cuh"
+#include "daemon/kernels/cuda/launch_config.h"
 #include "daemon/kernels/cuda/low_latency_combine.cuh"
 #include "daemon/kernels/cuda/low_latency_dispatch.cuh"
 
@@ -33,14 +35,29 @@ __device__ __noinline__ void refuse(const ArmParams& a, const PartParams* p, uin
   }
 }
 
-/// What the first block makes of the doorbell.
+/// What comes of a doorbell, below the arm's number in PartState.taken_entry.
 struct Taken {
-  uint32_t entry = kNoEntry;  // place in the table; kNoEntry: the arm was taken back
-  uint32_t reason = 0;        // the lane is broken: the operation ends with it
+  uint32_t entry =
+      kNoEntry;          // place in the table; kMostCapturedEntries: it names none; kNoEntry: nothing is to be done
+  bool refused = false;  // the lane is broken, or there is no such place: the operation ends without running
 };
+constexpr uint32_t kRefused = 0x4000;
+static_assert((kRefused | kMostCapturedEntries) < kNoEntry && kMostCapturedEntries < kRefused);
+
+__device__ uint64_t pack_taken(const ArmParams& a, const Taken& taken) {
+  return a.words.part << 16 | (taken.refused ? kRefused | taken.entry : taken.entry);
+}
+
+__device__ Taken unpack_taken(uint64_t word) {
+  const auto code = static_cast<uint32_t>(word & 0xffff);
+  Taken taken;
+  taken.refused = code != kNoEntry && (code & kRefused) != 0;
+  taken.entry = taken.refused ? code & ~kRefused : code;
+  return taken;
+}
 
 /// Takes the doorbell back to 0, unless the arm was taken back before it rang: then it stays for the arms to come. Once
-/// one arm was, so are those behind it, or operations would change places. One thread of the first block.
+/// one arm was, so are those behind it, or operations would change places. One thread.
 __device__ Taken take_doorbell(const ArmParams& a) {
   const uint64_t rung = ld_relaxed_sys(a.doorbell);
   const uint64_t broken = ld_relaxed_sys(&a.lane->broken);
@@ -48,37 +65,47 @@ __device__ Taken take_doorbell(const ArmParams& a) {
   Taken taken;
   if (cancelled >= a.generation || rung == EXPERTD_CAPTURE_CANCEL) {
     st_relaxed_sys(&a.lane->cancelled, a.generation);
-    st_relaxed_sys(&a.words.state->taken_entry, a.words.part << 16 | kNoEntry);
+    st_relaxed_sys(&a.words.state->taken_entry, pack_taken(a, taken));
     st_relaxed_sys(&a.words.facts->verdict, kVerdictCancelled);
     tell_arm_done(a);
     return taken;
   }
   // A doorbell is memory of the client: whatever it holds, the place is one of the table.
   taken.entry = static_cast<uint32_t>(rung - 1 < kMostCapturedEntries ? rung - 1 : kMostCapturedEntries);
-  taken.reason = static_cast<uint32_t>(broken);
-  const bool runs = taken.reason == 0 && taken.entry < kMostCapturedEntries;
-  st_relaxed_sys(&a.words.state->taken_entry, a.words.part << 16 | (runs ? taken.entry : kNoEntry));
+  taken.refused = broken != 0 || taken.entry == kMostCapturedEntries;
+  st_relaxed_sys(&a.words.state->taken_entry, pack_taken(a, taken));
   st_relaxed_sys(a.doorbell, 0);
   st_relaxed_sys(&a.words.facts->entry, rung);
   return taken;
 }
 
-/// The place of the operation in the table, kNoEntry for none, the same for all blocks: the first one decides, the
-/// others wait for it, which runs before any of them does. Whole block.
+/// What came of the doorbell, the same for all blocks: the kernel in front has decided, or the first block does, which
+/// runs before any of the others, and those wait for it. Whole block.
 __device__ Taken take_entry(const ArmParams& a) {
   __shared__ Taken taken;
-  if (threadIdx.x == 0 && blockIdx.x == 0) {
+  if (threadIdx.x == 0 && blockIdx.x == 0 && a.after_wait == 0) {
     taken = take_doorbell(a);
   } else if (threadIdx.x == 0) {
     uint64_t seen = 0;
     do {
       seen = ld_relaxed_gpu(&a.words.state->taken_entry);
     } while (seen >> 16 != a.words.part);
-    taken.entry = static_cast<uint32_t>(seen & 0xffff);
-    taken.reason = 0;
+    taken = unpack_taken(seen);
   }
   __syncthreads();
   return taken;
+}
+
+/// await_arm. Grid: one thread. As await_doorbell for the doorbell of a lane, which it takes: it writes the place of
+/// the operation in the table for all blocks of the arm, which then find it there. Bytes: 40.
+__global__ void await_arm(const __grid_constant__ ArmParams a) {
+  wait_for_previous();
+  if (a.null_operation == 0) {
+    await_word(a.doorbell, 1);
+    take_doorbell(a);
+    fence_gpu();
+  }
+  let_next_start();
 }
 
 /// The operation's parameters into shared memory, with the words of this arm. False: there is no such operation. Whole
@@ -138,6 +165,12 @@ __device__ void run_captured(const PartParams& p, LowLatencyEntry place, void* r
   }
 }
 
+/// Why an operation does not run: the lane is broken, or the doorbell names none. The same for the whole block.
+__device__ uint32_t reason_of_lane(const ArmParams& a) {
+  const auto broken = static_cast<uint32_t>(ld_relaxed_sys(&a.lane->broken));
+  return broken != 0 ? broken : static_cast<uint32_t>(EXPERTD_REASON_DESCRIPTOR_MALFORMED);
+}
+
 // link_ll_captured. Grid: that of the largest operation, two blocks of 16 warps per multiprocessor; blocks beyond those
 // of the operation leave at once. Behind the stream's wait for the doorbell the first block reads the doorbell, which
 // the client may write, takes it back and tells the others in the arm's state; every block copies the operation's
@@ -151,6 +184,7 @@ __global__ __launch_bounds__(kLowLatencyThreads,
   extern __shared__ __align__(16) char route_memory[];
   __shared__ __align__(16) char part_memory[sizeof(PartParams)];
   auto* p = reinterpret_cast<PartParams*>(part_memory);
+  let_next_start();
   if (a.null_operation != 0) {
     return;
   }
@@ -158,19 +192,20 @@ __global__ __launch_bounds__(kLowLatencyThreads,
   if (place == LowLatencyEntry::kWaits) {
     taken = take_entry(a);
   } else if (arm_was_left(a, place)) {
-    taken.entry = static_cast<uint32_t>(ld_relaxed_gpu(&a.words.state->taken_entry) & 0xffff);
+    taken = unpack_taken(ld_relaxed_gpu(&a.words.state->taken_entry));
   } else if (place == LowLatencyEntry::kBehindMoved && blockIdx.x == 0 && threadIdx.x == 0) {
     tell_arm_done(a);
   }
   if (taken.entry == kNoEntry) {
     return;
   }
+  if (taken.refused && blockIdx.x != 0) {
+    return;
+  }
   const bool known = taken.entry < kMostCapturedEntries && load_part(a, taken.entry, place, p);
-  if (taken.reason != 0 || !known) {
+  if (taken.refused || !known) {
     if (blockIdx.x == 0) {
-      const uint32_t reason =
-          taken.reason != 0 ? taken.reason : static_cast<uint32_t>(EXPERTD_REASON_DESCRIPTOR_MALFORMED);
-      refuse(a, known ? p : nullptr, reason);
+      refuse(a, known ? p : nullptr, reason_of_lane(a));
     }
     return;
   }
@@ -208,8 +243,15 @@ cudaError_t launch_link_ll_captured(const ArmParams& params, LowLatencyEntry pla
   grid.multiprocessors = params.multiprocessors;
   const uint32_t blocks = null ? 1 : std::max(most_low_latency_blocks(grid), 2u);
   const uint32_t bytes = null ? 0 : route_shared_bytes(params.experts);
-  link_ll_captured<<<blocks, kLowLatencyThreads, bytes, stream>>>(params, place);
-  return cudaGetLastError();
+  LaunchConfig config(blocks, kLowLatencyThreads, bytes, stream);
+  config.starts_early(params.after_wait != 0);
+  return cudaLaunchKernelEx(config.get(), link_ll_captured, params, place);
+}
+
+cudaError_t launch_await_arm(const ArmParams& params, cudaStream_t stream) {
+  LaunchConfig config(1, 1, 0, stream);
+  config.starts_early(true);
+  return cudaLaunchKernelEx(config.get(), await_arm, params);
 }
 
 cudaError_t launch_swap_word(const SwapParams& params, cudaStream_t stream) {

@@ -7,6 +7,7 @@
 #include "daemon/kernels/cuda/exchange_steps.cuh"
 #include "daemon/kernels/cuda/finish_part.cuh"
 #include "daemon/kernels/cuda/launch.h"
+#include "daemon/kernels/cuda/launch_config.h"
 #include "daemon/kernels/cuda/plan.cuh"
 
 namespace expertd::kernels::cuda {
@@ -43,6 +44,7 @@ __global__ __launch_bounds__(kSignalThreads) void signal(const __grid_constant__
 // ends the part. What it leaves, finish does behind the stream's wait; of a rank alone it is the whole chain. 16 bytes
 // per rank; bound by one exchange.
 __global__ __launch_bounds__(kSignalThreads) void meet(const __grid_constant__ PartParams p) {
+  let_next_start();
   if (p.null_operation != 0) {
     return;
   }
@@ -85,8 +87,9 @@ cudaError_t launch_signal(const PartParams& params, SignalStep step, cudaStream_
 }
 
 cudaError_t launch_meet(const PartParams& params, cudaStream_t stream) {
-  meet<<<1, kSignalThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  LaunchConfig config(1, kSignalThreads, 0, stream);
+  config.starts_early(params.after_doorbell != 0);
+  return cudaLaunchKernelEx(config.get(), meet, params);
 }
 
 cudaError_t launch_plan(const PartParams& params, cudaStream_t stream) {

@@ -25,6 +25,11 @@ enum class LowLatencyEntry : uint32_t { kWaits = 0, kBehindRouted = 1, kBehindMo
 cudaError_t launch_route_count(const PartParams& params, cudaStream_t stream);
 cudaError_t launch_route_scan(const PartParams& params, cudaStream_t stream);
 cudaError_t launch_route_number(const PartParams& params, cudaStream_t stream);
+/// Waits until the doorbell is at least `value`, as a stream's wait does. The kernel behind it has to be one whose
+/// launcher takes `after_doorbell`. Null: a null operation. Only under MPS: alone it would hold the GPU's time slice.
+cudaError_t launch_await_doorbell(const uint64_t* word, uint64_t value, cudaStream_t stream);
+/// The same for the flags of the ranks; the kernel behind it is one whose launcher takes `after_flags`.
+cudaError_t launch_await_flags(const FlagWait& params, cudaStream_t stream);
 /// Tells every active rank that this rank's step of the operation is done.
 cudaError_t launch_signal(const PartParams& params, SignalStep step, cudaStream_t stream);
 /// The whole of a barrier, but for what it leaves to finish.
@@ -41,6 +46,8 @@ cudaError_t launch_link_ll_combine(const PartParams& params, LowLatencyEntry ent
 /// An arm of a capture lane: any captured low latency operation. Behind the doorbell's wait as kWaits, whose place in
 /// the chain is the only one when the ranks are together; the other two on a stream that waits for the exchanges.
 cudaError_t launch_link_ll_captured(const ArmParams& params, LowLatencyEntry place, cudaStream_t stream);
+/// Waits for the doorbell of the arm and takes it; link_ll_captured with `after_wait` is behind it. Only under MPS.
+cudaError_t launch_await_arm(const ArmParams& params, cudaStream_t stream);
 /// One compare-and-swap; a null word is a null operation.
 cudaError_t launch_swap_word(const SwapParams& params, cudaStream_t stream);
 /// Bases, sizes and the decision whether anything moves, from the whole count matrix.

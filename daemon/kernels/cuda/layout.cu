@@ -194,6 +194,15 @@ cudaError_t launch_all_null(bool bulk_copies, cudaStream_t stream) {
         error != cudaSuccess) {
       return error;
     }
+    if (const cudaError_t error = launch_await_doorbell(nullptr, 0, stream); error != cudaSuccess) {
+      return error;
+    }
+    if (const cudaError_t error = launch_await_arm(no_arm, stream); error != cudaSuccess) {
+      return error;
+    }
+    if (const cudaError_t error = launch_await_flags({}, stream); error != cudaSuccess) {
+      return error;
+    }
     if (const cudaError_t error = launch_swap_word({}, stream); error != cudaSuccess) {
       return error;
     }

@@ -5,6 +5,7 @@
 
 #include "daemon/kernels/cuda/combine_rows.cuh"
 #include "daemon/kernels/cuda/finish_part.cuh"
+#include "daemon/kernels/cuda/launch_config.h"
 
 namespace expertd::kernels::cuda {
 namespace {
@@ -359,8 +360,9 @@ cudaError_t launch_pieces(const PartParams& params, Entry entry, cudaStream_t st
   const uint32_t bytes = null ? 16 : params.op.shape.hidden * 2;
   const uint32_t threads = 32 + (null ? 32 : sum_threads(params.op.shape.hidden, kPieces));
   const uint32_t shared_bytes = bulk_rows(bytes) * bulk_row_stride(bytes);
-  link_combine<kPieces><<<link_combine_blocks(params), threads, shared_bytes, stream>>>(params, entry);
-  return cudaGetLastError();
+  LaunchConfig config(link_combine_blocks(params), threads, shared_bytes, stream);
+  config.starts_early(params.after_doorbell != 0 && entry == Entry::kWaits);
+  return cudaLaunchKernelEx(config.get(), link_combine<kPieces>, params, entry);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "daemon/kernels/cuda/finish_part.cuh"
+#include "daemon/kernels/cuda/launch_config.h"
 #include "daemon/kernels/cuda/link_route.cuh"
 #include "daemon/kernels/cuda/plan.cuh"
 
@@ -454,19 +455,11 @@ cudaError_t launch_link_dispatch(const PartParams& params, Entry entry, cudaStre
     }
   }
   const uint32_t rows = params.null_operation != 0 ? 0 : movers_of(params.op.shape) * place_bytes(params.op.shape);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = blocks_per_cluster(params);
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = link_dispatch_blocks(params);
-  config.blockDim = kBlockThreads;
-  config.dynamicSmemBytes = std::max<size_t>(rows, sizeof(TokenRouting));
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, link_dispatch, params, entry);
+  LaunchConfig config(link_dispatch_blocks(params), kBlockThreads, std::max<size_t>(rows, sizeof(TokenRouting)),
+                      stream);
+  config.cluster(blocks_per_cluster(params));
+  config.starts_early(params.after_doorbell != 0 && entry == Entry::kWaits);
+  return cudaLaunchKernelEx(config.get(), link_dispatch, params, entry);
 }
 
 }  // namespace expertd::kernels::cuda

@@ -2,6 +2,7 @@
 // Low latency combine between GPUs that all reach each other, in one kernel. Definitions: daemon/kernels/README.md.
 #include <algorithm>
 
+#include "daemon/kernels/cuda/launch_config.h"
 #include "daemon/kernels/cuda/low_latency_combine.cuh"
 
 namespace expertd::kernels::cuda {
@@ -21,6 +22,7 @@ template <bool kMany>
 __global__ __launch_bounds__(kLowLatencyThreads,
                              kLowLatencyBlocksPerSm) void link_ll_combine(const __grid_constant__ PartParams p,
                                                                           LowLatencyEntry entry) {
+  let_next_start();  // of those that wait; it has no other place than that of one warp
   if (p.null_operation == 0) {
     run_ll_combine<kMany>(p, entry);
   }
@@ -43,14 +45,16 @@ uint32_t link_ll_combine_blocks(const PartParams& params) {
 cudaError_t launch_link_ll_combine(const PartParams& params, LowLatencyEntry entry, cudaStream_t stream) {
   const bool null = params.null_operation != 0;
   const bool many = params.table_top_k > kRowsAtOnce;
-  const uint32_t blocks = link_ll_combine_blocks(params);
+  LaunchConfig config(link_ll_combine_blocks(params), kLowLatencyThreads, 0, stream);
+  config.starts_early((entry == LowLatencyEntry::kWaits ? params.after_doorbell : params.after_flags) != 0);
+  cudaError_t error = cudaSuccess;
   if (null || many) {
-    link_ll_combine<true><<<blocks, kLowLatencyThreads, 0, stream>>>(params, entry);
+    error = cudaLaunchKernelEx(config.get(), link_ll_combine<true>, params, entry);
   }
-  if (null || !many) {
-    link_ll_combine<false><<<blocks, kLowLatencyThreads, 0, stream>>>(params, entry);
+  if (error == cudaSuccess && (null || !many)) {
+    error = cudaLaunchKernelEx(config.get(), link_ll_combine<false>, params, entry);
   }
-  return cudaGetLastError();
+  return error;
 }
 
 }  // namespace expertd::kernels::cuda

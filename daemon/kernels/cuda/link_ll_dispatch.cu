@@ -2,6 +2,7 @@
 // Low latency dispatch between GPUs that all reach each other, in one kernel. Definitions: daemon/kernels/README.md.
 #include <algorithm>
 
+#include "daemon/kernels/cuda/launch_config.h"
 #include "daemon/kernels/cuda/low_latency_dispatch.cuh"
 
 namespace expertd::kernels::cuda {
@@ -21,6 +22,7 @@ __global__ __launch_bounds__(kLowLatencyThreads,
                              kLowLatencyBlocksPerSm) void link_ll_dispatch(const __grid_constant__ PartParams p,
                                                                            Entry entry) {
   extern __shared__ __align__(16) char route_memory[];
+  let_next_start();  // of those that wait; it has no other place than that of one warp
   if (p.null_operation == 0) {
     run_ll_dispatch(p, entry == Entry::kWaits, route_memory);
   }
@@ -54,8 +56,9 @@ cudaError_t launch_link_ll_dispatch(const PartParams& params, Entry entry, cudaS
     }
   }
   const uint32_t bytes = entry == Entry::kWaits && !null ? route_shared_bytes(params.op.shape.experts) : 0;
-  link_ll_dispatch<<<link_ll_dispatch_blocks(params), kLowLatencyThreads, bytes, stream>>>(params, entry);
-  return cudaGetLastError();
+  LaunchConfig config(link_ll_dispatch_blocks(params), kLowLatencyThreads, bytes, stream);
+  config.starts_early((entry == Entry::kWaits ? params.after_doorbell : params.after_flags) != 0);
+  return cudaLaunchKernelEx(config.get(), link_ll_dispatch, params, entry);
 }
 
 }  // namespace expertd::kernels::cuda

@@ -42,7 +42,7 @@ struct PartState {
   uint64_t started_part;    // whose start that is
   uint32_t blocks_done;     // of a step of a link kernel; its last block sets it back to 0
   uint32_t claimed_tokens;  // by the blocks of link_combine; its last block sets it back to 0
-  uint64_t taken_entry;     // captured: part << 16 | entry that the doorbell named, or kNoEntry; decided by block 0
+  uint64_t taken_entry;     // captured: part << 16 | entry that the doorbell named, or kNoEntry; decided once
   uint32_t blocks_through;  // captured: blocks at the end of the first kernel; its last one sets it back to 0
   uint32_t unused;
   uint64_t reserved[6];
@@ -223,8 +223,10 @@ struct alignas(16) PartParams {
   uint32_t refused_reason = 0;  // this rank's routing counts as an error with this Reason
   uint32_t null_operation = 0;  // the launch at start that loads the kernel: returns at once
   uint32_t multiprocessors = 1;
-  uint32_t bulk_copies = 0;  // the context has the kernels with them
-  uint32_t link_sms = 0;     // multiprocessors for the link kernels
+  uint32_t bulk_copies = 0;     // the context has the kernels with them
+  uint32_t link_sms = 0;        // multiprocessors for the link kernels
+  uint32_t after_doorbell = 0;  // for launchers: await_doorbell stands in front of the first kernel
+  uint32_t after_flags = 0;     // and await_flags in front of those for which the low latency kernels wait
   CapturedParams captured;
 };
 static_assert(std::is_trivially_copyable_v<PartParams>);
@@ -251,6 +253,13 @@ uint64_t relay_bytes(const OpShape& shape, uint32_t table_top_k);
 LowLatencyLayout low_latency_layout(const OpShape& shape, uint32_t table_top_k);
 /// Whether a dispatch with rows of this shape, or a combine, fits such a buffer. Pure.
 bool fits_low_latency(const OpShape& shape, const LowLatencyLayout& layout);
+
+/// What a kernel waits for that stands for a stream's wait: flags [ranks] of at least `value`.
+struct FlagWait {
+  const uint64_t* flags = nullptr;
+  uint64_t ranks = 0;  // as bits; none: a null operation
+  uint64_t value = 0;
+};
 
 /// Empty when the parameters can be launched, else what is wrong with them. Host side; kernels trust it.
 const char* validate(const PartParams& params);

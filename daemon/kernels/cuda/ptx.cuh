@@ -71,6 +71,21 @@ __device__ __forceinline__ void st_pair_relaxed_sys(uint64_t* words, uint64_t fi
 #endif
 }
 
+/// Lets the kernel behind this one in the stream start, if that was launched for it (launch_config.h).
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// Waits until the kernel in front in the stream has ended and what it wrote is visible, in one that was launched
+/// early.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 /// Asks for the line in the second-level cache.
 __device__ __forceinline__ void prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));

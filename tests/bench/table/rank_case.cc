@@ -12,6 +12,7 @@
 #include "tests/bench/cuda_check.h"
 #include "tests/bench/table/case_plans.h"
 #include "tests/bench/table/half.h"
+#include "tests/bench/table/loaded.h"
 
 namespace expertd::bench {
 
@@ -37,7 +38,9 @@ constexpr uint32_t kQueued = 8;
 constexpr uint32_t kQueuedArm = kQueued / 2;
 /// Graphs launched one behind the other where their time back to back is asked for.
 constexpr uint32_t kReplays = 100;
-constexpr std::chrono::milliseconds kLoadAlone{40};
+/// Iterations that a row has, whatever they take: a p99 is of so many, and a p50 of those that are slow.
+constexpr uint32_t kLeast = 100;
+constexpr uint32_t kLeastSlow = 30;
 
 /// User and system time of a process.
 double cpu_ns_of(pid_t pid) {
@@ -48,42 +51,6 @@ double cpu_ns_of(pid_t pid) {
   }
   return static_cast<double>(time.tv_sec) * 1e9 + static_cast<double>(time.tv_nsec);
 }
-
-/// A load that runs for a scope.
-class Loaded {
- public:
-  explicit Loaded(GemmLoad* load) : load_(load) {
-    if (load_ != nullptr) {
-      load_->start();
-      load_->set_phase(LoadPhase::kAlone);
-      idle_for(kLoadAlone);
-      load_->set_phase(LoadPhase::kOther);
-    }
-  }
-  ~Loaded() {
-    try {
-      stop();
-    } catch (const std::exception&) {
-      // Another failure is on its way and was there first.
-    }
-  }
-  Loaded(const Loaded&) = delete;
-  Loaded& operator=(const Loaded&) = delete;
-
-  void set_phase(LoadPhase phase) {
-    if (load_ != nullptr) {
-      load_->set_phase(phase);
-    }
-  }
-  void stop() {
-    if (GemmLoad* const load = std::exchange(load_, nullptr); load != nullptr) {
-      load->stop();
-    }
-  }
-
- private:
-  GemmLoad* load_;
-};
 
 /// Under MPS the operation is between kernels, because a busy client of one process would hold up the rest; else no
 /// kernel of the client's may be near it, because its context would have to come back for that.
@@ -113,9 +80,11 @@ RankCase::RankCase(RankGroup* group, ctl::BenchRank* rank, const TableCase& it)
     untimed_->prepare(inputs_);
   }
   warm_up();
-  if (it_.is_whole()) {
+  if (it_.is_whole() && !group_->has_floors(it_)) {
     add_floors();
     add_nccl();
+  }
+  if (it_.is_whole()) {
     add_queue();
     add_replays();
     add_compute();
@@ -415,8 +384,18 @@ void RankCase::renew_inputs() {
   operation_->prepare(inputs_);
 }
 
+/// At the end of a block: the row had its time, and enough of the operation for what is told of it. All ranks say the
+/// same.
+bool RankCase::is_enough(bool busy, uint32_t done, uint64_t begin_ns) {
+  const bool slow = busy || it_.operation == "layer";
+  const double seconds = static_cast<double>(now_ns() - begin_ns) * 1e-9;
+  const bool over = table_stopped.load(std::memory_order_relaxed) || seconds > group_->options.row_seconds;
+  return agreed(over && done >= (slow ? kLeastSlow : kLeast) ? 1 : 0) != 0;
+}
+
 void RankCase::iterate(bool busy, RankFigures* figures) {
-  const uint32_t last = iterations(busy) - 1;
+  uint32_t last = iterations(busy) - 1;
+  const uint64_t row_begin_ns = now_ns();
   const auto phase = [&](LoadPhase to) {
     if (busy) {
       tools().load->set_phase(to);
@@ -430,14 +409,16 @@ void RankCase::iterate(bool busy, RankFigures* figures) {
       figures->verify_s += static_cast<double>(now_ns() - begin_ns) * 1e-9;
     }
     // A busy client comes behind an idle one, which has just verified the inputs that it begins with.
-    const bool verified = i == last || (i == 0 && !(busy && group_->options.idle));
+    const bool verified = i == last || (i == 0 && !measured_);
     phase(verified ? LoadPhase::kOther : LoadPhase::kOperations);
     time_operation(figures, verified);
     if ((i + 1) % kBlock == 0 || i == last) {
       phase(LoadPhase::kOther);
       time_contenders(busy, figures);
+      last = i + 1 < last && is_enough(busy, i + 1, row_begin_ns) ? i + 1 : last;
     }
   }
+  measured_ = true;
 }
 
 void RankCase::time_operation(RankFigures* figures, bool verified) {

@@ -42,6 +42,8 @@ struct RankGroup {
   pid_t daemon;
   std::vector<uint64_t> link_bytes;
   const std::vector<std::unique_ptr<RankTools>>& tools;
+  /// Whether floors and NCCL of a case were measured before: another one moves the same bytes.
+  std::function<bool(const TableCase&)> has_floors;
 };
 
 /// What a rank found of a case with one kind of client.
@@ -102,6 +104,7 @@ class RankCase {
   void add_switch();
   void add_overlap();
   uint32_t iterations(bool busy) const;
+  bool is_enough(bool busy, uint32_t done, uint64_t begin_ns);
   void renew_inputs();
   void add_clock();
   Timing timing(TimerClock clock, Start start, double per_timing);
@@ -126,6 +129,7 @@ class RankCase {
   std::unique_ptr<ctl::BenchOperation> untimed_;
   expertd_event_t untimed_event_{};
   uint32_t inputs_ = 0;  // iteration whose inputs are in place
+  bool measured_ = false;
   std::vector<std::unique_ptr<LinkCopy>> links_;
   std::vector<std::unique_ptr<Exchange>> exchanges_;
   std::vector<expertd_event_t> queued_;

@@ -22,14 +22,6 @@ bool wanted(const std::vector<T>& some, const T& value) {
   return some.empty() || std::find(some.begin(), some.end(), value) != some.end();
 }
 
-/// --quick has layers when they are asked for.
-void add_layer(const TableSelection& selection, bool low_latency, const BenchShape& shape, bool captured,
-               std::vector<TableCase>* cases) {
-  if (!selection.quick || !selection.operations.empty()) {
-    cases->push_back({"layer", "bf16", low_latency, shape, "both", captured});
-  }
-}
-
 /// Those of a group that are asked for.
 void add_wanted(const TableSelection& selection, const std::vector<TableCase>& of_group,
                 std::vector<TableCase>* cases) {
@@ -43,13 +35,36 @@ void add_wanted(const TableSelection& selection, const std::vector<TableCase>& o
 
 /// A group's low latency cases in CUDA graphs.
 void add_captured(const TableSelection& selection, const BenchShape& shape, std::vector<TableCase>* cases) {
-  std::vector<TableCase> of_group = {{"dispatch", "fp8", true, shape, "both", true},
-                                     {"combine", "bf16", true, shape, "both", true},
-                                     {"pair", "fp8", true, shape, "both", true}};
-  if (shape.tokens == kLowLatencyTokens) {
-    add_layer(selection, true, shape, true, &of_group);
+  add_wanted(selection,
+             {{"dispatch", "fp8", true, shape, "both", true},
+              {"combine", "bf16", true, shape, "both", true},
+              {"pair", "fp8", true, shape, "both", true}},
+             cases);
+}
+
+/// --quick has layers when they are asked for.
+void add_layers(const TableSelection& selection, const BenchShape& prefill, const BenchShape& decode,
+                std::vector<TableCase>* cases) {
+  if (!selection.quick || !selection.operations.empty()) {
+    add_wanted(selection,
+               {{"layer", "bf16", true, decode, "both", true},
+                {"layer", "bf16", true, decode},
+                {"layer", "bf16", false, prefill}},
+               cases);
   }
-  add_wanted(selection, of_group, cases);
+}
+
+/// What is compared with copy engines where the run's executor may be another.
+void add_copies(const TableSelection& selection, const BenchShape& shape, std::vector<TableCase>* cases) {
+  if (selection.copies) {
+    const std::string copies = "copy_engine";
+    add_wanted(selection,
+               {{"dispatch", "fp8", true, shape, "both", false, copies},
+                {"combine", "bf16", true, shape, "both", false, copies},
+                {"pair", "fp8", true, shape, "both", false, copies},
+                {"overlap", "bf16", true, shape, "both", false, copies}},
+               cases);
+  }
 }
 
 /// The cases of a group.
@@ -65,7 +80,6 @@ void add_group(const TableSelection& selection, bool low_latency, const BenchSha
         of_group.push_back({"dispatch", "fp8", true, shape, half});
         of_group.push_back({"combine", "bf16", true, shape, half});
       }
-      add_layer(selection, true, shape, false, &of_group);
     }
   } else {
     of_group = {{"dispatch", "fp8", false, shape}, {"combine", "bf16", false, shape}};
@@ -74,7 +88,6 @@ void add_group(const TableSelection& selection, bool low_latency, const BenchSha
     }
     if (main_shape && shape.tokens == kTokens) {
       of_group.push_back({"layout", "", false, shape});
-      add_layer(selection, false, shape, false, &of_group);
     }
   }
   add_wanted(selection, of_group, cases);
@@ -93,8 +106,9 @@ BenchRowSpec find(const std::vector<BenchRowSpec>& rows, const std::string& flag
 
 std::string TableCase::name() const {
   return operation + " " + mode() + (dtype.empty() ? "" : " " + dtype) + (half == "both" ? "" : " " + half) +
-         (captured ? " captured" : "") + ", " + std::to_string(shape.tokens) + " tokens, hidden " +
-         std::to_string(shape.hidden) + ", top " + std::to_string(shape.top_k);
+         (captured ? " captured" : "") + (executor.empty() ? "" : " by " + executor) + ", " +
+         std::to_string(shape.tokens) + " tokens, hidden " + std::to_string(shape.hidden) + ", top " +
+         std::to_string(shape.top_k);
 }
 
 bool TableCase::has_main_shape() const {
@@ -103,9 +117,10 @@ bool TableCase::has_main_shape() const {
 
 bool TableCase::shares_group(const TableCase& other) const {
   const auto key = [](const TableCase& it) {
-    // A double batch is measured with an idle client alone. A group that captures has streams of the daemon that wait.
-    return std::tuple(it.operation == "overlap", it.captured, it.low_latency, it.shape.ranks, it.shape.experts,
-                      it.shape.hidden, it.shape.top_k, it.shape.tokens);
+    // A double batch is measured with an idle client alone, and layers come last. A group that captures has streams of
+    // the daemon that wait.
+    return std::tuple(it.operation == "overlap", it.operation == "layer", it.executor, it.captured, it.low_latency,
+                      it.shape.ranks, it.shape.experts, it.shape.hidden, it.shape.top_k, it.shape.tokens);
   };
   return key(*this) == key(other);
 }
@@ -123,18 +138,15 @@ std::vector<TableCase> table_cases(const TableSelection& selection) {
   };
   add_group(selection, false, shape(kHidden, kTopK, kTokens), &cases);
   add_group(selection, true, shape(kHidden, kTopK, kLowLatencyTokens), &cases);
-  add_captured(selection, shape(kHidden, kTopK, kLowLatencyTokens), &cases);
+  for (const uint32_t tokens : {kLowLatencyTokens, 16u, 512u}) {
+    add_captured(selection, shape(kHidden, kTopK, tokens), &cases);
+  }
   if (selection.eager && wanted(selection.operations, std::string("empty"))) {
     // Of a group of one rank, whose shape does not matter.
     cases.push_back({"empty", "", false, {1, selection.experts, kHidden, kTopK, kLowLatencyTokens}});
   }
-  if (selection.eager && wanted(selection.operations, std::string("overlap")) &&
-      wanted(selection.tokens, kLowLatencyTokens)) {
-    cases.push_back({"overlap", "bf16", true, shape(kHidden, kTopK, kLowLatencyTokens)});
-  }
-  for (const uint32_t tokens : {16u, 512u}) {
-    add_captured(selection, shape(kHidden, kTopK, tokens), &cases);
-  }
+  add_wanted(selection, {{"overlap", "bf16", true, shape(kHidden, kTopK, kLowLatencyTokens)}}, &cases);
+  add_copies(selection, shape(kHidden, kTopK, kLowLatencyTokens), &cases);
   for (const uint32_t tokens : {16u, 64u, 512u, 1024u}) {
     add_group(selection, true, shape(kHidden, kTopK, tokens), &cases);
   }
@@ -148,6 +160,7 @@ std::vector<TableCase> table_cases(const TableSelection& selection) {
       add_group(selection, true, shape(hidden, top_k, kLowLatencyTokens), &cases);
     }
   }
+  add_layers(selection, shape(kHidden, kTopK, kTokens), shape(kHidden, kTopK, kLowLatencyTokens), &cases);
   return cases;
 }
 

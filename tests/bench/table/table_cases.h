@@ -19,6 +19,7 @@ struct TableSelection {
   std::vector<uint32_t> tokens{};         // empty: all
   bool captured = true;                   // operations in CUDA graphs
   bool eager = true;                      // all others
+  bool copies = false;                    // those of the main low latency by copy engines besides, in groups of them
 };
 
 /// An operation in a shape. Everything about it that the client sees.
@@ -29,6 +30,7 @@ struct TableCase {
   ctl::BenchShape shape;
   std::string half = "both";  // or send or receive, of low latency
   bool captured = false;      // in a CUDA graph that is replayed
+  std::string executor{};     // that its group asks for; empty: the run's
 
   /// An operation with both halves that can be compared with others; a double batch is compared with itself.
   bool is_whole() const { return half == "both" && operation != "overlap"; }
@@ -44,7 +46,7 @@ struct TableCase {
 
 /// The operations that a table can have.
 const std::vector<std::string>& table_operations();
-/// The main shape first, and groups behind one another.
+/// By importance, and groups behind one another: what has a target, other sizes, layers.
 std::vector<TableCase> table_cases(const TableSelection& selection);
 /// What makes the operation of a case, other than a layer and a double batch, which need a GPU.
 ctl::BenchRowSpec row_spec(const TableCase& it);

@@ -30,7 +30,7 @@ struct Typed {
   std::string captured = "both";
   std::optional<uint32_t> iterations;
   uint32_t arm_us = 100;
-  uint32_t seconds = 165;
+  uint32_t seconds = 500;
   bool no_nccl = false;
 };
 
@@ -76,10 +76,17 @@ void add_running(CLI::App* app, Typed* typed, TableOptions* options) {
   app->add_option("--seconds", typed->seconds, "For everything; cases that would come later are not run and say so")
       ->check(CLI::Range(1, 86400))
       ->capture_default_str();
+  app->add_option("--row-seconds", options->row_seconds,
+                  "Of measuring per row; a row has at least 100 iterations, 30 beside GEMMs or with a layer's")
+      ->check(CLI::Range(0.1, 3600.0))
+      ->capture_default_str();
   app->add_option("--seed", options->seed, "Of all inputs")->capture_default_str();
   app->add_flag("--no-nccl", typed->no_nccl, "Leave out the comparison with NCCL");
   app->add_option("--json-file", options->json_file, "Write the JSON there")->type_name("FILE");
   app->add_option("--append", options->append_file, "Merge the rows into what lies there, as after a run without MPS")
+      ->type_name("FILE");
+  app->add_option("--resume", options->resume_file,
+                  "Keep the verified rows of this commit and device that lie there, run the others, write all there")
       ->type_name("FILE");
   app->add_flag("--json", options->json, "Print JSON in place of the table");
 }

@@ -129,6 +129,8 @@ json row_json(const TableRow& row) {
       {"top_k", row.it.shape.top_k},
       {"experts", row.it.shape.experts},
       {"ranks", row.it.shape.ranks},
+      {"asked_executor", row.asked_executor},
+      {"link_sms", row.link_sms},
       {"executor", row.executor.empty() ? json() : json(row.executor)},
       {"sms", row.executor.empty() || row.it.captured ? json() : json(row.sms)},
       {"mps", row.mps},
@@ -192,6 +194,30 @@ json merged(json base, const json& more) {
     base["mps"] = "both";
   }
   return base;
+}
+
+json resumable(const json& document, const std::string& commit, const std::string& device) {
+  const bool same = document.is_object() && document.value("commit", json()) == json(commit) &&
+                    document.value("device", json()) == json(device);
+  if (!same || !document.contains("rows") || !document["rows"].is_array()) {
+    return {};
+  }
+  json kept = document;
+  json& rows = kept["rows"];
+  rows.erase(std::remove_if(rows.begin(), rows.end(), [](const json& row) { return !row.value("verified", false); }),
+             rows.end());
+  return rows.empty() ? json() : kept;
+}
+
+bool has_row(const json& document, const TableRow& row) {
+  constexpr const char* kKeys[] = {"operation", "half",  "captured", "mode",           "dtype",    "tokens", "hidden",
+                                   "top_k",     "ranks", "experts",  "asked_executor", "link_sms", "mps",    "client"};
+  const json wanted = row_json(row);
+  const json& rows = document.is_object() && document.contains("rows") ? document["rows"] : json::array();
+  return std::any_of(rows.begin(), rows.end(), [&](const json& there) {
+    return std::all_of(std::begin(kKeys), std::end(kKeys),
+                       [&](const char* key) { return there.value(key, json()) == wanted.at(key); });
+  });
 }
 
 std::string table_text(const json& document) {

@@ -21,8 +21,10 @@ Times slowest_of(const std::vector<Times>& ranks);
 
 struct TableRow {
   TableCase it;
-  std::string executor;  // as the operations' results say; empty: there are none
-  uint32_t sms = 0;      // that the largest kernel takes, the most of any rank and iteration
+  std::string asked_executor;  // of the group
+  uint32_t link_sms = 0;       // device.link_sms of the daemon
+  std::string executor;        // as the operations' results say; empty: there are none
+  uint32_t sms = 0;            // that the largest kernel takes, the most of any rank and iteration
   bool mps = false;
   bool busy = false;
   std::string clock;  // what the times are from; empty: there are none
@@ -58,6 +60,10 @@ nlohmann::json row_json(const TableRow& row);
 /// What both documents say of one case is taken from `more`; the rest of the head stays that of `base`, and `mps` turns
 /// into "both" where they differ. A document without an array of rows is refused with std::runtime_error.
 nlohmann::json merged(nlohmann::json base, const nlohmann::json& more);
+/// What a run of the table may leave out of it: verified rows of the same commit and device; null where there are none.
+nlohmann::json resumable(const nlohmann::json& document, const std::string& commit, const std::string& device);
+/// Whether the document has the row that this one is to become.
+bool has_row(const nlohmann::json& document, const TableRow& row);
 /// The rows of a document, a line each.
 std::string table_text(const nlohmann::json& document);
 /// Every row was right.

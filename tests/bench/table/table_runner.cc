@@ -22,6 +22,15 @@ constexpr uint32_t kFailuresInARow = 3;
 constexpr uint32_t kCaptureLanes = 2;
 const char* const kTimeOver = "not run: the time for the table is over";
 
+/// Rows that move the same bytes over the link beside the same client, whether they are captured or not and whoever
+/// executes them.
+std::string floor_key(const TableCase& it, bool busy) {
+  TableCase plain = it;
+  plain.captured = false;
+  plain.executor.clear();
+  return plain.name() + (busy ? " busy" : " idle");
+}
+
 }  // namespace
 
 /// Cases of one group, from the join to the leave or the first failure.
@@ -29,15 +38,17 @@ class TableRunner::Batch {
  public:
   Batch(TableRunner* runner, std::vector<TableCase> cases, uint32_t number);
 
-  /// The rows of cases that are done with: those that ran, and the one that failed. Sets `done` to their number.
-  std::vector<TableRow> run(size_t* done);
+  /// Gives the runner the rows of cases that are done with: those that ran, and the one that failed. Returns how many
+  /// cases that are.
+  size_t run();
   bool failed() const { return !failure_.empty(); }
 
  private:
   void rank_thread(uint32_t index);
   void rank_work(uint32_t index);
+  void measure(RankCase* it, size_t number, uint32_t index);
   void fail(const std::string& text);
-  void tell(const TableRow& row) const;
+  void add_missing(size_t number, const std::string& error);
   TableRow finished_row(const TableCase& it, size_t client, const std::vector<RankFigures>& ranks) const;
 
   TableRunner* const runner_;
@@ -49,7 +60,8 @@ class TableRunner::Batch {
   ctl::BenchRendezvous meeting_;
   RankGroup group_;
   std::vector<std::vector<std::vector<RankFigures>>> figures_;  // [case][client][rank], each written by its rank
-  std::vector<std::vector<std::atomic<uint32_t>>> finished_;    // [case][client] ranks
+  size_t done_cases_ = 0;                                       // of rank 0, as is the next
+  size_t done_clients_ = 0;                                     // of the case behind them
   bool time_is_over_ = false;                                   // written by rank 0 between two meetings
   std::mutex mutex_;
   std::string failure_;  // under mutex_ while threads run: the first
@@ -65,7 +77,7 @@ TableRunner::Batch::Batch(TableRunner* runner, std::vector<TableCase> cases, uin
       group_{runner->options_,    bench_,
              &meeting_,           runner->nccl_.get(),
              runner->daemon_.pid, std::vector<uint64_t>(ranks_, 0),
-             runner->tools_},
+             runner->tools_,      [runner](const TableCase& it) { return runner->has_floors(it); }},
       figures_(cases_.size(),
                std::vector<std::vector<RankFigures>>(clients_.size(), std::vector<RankFigures>(ranks_))) {
   bench_.socket = runner->daemon_.attach_socket;
@@ -75,16 +87,14 @@ TableRunner::Batch::Batch(TableRunner* runner, std::vector<TableCase> cases, uin
   bench_.iterations = runner->options_.iterations;
   bench_.seed = runner->options_.seed;
   bench_.timeout_ns = kTimeoutNs;
-  const std::string& executor = runner->options_.executor;
+  const TableCase& first = cases_.front();
+  const std::string& executor = first.executor.empty() ? runner->options_.executor : first.executor;
   const bool captured = cases_.front().captured;
   bench_.capture_lanes = captured ? kCaptureLanes : 0;
   // A captured combine is by the daemon's kernels in any group, and takes the routing of a dispatch by the same.
   bench_.executor = captured || executor == "sm" ? EXPERTD_GROUP_EXECUTOR_SM
                     : executor == "copy_engine"  ? EXPERTD_GROUP_EXECUTOR_COPY_ENGINE
                                                  : EXPERTD_GROUP_EXECUTOR_AUTO;
-  for (size_t i = 0; i < cases_.size(); ++i) {
-    finished_.emplace_back(clients_.size());
-  }
 }
 
 void TableRunner::Batch::fail(const std::string& text) {
@@ -128,7 +138,7 @@ void TableRunner::Batch::rank_work(uint32_t index) {
   std::vector<std::unique_ptr<RankCase>> kept;  // captured operations keep their memory in use until the leave
   for (size_t i = 0; i < cases_.size(); ++i) {
     if (index == 0) {
-      time_is_over_ = Clock::now() > runner_->end_;
+      time_is_over_ = runner_->is_over();
     }
     meeting_.meet();
     if (time_is_over_) {
@@ -137,16 +147,36 @@ void TableRunner::Batch::rank_work(uint32_t index) {
     const uint64_t begin_ns = now_ns();
     auto it = std::make_unique<RankCase>(&group_, &rank, cases_[i]);
     figures_[i].front()[index].set_up_s = static_cast<double>(now_ns() - begin_ns) * 1e-9;
-    for (size_t client = 0; client < clients_.size(); ++client) {
-      it->measure(clients_[client], &figures_[i][client][index]);
-      finished_[i][client].fetch_add(1);
-    }
+    measure(it.get(), i, index);
     if (cases_[i].captured) {
       kept.push_back(std::move(it));
     }
   }
   meeting_.meet();
   rank.leave();
+}
+
+/// Each row is handed over when the last rank has its figures, so that a run that is stopped leaves what it had.
+void TableRunner::Batch::measure(RankCase* it, size_t number, uint32_t index) {
+  const std::vector<bool> wanted = runner_->wanted(cases_[number]);
+  for (size_t client = 0; client < clients_.size(); ++client) {
+    if (std::find(wanted.begin(), wanted.end(), clients_[client]) == wanted.end()) {
+      continue;
+    }
+    it->measure(clients_[client], &figures_[number][client][index]);
+    meeting_.meet();
+    if (index == 0) {
+      TableRow row = finished_row(cases_[number], client, figures_[number][client]);
+      row.set_up_s = client == 0 || wanted.size() == 1 ? figures_[number].front().front().set_up_s : 0;
+      runner_->share_floors(&row);
+      runner_->add(row);
+      ++done_clients_;
+    }
+  }
+  if (index == 0) {
+    ++done_cases_;
+    done_clients_ = 0;
+  }
 }
 
 TableRow TableRunner::Batch::finished_row(const TableCase& it, size_t client,
@@ -195,13 +225,16 @@ TableRow TableRunner::Batch::finished_row(const TableCase& it, size_t client,
   return row;
 }
 
-void TableRunner::Batch::tell(const TableRow& row) const {
-  const std::string client = row.busy ? ", client busy: " : ", client idle: ";
-  std::cerr << row.it.name() + client +
-                   (row.error.empty() ? fixed(quantile_of(row.times_us, 0.5), 1) + " us\n" : row.error + "\n");
+void TableRunner::Batch::add_missing(size_t number, const std::string& error) {
+  const std::vector<bool> wanted = runner_->wanted(cases_[number]);
+  for (size_t client = number == done_cases_ ? done_clients_ : 0; client < wanted.size(); ++client) {
+    TableRow row = runner_->new_row(cases_[number], wanted[client]);
+    row.error = error;
+    runner_->add(row);
+  }
 }
 
-std::vector<TableRow> TableRunner::Batch::run(size_t* done) {
+size_t TableRunner::Batch::run() {
   std::vector<std::thread> threads;
   for (uint32_t index = 0; index < ranks_; ++index) {
     threads.emplace_back(&Batch::rank_thread, this, index);
@@ -211,26 +244,14 @@ std::vector<TableRow> TableRunner::Batch::run(size_t* done) {
   }
   // The next batch's rounds are closed again.
   runner_->gate_->open_all();
-  std::vector<TableRow> rows;
-  *done = 0;
-  for (size_t i = 0; i < cases_.size(); ++i) {
-    bool whole = true;
-    for (size_t client = 0; client < clients_.size(); ++client) {
-      if (finished_[i][client] == ranks_) {
-        rows.push_back(finished_row(cases_[i], client, figures_[i][client]));
-      } else {
-        rows.push_back(runner_->new_row(cases_[i], clients_[client]));
-        rows.back().error = failed() ? failure_ : kTimeOver;
-        whole = false;
-      }
-      tell(rows.back());
-    }
-    ++*done;
-    if (!whole && failed()) {
-      break;
-    }
+  if (failed() && done_cases_ < cases_.size()) {
+    add_missing(done_cases_, failure_);
+    return done_cases_ + 1;
   }
-  return rows;
+  for (size_t number = done_cases_; number < cases_.size(); ++number) {
+    add_missing(number, kTimeOver);
+  }
+  return cases_.size();
 }
 
 TableRunner::TableRunner(const TableOptions& options, std::vector<int> gpus, DaemonPlace daemon, Renew renew)
@@ -248,6 +269,9 @@ void TableRunner::open_tools() {
   cudaDeviceProp properties{};
   check_cuda(cudaGetDeviceProperties(&properties, gpus_.front()), "cudaGetDeviceProperties");
   device_name_ = properties.name;
+  int mps = 0;
+  check_cuda(cudaDeviceGetAttribute(&mps, cudaDevAttrMpsEnabled, gpus_.front()), "cudaDeviceGetAttribute");
+  mps_ = mps != 0;
   gate_ = std::make_unique<Gate>();
   for (const int gpu : gpus_) {
     check_cuda(cudaSetDevice(gpu), "cudaSetDevice");
@@ -311,7 +335,47 @@ TableRow TableRunner::new_row(const TableCase& it, bool busy) const {
   row.busy = busy;
   row.mps = mps_;
   row.device = device_name_;
+  row.asked_executor = it.captured ? "sm" : it.executor.empty() ? options_.executor : it.executor;
+  row.link_sms = options_.link_sms;
   return row;
+}
+
+std::vector<bool> TableRunner::wanted(const TableCase& it) const {
+  std::vector<bool> busy = clients(it);
+  std::erase_if(busy, [&](bool client) { return known_(new_row(it, client)); });
+  return busy;
+}
+
+/// With an estimate by the mean of the rows so far.
+void TableRunner::add(const TableRow& row) {
+  rows_.push_back(row);
+  const double seconds = std::chrono::duration<double>(Clock::now() - begin_).count();
+  const auto done = static_cast<double>(rows_.size());
+  const double left = seconds / done * static_cast<double>(planned_rows_ - std::min(planned_rows_, rows_.size()));
+  std::cerr << "[" + std::to_string(rows_.size()) + "/" + std::to_string(planned_rows_) + ", " + fixed(seconds, 0) +
+                   " s, about " + fixed(left, 0) + " s to go] " + row.it.name() +
+                   (row.busy ? ", client busy: " : ", client idle: ") +
+                   (row.error.empty() ? fixed(quantile_of(row.times_us, 0.5), 1) + " us\n" : row.error + "\n");
+  progress_(rows_);
+}
+
+bool TableRunner::has_floors(const TableCase& it) const {
+  const std::vector<bool> busy = wanted(it);
+  return std::all_of(busy.begin(), busy.end(), [&](bool client) { return floors_.count(floor_key(it, client)) != 0; });
+}
+
+void TableRunner::share_floors(TableRow* row) {
+  const auto [found, is_first] = floors_.try_emplace(floor_key(row->it, row->busy), *row);
+  if (is_first) {
+    return;
+  }
+  const TableRow& from = found->second;
+  for (Times TableRow::*times : {&TableRow::floor_copy_engine_us, &TableRow::floor_sm_us, &TableRow::nccl_us,
+                                 &TableRow::floor_least_copy_engine_us, &TableRow::floor_least_sm_us}) {
+    if ((row->*times).empty()) {
+      row->*times = from.*times;
+    }
+  }
 }
 
 bool TableRunner::renew_daemon() {
@@ -324,42 +388,51 @@ bool TableRunner::renew_daemon() {
   }
 }
 
-std::vector<TableRow> TableRunner::run(const std::vector<TableCase>& cases, const Progress& progress) {
-  std::vector<TableRow> rows;
+std::vector<TableRow> TableRunner::run(const std::vector<TableCase>& cases, const Known& known,
+                                       const Progress& progress) {
+  known_ = known;
+  progress_ = progress;
+  begin_ = Clock::now();
+  std::vector<TableCase> missing;
+  for (const TableCase& it : cases) {
+    planned_rows_ += wanted(it).size();
+    if (!wanted(it).empty()) {
+      missing.push_back(it);
+    }
+  }
   uint32_t failures = 0;
   uint32_t batches = 0;
-  for (size_t next = 0; next < cases.size();) {
+  for (size_t next = 0; next < missing.size();) {
     size_t end = next;
-    while (end < cases.size() && cases[end].shares_group(cases[next])) {
+    while (end < missing.size() && missing[end].shares_group(missing[next])) {
       ++end;
     }
     using Difference = std::vector<TableCase>::difference_type;
-    std::vector<TableCase> group(cases.begin() + static_cast<Difference>(next),
-                                 cases.begin() + static_cast<Difference>(end));
-    if (failures == kFailuresInARow || Clock::now() > end_) {
+    std::vector<TableCase> group(missing.begin() + static_cast<Difference>(next),
+                                 missing.begin() + static_cast<Difference>(end));
+    if (failures == kFailuresInARow || is_over()) {
       const char* const reason =
           failures == kFailuresInARow ? "not run: the cases before failed, one behind the other" : kTimeOver;
       for (const TableCase& it : group) {
-        for (const bool busy : clients(it)) {
-          rows.push_back(new_row(it, busy));
-          rows.back().error = reason;
+        for (const bool busy : wanted(it)) {
+          TableRow row = new_row(it, busy);
+          row.error = reason;
+          add(row);
         }
       }
       next = end;
       continue;
     }
     Batch batch(this, std::move(group), ++batches);
-    size_t done = 0;
-    const std::vector<TableRow> more = batch.run(&done);
-    rows.insert(rows.end(), more.begin(), more.end());
-    failures = !batch.failed() ? 0 : more.front().error.empty() ? 1 : failures + 1;
-    next += done;
-    progress(rows);
+    const size_t before = rows_.size();
+    next += batch.run();
+    const bool began_well = rows_.size() > before && rows_[before].error.empty();
+    failures = !batch.failed() ? 0 : began_well ? 1 : failures + 1;
     if (batch.failed() && renew_ && !renew_daemon()) {
       failures = kFailuresInARow;
     }
   }
-  return rows;
+  return rows_;
 }
 
 }  // namespace expertd::bench

@@ -1,4 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
+// Expanding: what arrived in the exchange window to the caller's outputs. A lane of a warp has a lane of the token: its
+// slot is the source's number behind the counts of lower sources. Device code only, of expertd_exchange_dispatch.
+#pragma once
+
 #include "client/src/local_kernels/exchange.cuh"
 
 namespace expertd::client::exchange {
@@ -77,7 +81,8 @@ __device__ void store_part(const ExchangeParams& p, const char* row, uint32_t pa
   }
 }
 
-__device__ void expand_rows(const ExchangeParams& p, uint64_t active) {
+/// This warp's parts of the rows of all sources.
+__device__ void expand_rows(const ExchangeParams& p, uint64_t active, Warps warps) {
   uint32_t most = 0;
 #pragma unroll 1
   for (uint32_t s = 0; s < p.ranks; ++s) {
@@ -85,7 +90,6 @@ __device__ void expand_rows(const ExchangeParams& p, uint64_t active) {
   }
   const uint32_t parts = exchange_parts(p.out_row_bytes, kExchangePartBytes);
   const uint32_t pieces = p.out_row_bytes / 16;
-  const Warps warps = warps_behind(1);
   auto* slots = reinterpret_cast<int32_t*>(p.handle + p.layout.handle_slots);
   auto* own = reinterpret_cast<int32_t*>(p.handle + p.layout.handle_lanes);
 #pragma unroll 1
@@ -257,28 +261,3 @@ __device__ void write_tables(const ExchangeParams& p, uint64_t active) {
 
 }  // namespace
 }  // namespace expertd::client::exchange
-
-// exchange_expand. Grid: one block that writes counts, ranges, statistics and the report, then blocks for the rows, a
-// warp per part of 1024 bytes of a (token, source). Behind the stream's wait for arrived[0] of all ranks; every block
-// reads these words and the completion word, and does nothing (the first one: clears the counts) when the operation was
-// aborted, for the window may be gone then; then active. A lane of the warp has a lane of the token: its slot is the
-// source's number behind the counts of lower sources. The stream writes `ended` and the completion word behind the
-// kernel. Bytes per token and slot: the row read once, written per slot. Bound: HBM writes.
-extern "C" __global__ void __launch_bounds__(expertd::client::kExchangeThreads)
-    expertd_exchange_expand(const __grid_constant__ expertd::client::ExchangeParams p) {
-  using namespace expertd::client::exchange;
-  if (p.steps == nullptr) {
-    return;
-  }
-  const bool aborted = was_aborted(p, 1);
-  const uint64_t active = active_ranks(p);
-  if (blockIdx.x == 0) {
-    if (aborted) {
-      clear_tables(p);
-    } else {
-      write_tables(p, active);
-    }
-  } else if (!aborted && rejecting_rank(p, active) < 0) {
-    expand_rows(p, active);
-  }
-}

@@ -1,10 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
+// Packing: the caller's tensors to the out block of the exchange window, header, counts, lanes and rows. A numbering
+// warp reads all ids, which lie in the second-level cache. Device code only, of expertd_exchange_dispatch.
+#pragma once
+
 #include "client/src/local_kernels/exchange.cuh"
 
 namespace expertd::client::exchange {
 namespace {
 
-constexpr uint32_t kIdsAhead = 4;  // of a numbering warp, under way together
+constexpr uint32_t kIdsAhead = 8;  // of a numbering warp, under way together
+
+/// Of the group's (token, lane). Mostly the operation has as many lanes as the group: no division then.
+__device__ int64_t id_of(const ExchangeParams& p, uint32_t position) {
+  return p.top_k == p.table_top_k ? load_id(p, position) : id_at(p, position / p.table_top_k, position % p.table_top_k);
+}
 
 /// Numbers this source's rows for one expert in the order of (token, lane); the warp behind the last expert has the
 /// lanes without one, the first bad id and the header. Whole warp.
@@ -20,7 +29,7 @@ __device__ void number_rows(const ExchangeParams& p, char* block, uint32_t exper
 #pragma unroll
     for (uint32_t i = 0; i < kIdsAhead; ++i) {
       const uint32_t position = first + i * 32 + lane_id();
-      ids[i] = position < positions ? id_at(p, position / p.table_top_k, position % p.table_top_k) : -1;
+      ids[i] = position < positions ? id_of(p, position) : -1;
     }
 #pragma unroll
     for (uint32_t i = 0; i < kIdsAhead; ++i) {
@@ -47,7 +56,7 @@ __device__ void number_rows(const ExchangeParams& p, char* block, uint32_t exper
   auto* header = reinterpret_cast<expertd_exchange_header*>(block);
   header->tokens = p.tokens;
   header->error = bad == ~0u ? EXPERTD_REASON_NONE : EXPERTD_REASON_EXPERT_OUT_OF_RANGE;
-  header->error_value = bad == ~0u ? 0 : id_at(p, bad / p.table_top_k, bad % p.table_top_k);
+  header->error_value = bad == ~0u ? 0 : id_of(p, bad);
 }
 
 /// 16 channels per lane, 8 lanes per scale: as daemon/kernels/cuda/quantise.cuh, bit for bit. Whole warp.
@@ -117,36 +126,25 @@ __device__ void pack_part(const ExchangeParams& p, char* row, uint32_t token, ui
   }
 }
 
-}  // namespace
-}  // namespace expertd::client::exchange
-
-// exchange_pack. Grid: (E + 8) / 8 blocks that number rows, a warp per expert, then blocks for the rows, a warp per
-// part of 1024 bytes of a token. Every block reads the completion word and does nothing when the operation
-// has ended before, for the window may be gone then. Reads the caller's tensors, writes the out block: header, counts,
-// lanes, rows. Waits for nothing; the stream rings the doorbell behind it. Bytes per token: 2H read, H + H/32 (FP8) or
-// 2H written. Bound: HBM, and for few tokens the latency of one read; a numbering warp reads all ids, which lie in the
-// second-level cache.
-extern "C" __global__ void __launch_bounds__(expertd::client::kExchangeThreads)
-    expertd_exchange_pack(const __grid_constant__ expertd::client::ExchangeParams p) {
-  using namespace expertd::client;
-  using namespace expertd::client::exchange;
-  if (p.steps == nullptr || was_aborted(p, 0)) {
-    return;
-  }
+/// One unit of packing: the first ones number rows, the others move them. Whole block.
+__device__ void pack_unit(const ExchangeParams& p, uint32_t unit) {
   char* block = p.buffer + p.layout.out_block;
-  const uint32_t routing = exchange_route_blocks(p.experts);
-  if (blockIdx.x < routing) {
-    const uint32_t expert = blockIdx.x * kExchangeWarps + threadIdx.x / 32;
+  const uint32_t routing = exchange_route_units(p.experts);
+  if (unit < routing) {
+    const uint32_t expert = unit * kExchangeWarps + threadIdx.x / 32;
     if (expert <= p.experts) {
       number_rows(p, block, expert);
     }
     return;
   }
   const uint32_t parts = exchange_parts(p.row_bytes, kExchangePartBytes);
-  const Warps warps = warps_behind(routing);
+  const Warps warps = warps_of(unit - routing, exchange_pack_units(p) - routing);
 #pragma unroll 1
-  for (uint32_t unit = warps.first; unit < p.tokens * parts; unit += warps.step) {
-    const uint32_t token = unit / parts;
-    pack_part(p, block + p.layout.rows + token * p.row_stride, token, unit % parts);
+  for (uint32_t part = warps.first; part < p.tokens * parts; part += warps.step) {
+    const uint32_t token = part / parts;
+    pack_part(p, block + p.layout.rows + token * p.row_stride, token, part % parts);
   }
 }
+
+}  // namespace
+}  // namespace expertd::client::exchange
