@@ -164,7 +164,8 @@ class CudaDevice::CopyChain {
 
 bool CudaDevice::CopyChain::find() {
   row_stride_ = expertd_exchange_row_stride(shape_.out_row_bytes, side_bytes(shape_));
-  if (part_.words.flag_page == nullptr || (shape_.kind == OpKind::kLlDispatch && row_stride_ > layout_.row_stride)) {
+  if (part_.words.flag_page == nullptr || layout_.total_bytes == 0 ||
+      (shape_.kind == OpKind::kLlDispatch && row_stride_ > layout_.row_stride)) {
     return false;
   }
   for (uint32_t j = 0; j < spec_.ranks; ++j) {
@@ -300,12 +301,7 @@ uint32_t CudaDevice::entries_of(const LaunchSpec& spec) const {
 
 /// Takes the part whatever comes of it, as launch() does.
 bool CudaDevice::launch_copies(const LaunchSpec& spec, Part* part) {
-  const bool low_latency = is_low_latency(spec.own->shape);
-  if (low_latency ? part->group->exchange_layout.total_bytes == 0 : part->group->ht == nullptr) {
-    fail_launch(part, EXPERTD_REASON_UNSUPPORTED);
-    return true;
-  }
-  if (!low_latency) {
+  if (!is_low_latency(spec.own->shape)) {
     return launch_ht(spec, part);
   }
   part->copies = true;

@@ -50,6 +50,10 @@ bool CudaDevice::launch_ht(const engine::LaunchSpec& spec, Part* part) {
   *state = {};
   state->spec = spec;
   *ht_facts(part->id) = {};
+  if (part->group->ht == nullptr) {  // admission lets no such operation through
+    fail_launch(part, EXPERTD_REASON_UNSUPPORTED);
+    return true;
+  }
   HtChain chain(*this, *part, state);
   if (!chain.find()) {
     fail_launch(part, EXPERTD_REASON_UNSUPPORTED);
