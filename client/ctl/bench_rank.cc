@@ -67,7 +67,7 @@ expertd_group_options_t BenchRank::group_options(const std::string& name, const 
   group.top_k = shape.top_k;
   group.max_tokens = shape.tokens;
   group.mode = low_latency ? EXPERTD_MODE_INFERENCE : EXPERTD_MODE_NORMAL;
-  group.executor = low_latency ? options_.executor : 0;
+  group.executor = options_.executor;
   group.capture_lanes = low_latency ? options_.capture_lanes : 0;
   group.op_timeout_ns = options_.timeout_ns;
   group.first_op_timeout_ns = options_.timeout_ns;

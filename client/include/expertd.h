@@ -170,8 +170,8 @@ typedef enum expertd_output_format {
 } expertd_output_format_t;
 /* What executes the operations of a group. SM: kernels of the daemon. COPY_ENGINE: kernels of this library do the local
  * work on the caller's stream, and the daemon has copies between the GPUs and no kernel, which a client that fills its
- * GPU cannot hold up; low latency operations have it. AUTO: each dispatch by a rule that all ranks of the group have in
- * common. An operation's result tells which it was. */
+ * GPU cannot hold up; dispatch and combine with EXPERTD_EXPANDED or rows of more than 2H bytes are SM's anyway.
+ * AUTO: each dispatch by a rule that all ranks have in common. An operation's result tells which it was. */
 typedef enum expertd_group_executor {
   EXPERTD_GROUP_EXECUTOR_AUTO = 0,
   EXPERTD_GROUP_EXECUTOR_SM = 1,
@@ -210,12 +210,12 @@ typedef struct expertd_group_options {
    * struct_size that ends before this member means 0. */
   uint32_t capture_lanes;
   /* AUTO, where every rank of the group can: without MPS COPY_ENGINE; under MPS COPY_ENGINE for split dispatches
-   * (EXPERTD_ASYNC), if that takes at most 1 GiB, and SM for others. Ranks split the same dispatches there, else
-   * OP_MISMATCH about executor. Elsewhere SM. COPY_ENGINE ends the join with UNSUPPORTED, naming what is missing, on
-   * host devices, on GPUs that do not reach each other, and where a library has no kernels for its GPU. A combine has
-   * the executor of its dispatch, split or not. Captured operations are executed by SM in any group, so the handle of a
-   * captured combine is that of a dispatch by SM (else STALE_HANDLE). A struct_size that ends before this member means
-   * AUTO. */
+   * (EXPERTD_ASYNC; of high throughput from 16 MiB on, by token_bound or max_tokens), if that takes at most 1 GiB, and
+   * SM for others. Ranks split the same dispatches there, else OP_MISMATCH about executor. Elsewhere SM. COPY_ENGINE
+   * ends the join with UNSUPPORTED, naming what is missing, on host devices, on GPUs that do not reach each other, and
+   * where a library has no kernels for its GPU. A combine, and a cached dispatch, have the executor of the dispatch
+   * that left the handle, split or not (else STALE_HANDLE). Captured operations are executed by SM in any group, so the
+   * handle of a captured combine is that of a dispatch by SM. A struct_size that ends before this member means AUTO. */
   uint32_t executor; /* expertd_group_executor_t */
   uint32_t reserved; /* not read */
 } expertd_group_options_t;

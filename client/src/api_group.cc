@@ -173,10 +173,15 @@ Status dispatch(Group* group, const expertd_dispatch_args_t& args, expertd_strea
   }
   request->slot.handle_index = taken.index;
   request->slot.handle_generation = taken.generation;
+  client::HtRequest ht;
+  client::use_ht(group, request, &ht);
   status = group->session()->submit(request, stream, event);
   if (!status.ok() && !cached) {
     // It is this call's own, so that giving it back cannot fail.
     static_cast<void>(group->session()->handles()->give_back(group->id(), taken));
+  }
+  if (status.ok() && request->ht != nullptr && !cached) {
+    group->session()->handles()->set_copies(taken);
   }
   if (status.ok() && handle != nullptr) {
     *handle = taken;
@@ -308,6 +313,10 @@ expertd_status_t expertd_combine(expertd_group_t* group, const expertd_combine_a
     Status built = it->check_handle(args->handle);
     if (built.ok()) {
       built = client::build_combine(*it, *args, request);
+    }
+    client::HtRequest ht;
+    if (built.ok()) {
+      client::use_ht(it, request, &ht);
     }
     return built.ok() ? it->session()->submit(request, stream, event) : built;
   });

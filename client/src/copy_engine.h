@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Low latency operations by copy engines, on the caller's side: which kernels of the library with which parameters, and
-// the words between them and the daemon's copies (Session::issue_exchange). Callers' threads, no state.
+// Operations by copy engines, on the caller's side: which kernels of the library with which parameters, and the words
+// between them and the daemon's copies (Session::issue_exchange, issue_ht). Callers' threads, no state.
 #pragma once
 
 #include "client/src/op_request.h"
@@ -15,5 +15,9 @@ bool takes_copies(const Group& group, const OpRequest& request);
 /// tables. Nothing for other operations. What the kernels cannot be given is left to the daemon, which refuses it
 /// by name and before anything moves: the descriptor then does not ask for copy engines.
 Status use_exchange(const Group& group, uint32_t place, OpRequest* request, ExchangeParams* params);
+
+/// The same for high throughput. Forms that copy engines do not serve (expertd_exchange_ht_serves) are operations of
+/// the daemon's kernels, on all ranks alike.
+void use_ht(Group* group, OpRequest* request, HtRequest* ht);
 
 }  // namespace expertd::client

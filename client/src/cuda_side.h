@@ -80,6 +80,7 @@ class CudaSide final : public DeviceSide {
   /// Flag pages of ended attachments: streams of the caller may still have waits on them.
   std::vector<MappedWindow> retired_flags_;
   uint32_t slots_ = 0;
+  bool ht_words_ = false;       // the page has the words of high throughput by copy engines; under flags_mutex_
   uint32_t capture_words_ = 0;  // on the flag page
   std::atomic<bool> mps_{false};
   cuda::Module module_ = nullptr;

@@ -8,6 +8,7 @@
 #include "client/src/clock.h"
 #include "client/src/cuda_side.h"
 #include "client/src/metrics.h"
+#include "proto/abi/exchange_ht_v1.h"
 
 namespace expertd::client {
 namespace {
@@ -105,6 +106,7 @@ Status CudaSide::begin(const expertd_attach_welcome& welcome, OwnedFd flag_page,
     }
     flags_ = page;
     slots_ = slots;
+    ht_words_ = welcome.flag_page_bytes >= EXPERTD_HT_FLAG_PAGE_BYTES;
     capture_words_ = welcome.flag_page_bytes < EXPERTD_FLAG_PAGE_BYTES ? 0 : EXPERTD_CAPTURE_LANES_MAX;
   }
   mps_.store(welcome.mps_active != 0, std::memory_order_relaxed);
@@ -131,6 +133,10 @@ void CudaSide::release_waiters() {
     for (uint32_t slot = 0; slot < slots_; ++slot) {
       const Pointer words = to_pointer(flags_.data) + EXPERTD_STEP_ARRIVED_OFFSET(slot, 0, 0);
       driver_.copy_to_device_async(words, abort_word_, kAbortWords * sizeof(uint64_t), abort_stream_);
+    }
+    for (uint32_t slot = 0; slot < (ht_words_ ? slots_ : 0); ++slot) {
+      const Pointer words = to_pointer(flags_.data) + EXPERTD_HT_STEP_OFFSET(slot);
+      driver_.copy_to_device_async(words, abort_word_, EXPERTD_HT_STEP_PLAN + sizeof(uint64_t), abort_stream_);
     }
   }
   // Nothing more can be done when it fails: the context is lost, and with it the waits.

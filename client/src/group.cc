@@ -166,7 +166,8 @@ Status Group::adopt_exchange() {
   if (executor_rule_.copies == 0) {
     return {};
   }
-  const uint64_t needed = config_.exchange_layout().total_bytes;
+  const bool high_throughput = (executor_rule_.copies & EXPERTD_COPIES_HT) != 0;
+  const uint64_t needed = ht_offset() + (high_throughput ? config_.ht_layout().total_bytes : 0);
   if (granted_exchange_bytes_ < needed || needed == 0) {
     return error(EXPERTD_REASON_BAD_MESSAGE, "the group's exchange window has %llu bytes, its layout needs %llu",
                  static_cast<unsigned long long>(granted_exchange_bytes_), static_cast<unsigned long long>(needed));

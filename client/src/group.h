@@ -11,6 +11,7 @@
 #include "client/src/ll_window.h"
 #include "client/src/memory.h"
 #include "client/src/status.h"
+#include "proto/abi/exchange_ht_v1.h"
 #include "proto/abi/exchange_v1.h"
 #include "proto/abi/executor_v1.h"
 
@@ -47,12 +48,24 @@ struct GroupConfig {
     return expertd_exchange_layout_of(&shape);
   }
   bool low_latency() const { return mode != EXPERTD_MODE_NORMAL; }
+  expertd_exchange_ht_layout ht_layout() const {
+    const expertd_exchange_ht_shape shape{ranks, num_experts, hidden, max_tokens, top_k};
+    return expertd_exchange_ht_layout_of(&shape);
+  }
   /// Of set `set` of the low-latency window.
   LlWindowLayout window_layout(uint32_t set) const {
     return ll_window_layout({ranks, num_experts, hidden, max_tokens}, dispatch_dtypes, set);
   }
   /// Whether dispatches may have this expertd_payload.
   bool carries(uint32_t payload) const { return dispatch_dtypes == 0 || (dispatch_dtypes & payload) != 0; }
+};
+
+/// The last high throughput operation by copy engines that used a buffer: its slot, and what it was issued with.
+struct HtUse {
+  uint32_t slot = 0;
+  uint64_t seq = 0;  // 0: none yet
+  expertd_stream_t stream = nullptr;
+  bool async = false;
 };
 
 class Group {
@@ -80,8 +93,14 @@ class Group {
   bool tells_split() const { return tells_split_; }
   /// What operations by copy engines exchange through; null where the daemon's kernels execute all of them.
   const Buffer* exchange() const { return exchange_; }
+  /// It has a part for low latency and one for high throughput, each if the rule has such operations. Where the second
+  /// one begins:
+  uint64_t ht_offset() const {
+    return (executor_rule_.copies & EXPERTD_COPIES_LL) != 0 ? config_.exchange_layout().total_bytes : 0;
+  }
   /// The buffer of the next operation in it.
   uint32_t exchange_buffer() const { return static_cast<uint32_t>((issued_ + 1) % EXPERTD_EXCHANGE_BUFFERS); }
+  HtUse* ht_use(uint32_t buffer) { return &ht_uses_[buffer]; }
   /// The place of a handle's tables in it: of the next ll_dispatch, and of a handle (past the last one if it is none of
   /// the group's).
   uint32_t next_ll_place() const { return static_cast<uint32_t>(ll_count_ % kLlHandles); }
@@ -125,6 +144,7 @@ class Group {
   uint64_t issued_ = 0;  // operations that the daemon counts
   std::array<expertd_handle_t, kLlHandles> ll_handles_{};
   uint64_t ll_count_ = 0;
+  std::array<HtUse, EXPERTD_HT_BUFFERS> ht_uses_{};
   uint64_t captures_ = 0;
 };
 

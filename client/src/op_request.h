@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "client/src/group.h"
+#include "client/src/local_kernels/exchange_ht_params.h"
 #include "client/src/local_kernels/exchange_params.h"
 #include "client/src/op_table.h"
 #include "client/src/status.h"
@@ -26,6 +27,12 @@ struct TensorArg {
   uint64_t row_bytes = 0;
 };
 
+/// A high throughput operation by copy engines.
+struct HtRequest {
+  HtParams params;
+  HtUse* last = nullptr;  // of the buffer
+};
+
 struct OpRequest {
   expertd_slot slot{};
   std::array<TensorArg, EXPERTD_TENSOR_COUNT> tensors{};
@@ -34,6 +41,7 @@ struct OpRequest {
   uint64_t timeout_ns = 0;             // effective
   bool captured = false;               // into the graph of a stream that is being captured
   ExchangeParams* exchange = nullptr;  // of an operation by copy engines, by the caller of submit()
+  HtRequest* ht = nullptr;             // the same of high throughput
   bool submitted = false;              // the daemon has the descriptor, whatever failed after that
 };
 

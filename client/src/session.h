@@ -25,6 +25,7 @@ namespace expertd::client {
 
 class Group;
 class BufferPair;
+struct HtUse;
 struct OpRequest;
 
 /// An event carries the attachment it belongs to in the upper bits of its sequence.
@@ -113,6 +114,10 @@ class Session {
   // Operations by copy engines (copy_engine.cc).
   Status issue_exchange(OpRequest* request, uint32_t index, bool rung, expertd_stream_t stream);
   Status wait_for_arrivals(const ExchangeParams& params, uint32_t index, bool doorbell, expertd_stream_t stream);
+  // The same of high throughput (copy_engine_ht.cc).
+  Status follow_ht(HtUse* last, uint32_t index, uint64_t seq, bool async, expertd_stream_t stream);
+  Status issue_ht(OpRequest* request, uint32_t index, bool rung, expertd_stream_t stream);
+  Status receive_ht(OpRequest* request, uint32_t index, expertd_stream_t stream);
 
   const uint32_t fork_generation_;
   AttachRequest request_;

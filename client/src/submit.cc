@@ -236,7 +236,7 @@ Status Session::submit(OpRequest* request, expertd_stream_t stream, expertd_even
   expertd_slot& slot = request->slot;
   const uint32_t index = ring->slot_index(ring->next_seq());
   const bool rung = device_->is_cuda() && rings_late(index, stream);
-  if (rung && request->exchange == nullptr) {
+  if (rung && request->exchange == nullptr && request->ht == nullptr) {
     // The word cannot be relied on, so this waits in its place and tells the daemon not to.
     status = device_->synchronize(stream, deadline_ns);
     if (!status.ok()) {
@@ -255,6 +255,9 @@ Status Session::submit(OpRequest* request, expertd_stream_t stream, expertd_even
   ops_->begin(std::move(record), index);
   if (request->exchange != nullptr) {
     return issue_exchange(request, index, rung, stream);
+  }
+  if (request->ht != nullptr) {
+    return issue_ht(request, index, rung, stream);
   }
   // Before the doorbell: the daemon arms its stream as soon as the descriptor is there.
   ring->submit(slot);

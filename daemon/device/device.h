@@ -98,7 +98,7 @@ class Device {
   virtual base::Result<GroupMemory> plan_group(const engine::GroupShape& shape, uint32_t handle_limit) const = 0;
   virtual void destroy_group(base::GroupId group, base::Rank rank) = 0;
   /// Another descriptor of the memory through which a rank's client exchanges with the others, of a group with
-  /// shape.copy_engine; `memory` stays with the group. UNSUPPORTED where there is none.
+  /// shape.copies; `memory` stays with the group. UNSUPPORTED where there is none.
   virtual base::Result<Window> exchange_window(base::GroupId /*group*/, base::Rank /*rank*/) {
     return base::Status(EXPERTD_REASON_UNSUPPORTED, "the device has no memory for copy engines");
   }

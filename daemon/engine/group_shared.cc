@@ -66,10 +66,6 @@ constexpr Agreement kAgreements[] = {
     {EXPERTD_ARGUMENT_TOKEN_BOUND, [](const Request& r) { return static_cast<int64_t>(r.token_bound); }},
     {EXPERTD_ARGUMENT_CAPTURE_LANE,
      [](const Request& r) { return r.captured ? int64_t{r.capture_lane} : int64_t{-1}; }},
-    {EXPERTD_ARGUMENT_EXECUTOR,
-     [](const Request& r) {
-       return static_cast<int64_t>(r.copies ? EXPERTD_COMPLETION_EXECUTOR_COPY_ENGINE : EXPERTD_COMPLETION_EXECUTOR_SM);
-     }},
     {EXPERTD_ARGUMENT_DTYPE, [](const Request& r) { return static_cast<int64_t>(r.shape.payload); }},
     {EXPERTD_ARGUMENT_FLAGS,
      [](const Request& r) {
@@ -87,6 +83,11 @@ constexpr Agreement kAgreements[] = {
      [](const Request& r) { return has_side(r) ? static_cast<int64_t>(r.shape.side_element_bytes) : kAny; }},
     {EXPERTD_ARGUMENT_EXPERT_ALIGNMENT,
      [](const Request& r) { return static_cast<int64_t>(r.shape.expert_alignment); }},
+    // Behind what the executor follows from, which names the cause.
+    {EXPERTD_ARGUMENT_EXECUTOR,
+     [](const Request& r) {
+       return static_cast<int64_t>(r.copies ? EXPERTD_COMPLETION_EXECUTOR_COPY_ENGINE : EXPERTD_COMPLETION_EXECUTOR_SM);
+     }},
 };
 
 }  // namespace

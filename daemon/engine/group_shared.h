@@ -86,7 +86,7 @@ class GroupShared {
   /// Operations of the group are those of copy engines by a rule, all of low latency if none is given, with a buffer
   /// for each that may be launched.
   void set_copy_engine(uint32_t buffers, const expertd_executor_rule& rule = {EXPERTD_COPIES_LL, 0}) {
-    settings_.shape.copy_engine = true;
+    settings_.shape.copies = rule.copies;
     settings_.executor_rule = rule;
     settings_.exchange_pages = buffers;
   }

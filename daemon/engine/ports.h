@@ -121,7 +121,7 @@ struct GroupShape {
   uint32_t max_tokens = 0;
   bool low_latency = false;    // low latency operations are allowed: some devices keep memory for them
   uint32_t capture_lanes = 0;  // how many captured operations may be outstanding at once; 0: none is captured
-  bool copy_engine = false;    // some operations are executed by copy engines and kernels of the clients
+  uint32_t copies = 0;         // operations executed by copy engines and kernels of the clients: set of expertd_copies
   std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};
   base::SessionId session;
 };

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "proto/abi/exchange_ht_v1.h"
 #include "proto/abi/exchange_v1.h"
 #include "proto/abi/expertd_reason.h"
 
@@ -32,15 +33,49 @@ ErrorDetail unsupported(int32_t rank, const std::string& sentence) {
   return error;
 }
 
-/// What the ranks' clients and the group's mode have in common with what is built.
-uint32_t grantable(GroupMode mode, const std::vector<ExecutorFacts>& ranks, uint32_t built) {
-  uint32_t copies = built & (mode == GroupMode::kNormal      ? EXPERTD_COPIES_HT
-                             : mode == GroupMode::kInference ? EXPERTD_COPIES_LL
-                                                             : EXPERTD_COPIES_ALL);
+/// Of the kinds of operations in a rank's exchange window; 0: the group has more of something than windows have.
+struct WindowBytes {
+  uint64_t low_latency = 0;
+  uint64_t high_throughput = 0;
+};
+
+WindowBytes windows_of(const GroupConfig& config) {
+  const expertd_exchange_shape shape{config.expert_parallel_size, config.num_experts, config.hidden, config.max_tokens,
+                                     config.top_k};
+  const expertd_exchange_ht_shape ht_shape{config.expert_parallel_size, config.num_experts, config.hidden,
+                                           config.max_tokens, config.top_k};
+  return {expertd_exchange_layout_of(&shape).total_bytes, expertd_exchange_ht_layout_of(&ht_shape).total_bytes};
+}
+
+/// What the ranks' clients and the group have in common with what is built.
+uint32_t grantable(const GroupConfig& config, const std::vector<ExecutorFacts>& ranks, uint32_t built) {
+  const WindowBytes windows = windows_of(config);
+  uint32_t copies = built;
+  if (config.mode == GroupMode::kNormal || windows.low_latency == 0) {
+    copies &= EXPERTD_COPIES_HT;
+  }
+  if (config.mode == GroupMode::kInference || windows.high_throughput == 0) {
+    copies &= EXPERTD_COPIES_LL;
+  }
   for (const ExecutorFacts& rank : ranks) {
     copies &= rank.copies != 0 ? rank.copies : static_cast<uint32_t>(EXPERTD_COPIES_LL);
   }
   return copies;
+}
+
+/// Of split operations, those whose parts of the exchange window fit into what is taken for what may not come.
+uint32_t split_copies(const GroupConfig& config, uint32_t copies) {
+  const WindowBytes windows = windows_of(config);
+  uint64_t left_bytes = kSplitWindowBytesMax;
+  uint32_t granted = 0;
+  if ((copies & EXPERTD_COPIES_LL_SPLIT) != 0 && windows.low_latency <= left_bytes) {
+    granted |= EXPERTD_COPIES_LL_SPLIT;
+    left_bytes -= windows.low_latency;
+  }
+  if ((copies & EXPERTD_COPIES_HT_SPLIT) != 0 && windows.high_throughput <= left_bytes) {
+    granted |= EXPERTD_COPIES_HT_SPLIT;
+  }
+  return granted;
 }
 
 /// Where every rank can and nothing was asked for.
@@ -48,16 +83,16 @@ expertd_executor_rule automatic(const GroupConfig& config, const std::vector<Exe
   if (std::none_of(ranks.begin(), ranks.end(), [](const ExecutorFacts& rank) { return rank.mps; })) {
     return {copies, 0};
   }
-  const expertd_exchange_shape shape{config.expert_parallel_size, config.num_experts, config.hidden, config.max_tokens,
-                                     config.top_k};
   const bool has_old =
       std::any_of(ranks.begin(), ranks.end(), [](const ExecutorFacts& rank) { return rank.copies == 0; });
-  if (has_old || expertd_exchange_layout_of(&shape).total_bytes > kSplitWindowBytesMax) {
+  if (has_old) {
     return {};
   }
   const uint64_t token_bytes = 2ULL * std::max(config.hidden, 1U);
   const uint32_t tokens = static_cast<uint32_t>((kHtSplitBytesMin + token_bytes - 1) / token_bytes);
-  return {copies & (EXPERTD_COPIES_LL_SPLIT | EXPERTD_COPIES_HT_SPLIT), tokens};
+  // Where none is large enough for the second, it takes no memory and leaves low latency its four buffers.
+  const uint32_t large = tokens <= config.max_tokens ? EXPERTD_COPIES_HT_SPLIT : 0u;
+  return {split_copies(config, copies & (EXPERTD_COPIES_LL_SPLIT | large)), tokens};
 }
 
 Executor low_latency_executor(const expertd_executor_rule& rule) {
@@ -74,7 +109,7 @@ std::string kind_text(const char* kind, bool together, bool split) {
 
 ExecutorChoice choose_executor(const GroupConfig& config, const std::vector<ExecutorFacts>& ranks, uint32_t built) {
   ExecutorChoice choice;
-  const uint32_t copies = grantable(config.mode, ranks, built);
+  const uint32_t copies = grantable(config, ranks, built);
   if (config.executor == Executor::kAuto) {
     const bool fits = std::all_of(ranks.begin(), ranks.end(), [](const ExecutorFacts& rank) {
       return lack_of(rank) == nullptr && rank.link_kernels;

@@ -7,7 +7,7 @@
 #include "daemon/base/clock.h"
 #include "daemon/session/service.h"
 #include "daemon/session/session.h"
-#include "proto/abi/exchange_v1.h"
+#include "proto/abi/exchange_ht_v1.h"
 #include "proto/abi/ll_window_v1.h"
 
 namespace expertd::session {
@@ -45,7 +45,7 @@ base::Result<GroupPlan> SessionService::plan_group(base::SessionId id, const Gro
   const ExecutorChoice choice = choose_executor(config, {own});
   EXPERTD_RETURN_IF_ERROR(choice.error.status);
   engine::GroupShape shape = group::shape_of(config);
-  shape.copy_engine = choice.rule.copies != 0;
+  shape.copies = choice.rule.copies;
   const base::Result<device::GroupMemory> memory = device.plan_group(shape, options_.handles_per_session);
   if (!memory.is_ok()) {
     return memory.status();
@@ -220,7 +220,8 @@ void SessionService::form_group(std::unique_ptr<group::Formation> formation) {
   const ExecutorChoice choice = executor_of(*formation);
   ErrorDetail error = choice.error;
   if (error.status.is_ok() && choice.rule.copies != 0) {
-    formation->shared->set_copy_engine(EXPERTD_EXCHANGE_BUFFERS, choice.rule);
+    const bool high_throughput = (choice.rule.copies & EXPERTD_COPIES_HT) != 0;
+    formation->shared->set_copy_engine(high_throughput ? EXPERTD_HT_BUFFERS : EXPERTD_EXCHANGE_BUFFERS, choice.rule);
   }
   const bool on_gpus = devices_[formation->members.front().device.value].device->info().is_cuda;
   directory_.describe(group, on_gpus ? rule_text(formation->config.mode, choice.rule) : "host");
@@ -289,7 +290,7 @@ base::Status SessionService::form_member(const group::Formation& formation, cons
     }
     entry->second.window_buffer = grant->window.buffer_id;
   }
-  if (shape.copy_engine) {
+  if (shape.copies != 0) {
     EXPERTD_RETURN_IF_ERROR(grant_exchange(formation, member, grant));
   }
   grant->group = shape.id;

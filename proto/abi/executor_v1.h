@@ -22,8 +22,8 @@ enum expertd_copies {
 };
 
 /* What client and daemon of this build can execute by copy engines; a client tells it at the join, and the daemon
- * grants nothing beyond it. High throughput is not among it: here alone that changes. */
-#define EXPERTD_COPIES_BUILT EXPERTD_COPIES_LL
+ * grants nothing beyond it. Of high throughput that is not every operation (expertd_exchange_ht_serves). */
+#define EXPERTD_COPIES_BUILT EXPERTD_COPIES_ALL
 
 struct expertd_executor_rule {
   uint32_t copies;          /* set of expertd_copies */

@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <vector>
 
+#include "proto/abi/exchange_ht_v1.h"
 #include "proto/abi/exchange_v1.h"
 
 namespace {
@@ -80,6 +82,85 @@ TEST(ExchangeLayout, RefusesShapesOutsideTheLimits) {
         expertd_exchange_shape{2, 8, 1024, 128, 0}, expertd_exchange_shape{2, 8, 1024, 128, 33}}) {
     EXPECT_EQ(expertd_exchange_layout_of(&bad).total_bytes, 0U);
   }
+}
+
+std::vector<expertd_exchange_ht_shape> ht_shapes() {
+  return {{1, 1, 128, 1, 1},
+          {2, 8, 1024, 128, 2},
+          {2, 256, 7168, 4096, 8},
+          {16, 2048, 16384, 65536, 32},
+          {3, 9, 384, 7, 5}};
+}
+
+TEST(ExchangeHtLayout, KeepsRegionsApart) {
+  for (const expertd_exchange_ht_shape& shape : ht_shapes()) {
+    const expertd_exchange_ht_layout at = expertd_exchange_ht_layout_of(&shape);
+    const uint64_t lanes = uint64_t{shape.max_tokens} * shape.top_k;
+    const uint64_t others = shape.ranks - 1;
+    EXPECT_GE(at.rows_bytes, shape.max_tokens * 2ull * shape.hidden);
+    EXPECT_GE(at.side_bytes, shape.max_tokens * at.side_bytes_max);
+    EXPECT_GE(at.idx_bytes, lanes * 8);
+    EXPECT_GE(at.weights_bytes, lanes * 4);
+    EXPECT_GE(at.tokens_bytes, shape.max_tokens * 4ull);
+    expect_apart({{0, sizeof(expertd_exchange_ht_counts) + 4ull * EXPERTD_HT_SLICES * shape.num_experts},
+                  {at.plan, sizeof(expertd_exchange_ht_plan)},
+                  {at.rows, others * at.rows_bytes},
+                  {at.side, others * at.side_bytes},
+                  {at.idx, others * at.idx_bytes},
+                  {at.weights, others * at.weights_bytes},
+                  {at.tokens, others * at.tokens_bytes}},
+                 at.buffer_bytes);
+    expect_apart({{0, sizeof(expertd_exchange_ht_handle)},
+                  {at.handle_numbers, 4ull * shape.max_tokens * shape.ranks},
+                  {at.handle_owners, lanes}},
+                 at.handle_bytes);
+    EXPECT_EQ(at.handles, EXPERTD_HT_BUFFERS * at.buffer_bytes);
+    EXPECT_GE(at.handle_count, 1U);
+    EXPECT_EQ(at.total_bytes, at.handles + at.handle_count * at.handle_bytes);
+    EXPECT_TRUE(expertd_exchange_ht_fits(&at, 2ull * shape.hidden, 0));
+    EXPECT_FALSE(expertd_exchange_ht_fits(&at, 2ull * shape.hidden + 16, 0));
+    EXPECT_FALSE(expertd_exchange_ht_fits(&at, 16, at.side_bytes_max + 1));
+  }
+}
+
+TEST(ExchangeHtLayout, RefusesShapesOutsideTheLimits) {
+  for (const expertd_exchange_ht_shape& bad :
+       {expertd_exchange_ht_shape{17, 34, 1024, 128, 2}, expertd_exchange_ht_shape{2, 9, 1024, 128, 2},
+        expertd_exchange_ht_shape{2, 8, 1000, 128, 2}, expertd_exchange_ht_shape{2, 8, 1024, 65537, 2},
+        expertd_exchange_ht_shape{2, 8, 1024, 128, 33}}) {
+    const expertd_exchange_ht_layout at = expertd_exchange_ht_layout_of(&bad);
+    EXPECT_EQ(at.total_bytes, 0U);
+    EXPECT_FALSE(expertd_exchange_ht_fits(&at, 16, 0));
+  }
+}
+
+TEST(ExchangeHtLayout, SlicesAreAllTokensInOrder) {
+  for (const uint32_t tokens : {0U, 1U, 7U, 8U, 9U, 1000U, 65536U}) {
+    EXPECT_EQ(expertd_exchange_ht_slice(tokens, 0), 0U);
+    EXPECT_EQ(expertd_exchange_ht_slice(tokens, EXPERTD_HT_SLICES), tokens);
+    for (uint32_t slice = 0; slice < EXPERTD_HT_SLICES; ++slice) {
+      const uint32_t begin = expertd_exchange_ht_slice(tokens, slice);
+      const uint32_t end = expertd_exchange_ht_slice(tokens, slice + 1);
+      EXPECT_LE(begin, end);
+      // How the kernels find the slice of a token.
+      for (const uint32_t token : {begin, end - 1}) {
+        EXPECT_TRUE(begin == end || (uint64_t{token} * 8 + 7) / tokens == slice) << token << " of " << tokens;
+      }
+    }
+  }
+}
+
+TEST(ExchangeHtWords, LieBehindThoseOfTheRing) {
+  constexpr uint32_t kChunkEnds[] = EXPERTD_HT_CHUNK_ENDS;
+  static_assert(std::size(kChunkEnds) == EXPERTD_HT_CHUNKS && EXPERTD_HT_CHUNKS < EXPERTD_HT_ALL);
+  static_assert(EXPERTD_HT_STEP_OFFSET(0) == EXPERTD_FLAG_PAGE_BYTES);
+  static_assert(EXPERTD_HT_STEP_PROGRESS + 8 * EXPERTD_EXCHANGE_RANKS_MAX == EXPERTD_HT_STEP_PLAN);
+  static_assert(EXPERTD_HT_STEP_VOIDED + 8 == EXPERTD_HT_STEP_ENDED);
+  static_assert(EXPERTD_HT_STEP_PACKED + 8 * EXPERTD_HT_PIECES <= EXPERTD_HT_STEP_ROWS);
+  static_assert(EXPERTD_HT_STEP_ROWS + 8 * EXPERTD_EXCHANGE_RANKS_MAX <= EXPERTD_HT_STEP_STRIDE);
+  // Every progress of an operation is beyond all of those before, and short of the abort.
+  static_assert(EXPERTD_HT_PROGRESS(5, EXPERTD_HT_ALL) < EXPERTD_HT_PROGRESS(6, 1));
+  SUCCEED();
 }
 
 }  // namespace

@@ -133,10 +133,10 @@ Outcome Rounds::release() {
 }
 
 Outcome Rounds::join(const std::string& name, uint32_t rank, uint32_t ranks, const std::string& mode, uint64_t op_ns) {
-  const bool low_latency = mode != "normal";
-  const uint32_t executor = mode == "copy" ? EXPERTD_GROUP_EXECUTOR_COPY_ENGINE
-                            : mode == "sm" ? EXPERTD_GROUP_EXECUTOR_SM
-                                           : EXPERTD_GROUP_EXECUTOR_AUTO;
+  const bool low_latency = !mode.ends_with("normal");
+  const uint32_t executor = mode == "copy" || mode == "copy-normal" ? EXPERTD_GROUP_EXECUTOR_COPY_ENGINE
+                            : mode == "sm"                          ? EXPERTD_GROUP_EXECUTOR_SM
+                                                                    : EXPERTD_GROUP_EXECUTOR_AUTO;
   if (ranks == 0 || ranks > kMostRanks || x_ == nullptr) {
     return failure("there is no memory for that group");
   }
@@ -144,8 +144,8 @@ Outcome Rounds::join(const std::string& name, uint32_t rank, uint32_t ranks, con
   ranks_ = ranks;
   low_latency_ = low_latency;
   mixed_ = mode.starts_with("mixed-");
-  expected_ = mode == "copy" || mode == "mixed-copy" ? EXPERTD_EXECUTOR_COPY_ENGINE
-              : mode == "sm" || mode == "mixed-sm"   ? EXPERTD_EXECUTOR_SM
+  expected_ = mode.find("copy") != std::string::npos ? EXPERTD_EXECUTOR_COPY_ENGINE
+              : mode.find("sm") != std::string::npos ? EXPERTD_EXECUTOR_SM
                                                      : EXPERTD_EXECUTOR_NONE;
   issued_rounds_ = 0;
   number_ = 0;

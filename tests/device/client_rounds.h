@@ -43,9 +43,10 @@ class Rounds {
   /// Gives the registrations back.
   support::Outcome release();
 
-  /// `mode`: normal; ll; sm and copy, which are ll of that executor and must then say that they had it; captured, which
-  /// is ll with two capture lanes; or mixed-sm and mixed-copy, which are ll of no chosen executor with every second
-  /// round in halves: those are by copy engines, the others as named.
+  /// `mode`: normal; ll; copy-normal, sm and copy, which are those of that executor and must then say that they had it;
+  /// auto-sm-normal and auto-copy-normal, of no chosen executor, which must say that they had the one named; captured,
+  /// which is ll with two capture lanes; or mixed-sm and mixed-copy, which are ll of no chosen executor with every
+  /// second round in halves: those are by copy engines, the others as named.
   support::Outcome join(const std::string& name, uint32_t rank, uint32_t ranks, const std::string& mode,
                         uint64_t op_ns);
   support::Outcome leave();
@@ -55,6 +56,8 @@ class Rounds {
 
   /// Issues `depth` rounds, waits for all of them and checks the output of the last.
   BatchEnd batch(uint32_t depth, OpCounts* counts);
+  /// Issues a round of a normal group behind whatever the stream waits for, with the inputs that are there.
+  support::Outcome issue(OpCounts* counts) { return issue_normal(counts); }
 
  private:
   friend class Graphs;

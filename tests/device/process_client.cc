@@ -16,6 +16,7 @@
 #include <sstream>
 
 #include "tests/device/client_exchange.h"
+#include "tests/device/client_exchange_ht.h"
 #include "tests/device/client_graphs.h"
 #include "tests/device/client_hooks.h"
 #include "tests/device/client_layout.h"
@@ -73,6 +74,8 @@ class Client {
   std::string layout(uint64_t cases);
   std::string hooks(std::istringstream& words);
   std::string become(uint64_t uid);
+  template <typename Cases>
+  std::string exchange(std::istringstream& words);
   std::string batches(uint64_t count, uint32_t depth, bool until_a_line);
   OpEnd barrier(uint64_t timeout_ns);
   std::string sync();
@@ -147,26 +150,32 @@ Client::Client() {
     const std::string problem = graphs_.time(&pair_us);
     return said(problem, " pair_us=" + std::to_string(pair_us));
   };
+  verbs_["issue"] = [this](auto&) { return said(rounds_.issue(counts_)); };
   verbs_["replay-alone"] = [this](auto&) { return said(graphs_.replay_alone(), ""); };
   verbs_["layout"] = [this](auto& words) { return layout(number(words, 10)); };
   verbs_["hooks"] = [this](auto& words) { return hooks(words); };
   verbs_["become"] = [this](auto& words) { return become(number(words, 0)); };
-  verbs_["exchange"] = [this](auto& words) {
-    const uint64_t seed = number(words, 1);
-    const uint64_t cases = number(words, 10);
-    const auto rank = static_cast<uint32_t>(number(words, 0));
-    Exchanges exchanges;
-    std::string problem = exchanges.open(session_.get(), on_gpu_ ? &gpu_ : nullptr);
-    for (uint64_t i = 0; i < cases && problem.empty(); ++i) {
-      problem = exchanges.run(seed + i, rank);
-    }
-    return said(problem, " cases=" + std::to_string(cases));
-  };
+  verbs_["exchange"] = [this](auto& words) { return exchange<Exchanges>(words); };
+  verbs_["exchange-ht"] = [this](auto& words) { return exchange<HtExchanges>(words); };
   verbs_["count"] = [this](auto& words) {
     std::string path;
     words >> path;
     return count(path);
   };
+}
+
+/// Random cases of one kind: the first seed, how many, this rank.
+template <typename Cases>
+std::string Client::exchange(std::istringstream& words) {
+  const uint64_t seed = number(words, 1);
+  const uint64_t count = number(words, 10);
+  const auto rank = static_cast<uint32_t>(number(words, 0));
+  Cases cases;
+  std::string problem = cases.open(session_.get(), on_gpu_ ? &gpu_ : nullptr);
+  for (uint64_t i = 0; i < count && problem.empty(); ++i) {
+    problem = cases.run(seed + i, rank);
+  }
+  return said(problem, " cases=" + std::to_string(count));
 }
 
 std::string Client::gpus() {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Label gpu. Low latency operations by copy engines, in processes of their own: every result is that of the reference,
+// Label gpu. Operations by copy engines, in processes of their own: every result is that of the reference,
 // and a peer that dies or stays away ends an operation as it does by kernels.
 #include <signal.h>
 
@@ -120,6 +120,65 @@ TEST_F(ProcessCopy, ADaemonThatIsKilledLetsAKernelThatWaitsGo) {
   EXPECT_NE(answer.find("UNAVAILABLE"), std::string::npos) << answer;
   expect_released(*first_);
   daemon_->kill();  // waits for its end
+}
+
+TEST_F(ProcessCopy, RandomHighThroughputEqualsTheReference) {
+  for (int seed = 1; seed < 40; seed += 10) {
+    ASSERT_TRUE(all_ok({first_.get(), second_.get()}, "exchange-ht " + std::to_string(seed) + " 10 #", seconds(90)))
+        << "seeds " << seed << " to " << seed + 9;
+  }
+}
+
+TEST_F(ProcessCopy, HighThroughputRoundsInFlightTogether) {
+  ASSERT_TRUE(join("copy-normal"));
+  EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "rounds 50 1", seconds(60)));
+  EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "rounds 100 8", seconds(60)));
+}
+
+// Rounds of 128 tokens are too small for copies under MPS, split or not, so that no window is taken for them there.
+TEST_F(ProcessCopy, HighThroughputHasTheExecutorOfTheRule) {
+  const nlohmann::json before = ask_daemon("status");
+  for (const nlohmann::json& device : before["devices"]) {
+    if (device.value("kernels", std::string()) != "bulk") {
+      GTEST_SKIP() << "GPUs without the bulk-copy kernels have one executor only where it is asked for";
+    }
+  }
+  ASSERT_TRUE(join(machine().mps ? "auto-sm-normal" : "auto-copy-normal"));
+  const nlohmann::json status = ask_daemon("status");
+  ASSERT_EQ(status["groups"].size(), 1U) << status;
+  EXPECT_EQ(status["groups"][0]["executor"], machine().mps ? "ht sm" : "ht copy_engine") << status;
+  EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "rounds 50 1", seconds(60)));
+  EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "rounds 50 7", seconds(60)));
+}
+
+TEST_F(ProcessCopy, AKilledPeerEndsHighThroughput) {
+  ASSERT_TRUE(join("copy-normal"));
+  EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "loop 4", seconds(60)));
+  second_->signal_kill();
+  const std::string answer = first_->ask("state", seconds(30));  // the line ends the loop, whose end comes first
+  EXPECT_NE(answer.find("PEER_LOST"), std::string::npos) << answer;
+}
+
+TEST_F(ProcessCopy, APeerThatStaysAwayEndsHighThroughputAtItsDeadline) {
+  ASSERT_TRUE(join("copy-normal", "500"));
+  EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "rounds 5 2", seconds(60)));
+  const std::string answer = first_->ask("rounds 1 1", seconds(30));
+  EXPECT_NE(answer.find("failed TIMEOUT"), std::string::npos) << answer;
+  EXPECT_NE(answer.find("rank=1"), std::string::npos) << answer;
+}
+
+// The descriptors are there, but what stands in front of them on the peer's stream does not end.
+TEST_F(ProcessCopy, CountsThatNeverComeEndHighThroughputAtItsDeadline) {
+  ASSERT_TRUE(join("copy-normal", "1000"));
+  EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "rounds 5 2", seconds(60)));
+  ASSERT_TRUE(all_ok({second_.get()}, "hold"));
+  ASSERT_TRUE(all_ok({second_.get()}, "issue"));
+  const std::string answer = first_->ask("rounds 1 1", seconds(30));
+  EXPECT_NE(answer.find("failed TIMEOUT"), std::string::npos) << answer;
+  EXPECT_NE(answer.find("rank=1"), std::string::npos) << answer;
+  EXPECT_TRUE(all_ok({second_.get()}, "open"));
+  EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "sync", seconds(60)));
+  EXPECT_TRUE(all_ok({first_.get(), second_.get()}, "rounds 5 2", seconds(60)));
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 // daemon, which grants a rule, and stand-ins for the GPU and for the kernels of the library.
 #include <gtest/gtest.h>
 
+#include "proto/abi/exchange_ht_v1.h"
 #include "proto/abi/exchange_v1.h"
 #include "proto/abi/executor_v1.h"
 #include "tests/unit/client_fake_gpu.h"
@@ -25,10 +26,12 @@ class ClientExecutor : public ClientSession {
     memory_ = gpu_.allocate(64 << 10);
   }
   /// What a daemon with rules grants, and one without.
-  void grant_rule(uint32_t copies) {
+  void grant_rule(uint32_t copies, uint32_t split_tokens = 0) {
     v1::JoinGroupResponse granted;
     granted.mutable_rule()->set_copies(copies);
-    granted.set_exchange_size(copies == 0 ? 0 : exchange_bytes());
+    granted.set_exchange_size(((copies & EXPERTD_COPIES_LL) != 0 ? exchange_bytes() : 0) +
+                              ((copies & EXPERTD_COPIES_HT) != 0 ? ht_bytes() : 0));
+    granted.mutable_rule()->set_ht_split_tokens(split_tokens);
     daemon_.grant(granted);
   }
   void grant_executor(v1::GroupExecutor executor) {
@@ -40,6 +43,10 @@ class ClientExecutor : public ClientSession {
   static uint64_t exchange_bytes() {
     const expertd_exchange_shape shape = {1, 4, kHidden, kMaxTokens, kTopK};
     return expertd_exchange_layout_of(&shape).total_bytes;
+  }
+  static uint64_t ht_bytes() {
+    const expertd_exchange_ht_shape shape = {1, 4, kHidden, kMaxTokens, kTopK};
+    return expertd_exchange_ht_layout_of(&shape).total_bytes;
   }
   expertd_status_t join(uint32_t executor = EXPERTD_GROUP_EXECUTOR_AUTO, uint32_t lanes = 0) {
     expertd_group_options_t options = group_options();
@@ -71,6 +78,35 @@ class ClientExecutor : public ClientSession {
     args.flags = flags;
     expertd_event_t event{};
     EXPECT_EQ(0, expertd_ll_combine(group_, &args, nullptr, &event).reason) << message();
+    return seen(event);
+  }
+  /// High throughput; `cached` of generation 0: with a routing of its own.
+  uint32_t ht_dispatch(uint32_t flags, expertd_handle_t* handle, expertd_handle_t cached = {}, uint32_t bound = 0) {
+    expertd_dispatch_args_t args = EXPERTD_INIT(expertd_dispatch_args_t);
+    args.x = memory_;
+    args.dtype = EXPERTD_BF16;
+    args.topk_idx = cached.generation == 0 ? memory_ + 8192 : nullptr;
+    args.idx_type = EXPERTD_I64;
+    args.tokens = 1;
+    args.token_bound = bound;
+    args.recv_x = memory_ + 32768;
+    args.capacity_rows = 1;
+    args.cached = cached;
+    args.flags = flags;
+    expertd_event_t event{};
+    EXPECT_EQ(0, expertd_dispatch(group_, &args, nullptr, handle, &event).reason) << message();
+    return seen(event);
+  }
+  uint32_t ht_combine(uint32_t flags, expertd_handle_t handle) {
+    expertd_combine_args_t args = EXPERTD_INIT(expertd_combine_args_t);
+    args.x = memory_;
+    args.rows = 1;
+    args.handle = handle;
+    args.tokens = 1;
+    args.combined_x = memory_ + 32768;
+    args.flags = flags;
+    expertd_event_t event{};
+    EXPECT_EQ(0, expertd_combine(group_, &args, nullptr, &event).reason) << message();
     return seen(event);
   }
   uint32_t seen(expertd_event_t event) {
@@ -114,6 +150,39 @@ TEST_F(ClientExecutor, DispatchesGoByTheRuleAndCombinesBehindThem) {
     EXPECT_EQ(row.together ? kCopy : 0, combine(EXPERTD_ASYNC, together));
     EXPECT_EQ(row.split ? kCopy : 0, combine(0, split));
     EXPECT_EQ(row.together ? kCopy : 0, combine(0, together));
+    ASSERT_EQ(0, expertd_group_leave(group_).reason) << message();
+  }
+}
+
+TEST_F(ClientExecutor, HighThroughputGoesByTheRuleAndFollowsItsHandle) {
+  const struct {
+    uint32_t copies;
+    bool together;
+    bool split;
+  } rows[] = {{EXPERTD_COPIES_LL, false, false},
+              {EXPERTD_COPIES_ALL, true, true},
+              {EXPERTD_COPIES_HT, true, true},
+              {EXPERTD_COPIES_LL_SPLIT | EXPERTD_COPIES_HT_SPLIT, false, true}};
+  for (const auto& row : rows) {
+    SCOPED_TRACE(row.copies);
+    grant_rule(row.copies, 8);
+    ASSERT_EQ(0, join().reason) << message();
+    before_ = daemon_.seen().size();
+    expertd_handle_t together{};
+    expertd_handle_t split{};
+    expertd_handle_t small{};
+    expertd_handle_t expanded{};
+    EXPECT_EQ(row.together ? kCopy : 0, ht_dispatch(0, &together));
+    EXPECT_EQ((row.split ? kCopy : 0) | kSplit, ht_dispatch(EXPERTD_ASYNC, &split));
+    EXPECT_EQ(kSplit, ht_dispatch(EXPERTD_ASYNC, &small, {}, 7)) << "below the threshold";
+    EXPECT_EQ(kSplit, ht_dispatch(EXPERTD_ASYNC | EXPERTD_EXPANDED, &expanded)) << "a form that copies do not serve";
+    EXPECT_EQ(row.together ? kCopy : 0, ht_combine(EXPERTD_ASYNC, together));
+    EXPECT_EQ(row.split ? kCopy : 0, ht_combine(0, split));
+    EXPECT_EQ(0u, ht_combine(0, small));
+    EXPECT_EQ(0u, ht_combine(EXPERTD_EXPANDED, expanded));
+    EXPECT_EQ(row.split ? kCopy : 0, ht_dispatch(0, nullptr, split));
+    EXPECT_EQ(kSplit, ht_dispatch(EXPERTD_ASYNC, nullptr, small));
+    EXPECT_EQ((row.together ? kCopy : 0) | kSplit, ht_dispatch(EXPERTD_ASYNC, nullptr, together));
     ASSERT_EQ(0, expertd_group_leave(group_).reason) << message();
   }
 }

@@ -49,6 +49,8 @@ class FakeKernels final : public client::LocalKernels {
     return {};
   }
 
+  client::Status launch_ht(client::HtKernel, const client::HtParams&, expertd_stream_t) override { return {}; }
+
   void have_exchanges() { exchanges_ = true; }
   void hold(bool holds) { holds_ = holds; }
   void fail_launches(bool fails) { fails_ = fails; }

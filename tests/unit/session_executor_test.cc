@@ -109,7 +109,7 @@ TEST(ExecutorChoice, AutoGrantsByWhatTheRanksHaveInCommon) {
       {"what is not built", GroupMode::kAuto, {kGood, kGood}, kLl, kLl, Executor::kCopyEngine},
       {"what is not built alone", GroupMode::kNormal, {kGood, kGood}, kLl, 0, Executor::kSm},
       {"low latency under MPS", GroupMode::kInference, {kMps, kMps}, kAll, kLlSplit, Executor::kAuto},
-      {"both under MPS", GroupMode::kAuto, {kMps, kMps}, kAll, kLlSplit | kHtSplit, Executor::kAuto},
+      {"both under MPS, none large", GroupMode::kAuto, {kMps, kMps}, kAll, kLlSplit, Executor::kAuto},
       {"MPS somewhere", GroupMode::kInference, {kGood, kMps}, kAll, kLlSplit, Executor::kAuto},
       {"what one does not know", GroupMode::kAuto, {kGood, kLlOnly}, kAll, kLl, Executor::kCopyEngine},
       {"one without rules", GroupMode::kAuto, {kGood, kOld}, kAll, kLl, Executor::kCopyEngine},
@@ -150,8 +150,24 @@ TEST(ExecutorChoice, AutoTakesNoLargeWindowForWhatMayNotCome) {
   config.max_tokens = 4096;
   EXPECT_EQ(choose_executor(config, {kMps, kMps}).rule.copies, 0U);
   EXPECT_EQ(choose_executor(config, {kGood, kGood}).rule.copies, kLl);
+  config.mode = GroupMode::kAuto;  // high throughput fits, low latency does not
+  EXPECT_EQ(choose_executor(config, {kMps, kMps}).rule.copies, kHtSplit);
+  config.max_tokens = 8192;
+  EXPECT_EQ(choose_executor(config, {kMps, kMps}).rule.copies, 0U);
+  EXPECT_EQ(choose_executor(config, {kGood, kGood}).rule.copies, kHt) << "low latency has no window for so many";
+  config.max_tokens = 4096;
+  EXPECT_EQ(choose_executor(config, {kGood, kGood}).rule.copies, kAll);
   config.executor = Executor::kCopyEngine;
-  EXPECT_EQ(choose_executor(config, {kMps, kMps}).rule.copies, kLl);
+  EXPECT_EQ(choose_executor(config, {kMps, kMps}).rule.copies, kAll);
+}
+
+TEST(ExecutorChoice, BothAreGrantedWhereBothFit) {
+  GroupConfig config = config_of(Executor::kAuto, GroupMode::kAuto);
+  config.max_tokens = 1280;
+  const ExecutorChoice choice = choose_executor(config, {kMps, kMps});
+  EXPECT_EQ(choice.rule.copies, kLlSplit | kHtSplit);
+  EXPECT_EQ(choice.rule.ht_split_tokens, 1171U);
+  EXPECT_EQ(choice.executor, Executor::kAuto);
 }
 
 TEST(ExecutorChoice, SmIsTakenAsAskedFor) {

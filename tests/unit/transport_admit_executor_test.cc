@@ -2,7 +2,7 @@
 // Client and daemon must mean the same executor, and with copy engines the same buffer.
 #include <gtest/gtest.h>
 
-#include "proto/abi/exchange_v1.h"
+#include "proto/abi/exchange_ht_v1.h"
 #include "tests/support/fake_admission.h"
 
 namespace expertd::test {
@@ -30,7 +30,7 @@ TEST_P(AdmitExecutor, TheFlagNeedsAGroupForIt) {
 }
 
 TEST_P(AdmitExecutor, TheGroupNeedsTheFlag) {
-  world_.shared.set_copy_engine(EXPERTD_EXCHANGE_BUFFERS);
+  world_.shared.set_copy_engine(EXPERTD_EXCHANGE_BUFFERS, {EXPERTD_COPIES_ALL, 0});
   expertd_slot without = slot();
   without.flags &= ~EXPERTD_SLOT_COPY_ENGINE;
   without.exchange_buffer = 0;
@@ -38,7 +38,7 @@ TEST_P(AdmitExecutor, TheGroupNeedsTheFlag) {
 }
 
 TEST_P(AdmitExecutor, TheBufferIsThatOfTheOperation) {
-  world_.shared.set_copy_engine(EXPERTD_EXCHANGE_BUFFERS);
+  world_.shared.set_copy_engine(EXPERTD_EXCHANGE_BUFFERS, {EXPERTD_COPIES_ALL, 0});
   for (uint64_t number = 1; number < 10; ++number) {
     world_.tables.groups[0].rank.next_number = number;
     for (uint32_t buffer = 0; buffer < EXPERTD_EXCHANGE_BUFFERS + 1; ++buffer) {
@@ -142,7 +142,51 @@ TEST(AdmitExecutorRule, SplitIsOfDispatchesAlone) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Operations, AdmitExecutor, testing::Values(EXPERTD_OP_LL_DISPATCH));
+/// High throughput that copy engines do not serve is the daemon's kernels', in the same group.
+TEST(AdmitExecutorRule, FormsThatCopyEnginesDoNotServeAreTheKernels) {
+  RuleWorld world(EXPERTD_COPIES_ALL);
+  expertd_slot expanded = AdmissionWorld::slot(EXPERTD_OP_DISPATCH);
+  expanded.flags |= EXPERTD_SLOT_EXPANDED;
+  expertd_slot wide = AdmissionWorld::slot_of_bytes(EXPERTD_OP_DISPATCH);
+  wide.row_bytes = 2048;  // of 1024 in the window
+  for (const expertd_slot& slot : {expanded, wide}) {
+    EXPECT_TRUE(world.admits(slot));
+    EXPECT_FALSE(world.request.copies);
+    expertd_slot flagged = slot;
+    flagged.flags |= kCopy;
+    flagged.exchange_buffer = 1;
+    EXPECT_FALSE(world.admits(flagged));
+    EXPECT_EQ(world.request.rejected_reason, EXPERTD_REASON_UNSUPPORTED);
+  }
+  EXPECT_EQ(world.end_of(EXPERTD_OP_DISPATCH, kCopy), kGood);
+  EXPECT_TRUE(world.request.copies);
+}
+
+TEST(AdmitExecutorRule, WhatUsesAHandleOfHighThroughputFollowsIt) {
+  RuleWorld world(EXPERTD_COPIES_ALL);
+  constexpr uint32_t kExpanded = EXPERTD_SLOT_EXPANDED;
+  constexpr uint32_t kCached = EXPERTD_SLOT_CACHED;
+  ASSERT_EQ(world.end_of(EXPERTD_OP_DISPATCH, kExpanded), kGood);
+  EXPECT_EQ(world.end_of(EXPERTD_OP_COMBINE, kCopy), kStale);
+  EXPECT_EQ(world.end_of(EXPERTD_OP_COMBINE, kExpanded | kCopy), kStale);
+  EXPECT_EQ(world.end_of(EXPERTD_OP_COMBINE, kExpanded), kGood);
+  EXPECT_FALSE(world.request.copies);
+  ASSERT_EQ(world.end_of(EXPERTD_OP_DISPATCH, kCopy), kGood);
+  EXPECT_EQ(world.end_of(EXPERTD_OP_COMBINE, 0), kStale);
+  EXPECT_EQ(world.end_of(EXPERTD_OP_DISPATCH, kCached), kStale);
+  EXPECT_EQ(world.end_of(EXPERTD_OP_DISPATCH, kCached | kCopy | kSplit), kGood);
+  EXPECT_TRUE(world.request.copies);
+  EXPECT_EQ(world.end_of(EXPERTD_OP_COMBINE, kCopy), kGood);
+  EXPECT_TRUE(world.request.copies);
+  expertd_slot wide = AdmissionWorld::slot_of_bytes(EXPERTD_OP_DISPATCH);
+  wide.row_bytes = 2048;
+  wide.flags |= kCached | kCopy;
+  wide.exchange_buffer = 1;
+  EXPECT_FALSE(world.admits(wide)) << "no executor has both its rows and its routing";
+  EXPECT_EQ(world.request.rejected_reason, EXPERTD_REASON_UNSUPPORTED);
+}
+
+INSTANTIATE_TEST_SUITE_P(Operations, AdmitExecutor, testing::Values(EXPERTD_OP_LL_DISPATCH, EXPERTD_OP_DISPATCH));
 
 }  // namespace
 }  // namespace expertd::test

@@ -14,6 +14,9 @@ namespace {
 constexpr uint64_t kLoadNs = 5 * kNsPerS;
 // By ExchangeKernel.
 constexpr const char* kExchangeNames[kExchangeKernels] = {"expertd_exchange_dispatch", "expertd_exchange_combine"};
+// By HtKernel.
+constexpr const char* kHtNames[kHtKernels] = {"expertd_exchange_ht_route", "expertd_exchange_ht_move",
+                                              "expertd_exchange_ht_reduce"};
 constexpr uint64_t kCounterBytes = kExchangeCounterSets * kExchangeCounterWords * sizeof(uint64_t);
 constexpr int kAllocationsMax = 64;  // one behind the other, that one tensor may lie in
 
@@ -72,6 +75,9 @@ Status CudaKernels::load() {
   for (uint32_t i = 0; i < kExchangeKernels && exchanges_; ++i) {
     exchanges_ = driver_->module_function(&exchange_[i], module_, kExchangeNames[i]) == cuda::kSuccess;
   }
+  for (uint32_t i = 0; i < kHtKernels && exchanges_; ++i) {
+    exchanges_ = driver_->module_function(&ht_[i], module_, kHtNames[i]) == cuda::kSuccess;
+  }
   return status;
 }
 
@@ -101,6 +107,9 @@ Status CudaKernels::launch_all() {
   Status status = launch_layout(LayoutParams(), 0, stream_);
   for (uint32_t i = 0; i < kExchangeKernels && exchanges_ && status.ok(); ++i) {
     status = launch_exchange(static_cast<ExchangeKernel>(i), ExchangeParams(), stream_);
+  }
+  for (uint32_t i = 0; i < kHtKernels && exchanges_ && status.ok(); ++i) {
+    status = launch_ht(static_cast<HtKernel>(i), HtParams(), stream_);
   }
   const uint64_t deadline_ns = deadline_after(kLoadNs);
   while (status.ok()) {
@@ -147,6 +156,15 @@ Status CudaKernels::launch_exchange(ExchangeKernel kernel, const ExchangeParams&
   return check(*driver_, "cuLaunchKernel",
                driver_->launch(exchange_[static_cast<uint32_t>(kernel)], exchange_blocks(kernel, params), 1, 1,
                                kExchangeThreads, 1, 1, 0, static_cast<cuda::Stream>(stream), arguments, nullptr));
+}
+
+Status CudaKernels::launch_ht(HtKernel kernel, const HtParams& params, expertd_stream_t stream) {
+  void* arguments[] = {const_cast<HtParams*>(&params)};
+  const uint32_t threads = kernel == HtKernel::kRoute ? kHtRouteThreads : kHtThreads;
+  const cuda::CurrentContext current(driver_, context_);
+  return check(*driver_, "cuLaunchKernel",
+               driver_->launch(ht_[static_cast<uint32_t>(kernel)], ht_blocks(kernel, params), 1, 1, threads, 1, 1, 0,
+                               static_cast<cuda::Stream>(stream), arguments, nullptr));
 }
 
 // A tensor may lie in several allocations that were mapped one behind the other.

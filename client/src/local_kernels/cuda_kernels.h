@@ -35,6 +35,7 @@ class CudaKernels final : public LocalKernels {
   bool exchanges() const override { return exchanges_; }
   void begin_exchange(ExchangeParams* params) override;
   Status launch_exchange(ExchangeKernel kernel, const ExchangeParams& params, expertd_stream_t stream) override;
+  Status launch_ht(HtKernel kernel, const HtParams& params, expertd_stream_t stream) override;
   bool reaches(const Extent& bytes, Extent* known) override;
   Status health() override;
 
@@ -51,6 +52,7 @@ class CudaKernels final : public LocalKernels {
   cuda::Module module_ = nullptr;
   cuda::Function layout_ = nullptr;
   std::array<cuda::Function, kExchangeKernels> exchange_{};
+  std::array<cuda::Function, kHtKernels> ht_{};
   bool exchanges_ = false;
   LocalRecord* records_ = nullptr;  // pinned
   cuda::Pointer scratch_ = 0;

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "client/src/local_kernels/exchange_ht_params.h"
 #include "client/src/local_kernels/exchange_params.h"
 #include "client/src/local_kernels/layout_params.h"
 #include "client/src/status.h"
@@ -48,6 +49,9 @@ class LocalKernels {
   /// Does params.stages of the operation, at most kExchangeBlocks blocks.
   virtual Status launch_exchange(ExchangeKernel /*kernel*/, const ExchangeParams& /*params*/,
                                  expertd_stream_t /*stream*/) {
+    return {EXPERTD_REASON_UNSUPPORTED, "the library has no kernels for copy engines"};
+  }
+  virtual Status launch_ht(HtKernel /*kernel*/, const HtParams& /*params*/, expertd_stream_t /*stream*/) {
     return {EXPERTD_REASON_UNSUPPORTED, "the library has no kernels for copy engines"};
   }
   /// Whether kernels reach these bytes. `known`, the allocation found last, answers for what lies in it.

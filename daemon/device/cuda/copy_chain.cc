@@ -25,11 +25,13 @@
 //
 // Order and visibility. A stream's copy has ended before the next entry begins, and a peer's copy is acknowledged by
 // the memory it wrote; the destination's client starts its kernel behind a wait for the word in its own GPU's memory.
-// Buffers are four, and operation n is launched when all parts of n - 4 have ended (GroupShared::set_copy_engine).
+// Buffers are four, and operation n is launched when all parts of n - 4 have ended (GroupShared::set_copy_engine), or
+// of n - 2 where high throughput goes by copies too.
 #include <algorithm>
 #include <array>
 
 #include "daemon/base/clock.h"
+#include "daemon/device/cuda/chain_words.h"
 #include "daemon/device/cuda/cuda_device.h"
 #include "daemon/device/cuda/word_batch.h"
 #include "daemon/kernels/numerics.h"
@@ -71,36 +73,6 @@ uint64_t side_bytes(const OpShape& shape) {
   }
   const uint64_t groups = shape.hidden / kernels::kScaleGroup;
   return shape.scale == kernels::ScaleForm::kUe8m0 ? groups : groups * sizeof(float);
-}
-
-/// Words of one submission, in order.
-class Words {
- public:
-  void wait(CUdeviceptr address, uint64_t value) {
-    CUstreamBatchMemOpParams& entry = entries_[count_++];
-    entry.waitValue.operation = CU_STREAM_MEM_OP_WAIT_VALUE_64;
-    entry.waitValue.address = address;
-    entry.waitValue.value64 = value;
-    entry.waitValue.flags = CU_STREAM_WAIT_VALUE_GEQ;
-  }
-  void write(CUdeviceptr address, uint64_t value) {
-    CUstreamBatchMemOpParams& entry = entries_[count_++];
-    entry.writeValue.operation = CU_STREAM_MEM_OP_WRITE_VALUE_64;
-    entry.writeValue.address = address;
-    entry.writeValue.value64 = value;
-    entry.writeValue.flags = CU_STREAM_WRITE_VALUE_DEFAULT;  // behind everything before it
-  }
-  bool send(const Driver& driver, CUstream stream) {
-    return count_ == 0 || driver.cuStreamBatchMemOp(stream, count_, entries_.data(), 0) == CUDA_SUCCESS;
-  }
-
- private:
-  std::array<CUstreamBatchMemOpParams, 2 * base::kMaxGpuRanks + 8> entries_{};
-  uint32_t count_ = 0;
-};
-
-CUdeviceptr address_of(const void* word) {
-  return reinterpret_cast<CUdeviceptr>(word);
 }
 
 /// The report of the client, as far as a completion may say it.
@@ -192,7 +164,8 @@ class CudaDevice::CopyChain {
 
 bool CudaDevice::CopyChain::find() {
   row_stride_ = expertd_exchange_row_stride(shape_.out_row_bytes, side_bytes(shape_));
-  if (part_.words.flag_page == nullptr || (shape_.kind == OpKind::kLlDispatch && row_stride_ > layout_.row_stride)) {
+  if (part_.words.flag_page == nullptr || layout_.total_bytes == 0 ||
+      (shape_.kind == OpKind::kLlDispatch && row_stride_ > layout_.row_stride)) {
     return false;
   }
   for (uint32_t j = 0; j < spec_.ranks; ++j) {
@@ -222,7 +195,7 @@ bool CudaDevice::CopyChain::enqueue() {
   bool sent = copy(device_.device_copy_facts(part_.id) + offsetof(CopyFacts, ended), ended, sizeof(uint64_t)) &&
               begin() && send_to_all(0);
   if (sent && shape_.kind == OpKind::kLlCombine) {
-    Words rung;
+    ChainWords rung;
     rung.wait(own_word(EXPERTD_STEP_RUNG_OFFSET(part_.words.slot)), part_.words.seq);
     sent = rung.send(driver_, stream_) && send_to_all(1);
   }
@@ -231,7 +204,7 @@ bool CudaDevice::CopyChain::enqueue() {
 
 bool CudaDevice::CopyChain::begin() {
   const uint32_t slot = part_.words.slot;
-  Words words;
+  ChainWords words;
   if (part_.waits_doorbell) {
     words.wait(own_word(EXPERTD_DOORBELL_OFFSET(slot)), part_.words.seq);
   }
@@ -275,7 +248,7 @@ bool CudaDevice::CopyChain::send_to_all(uint32_t step) {
       continue;
     }
     const CUdeviceptr arrived = peers_[j].flag_page + EXPERTD_STEP_ARRIVED_OFFSET(peers_[j].slot, step, spec_.rank);
-    Words announcement;
+    ChainWords announcement;
     announcement.write(arrived, peers_[j].seq);
     if (!copy_to(j, step) || !announcement.send(driver_, stream_)) {
       return false;
@@ -287,10 +260,10 @@ bool CudaDevice::CopyChain::send_to_all(uint32_t step) {
 bool CudaDevice::CopyChain::end() {
   const CUdeviceptr facts = device_.device_copy_facts(part_.id);
   const CUdeviceptr ended = own_word(EXPERTD_STEP_ENDED_OFFSET(part_.words.slot));
-  Words before;
+  ChainWords before;
   before.write(address_of(&group_.device_progress->moved), spec_.group_op);
   before.wait(ended, part_.words.seq);
-  Words behind;
+  ChainWords behind;
   behind.write(address_of(&device_.device_facts(part_.id)->done), part_.id);
   return before.send(driver_, stream_) &&
          copy(facts + offsetof(CopyFacts, report), peers_[spec_.rank].buffer, sizeof(expertd_exchange_report)) &&
@@ -303,7 +276,7 @@ base::Status CudaDevice::start_copies() {
     return facts.status();
   }
   copy_facts_ = std::move(facts).value();
-  return base::Status::ok();
+  return start_ht();
 }
 
 CudaDevice::CopyFacts* CudaDevice::copy_facts(engine::PartId part) const {
@@ -316,15 +289,21 @@ CUdeviceptr CudaDevice::device_copy_facts(engine::PartId part) const {
 
 bool CudaDevice::takes_copies(const LaunchSpec& spec) const {
   const GroupEntry* group = spec.group.value == 0 ? nullptr : groups_.find(spec.group.value);
-  return group != nullptr && group->exchange != nullptr && spec.own->copies && is_low_latency(spec.own->shape);
+  return group != nullptr && group->exchange != nullptr && spec.own->copies;
 }
 
 uint32_t CudaDevice::entries_of(const LaunchSpec& spec) const {
-  return takes_copies(spec) ? copy_entries(spec.ranks) : kEntriesPerPart;
+  if (!takes_copies(spec)) {
+    return kEntriesPerPart;
+  }
+  return is_low_latency(spec.own->shape) ? copy_entries(spec.ranks) : ht_entries(spec.ranks);
 }
 
 /// Takes the part whatever comes of it, as launch() does.
 bool CudaDevice::launch_copies(const LaunchSpec& spec, Part* part) {
+  if (!is_low_latency(spec.own->shape)) {
+    return launch_ht(spec, part);
+  }
   part->copies = true;
   part->shape = spec.own->shape;
   part->group->last_op = spec.group_op;
@@ -367,22 +346,24 @@ void CudaDevice::judge_copies(const Part& part) {
   }
 }
 
-base::Status CudaDevice::allocate_exchange(GroupEntry* entry) {
-  if (!entry->shape.copy_engine) {
+base::Status CudaDevice::allocate_exchange(const engine::GroupShape& shape, GroupEntry* entry) {
+  if (shape.copies == 0) {
     return base::Status::ok();
   }
   const auto session = sessions_owned_.find(entry->shape.session.value);
   if (session == sessions_owned_.end() || entry->relay_ranks != 0) {
     return base::Status(EXPERTD_REASON_UNSUPPORTED, "copy engines need GPUs that reach each other");
   }
-  entry->exchange_layout = exchange_layout(entry->shape);
-  auto memory = VmmMemory::create(reach(true), entry->exchange_layout.total_bytes, &pool_);
+  const CopyLayout layout = copy_layout(shape);
+  entry->exchange_layout = layout.low_latency;
+  auto memory = VmmMemory::create(reach(true), layout.total_bytes, &pool_);
   if (!memory.is_ok()) {
     return memory.status().with_context("exchange window of the group");
   }
   entry->exchange = std::move(memory).value();
   entry->flag_page = session->second->flag_page->address();
-  return zero(*entry->exchange);
+  EXPERTD_RETURN_IF_ERROR(zero(*entry->exchange));
+  return allocate_ht(shape, entry);
 }
 
 base::Result<Window> CudaDevice::exchange_window(base::GroupId group, base::Rank rank) {

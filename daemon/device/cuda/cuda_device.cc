@@ -9,6 +9,7 @@
 #include <string>
 
 #include "daemon/base/log.h"
+#include "daemon/device/cuda/ht_chain.h"
 #include "daemon/kernels/cuda/launch.h"
 #include "proto/abi/ring_v1.h"
 
@@ -122,6 +123,8 @@ CudaDevice::~CudaDevice() {
     states_.reset();
     facts_.reset();
     copy_facts_.reset();
+    ht_facts_.reset();
+    ht_pinned_.clear();
     progress_.reset();
   }
   driver_.cuDevicePrimaryCtxRelease(gpu_.view.device);
@@ -258,7 +261,7 @@ base::Result<SessionGrant> CudaDevice::open_session(base::SessionId session) {
   auto entry = std::make_unique<SessionEntry>();
   entry->id = session.value;
   // Copies of other ranks write words of it.
-  auto page = VmmMemory::create(reach(true), EXPERTD_FLAG_PAGE_BYTES, &pool_);
+  auto page = VmmMemory::create(reach(true), EXPERTD_HT_FLAG_PAGE_BYTES, &pool_);
   if (!page.is_ok()) {
     return page.status().with_context("flag page");
   }
@@ -393,9 +396,8 @@ base::Result<GroupMemory> CudaDevice::plan_group(const engine::GroupShape& shape
     return allocated.status();
   }
   uint64_t exchange = 0;
-  if (shape.copy_engine) {
-    const expertd_exchange_layout exchanged = exchange_layout(shape);
-    const auto bytes = VmmMemory::allocation_bytes(reach(false), exchanged.total_bytes);
+  if (shape.copies != 0) {
+    const auto bytes = VmmMemory::allocation_bytes(reach(false), copy_layout(shape).total_bytes);
     if (!bytes.is_ok()) {
       return bytes.status();
     }
@@ -405,6 +407,10 @@ base::Result<GroupMemory> CudaDevice::plan_group(const engine::GroupShape& shape
                        !std::all_of(all_.begin(), all_.end(), [this](const GpuFacts& other) { return reaches(other); });
   GroupMemory memory = group_memory(layout, allocated.value(), relayed);
   memory.table_bytes += exchange;
+  if (const expertd_exchange_ht_layout ht = copy_layout(shape).ht; ht.total_bytes != 0) {
+    memory.pinned_bytes += HtGroup::kPinnedBytes;
+    memory.handle_count = std::min(memory.handle_count, static_cast<uint32_t>(ht.handle_count));
+  }
   return memory;
 }
 
@@ -433,9 +439,10 @@ base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t 
   entry->layout = group_layout(entry->shape, handle_limit);
   EXPERTD_RETURN_IF_ERROR(allocate_tables(entry.get()));
   EXPERTD_RETURN_IF_ERROR(create_lanes(entry.get()));
-  EXPERTD_RETURN_IF_ERROR(allocate_exchange(entry.get()));
+  EXPERTD_RETURN_IF_ERROR(allocate_exchange(shape, entry.get()));
   if (!take_progress(entry.get())) {
     give_back_words(*entry);
+    keep_ht_pinned(entry.get());
     return base::Status(EXPERTD_REASON_GROUP_LIMIT,
                         "GPU " + gpu_.uuid + " has " + std::to_string(kMaxGroupsPerDevice) + " groups already");
   }
@@ -456,6 +463,7 @@ void CudaDevice::destroy_group(base::GroupId group, base::Rank rank) {
     groups_.erase(group.value);
     progress_used_[found->second->progress_index] = false;
     give_back_words(*found->second);
+    keep_ht_pinned(found->second.get());
     destroyed = std::move(found->second);
     groups_owned_.erase(found);
     lane_streams_.fetch_sub(2 * destroyed->shape.capture_lanes, std::memory_order_relaxed);
@@ -466,7 +474,10 @@ void CudaDevice::destroy_group(base::GroupId group, base::Rank rank) {
 
 uint32_t CudaDevice::handle_capacity(base::GroupId group, base::Rank rank) const {
   const GroupEntry* entry = groups_.find(group.value);
-  return entry != nullptr && entry->shape.rank == rank.value ? entry->layout.handle_count : 0;
+  if (entry == nullptr || entry->shape.rank != rank.value) {
+    return 0;
+  }
+  return entry->ht == nullptr ? entry->layout.handle_count : static_cast<uint32_t>(entry->ht->handles.size());
 }
 
 }  // namespace expertd::device::cuda

@@ -83,7 +83,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   bool poll(engine::PartId part, engine::Outcome* outcome) override;
   void abort(engine::PartId part, uint32_t reason) override;
   uint32_t missing(engine::PartId part, uint64_t* ranks) override;
-  bool busy() const override { return false; }
+  bool busy() const override;
   bool polls() const override { return parts_in_flight_ != 0 || launch_refused_ || capturing_; }
   bool tend(uint64_t now_ns) override;
   bool next_replay(const engine::Request** request, engine::Outcome* outcome) override;
@@ -106,6 +106,7 @@ class CudaDevice : public Device, public engine::DevicePort {
     bool links = false;  // its chain is that of the link kernels
     bool low_latency = false;
     bool copies = false;     // its chain is one of copies, beside kernels of the client
+    bool ht = false;         // with `copies`: that of high throughput
     kernels::OpShape shape;  // with `copies`
     uint32_t sms = 0;        // multiprocessors that its largest kernel takes; 0: it has no kernels
     uint32_t entries = 0;    // counted against its stream
@@ -141,7 +142,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   /// The group's capture lanes, with words of its session.
   base::Status create_lanes(GroupEntry* entry);
   void give_back_words(const GroupEntry& entry);
-  base::Status allocate_exchange(GroupEntry* entry);
+  base::Status allocate_exchange(const engine::GroupShape& shape, GroupEntry* entry);
   base::Status warm_up(CUstream stream);
 
   Part* take_part();
@@ -194,6 +195,23 @@ class CudaDevice : public Device, public engine::DevicePort {
   CUdeviceptr device_copy_facts(engine::PartId part) const;
   base::Status start_copies();
 
+  // High throughput by copy engines (ht_parts.cc, ht_chain.cc).
+  struct HtFacts;
+  struct HtState;
+  class HtChain;
+  base::Status start_ht();
+  base::Status allocate_ht(const engine::GroupShape& shape, GroupEntry* entry);
+  void keep_ht_pinned(GroupEntry* entry);
+  bool launch_ht(const engine::LaunchSpec& spec, Part* part);
+  void advance_ht(Part* part);
+  void close_ht(Part* part);
+  bool ht_is_open(const Part& part) const;
+  bool ht_is_voided(const Part& part) const;
+  void void_ht(const Part& part, WordBatch* batch) const;
+  void judge_ht(const Part& part);
+  HtFacts* ht_facts(engine::PartId part) const;
+  HtState* ht_state(engine::PartId part) const;
+
   kernels::cuda::PartFacts* host_facts(engine::PartId part) const;
   kernels::cuda::PartFacts* device_facts(engine::PartId part) const;
   kernels::cuda::PartState* part_state(engine::PartId part) const;
@@ -215,6 +233,8 @@ class CudaDevice : public Device, public engine::DevicePort {
   std::map<uint64_t, std::unique_ptr<SessionEntry>> sessions_owned_;
   std::map<std::pair<uint64_t, uint32_t>, std::unique_ptr<GroupEntry>> groups_owned_;
   CUstream control_stream_ = nullptr;
+  // Of groups that ended, for the next ones: freeing pinned memory would synchronise.
+  std::vector<std::unique_ptr<PinnedMemory>> ht_pinned_;
   std::unique_ptr<PinnedMemory> progress_;  // one Progress per group: freeing pinned memory would synchronise
   std::array<bool, kMaxGroupsPerDevice> progress_used_{};
 
@@ -226,6 +246,10 @@ class CudaDevice : public Device, public engine::DevicePort {
   std::unique_ptr<VmmMemory> states_;
   std::unique_ptr<PinnedMemory> facts_;
   std::unique_ptr<PinnedMemory> copy_facts_;
+  std::unique_ptr<PinnedMemory> ht_facts_;
+  std::unique_ptr<HtState[]> ht_states_;  // by part
+  uint32_t ht_open_ = 0;                  // parts whose chain waits for the loop
+  uint64_t ht_spin_until_ns_ = 0;
   std::array<Part, kMaxPartsInFlight> parts_{};
   uint32_t parts_in_flight_ = 0;
   bool launch_refused_ = false;  // nobody wakes the loop when a close that held launches back is over

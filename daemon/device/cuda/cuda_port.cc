@@ -58,6 +58,9 @@ bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords&
   if (session != nullptr && session->queued_entries + entries_of(spec) > kMaxStreamEntries) {
     return false;
   }
+  if (session != nullptr && session->open_part != 0) {
+    return false;  // the rest of a chain is still to come, and nothing may stand in front of it
+  }
   launch_refused_ = !gpu_.view.gate->try_enter();
   if (launch_refused_) {
     return false;  // a mapping is being closed
@@ -138,7 +141,7 @@ void CudaDevice::send_rescue(Part* part) {
   WordBatch batch;
   batch.write(&part_state(part->id)->aborted_part, part->id);
   if (part->copies) {
-    void_copies(*part, &batch);  // before anything is released
+    part->ht ? void_ht(*part, &batch) : void_copies(*part, &batch);  // before anything is released
   }
   if (part->waits_doorbell) {
     batch.write(word_at(part->words.flag_page, EXPERTD_DOORBELL_OFFSET(part->words.slot)), EXPERTD_ABORT_WORD);
@@ -150,7 +153,9 @@ void CudaDevice::send_rescue(Part* part) {
       batch.write(&part->page->moved[s], EXPERTD_ABORT_WORD);
     }
   }
-  if (part->copies) {
+  if (part->ht) {
+    batch.write_ht_client(part->words, EXPERTD_ABORT_WORD);
+  } else if (part->copies) {
     batch.write_steps(part->words, part->ranks, EXPERTD_ABORT_WORD);
     batch.write_client_steps(part->words, EXPERTD_ABORT_WORD);
   }
@@ -172,7 +177,9 @@ void CudaDevice::send_restore(Part* part) {
       batch.write(&part->page->moved[s], part->group_op);
     }
   }
-  if (part->copies) {
+  if (part->ht) {
+    batch.write_ht_client(part->words, part->words.seq);
+  } else if (part->copies) {
     batch.write_client_steps(part->words, part->words.seq);
   }
   batch.write(&device_facts(part->id)->restored, part->id);
@@ -186,7 +193,9 @@ void CudaDevice::send_words(Part* part) {
   if (part->words.flag_page != nullptr && part->words.slot < EXPERTD_RING_SLOTS_MAX) {
     batch.write(word_at(part->words.flag_page, EXPERTD_RESULT_WORD_OFFSET(part->words.slot)), part->end_reason);
     batch.write(word_at(part->words.flag_page, EXPERTD_COMPLETION_WORD_OFFSET(part->words.slot)), part->words.seq);
-    if (part->copies) {
+    if (part->ht) {
+      batch.write_ht_daemon(part->words);
+    } else if (part->copies) {
       batch.write_steps(part->words, part->ranks, part->words.seq);
     }
   }
@@ -239,14 +248,22 @@ bool CudaDevice::poll(engine::PartId id, engine::Outcome* outcome) {
     free_part(&part);
     return true;
   }
+  if (part.end_reason == 0 && ht_is_open(part)) {
+    advance_ht(&part);
+  } else if (part.end_reason != 0) {
+    close_ht(&part);
+  }
   if (!chain_drained(part)) {
     if (part.end_reason != 0 && !part.rescue_sent) {
       send_rescue(&part);
     }
     return false;
   }
+  if (part.end_reason == 0 && ht_is_voided(part)) {
+    return false;  // until its own abort
+  }
   if (part.copies) {
-    judge_copies(part);
+    part.ht ? judge_ht(part) : judge_copies(part);
   }
   if (part.end_reason == 0) {
     report_part(part, outcome);
@@ -311,7 +328,8 @@ void CudaDevice::free_part(Part* part) {
 
 void CudaDevice::abort(engine::PartId id, uint32_t reason) {
   Part& part = parts_[id % kMaxPartsInFlight];
-  if (part.id != id || id == 0 || part.end_reason != 0 || load_word(host_facts(id)->done) == id) {
+  if (part.id != id || id == 0 || part.end_reason != 0 ||
+      (load_word(host_facts(id)->done) == id && !ht_is_voided(part))) {
     return;
   }
   part.end_reason = reason == 0 ? static_cast<uint32_t>(EXPERTD_REASON_INTERNAL) : reason;
@@ -357,6 +375,7 @@ void CudaDevice::release_words(const engine::SlotWords& words, uint32_t reason) 
   batch.write(word_at(words.flag_page, EXPERTD_COMPLETION_WORD_OFFSET(words.slot)), words.seq);
   // The client's stream may wait for the words of copies; others have no use for them.
   batch.write_steps(words, EXPERTD_STEP_RANKS, words.seq);
+  batch.write_ht_daemon(words);
   const ScopedContext context(driver_, gpu_.view.context);
   batch.send(driver_, rescue_stream_);
 }

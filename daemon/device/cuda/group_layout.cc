@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "daemon/kernels/cuda/arm_params.h"
+#include "proto/abi/executor_v1.h"
 
 namespace expertd::device::cuda {
 namespace {
@@ -70,9 +71,19 @@ GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit)
   return layout;
 }
 
-expertd_exchange_layout exchange_layout(const engine::GroupShape& shape) {
-  const expertd_exchange_shape exchanged{shape.ranks, shape.experts, shape.hidden, shape.max_tokens, shape.top_k};
-  return expertd_exchange_layout_of(&exchanged);
+CopyLayout copy_layout(const engine::GroupShape& shape) {
+  CopyLayout layout;
+  if ((shape.copies & EXPERTD_COPIES_LL) != 0) {
+    const expertd_exchange_shape exchanged{shape.ranks, shape.experts, shape.hidden, shape.max_tokens, shape.top_k};
+    layout.low_latency = expertd_exchange_layout_of(&exchanged);
+  }
+  if ((shape.copies & EXPERTD_COPIES_HT) != 0) {
+    const expertd_exchange_ht_shape exchanged{shape.ranks, shape.experts, shape.hidden, shape.max_tokens, shape.top_k};
+    layout.ht = expertd_exchange_ht_layout_of(&exchanged);
+  }
+  layout.ht_offset = layout.low_latency.total_bytes;
+  layout.total_bytes = layout.ht_offset + layout.ht.total_bytes;
+  return layout;
 }
 
 uint64_t pinned_bytes(const GroupLayout& layout) {

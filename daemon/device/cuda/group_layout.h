@@ -8,6 +8,7 @@
 
 #include "daemon/device/device.h"
 #include "daemon/engine/ports.h"
+#include "proto/abi/exchange_ht_v1.h"
 #include "proto/abi/exchange_v1.h"
 
 namespace expertd::device::cuda {
@@ -68,8 +69,16 @@ struct GroupLayout {
 };
 /// Pure; at least one handle, and no more than fit kMaxHandleTableBytes. `shape.low_latency` asks for the buffers.
 GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit);
-/// Where things lie in the exchange window of a rank. Pure.
-expertd_exchange_layout exchange_layout(const engine::GroupShape& shape);
+/// Where things lie in the exchange window of a rank: what low latency needs, then what high throughput needs, each
+/// only where the group serves it and has a shape for it.
+struct CopyLayout {
+  expertd_exchange_layout low_latency{};
+  expertd_exchange_ht_layout ht{};
+  uint64_t ht_offset = 0;
+  uint64_t total_bytes = 0;
+};
+/// Pure.
+CopyLayout copy_layout(const engine::GroupShape& shape);
 /// Bytes of pinned host memory that takes the place of the shared tables behind the relay.
 uint64_t pinned_bytes(const GroupLayout& layout);
 /// What a rank takes. All its tables lie in one allocation of `allocated_bytes`, at least layout.total_bytes; what the

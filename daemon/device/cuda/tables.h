@@ -12,6 +12,7 @@
 #include "daemon/base/limits.h"
 #include "daemon/device/cuda/capture_lane.h"
 #include "daemon/device/cuda/group_layout.h"
+#include "daemon/device/cuda/ht_group.h"
 #include "daemon/device/cuda/memory.h"
 #include "daemon/engine/ports.h"
 #include "daemon/kernels/cuda/part_params.h"
@@ -30,6 +31,11 @@ constexpr uint32_t copy_entries(uint32_t ranks) {
 // As many as the streams hold: with fewer, parts on two devices could each hold the place that the other's peer needs.
 inline constexpr uint32_t kMaxPartsInFlight = kMaxArmedStreams * (kMaxStreamEntries / kEntriesPerPart);
 inline constexpr uint32_t kMaxGroupsPerDevice = 256;
+
+/// The same of a high throughput chain: for each rank and chunk of a combine two copies and a word.
+constexpr uint32_t ht_entries(uint32_t ranks) {
+  return 10 + 15 * ranks;
+}
 
 /// Fixed table from a 64-bit key to an object. find() from any thread, insert() and erase() by one thread at a time.
 template <typename T, uint32_t kSize>
@@ -85,6 +91,7 @@ struct SessionEntry {
   std::unique_ptr<VmmMemory> flag_page;
   CUstream stream = nullptr;
   uint32_t queued_entries = 0;  // loop thread only
+  uint64_t open_part = 0;       // of which more is to be enqueued; 0: none. Loop thread only
   uint32_t capture_words = 0;   // used ones of the flag page, as bits; control threads only
 };
 
@@ -97,8 +104,9 @@ struct GroupEntry {
   std::unique_ptr<PinnedMemory> shared;  // with relay_ranks: sync pages, counts, relay
   std::unique_ptr<VmmMemory> exchange;   // of a group by copy engines
   expertd_exchange_layout exchange_layout{};
-  CUdeviceptr flag_page = 0;  // of the rank's session, with `exchange`
-  uint64_t last_op = 0;       // operation launched last, and the ranks that took part; loop thread only
+  std::unique_ptr<HtGroup> ht;  // with `exchange`, where high throughput goes by copies too
+  CUdeviceptr flag_page = 0;    // of the rank's session, with `exchange`
+  uint64_t last_op = 0;         // operation launched last, and the ranks that took part; loop thread only
   uint64_t last_active = ~uint64_t{0};
   uint32_t progress_index = 0;  // of the device's pinned progress words
   kernels::cuda::Progress* host_progress = nullptr;

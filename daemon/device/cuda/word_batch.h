@@ -10,6 +10,7 @@
 #include "daemon/base/limits.h"
 #include "daemon/device/cuda/driver.h"
 #include "daemon/engine/ports.h"
+#include "proto/abi/exchange_ht_v1.h"
 #include "proto/abi/ring_v1.h"
 
 namespace expertd::device::cuda {
@@ -41,6 +42,23 @@ class WordBatch {
   void write_client_steps(const engine::SlotWords& words, uint64_t value) {
     write(word_at(words.flag_page, EXPERTD_STEP_RUNG_OFFSET(words.slot)), value);
     write(word_at(words.flag_page, EXPERTD_STEP_ENDED_OFFSET(words.slot)), value);
+  }
+  /// The same two of a high throughput operation by copies. What the client's stream waits for is let go with its end
+  /// alone, since other ranks may write its outputs until then.
+  void write_ht_daemon(const engine::SlotWords& words) {
+    const uint64_t step = EXPERTD_HT_STEP_OFFSET(words.slot);
+    write(word_at(words.flag_page, step + EXPERTD_HT_STEP_PLAN), words.seq);
+    for (uint32_t j = 0; j < EXPERTD_EXCHANGE_RANKS_MAX; ++j) {
+      write(word_at(words.flag_page, step + EXPERTD_HT_STEP_PROGRESS + j * sizeof(uint64_t)),
+            EXPERTD_HT_PROGRESS(words.seq, EXPERTD_HT_ALL));
+    }
+  }
+  void write_ht_client(const engine::SlotWords& words, uint64_t value) {
+    const uint64_t step = EXPERTD_HT_STEP_OFFSET(words.slot);
+    for (uint32_t piece = 0; piece < EXPERTD_HT_PIECES; ++piece) {
+      write(word_at(words.flag_page, step + EXPERTD_HT_STEP_PACKED + piece * sizeof(uint64_t)), value);
+    }
+    write(word_at(words.flag_page, step + EXPERTD_HT_STEP_ENDED), value);
   }
   bool send(const Driver& driver, CUstream stream) {
     return driver.cuStreamBatchMemOp(stream, count_, writes_.data(), 0) == CUDA_SUCCESS;

@@ -63,7 +63,7 @@ void add_running(CLI::App* app, Typed* typed, TableOptions* options) {
   app->add_option("--link-sms", options->link_sms, "device.link_sms of the own daemon")
       ->check(CLI::Range(1, 256))
       ->capture_default_str();
-  app->add_option("--executor", options->executor, "Of low latency operations; captured ones are by sm in any case")
+  app->add_option("--executor", options->executor, "Of the operations; captured ones are by sm in any case")
       ->check(CLI::IsMember({"auto", "sm", "copy_engine"}))
       ->capture_default_str();
   app->add_option("--daemon-arg", options->daemon_words, "Argument of the own daemon, as --daemon-arg=--name=value")

@@ -19,7 +19,7 @@ struct TableOptions {
   std::vector<int> gpus;                  // ordinals; empty: all
   std::vector<std::string> daemon_words;  // arguments of the own daemon
   uint32_t link_sms = 24;                 // as the daemon's own default
-  std::string executor = "auto";          // of the low latency operations
+  std::string executor = "auto";          // of the operations
   bool idle = true;
   bool busy = true;
   bool nccl = true;

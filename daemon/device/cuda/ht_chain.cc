@@ -1,0 +1,391 @@
+// SPDX-License-Identifier: Apache-2.0
+// The chain of a high throughput part by copy engines. As with low latency (copy_chain.cc) it has copies to the peers
+// and to the host and words behind them, and no kernel; the local work is done by kernels of the client. But how many
+// rows go where is first known when the clients have counted them, so a chain is enqueued in two steps and the loop,
+// which polls, decides in between:
+//
+//   copy -> host; wait doorbell; [dispatch: counts -> host, counted; wait packed of the first piece]
+//   the loop: checks the counts, lets the loops of the other ranks have them, waits for theirs, decides
+//   copy -> host
+//   dispatch: [plan -> window, copy -> host, plan; on the rescue stream]
+//             for both pieces: (wait packed;) for each other rank: rows, and with the last piece what travels beside
+//             them, straight into its outputs; its progress
+//   combine:  rows that may be taken, plan; for every chunk and each other rank: rows of the own input, into its
+//             window; its progress
+//   own progress; wait ended; voided and ended -> host; done
+//
+// A cached dispatch knows its counts and still tells that its doorbell has rung: until then its outputs belong to what
+// the caller's stream runs before it. Between the two steps nothing else is launched on the session's stream, since it
+// would stand in front of the rest. A rank whose client cannot go (a bad id, counts that cannot be true, a handle that
+// is not there) publishes that as well, so that all ranks end alike and nobody moves anything.
+//
+// What a client wrote decides nothing before it was checked: counts are no more than its tokens have (ht_take_counts),
+// rows of all ranks fit the outputs that admission saw (ht_decide), rows of a handle are clipped to the tensors of this
+// operation. What two loops share they share in their own memory.
+//
+// Ending early. Before the second step a part is ended by its end alone. Behind it the copies go on with whatever lies
+// there: the rescue stream writes `voided` of every other rank before it releases anything, and a part that was voided
+// does not end before its own abort. The caller's stream is let go by settle(), when all parts have ended, for until
+// then other ranks may write its outputs.
+#include "daemon/device/cuda/ht_chain.h"
+
+#include <algorithm>
+
+#include "daemon/device/cuda/word_batch.h"
+#include "proto/abi/ring_v1.h"
+
+namespace expertd::device::cuda {
+
+using engine::LaunchSpec;
+using engine::Request;
+using engine::TensorView;
+using kernels::OpKind;
+using kernels::OpReport;
+
+namespace {
+
+bool is_active(uint64_t mask, uint32_t rank) {
+  return ((mask >> rank) & 1) != 0;
+}
+
+/// A rank's place among those that are not `without`.
+uint64_t place_of(uint32_t rank, uint32_t without) {
+  return rank < without ? rank : rank - 1;
+}
+
+uint64_t progress_at(uint32_t slot, uint32_t rank) {
+  return EXPERTD_HT_STEP_OFFSET(slot) + EXPERTD_HT_STEP_PROGRESS + uint64_t{rank} * sizeof(uint64_t);
+}
+
+constexpr uint32_t kDispatchOutputs[] = {EXPERTD_OUT_X, EXPERTD_OUT_SIDE, EXPERTD_OUT_TOPK_IDX,
+                                         EXPERTD_OUT_TOPK_WEIGHTS, EXPERTD_OUT_SRC_INFO};
+constexpr uint32_t kCombineInputs[] = {EXPERTD_IN_X, EXPERTD_IN_TOPK_WEIGHTS};
+/// Of a rank's word `rows`: it gave weights with them.
+constexpr uint64_t kWithWeights = uint64_t{1} << 31;
+
+}  // namespace
+
+CUdeviceptr CudaDevice::HtChain::own_word(uint64_t offset) const {
+  return address_of(part_.words.flag_page) + EXPERTD_HT_STEP_OFFSET(part_.words.slot) + offset;
+}
+
+CUdeviceptr CudaDevice::HtChain::word_of(uint32_t rank, uint64_t offset) const {
+  return device_.find_peer(spec_, rank)->flag_page + offset;
+}
+
+CUdeviceptr CudaDevice::HtChain::buffer_of(uint32_t rank) const {
+  const GroupEntry& entry = *device_.find_peer(spec_, rank);
+  return entry.exchange->address() + ht_.window_offset + spec_.group_op % EXPERTD_HT_BUFFERS * ht_.layout.buffer_bytes;
+}
+
+CUdeviceptr CudaDevice::HtChain::facts() const {
+  return device_.ht_facts_->device() + part_.id % kMaxPartsInFlight * sizeof(HtFacts);
+}
+
+CUdeviceptr CudaDevice::HtChain::tensor(uint32_t rank, uint32_t index) {
+  const TensorView& view = spec_.requests[rank]->tensors[index];
+  if (view.mapping == nullptr) {
+    return 0;
+  }
+  const uint32_t device = device_.gpu_.view.index.value;
+  reachable_ = reachable_ && view.mapping->base[device] != nullptr;
+  return address_of(view.on(device_.gpu_.view.index));
+}
+
+bool CudaDevice::HtChain::find() {
+  if (part_.words.flag_page == nullptr || spec_.own->handle_index >= ht_.handles.size() ||
+      expertd_exchange_ht_fits(&ht_.layout, shape_.out_row_bytes, side_bytes()) == 0) {
+    return false;
+  }
+  for (uint32_t j = 0; j < spec_.ranks; ++j) {
+    if (!is_active(spec_.active_ranks, j)) {
+      continue;
+    }
+    const GroupEntry* peer = device_.find_peer(spec_, j);
+    const Request* request = spec_.requests[j];
+    if (peer == nullptr || request == nullptr || peer->exchange == nullptr || peer->ht == nullptr ||
+        peer->shape.rank != j || request->slot >= EXPERTD_RING_SLOTS_MAX) {
+      return false;
+    }
+    if (j != spec_.rank) {
+      state_.voided[j] = peer->flag_page + EXPERTD_HT_STEP_OFFSET(request->slot) + EXPERTD_HT_STEP_VOIDED;
+      state_.seqs[j] = request->seq;
+    }
+    for (const uint32_t output : kDispatchOutputs) {
+      (void)(is_dispatch() ? tensor(j, output) : 0);
+    }
+  }
+  for (const uint32_t input : kCombineInputs) {
+    (void)(is_dispatch() ? 0 : tensor(spec_.rank, input));
+  }
+  return reachable_ && is_active(spec_.active_ranks, spec_.rank);
+}
+
+/// The words of a stream that has nothing else under way go to the compute engine's channel, where they wait for the
+/// time slice of their process; behind a copy to the host they do not (copy_chain.cc).
+bool CudaDevice::HtChain::put_copy_first(CUstream stream) const {
+  return driver_.cuMemcpyAsync(facts() + offsetof(HtFacts, begun), own_word(EXPERTD_HT_STEP_ENDED), sizeof(uint64_t),
+                               stream) == CUDA_SUCCESS;
+}
+
+bool CudaDevice::HtChain::begin() {
+  const CUdeviceptr routed = address_of(&group_.device_progress->routed);
+  ChainWords words;
+  if (part_.waits_doorbell) {
+    words.wait(address_of(part_.words.flag_page) + EXPERTD_DOORBELL_OFFSET(part_.words.slot), part_.words.seq);
+  }
+  words.write(address_of(&device_.device_facts(part_.id)->start_ns), 1);  // only that it has started is known
+  if (!is_dispatch()) {
+    words.write(routed, spec_.group_op);
+    return put_copy_first(stream_) && words.send(driver_, stream_);
+  }
+  const uint64_t bytes = counts() ? ht_.layout.counts_bytes : sizeof(expertd_exchange_ht_counts);
+  ChainWords behind;
+  behind.write(facts() + offsetof(HtFacts, counted), part_.id);
+  behind.write(routed, spec_.group_op);
+  behind.wait(own_word(EXPERTD_HT_STEP_PACKED), part_.words.seq);  // here, so that the loop need not enqueue it
+  return put_copy_first(stream_) && words.send(driver_, stream_) &&
+         copy(ht_.pinned->device() + ht_.counts_at(spec_.group_op), buffer_of(spec_.rank), bytes) &&
+         behind.send(driver_, stream_);
+}
+
+void CudaDevice::HtChain::take_counts() {
+  if (!counts()) {
+    return;
+  }
+  const char* pinned = static_cast<const char*>(ht_.pinned->host()) + ht_.counts_at(spec_.group_op);
+  const auto* said = reinterpret_cast<const expertd_exchange_ht_counts*>(pinned);
+  ht_take_counts(*said, reinterpret_cast<const int32_t*>(said + 1), shape_, own_row());
+}
+
+bool CudaDevice::HtChain::is_stale() const {
+  return ht_.handles[spec_.own->handle_index].generation != spec_.own->handle_generation;
+}
+
+void CudaDevice::HtChain::publish() {
+  if (!counts()) {
+    HtRow* row = own_row();
+    *row = {};
+    if (is_stale()) {
+      row->reason = EXPERTD_REASON_STALE_HANDLE;
+      row->argument = EXPERTD_ARGUMENT_HANDLE;
+      row->value = spec_.own->handle_generation;
+    }
+  }
+  // Pairs with the acquire in gather().
+  ht_.published[spec_.group_op % EXPERTD_HT_BUFFERS].op.store(spec_.group_op, std::memory_order_release);
+}
+
+bool CudaDevice::HtChain::gather(HtRows* rows) const {
+  *rows = {};
+  for (uint32_t j = 0; j < spec_.ranks; ++j) {
+    if (!is_active(spec_.active_ranks, j)) {
+      continue;
+    }
+    const HtGroup::Published& published =
+        device_.find_peer(spec_, j)->ht->published[spec_.group_op % EXPERTD_HT_BUFFERS];
+    if (published.op.load(std::memory_order_acquire) != spec_.group_op) {
+      return false;
+    }
+    (*rows)[j] = &published.row;
+  }
+  return true;
+}
+
+/// Of a dispatch rows of the outputs, of a combine rows of the inputs; 0 of ranks that take no part.
+CudaDevice::HtChain::Capacities CudaDevice::HtChain::capacities() const {
+  Capacities rows{};
+  for (uint32_t j = 0; j < spec_.ranks; ++j) {
+    const Request* request = is_active(spec_.active_ranks, j) ? spec_.requests[j] : nullptr;
+    const uint32_t tensor = is_dispatch() ? EXPERTD_OUT_X : EXPERTD_IN_X;
+    if (request != nullptr && request->tensors[tensor].mapping != nullptr) {
+      rows[j] = request->shape.capacity_rows;
+    }
+  }
+  return rows;
+}
+
+bool CudaDevice::HtChain::proceed(const HtRows& rows) {
+  HtGroup::Handle& handle = ht_.handles[spec_.own->handle_index];
+  HtTable fresh;
+  if (counts()) {
+    fresh = ht_table(rows, shape_, spec_.active_ranks);
+  }
+  const HtTable& table = counts() ? fresh : handle.table;
+  const Capacities room = capacities();
+  const bool go = ht_decide(rows, is_dispatch() ? &table : nullptr, room, shape_, &state_.report);
+  bool sent = put_copy_first(stream_);  // all that stood on the stream may be over
+  if (sent && go) {
+    sent = is_dispatch() ? send_dispatch(table, room) : send_combine(table, room);
+    ht_report(table, room, shape_, &state_.report);
+  } else if (sent) {
+    sent = is_dispatch() ? tell_plan(table, state_.report.reason) : tell_rows({}, {}, state_.report.reason);
+  }
+  if (counts()) {
+    handle.generation = go ? spec_.own->handle_generation : 0;
+    handle.table = fresh;
+  }
+  return sent && end();
+}
+
+/// Tells another rank how far this one's copies for it are.
+bool CudaDevice::HtChain::announce(uint32_t rank, uint32_t steps) {
+  const Request& request = *spec_.requests[rank];
+  ChainWords words;
+  words.write(word_of(rank, progress_at(request.slot, spec_.rank)), EXPERTD_HT_PROGRESS(request.seq, steps));
+  return words.send(driver_, stream_);
+}
+
+/// On the rescue stream, on which nothing ever waits, beside the first copies.
+bool CudaDevice::HtChain::tell_plan(const HtTable& table, uint32_t verdict) {
+  const CUstream stream = device_.rescue_stream_;
+  if (verdict == 0) {
+    const uint64_t at = ht_.plan_at(spec_.group_op);
+    ht_fill_plan(table, shape_,
+                 reinterpret_cast<expertd_exchange_ht_plan*>(static_cast<char*>(ht_.pinned->host()) + at));
+    if (driver_.cuMemcpyAsync(buffer_of(spec_.rank) + ht_.layout.plan, ht_.pinned->device() + at,
+                              sizeof(expertd_exchange_ht_plan), stream) != CUDA_SUCCESS) {
+      return false;
+    }
+  }
+  ChainWords words;
+  words.write(own_word(EXPERTD_HT_STEP_ACTIVE), spec_.active_ranks);
+  words.write(own_word(EXPERTD_HT_STEP_VERDICT), verdict);
+  words.write(own_word(EXPERTD_HT_STEP_PLAN), part_.words.seq);
+  return put_copy_first(stream) && words.send(driver_, stream);
+}
+
+/// What travels beside the rows, for one rank and all slices.
+bool CudaDevice::HtChain::send_beside(const HtTable& table, const HtSpan& all, uint32_t rank) {
+  const expertd_exchange_ht_layout& at = ht_.layout;
+  const CUdeviceptr own = buffer_of(spec_.rank);
+  const uint64_t place = place_of(rank, spec_.rank);
+  const uint64_t row = table.base(spec_.rank, rank);
+  const struct {
+    uint32_t tensor;
+    bool given;
+    uint64_t from;
+    uint64_t bytes;  // of a row
+  } kinds[] = {
+      {EXPERTD_OUT_SIDE, side_bytes() != 0, at.side + place * at.side_bytes, side_bytes()},
+      {EXPERTD_OUT_TOPK_IDX, counts(), at.idx + place * at.idx_bytes, uint64_t{shape_.top_k} * shape_.topk_idx_bytes},
+      {EXPERTD_OUT_TOPK_WEIGHTS, counts() && spec_.own->with_weights, at.weights + place * at.weights_bytes,
+       uint64_t{shape_.top_k} * sizeof(float)},
+      {EXPERTD_OUT_SRC_INFO, counts(), at.tokens + place * at.tokens_bytes, sizeof(int32_t)},
+  };
+  return std::all_of(std::begin(kinds), std::end(kinds), [&](const auto& kind) {
+    const CUdeviceptr to = kind.given ? tensor(rank, kind.tensor) : 0;
+    return to == 0 || copy(to + row * kind.bytes, own + kind.from, all.count * kind.bytes);
+  });
+}
+
+/// Begins behind this rank, so that not all ranks write to the same one.
+bool CudaDevice::HtChain::send_piece(const HtTable& table, const Capacities& capacities, uint32_t piece) {
+  const bool last = piece + 1 == EXPERTD_HT_PIECES;
+  const uint32_t first = piece == 0 ? 0 : EXPERTD_HT_FIRST_SLICES;
+  const uint32_t end = last ? kHtSlices : EXPERTD_HT_FIRST_SLICES;
+  ChainWords packed;
+  if (piece != 0) {
+    packed.wait(own_word(EXPERTD_HT_STEP_PACKED + uint64_t{piece} * sizeof(uint64_t)), part_.words.seq);
+  }
+  bool sent = packed.send(driver_, stream_);
+  for (uint32_t i = 1; i < spec_.ranks && sent; ++i) {
+    const uint32_t j = (spec_.rank + i) % spec_.ranks;
+    if (!is_active(spec_.active_ranks, j)) {
+      continue;
+    }
+    const uint64_t row = table.base(spec_.rank, j);
+    const uint64_t limit = ht_rows_inside(row, table.rows[spec_.rank][j], capacities[j]);
+    const HtSpan span = ht_span(table.sent, j, first, end, limit);
+    const CUdeviceptr from = buffer_of(spec_.rank) + ht_.layout.rows + place_of(j, spec_.rank) * ht_.layout.rows_bytes;
+    const uint64_t bytes = shape_.out_row_bytes;
+    sent = copy(tensor(j, EXPERTD_OUT_X) + (row + span.begin) * bytes, from + span.begin * bytes, span.count * bytes);
+    if (last) {
+      sent = sent && send_beside(table, {0, limit}, j) && announce(j, EXPERTD_HT_ALL);
+    }
+  }
+  return sent;
+}
+
+bool CudaDevice::HtChain::send_dispatch(const HtTable& table, const Capacities& capacities) {
+  return send_piece(table, capacities, 0) && tell_plan(table, 0) && send_piece(table, capacities, 1);
+}
+
+bool CudaDevice::HtChain::tell_rows(const HtTable& table, const Capacities& given, uint32_t verdict) {
+  ChainWords words;
+  for (uint32_t j = 0; j < spec_.ranks; ++j) {
+    const uint64_t base = table.base(spec_.rank, j);
+    uint64_t rows = is_active(spec_.active_ranks, j) ? ht_rows_inside(base, table.rows[spec_.rank][j], given[j]) : 0;
+    if (rows != 0 && spec_.requests[j]->with_weights) {
+      rows |= kWithWeights;
+    }
+    words.write(own_word(EXPERTD_HT_STEP_ROWS + uint64_t{j} * sizeof(uint64_t)),
+                rows | (j == spec_.rank ? base << 32 : 0));
+  }
+  words.write(own_word(EXPERTD_HT_STEP_ACTIVE), spec_.active_ranks);
+  words.write(own_word(EXPERTD_HT_STEP_VERDICT), verdict);
+  words.write(own_word(EXPERTD_HT_STEP_PLAN), part_.words.seq);
+  return words.send(driver_, stream_);
+}
+
+/// The rows of one chunk of each other rank's tokens.
+bool CudaDevice::HtChain::send_chunk(const HtTable& table, uint64_t given, uint32_t chunk) {
+  const uint64_t bytes = 2ull * shape_.hidden;
+  const uint64_t weight_bytes = uint64_t{shape_.top_k} * sizeof(float);
+  bool sent = true;
+  for (uint32_t i = 1; i < spec_.ranks && sent; ++i) {
+    const uint32_t s = (spec_.rank + i) % spec_.ranks;
+    if (!is_active(spec_.active_ranks, s)) {
+      continue;
+    }
+    const uint64_t row = table.base(s, spec_.rank);
+    const uint64_t limit = is_active(table.active, s) ? ht_rows_inside(row, table.rows[s][spec_.rank], given) : 0;
+    const HtSpan span =
+        ht_span(table.received, s, chunk == 0 ? 0 : kHtChunkEnds[chunk - 1], kHtChunkEnds[chunk], limit);
+    const uint64_t place = place_of(spec_.rank, s);
+    const CUdeviceptr to = buffer_of(s);
+    sent = copy(to + ht_.layout.rows + place * ht_.layout.rows_bytes + span.begin * bytes,
+                tensor(spec_.rank, EXPERTD_IN_X) + (row + span.begin) * bytes, span.count * bytes);
+    const bool weighted =
+        spec_.own->with_weights && spec_.requests[s]->tensors[EXPERTD_OUT_TOPK_WEIGHTS].mapping != nullptr;
+    if (weighted) {
+      sent = sent && copy(to + ht_.layout.weights + place * ht_.layout.weights_bytes + span.begin * weight_bytes,
+                          tensor(spec_.rank, EXPERTD_IN_TOPK_WEIGHTS) + (row + span.begin) * weight_bytes,
+                          span.count * weight_bytes);
+    }
+    sent = sent && announce(s, chunk + 1);
+  }
+  return sent;
+}
+
+bool CudaDevice::HtChain::send_combine(const HtTable& table, const Capacities& given) {
+  bool sent = tell_rows(table, given, 0);
+  for (uint32_t chunk = 0; chunk < EXPERTD_HT_CHUNKS && sent; ++chunk) {
+    sent = send_chunk(table, given[spec_.rank], chunk);
+  }
+  return sent;
+}
+
+/// Where rows move, the other ranks announce their own copies.
+bool CudaDevice::HtChain::end() {
+  const uint32_t slot = part_.words.slot;
+  const uint64_t all = EXPERTD_HT_PROGRESS(part_.words.seq, EXPERTD_HT_ALL);
+  ChainWords before;
+  for (uint32_t j = 0; j < spec_.ranks; ++j) {
+    if (j == spec_.rank || !is_active(spec_.active_ranks, j) || state_.report.reason != 0) {
+      before.write(address_of(part_.words.flag_page) + progress_at(slot, j), all);
+    }
+  }
+  before.write(address_of(&group_.device_progress->moved), spec_.group_op);
+  before.wait(own_word(EXPERTD_HT_STEP_ENDED), part_.words.seq);
+  return before.send(driver_, stream_) &&
+         copy(facts() + offsetof(HtFacts, voided), own_word(EXPERTD_HT_STEP_VOIDED), 2 * sizeof(uint64_t)) && close();
+}
+
+bool CudaDevice::HtChain::close() {
+  ChainWords behind;
+  behind.write(address_of(&device_.device_facts(part_.id)->done), part_.id);
+  return behind.send(driver_, stream_);
+}
+
+}  // namespace expertd::device::cuda
