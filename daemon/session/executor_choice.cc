@@ -91,7 +91,7 @@ expertd_executor_rule automatic(const GroupConfig& config, const std::vector<Exe
   const uint64_t token_bytes = 2ULL * std::max(config.hidden, 1U);
   const uint32_t tokens = static_cast<uint32_t>((kHtSplitBytesMin + token_bytes - 1) / token_bytes);
   // Where none is large enough for the second, it takes no memory and leaves low latency its four buffers.
-  const uint32_t large = tokens <= config.max_tokens ? EXPERTD_COPIES_HT_SPLIT : 0u;
+  const uint32_t large = tokens <= config.max_tokens ? static_cast<uint32_t>(EXPERTD_COPIES_HT_SPLIT) : 0u;
   return {split_copies(config, copies & (EXPERTD_COPIES_LL_SPLIT | large)), tokens};
 }
 
