@@ -69,15 +69,15 @@ struct expertd_exchange_ht_counts {
   int32_t rows[EXPERTD_HT_SLICES][EXPERTD_EXCHANGE_RANKS_MAX]; /* by destination */
 };
 
-/* What the daemon tells of a dispatch that moves rows. Copied to the GPU as a whole: small copies from the host wait
- * for the compute engine. */
+/* What the daemon tells of a dispatch that moves rows. Copied to the GPU as a whole, and far larger than it need be:
+ * small copies from the host wait for the compute engine. */
 struct expertd_exchange_ht_plan {
   uint32_t recv_rows;
   uint32_t own_base; /* the first of the own rows in the own output */
   uint64_t reserved0;
   uint32_t expert_counts[256];
   int32_t rank_prefix[EXPERTD_EXCHANGE_RANKS_MAX * EXPERTD_EXCHANGE_RANKS_MAX]; /* [R,R], inclusive over sources */
-  uint8_t reserved[4096 - 16 - 2048];
+  uint8_t reserved[32768 - 16 - 2048];
 };
 
 /* In front of a handle's table: rows by slice and destination, as the source counted them. */
@@ -182,7 +182,7 @@ static inline uint32_t expertd_exchange_ht_slice(uint32_t tokens, uint32_t slice
 
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_exchange_ht_counts) == 640, "exchange ht counts");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_exchange_ht_counts, rows) == 128, "exchange ht counts: rows");
-EXPERTD_ABI_ASSERT(sizeof(struct expertd_exchange_ht_plan) == 4096, "exchange ht plan");
+EXPERTD_ABI_ASSERT(sizeof(struct expertd_exchange_ht_plan) == 32768, "exchange ht plan");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_exchange_ht_handle) == 512, "exchange ht handle");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_exchange_ht_layout) == 168, "exchange ht layout");
 
