@@ -3,9 +3,9 @@
 // because beside a client that fills every multiprocessor a kernel waits for its time slice and these do not. The local
 // work is done by a kernel of the client on its own stream; exchange_v1.h says where what lies.
 //
-//   wait doorbell >= seq; write active, arrived[0][self], arrived[*][inactive] = seq; started, progress
-//   dispatch: for each other rank: copy header, lanes and rows; write its arrived[0][self] = its seq
-//   combine:  for each other rank: copy lane weights;           write its arrived[0][self]
+//   8 bytes -> host; wait doorbell >= seq; write active, arrived[0][self], arrived[*][inactive] = seq; started,
+//   progress dispatch: for each other rank: copy header, lanes and rows; write its arrived[0][self] = its seq combine:
+//   for each other rank: copy lane weights;           write its arrived[0][self]
 //             wait rung >= seq
 //             for each other rank: copy its partial sums;       write its arrived[1][self]
 //   progress; wait ended >= seq; report and ended -> host; done
@@ -16,7 +16,8 @@
 //
 // Only copies to a peer and to the host, and words behind them: measured beside a process that fills the GPU, without
 // MPS, those take 11 us, but anything that the driver gives to the compute engine's channel waits 1.8 to 3.9 ms for its
-// time slice: copies inside one GPU, copies from the host of less than 4 KiB, and a chain of words without any copy.
+// time slice: copies inside one GPU, small copies from the host, and words on a stream that has nothing else under way,
+// which is why a copy comes first.
 //
 // Ending early. A chain has nothing that could be skipped, so an aborted one copies whatever lies there and announces
 // it. Before the rescue stream releases its waits, the same stream writes `voided` of every other rank: their kernels
@@ -190,7 +191,6 @@ bool CudaDevice::CopyChain::find() {
 }
 
 bool CudaDevice::CopyChain::enqueue() {
-  // A copy to the host first: the words of a stream that has nothing else under way go to the compute engine's channel.
   const CUdeviceptr ended = own_word(EXPERTD_STEP_ENDED_OFFSET(part_.words.slot));
   bool sent = copy(device_.device_copy_facts(part_.id) + offsetof(CopyFacts, ended), ended, sizeof(uint64_t)) &&
               begin() && send_to_all(0);

@@ -179,12 +179,13 @@ __device__ uint32_t reason_of_lane(const ArmParams& a) {
 }
 
 // link_ll_captured. Grid: that of the largest operation, two blocks of 16 warps per multiprocessor; blocks beyond those
-// of the operation leave at once. Behind the stream's wait for the doorbell the first block reads the doorbell, which
-// the client may write, takes it back and tells the others in the arm's state; every block copies the operation's
-// parameters (4 KB) from the daemon's table into shared memory and goes on as link_ll_dispatch or link_ll_combine. Its
-// last block to end writes `done`. When ranks are late the last block through tells the host, which enqueues the same
-// kernel twice on the lane's other stream, behind waits for both exchanges; the last of those writes `done`. Bound:
-// that of the operation, and two reads of a word, one after the other, and one of the parameters.
+// of the operation leave at once. Behind the stream's wait for the doorbell the first block, or await_arm in place of
+// that wait, reads the doorbell, which the client may write, takes it back and tells all blocks in the arm's state;
+// each copies the operation's parameters (4 KB) from the daemon's table into shared memory and goes on as
+// link_ll_dispatch or link_ll_combine. Its last block to end writes `done`. When ranks are late the last block through
+// tells the host, which enqueues the same kernel twice on the lane's other stream, behind waits for both exchanges; the
+// last of those writes `done`. Bound: that of the operation, and two reads of a word, one after the other, and one of
+// the parameters.
 __global__ __launch_bounds__(kLowLatencyThreads,
                              kLowLatencyBlocksPerSm) void link_ll_captured(const __grid_constant__ ArmParams a,
                                                                            LowLatencyEntry place) {
