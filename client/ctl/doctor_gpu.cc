@@ -38,16 +38,16 @@ struct Gpu {
 };
 
 struct Driver {
-  const SharedLibrary library{"libcuda.so.1"};
-  int (*init)(unsigned) = library.find<int(unsigned)>("cuInit");
-  int (*version)(int*) = library.find<int(int*)>("cuDriverGetVersion");
-  int (*count)(int*) = library.find<int(int*)>("cuDeviceGetCount");
-  int (*get)(int*, int) = library.find<int(int*, int)>("cuDeviceGet");
-  int (*name)(char*, int, int) = library.find<int(char*, int, int)>("cuDeviceGetName");
-  int (*uuid)(CudaUuid*, int) = library.find<int(CudaUuid*, int)>("cuDeviceGetUuid");
-  int (*attribute)(int*, int, int) = library.find<int(int*, int, int)>("cuDeviceGetAttribute");
-  int (*can_access)(int*, int, int) = library.find<int(int*, int, int)>("cuDeviceCanAccessPeer");
-  int (*error_name)(int, const char**) = library.find<int(int, const char**)>("cuGetErrorName");
+  const SharedLibrary loaded{"libcuda.so.1"};
+  int (*init)(unsigned) = loaded.find<int(unsigned)>("cuInit");
+  int (*version)(int*) = loaded.find<int(int*)>("cuDriverGetVersion");
+  int (*count)(int*) = loaded.find<int(int*)>("cuDeviceGetCount");
+  int (*get)(int*, int) = loaded.find<int(int*, int)>("cuDeviceGet");
+  int (*name)(char*, int, int) = loaded.find<int(char*, int, int)>("cuDeviceGetName");
+  int (*uuid)(CudaUuid*, int) = loaded.find<int(CudaUuid*, int)>("cuDeviceGetUuid");
+  int (*attribute)(int*, int, int) = loaded.find<int(int*, int, int)>("cuDeviceGetAttribute");
+  int (*can_access)(int*, int, int) = loaded.find<int(int*, int, int)>("cuDeviceCanAccessPeer");
+  int (*error_name)(int, const char**) = loaded.find<int(int, const char**)>("cuGetErrorName");
 
   bool complete() const {
     return init != nullptr && version != nullptr && count != nullptr && get != nullptr && name != nullptr &&
@@ -104,7 +104,7 @@ Check check_driver(const Driver& driver, int version) {
   if (init != nullptr && driver_version != nullptr && init() == 0 && driver_version(buffer, sizeof(buffer)) == 0) {
     finding += ", driver " + std::string(buffer);
   }
-  if (driver.library.is_open() && version < kCudaVersionLeast) {
+  if (driver.loaded.is_open() && version < kCudaVersionLeast) {
     return make("gpu_driver", Level::kFail, finding, "install a driver for CUDA 12.0 or newer", kWithoutGpu);
   }
   return make("gpu_driver", Level::kOk, finding);
@@ -258,7 +258,7 @@ std::string gpu_uuid_text(const unsigned char (&bytes)[16]) {
 
 Checks check_gpus() {
   const Driver driver;
-  if (!driver.library.is_open()) {
+  if (!driver.loaded.is_open()) {
     return {make("gpu_driver", Level::kWarn, "libcuda.so.1 is not there",
                  "install the NVIDIA driver, or start the container with GPUs", kWithoutGpu)};
   }

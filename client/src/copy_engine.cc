@@ -13,9 +13,8 @@
 //
 // It is two, up to the doorbell and from there on, with a wait of the stream for arrived[0] between them:
 // - with EXPERTD_ASYNC, where the second one goes to a stream of the library, so that it holds no place while the
-// caller
-//   computes. That stream waits for the doorbell first: operations of a session are issued in one order, so a receive
-//   half that waits there holds back none that could come before it.
+//   caller computes. That stream waits for the doorbell first: operations of a session are issued in one order, so a
+//   receive half that waits there holds back none that could come before it.
 // - where the doorbell's word cannot be relied on, and the host stands between them.
 // - of one rank alone: its chain has no copy in front of the words, and words alone wait for the time slice of a GPU on
 //   which a kernel of another process waits for them.
@@ -28,13 +27,6 @@
 
 namespace expertd::client {
 namespace {
-
-constexpr uintptr_t kAlignment = 16;
-
-template <typename T>
-T* tensor_of(const OpRequest& request, uint32_t index) {
-  return static_cast<T*>(const_cast<void*>(request.tensors[index].pointer));
-}
 
 /// Bytes beside a row in the exchange.
 uint64_t side_bytes(const ExchangeParams& params) {
@@ -97,10 +89,8 @@ void fill_tensors(const OpRequest& request, ExchangeParams* params) {
 /// Whether the kernels may be given this: nothing that a kernel would read or write out of bounds for.
 bool is_sound(const OpRequest& request, const ExchangeParams& p) {
   const bool dispatch = request.slot.op == EXPERTD_OP_LL_DISPATCH;
-  for (const TensorArg& tensor : request.tensors) {
-    if (reinterpret_cast<uintptr_t>(tensor.pointer) % kAlignment != 0) {
-      return false;
-    }
+  if (!are_aligned(request)) {
+    return false;
   }
   const bool sized = p.tokens <= p.max_tokens && p.top_k >= 1 && p.top_k <= p.table_top_k && p.row_bytes >= 16 &&
                      p.row_bytes % 16 == 0 && p.row_stride <= p.layout.row_stride;

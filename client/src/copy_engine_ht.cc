@@ -16,13 +16,7 @@
 namespace expertd::client {
 namespace {
 
-constexpr uintptr_t kAlignment = 16;
 constexpr uintptr_t kPerThreadStream = 2;  // CU_STREAM_PER_THREAD: one name for a stream of each thread
-
-template <typename T>
-T* tensor_of(const OpRequest& request, uint32_t index) {
-  return static_cast<T*>(const_cast<void*>(request.tensors[index].pointer));
-}
 
 void fill_sizes(const GroupConfig& config, const expertd_slot& slot, HtParams* params) {
   params->layout = config.ht_layout();
@@ -67,10 +61,8 @@ void fill_tensors(const OpRequest& request, HtParams* params) {
 
 /// Whether the kernels may be given this: nothing that a kernel would read or write out of bounds for.
 bool is_sound(const OpRequest& request, const HtParams& p) {
-  for (const TensorArg& tensor : request.tensors) {
-    if (reinterpret_cast<uintptr_t>(tensor.pointer) % kAlignment != 0) {
-      return false;
-    }
+  if (!are_aligned(request)) {
+    return false;
   }
   const bool dispatch = request.slot.op == EXPERTD_OP_DISPATCH;
   const bool rows = p.capacity_rows == 0 || (dispatch ? p.out_x : p.x) != nullptr;

@@ -13,6 +13,8 @@
 namespace expertd::client {
 namespace {
 
+constexpr uintptr_t kKernelAlignment = 16;
+
 struct FlagPair {
   uint32_t caller;
   uint32_t slot;
@@ -164,6 +166,12 @@ Status no_window(const Group& group) {
 }
 
 }  // namespace
+
+bool are_aligned(const OpRequest& request) {
+  return std::all_of(request.tensors.begin(), request.tensors.end(), [](const TensorArg& tensor) {
+    return reinterpret_cast<uintptr_t>(tensor.pointer) % kKernelAlignment == 0;
+  });
+}
 
 void build_refusal(const Group& group, uint32_t op, uint64_t timeout_ns, const Status& why, OpRequest* request) {
   *request = OpRequest();

@@ -45,6 +45,14 @@ struct OpRequest {
   bool submitted = false;              // the daemon has the descriptor, whatever failed after that
 };
 
+/// Null where the caller gave none.
+template <typename T>
+T* tensor_of(const OpRequest& request, uint32_t index) {
+  return static_cast<T*>(const_cast<void*>(request.tensors[index].pointer));
+}
+/// As the library's kernels access tensors, 16 bytes at a time.
+bool are_aligned(const OpRequest& request);
+
 Status build_barrier(const Group& group, uint32_t flags, uint64_t timeout_ns, OpRequest* request);
 Status build_layout(const expertd_layout_args_t& args, uint64_t default_timeout_ns, OpRequest* request);
 /// slot.handle_* are left to the caller unless args.cached is given.

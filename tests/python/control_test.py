@@ -254,36 +254,36 @@ class Client:
         path = client_library()
         if path is None:
             raise unittest.SkipTest("the client library is not built; set EXPERTD_CLIENT_LIBRARY")
-        self.library = ctypes.CDLL(path)
-        self.library.expertd_last_message.restype = ctypes.c_char_p
+        self.client = ctypes.CDLL(path)
+        self.client.expertd_last_message.restype = ctypes.c_char_p
         for name in ("attach", "detach", "group_join", "barrier", "layout", "event_wait"):
-            getattr(self.library, "expertd_" + name).restype = Status
+            getattr(self.client, "expertd_" + name).restype = Status
         self.socket = socket
         self.session = ctypes.c_void_p()
         self.group = ctypes.c_void_p()
 
     def check(self, status):
         if status.reason != 0:
-            raise AssertionError(self.library.expertd_last_message().decode())
+            raise AssertionError(self.client.expertd_last_message().decode())
 
     def __enter__(self):
         options = AttachOptions(ctypes.sizeof(AttachOptions), self.socket.encode(), b"host:0", b"python", None, 0)
-        self.check(self.library.expertd_attach(ctypes.byref(options), ctypes.byref(self.session)))
+        self.check(self.client.expertd_attach(ctypes.byref(options), ctypes.byref(self.session)))
         return self
 
     def __exit__(self, *_):
-        self.check(self.library.expertd_detach(self.session))
+        self.check(self.client.expertd_detach(self.session))
 
     def join(self):
         options = GroupOptions(ctypes.sizeof(GroupOptions), b"python", 0, 1, 4, 128, 2, 16, 0, 0, 0, 0, 0)
-        self.check(self.library.expertd_group_join(self.session, ctypes.byref(options), ctypes.byref(self.group)))
+        self.check(self.client.expertd_group_join(self.session, ctypes.byref(options), ctypes.byref(self.group)))
 
     def wait(self, event):
-        self.check(self.library.expertd_event_wait(event, ctypes.c_uint64(0), None))
+        self.check(self.client.expertd_event_wait(event, ctypes.c_uint64(0), None))
 
     def barrier(self):
         event = Event()
-        self.check(self.library.expertd_barrier(self.group, None, ctypes.c_uint32(0), ctypes.c_uint64(0),
+        self.check(self.client.expertd_barrier(self.group, None, ctypes.c_uint32(0), ctypes.c_uint64(0),
                                                 ctypes.byref(event)))
         self.wait(event)
 
@@ -291,7 +291,7 @@ class Client:
         args = LayoutArgs(ctypes.sizeof(LayoutArgs), ids, self.I64, tokens, top_k, experts, ranks, None, None, counts,
                           None, 0, 0)
         event = Event()
-        self.check(self.library.expertd_layout(self.session, ctypes.byref(args), None, ctypes.byref(event)))
+        self.check(self.client.expertd_layout(self.session, ctypes.byref(args), None, ctypes.byref(event)))
         self.wait(event)
 
 

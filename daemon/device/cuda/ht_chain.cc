@@ -182,8 +182,11 @@ bool CudaDevice::HtChain::gather(HtRows* rows) const {
     if (!is_active(spec_.active_ranks, j)) {
       continue;
     }
-    const HtGroup::Published& published =
-        device_.find_peer(spec_, j)->ht->published[spec_.group_op % EXPERTD_HT_BUFFERS];
+    const GroupEntry* peer = device_.find_peer(spec_, j);
+    if (peer == nullptr || peer->ht == nullptr) {
+      return false;  // its GPU was lost: a group is left only when all parts of an operation have ended otherwise
+    }
+    const HtGroup::Published& published = peer->ht->published[spec_.group_op % EXPERTD_HT_BUFFERS];
     if (published.op.load(std::memory_order_acquire) != spec_.group_op) {
       return false;
     }
