@@ -71,10 +71,6 @@ class CudaDevice::HtChain {
   HtRow* own_row() { return &ht_.published[spec_.group_op % EXPERTD_HT_BUFFERS].row; }
 
  private:
-  struct Peer {
-    const GroupEntry* entry = nullptr;  // null: takes no part
-    const engine::Request* request = nullptr;
-  };
   using Capacities = std::array<uint64_t, kHtRanks>;
 
   bool is_dispatch() const { return shape_.kind == kernels::OpKind::kDispatch; }
