@@ -312,6 +312,16 @@ TEST(TableRowJson, OfADoubleBatchComparesItWithOneAndWithBothInTurn) {
   EXPECT_FALSE(row_json(row_of("pair", 128, true)).contains("overlap"));
 }
 
+TEST(TableMerge, WhatWasAskedForIsAnotherRowThanWhatAutoTook) {
+  TableRow asked = row_of("overlap", 128, true);
+  asked.asked_executor = "copy_engine";
+  TableRow taken = asked;
+  taken.asked_executor = "auto";
+  const json both = merged(document_of({taken}, true), document_of({asked}, true));
+  EXPECT_EQ(both.at("rows").size(), 2u);
+  EXPECT_EQ(merged(both, document_of({asked}, true)).at("rows").size(), 2u);
+}
+
 TEST(TableMerge, HalvesAreRowsOfTheirOwn) {
   TableRow send = row_of("dispatch", 128, false);
   send.it.half = "send";

@@ -22,8 +22,9 @@ constexpr double kBytesPerUsOfGb = 1e3;  // GB/s are thousands of bytes per micr
 
 /// What makes two rows figures of the same case.
 const std::vector<const char*>& identity() {
-  static const std::vector<const char*> keys = {"operation", "half",  "captured", "mode", "dtype", "tokens", "hidden",
-                                                "top_k",     "ranks", "executor", "sms",  "mps",   "client"};
+  static const std::vector<const char*> keys = {"operation", "half",   "captured", "mode",  "dtype",
+                                                "tokens",    "hidden", "top_k",    "ranks", "asked_executor",
+                                                "executor",  "sms",    "mps",      "client"};
   return keys;
 }
 
