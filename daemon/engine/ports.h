@@ -10,6 +10,7 @@
 
 #include "daemon/base/ids.h"
 #include "daemon/base/limits.h"
+#include "daemon/engine/fabric_port.h"
 #include "daemon/kernels/op_params.h"
 #include "proto/abi/expertd_reason.h"
 #include "proto/abi/ring_v1.h"
@@ -104,6 +105,9 @@ struct LaunchSpec {
   const Request* own = nullptr;
   std::array<const Request*, base::kMaxLocalRanks> requests{};
   std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};
+  /// Of a group over several nodes, whose other ranks have neither request nor device here; null: all are on this one.
+  const Placement* placement = nullptr;
+  FabricPort* fabric = nullptr;
 };
 
 inline constexpr uint32_t kExchangePages = 8;
