@@ -68,7 +68,7 @@ bool EngineSession::uses(const RankState* rank) const {
 void Engine::wake_group(const GroupShared& group) {
   for (uint32_t rank = 0; rank < group.ranks(); ++rank) {
     const base::DeviceIndex device = group.settings().shape.devices[rank];
-    if (device != device_) {
+    if ((group.local_ranks() >> rank & 1) != 0 && device != device_) {
       wake_->wake(device);
     }
   }
@@ -252,8 +252,11 @@ bool Engine::launch(EngineSession& session, Op& op, uint64_t now_ns) {
     spec.page = static_cast<uint32_t>(op.number % kExchangePages);
     spec.flags = &entry.flags;
     spec.devices = group.settings().shape.devices;
+    spec.placement = group.settings().placement.get();
+    spec.fabric = group.settings().fabric.get();
     for (uint32_t rank = 0; rank < spec.ranks; ++rank) {
-      spec.requests[rank] = (entry.active >> rank & 1) != 0 ? entry.requests[rank] : nullptr;
+      const bool here = (entry.active & group.local_ranks()) >> rank & 1;
+      spec.requests[rank] = here ? entry.requests[rank] : nullptr;
     }
   }
   const SlotWords words{session.flag_page_, op.request.slot, op.request.seq};
@@ -358,7 +361,8 @@ void Engine::finish_unlaunched(EngineSession& session, Op& op, uint64_t now_ns) 
 void Engine::complete(EngineSession& session, Op& op, uint64_t now_ns) {
   expertd_completion completion{};
   completion.rank = -1;
-  if (op.part != 0) {
+  // A refused request of a group over several nodes has a part, which tells the others.
+  if (op.part != 0 && op.request.rejected_reason == 0) {
     fill_from_report(op.outcome.report, &completion);
     completion.missing = op.outcome.missing;
     if (op.outcome.report.reason != 0 && op.failure.reason != 0) {

@@ -14,7 +14,8 @@
 
 #include <algorithm>
 #include <bit>
-#include <iterator>
+
+#include "daemon/engine/agreement.h"
 
 namespace expertd::engine {
 
@@ -42,64 +43,28 @@ constexpr uint64_t withdrawn(uint64_t number) {
   return (number << 1) | 1;
 }
 
-/// What all ranks of a collective must have given alike, and the argument that names it.
-struct Agreement {
-  uint32_t argument;
-  int64_t (*value)(const Request& request);
-};
-
-// A rank without rows may leave optional tensors out (an empty tensor often has no pointer), so it agrees with anybody.
-constexpr int64_t kAny = INT64_MIN;
-
-bool has_side(const Request& request) {
-  // Peers write rows of their own side_elements into this output, so a rank that gave one must agree with them.
-  return request.shape.tokens != 0 || request.shape.side_elements != 0 ||
-         request.tensors[EXPERTD_OUT_SIDE].mapping != nullptr;
-}
-
-bool has_rows(const Request& request) {
-  return request.shape.kind == kernels::OpKind::kCombine ? request.shape.capacity_rows != 0 : request.shape.tokens != 0;
-}
-
-constexpr Agreement kAgreements[] = {
-    {EXPERTD_ARGUMENT_OP, [](const Request& r) { return static_cast<int64_t>(r.shape.kind); }},
-    {EXPERTD_ARGUMENT_TOKEN_BOUND, [](const Request& r) { return static_cast<int64_t>(r.token_bound); }},
-    {EXPERTD_ARGUMENT_CAPTURE_LANE,
-     [](const Request& r) { return r.captured ? int64_t{r.capture_lane} : int64_t{-1}; }},
-    {EXPERTD_ARGUMENT_DTYPE, [](const Request& r) { return static_cast<int64_t>(r.shape.payload); }},
-    {EXPERTD_ARGUMENT_FLAGS,
-     [](const Request& r) {
-       return static_cast<int64_t>(r.shape.cached | (r.shape.expanded << 1) |
-                                   (static_cast<uint32_t>(r.shape.scale) << 2));
-     }},
-    {EXPERTD_ARGUMENT_IN_TOPK_WEIGHTS,
-     [](const Request& r) { return has_rows(r) ? static_cast<int64_t>(r.with_weights ? 1 : 0) : kAny; }},
-    {EXPERTD_ARGUMENT_ROW_BYTES, [](const Request& r) { return static_cast<int64_t>(r.shape.row_bytes); }},
-    {EXPERTD_ARGUMENT_TOP_K, [](const Request& r) { return static_cast<int64_t>(r.shape.top_k); }},
-    {EXPERTD_ARGUMENT_TOPK_IDX_BYTES, [](const Request& r) { return static_cast<int64_t>(r.shape.topk_idx_bytes); }},
-    {EXPERTD_ARGUMENT_SIDE_ELEMENTS,
-     [](const Request& r) { return has_side(r) ? static_cast<int64_t>(r.shape.side_elements) : kAny; }},
-    {EXPERTD_ARGUMENT_SIDE_ELEMENT_BYTES,
-     [](const Request& r) { return has_side(r) ? static_cast<int64_t>(r.shape.side_element_bytes) : kAny; }},
-    {EXPERTD_ARGUMENT_EXPERT_ALIGNMENT,
-     [](const Request& r) { return static_cast<int64_t>(r.shape.expert_alignment); }},
-    // Behind what the executor follows from, which names the cause.
-    {EXPERTD_ARGUMENT_EXECUTOR,
-     [](const Request& r) {
-       return static_cast<int64_t>(r.copies ? EXPERTD_COMPLETION_EXECUTOR_COPY_ENGINE : EXPERTD_COMPLETION_EXECUTOR_SM);
-     }},
-};
-
 }  // namespace
 
-GroupShared::GroupShared(const GroupSettings& settings) : settings_(settings), entries_(kEntries) {}
+GroupShared::GroupShared(const GroupSettings& settings)
+    : settings_(settings), local_ranks_(all_ranks()), entries_(kEntries) {
+  if (settings_.placement == nullptr) {
+    return;
+  }
+  local_ranks_ = 0;
+  for (const uint32_t rank : settings_.placement->ranks_of[settings_.placement->own_node]) {
+    local_ranks_ |= 1ULL << rank;
+  }
+}
 
 uint64_t GroupShared::all_ranks() const {
   return ranks() >= 64 ? ~0ULL : (1ULL << ranks()) - 1;
 }
 
-void GroupShared::set_lost(uint32_t rank) {
+void GroupShared::set_lost(uint32_t rank, uint64_t through) {
   const uint64_t bit = 1ULL << rank;
+  if ((local_ranks_ & bit) == 0 && (lost() & bit) == 0) {
+    lost_through_[rank].store(through, std::memory_order_relaxed);  // published by the exchange below
+  }
   if ((lost_.fetch_or(bit, std::memory_order_seq_cst) & bit) == 0) {
     epoch_.fetch_add(1, std::memory_order_acq_rel);
   }
@@ -134,7 +99,7 @@ Verdict GroupShared::verdict_of(uint64_t number) const {
 uint64_t GroupShared::not_posted(uint64_t number) const {
   const OpEntry& op = entry(number);
   uint64_t ranks_missing = 0;
-  const uint64_t inactive = lost() | excluded();
+  const uint64_t inactive = lost() | excluded() | ~local_ranks_;
   for (uint32_t rank = 0; rank < ranks(); ++rank) {
     if ((inactive >> rank & 1) == 0 && op.posted[rank].load(std::memory_order_seq_cst) < submitted(number)) {
       ranks_missing |= 1ULL << rank;
@@ -192,25 +157,23 @@ uint64_t GroupShared::participants(uint64_t number, uint64_t lost_ranks) const {
 
 bool GroupShared::agree(uint64_t number, uint64_t active, Failure* failure) const {
   const OpEntry& op = entry(number);
-  for (const Agreement& agreement : kAgreements) {
-    int64_t expected = kAny;
-    for (uint32_t rank = 0; rank < ranks(); ++rank) {
-      const int64_t given = (active >> rank & 1) == 0 ? kAny : agreement.value(*op.requests[rank]);
-      if (expected == kAny) {
-        expected = given;
-      }
-      if (given != kAny && expected != given) {
-        *failure = {.reason = EXPERTD_REASON_OP_MISMATCH,
-                    .argument = agreement.argument,
-                    .rank = static_cast<int32_t>(rank),
-                    .value = given,
-                    .minimum = expected,
-                    .maximum = expected};
-        return false;
-      }
+  std::array<AgreementValues, base::kMaxLocalRanks> given;
+  for (uint32_t rank = 0; rank < ranks(); ++rank) {
+    if ((active >> rank & 1) != 0) {
+      given[rank] = agreement_values(*op.requests[rank]);
     }
   }
-  return true;
+  Mismatch mismatch;
+  if (!find_mismatch(given.data(), active, &mismatch)) {
+    return true;
+  }
+  *failure = {.reason = EXPERTD_REASON_OP_MISMATCH,
+              .argument = mismatch.argument,
+              .rank = static_cast<int32_t>(mismatch.rank),
+              .value = mismatch.value,
+              .minimum = mismatch.expected,
+              .maximum = mismatch.expected};
+  return false;
 }
 
 Verdict GroupShared::try_decide(uint64_t number, bool* changed) {
@@ -226,22 +189,24 @@ Verdict GroupShared::try_decide(uint64_t number, bool* changed) {
   OpEntry& op = entry(number);
   const uint64_t lost_ranks = lost();
   const uint64_t active = participants(number, lost_ranks);
+  const uint64_t here = active & local_ranks_;
   Failure failure;
-  if (active == 0 || (lost_ranks != 0 && !settings_.mask_on_loss)) {
+  if (here == 0 || (lost_ranks != 0 && !settings_.mask_on_loss)) {
     failure = {.reason = lost_ranks != 0 ? EXPERTD_REASON_PEER_LOST : EXPERTD_REASON_BAD_STATE,
                .rank = lost_ranks != 0 ? std::countr_zero(lost_ranks) : -1};
   }
   for (uint32_t rank = 0; rank < ranks() && failure.reason == 0; ++rank) {
-    if ((active >> rank & 1) != 0 && op.posted[rank].load(std::memory_order_acquire) < submitted(number)) {
+    if ((here >> rank & 1) != 0 && op.posted[rank].load(std::memory_order_acquire) < submitted(number)) {
       // A readmitted rank appeared between the check and now; the operation belongs to the older epoch.
       failure = {.reason = EXPERTD_REASON_CANCELLED, .rank = static_cast<int32_t>(rank)};
-    } else if ((active >> rank & 1) != 0 && op.requests[rank]->rejected_reason != 0) {
+    } else if ((here >> rank & 1) != 0 && !spans_nodes() && op.requests[rank]->rejected_reason != 0) {
       failure = {.reason = EXPERTD_REASON_PEER_REJECTED,
                  .peer_reason = op.requests[rank]->rejected_reason,
                  .rank = static_cast<int32_t>(rank)};
     }
   }
-  if (active == 0 || failure.reason != 0 || !agree(number, active, &failure)) {
+  // Where the group spans nodes the parts decide about refusals and agreement, alike on all of them.
+  if (here == 0 || failure.reason != 0 || (!spans_nodes() && !agree(number, active, &failure))) {
     op.failure = failure;
     op.active = active;
     op.epoch = epoch();
@@ -252,7 +217,7 @@ Verdict GroupShared::try_decide(uint64_t number, bool* changed) {
   op.epoch = epoch();
   op.flags.routed.store(0, std::memory_order_relaxed);
   op.flags.moved.store(0, std::memory_order_relaxed);
-  op.unfinished.store(static_cast<uint32_t>(std::popcount(active)), std::memory_order_relaxed);
+  op.unfinished.store(static_cast<uint32_t>(std::popcount(here)), std::memory_order_relaxed);
   launched_ops_.fetch_add(1, std::memory_order_relaxed);
   op.verdict.store(word(number, kLaunchTag), std::memory_order_release);
   return Verdict::kLaunch;
@@ -297,7 +262,9 @@ uint64_t GroupShared::lost_before_release(uint64_t number) const {
   const OpEntry& op = entry(number);
   uint64_t ranks_lost = lost() & op.active;
   for (uint32_t rank = 0; rank < ranks() && ranks_lost != 0; ++rank) {
-    if (op.released[rank].load(std::memory_order_acquire) == number) {
+    const bool local = (local_ranks_ >> rank & 1) != 0;
+    if (local ? op.released[rank].load(std::memory_order_acquire) == number
+              : lost_through_[rank].load(std::memory_order_relaxed) >= number) {
       ranks_lost &= ~(1ULL << rank);
     }
   }

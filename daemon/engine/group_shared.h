@@ -2,14 +2,17 @@
 // GroupShared: the state of one group that the engines of its ranks share on a node: who has submitted operation n,
 // what was decided about it, and how many parts still run. Created by the group directory, used by every loop thread of
 // its ranks without locks: each word has one kind of writer, and the verdict of an operation is decided once by
-// compare-and-swap. Entries are reused every kEntries operations; a rank has at most EXPERTD_RING_SLOTS_MAX
-// outstanding, so entry n is decided and released long before n + kEntries is posted, except beside ranks that the
-// others do not wait for (excluded, lost, or late beyond a deadline): those may still read it, or come to it then.
+// compare-and-swap. Of a group over several nodes it gathers the ranks of this one; whether they agree with the others,
+// and what those refused, their parts find out with the counts (device/host/node_exchange.h). Entries are reused every
+// kEntries operations; a rank has at most EXPERTD_RING_SLOTS_MAX outstanding, so entry n is decided and released long
+// before n + kEntries is posted, except beside ranks that the others do not wait for (excluded, lost, or late beyond a
+// deadline): those may still read it, or come to it then.
 #pragma once
 
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "daemon/engine/ports.h"
@@ -71,6 +74,9 @@ struct GroupSettings {
   /// again (the relay of GPUs without peer access): a rank whose part was aborted would write under a late reader.
   uint32_t exchange_pages = kExchangePages;
   expertd_executor_rule executor_rule{};  // which dispatches are those of copy engines
+  /// Of a group over several nodes: who sits where, and what carries its messages. Null: all ranks are on this node.
+  std::shared_ptr<const Placement> placement;
+  std::shared_ptr<FabricPort> fabric;
 };
 
 class GroupShared {
@@ -92,13 +98,19 @@ class GroupShared {
   }
   uint32_t ranks() const { return settings_.shape.ranks; }
   uint64_t all_ranks() const;
+  /// Those on this node: they alone submit here.
+  uint64_t local_ranks() const { return local_ranks_; }
+  bool spans_nodes() const { return settings_.placement != nullptr; }
+  /// How the messages of a group over several nodes travel. Only before the first operation, as above.
+  void set_fabric(std::shared_ptr<FabricPort> fabric) { settings_.fabric = std::move(fabric); }
   uint64_t lost() const { return lost_.load(std::memory_order_seq_cst); }
   uint64_t excluded() const { return excluded_.load(std::memory_order_seq_cst); }
   uint64_t epoch() const { return epoch_.load(std::memory_order_acquire); }
   uint64_t launched_ops() const { return launched_ops_.load(std::memory_order_relaxed); }
 
-  /// A rank's session ended. Any thread; the loops of the other ranks must be woken afterwards.
-  void set_lost(uint32_t rank);
+  /// A rank's session ended, or its node is lost. `through`, of a rank of another node: the last operation whose
+  /// messages it had all sent. Any thread; the loops of the other ranks must be woken afterwards.
+  void set_lost(uint32_t rank, uint64_t through = 0);
   /// Mask by request: `exclude` and then `readmit`, 0 to leave it; only with mask_on_loss. Any thread; two at a time
   /// both count.
   void change_excluded(uint64_t exclude, uint64_t readmit);
@@ -118,7 +130,7 @@ class GroupShared {
   bool withdraw(uint64_t number, uint32_t rank);
   /// The entry of `number` still owes a verdict to an operation before it, so nothing can be decided about `number`.
   bool ahead(uint64_t number) const;
-  /// Ranks that have not submitted `number` and are not lost.
+  /// Ranks of this node that have not submitted `number` and are not lost.
   uint64_t not_posted(uint64_t number) const;
   /// Ranks of a launched operation that were lost before they were through with it; one that finished its part and
   /// left afterwards delivered everything.
@@ -146,6 +158,8 @@ class GroupShared {
   bool agree(uint64_t number, uint64_t active, Failure* failure) const;
 
   GroupSettings settings_;
+  uint64_t local_ranks_;
+  std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> lost_through_{};
   std::atomic<uint64_t> lost_{0};
   std::atomic<uint64_t> excluded_{0};
   std::atomic<uint64_t> epoch_{1};
