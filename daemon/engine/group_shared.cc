@@ -315,6 +315,9 @@ void GroupShared::part_finished(uint64_t number) {
 bool GroupShared::release(uint64_t number, uint32_t rank) {
   OpEntry& op = entry(number);
   op.released[rank].store(number, std::memory_order_seq_cst);
+  if (released_through(rank) < number) {  // only the rank's loop thread writes it
+    released_through_[rank].store(number, std::memory_order_release);
+  }
   return std::any_of(op.posted.begin(), op.posted.begin() + ranks(), [number](const std::atomic<uint64_t>& posted) {
     return posted.load(std::memory_order_seq_cst) > withdrawn(number);
   });

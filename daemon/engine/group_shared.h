@@ -75,6 +75,7 @@ struct GroupSettings {
   uint32_t exchange_pages = kExchangePages;
   expertd_executor_rule executor_rule{};  // which dispatches are those of copy engines
   /// Of a group over several nodes: who sits where, and what carries its messages. Null: all ranks are on this node.
+  uint64_t group_key = 0;  // not 0: the name by which a rendezvous and other nodes know the group
   std::shared_ptr<const Placement> placement;
   std::shared_ptr<FabricPort> fabric;
 };
@@ -145,6 +146,8 @@ class GroupShared {
   /// The rank will not look at operation `number` again. True when a rank has submitted an operation that needs the
   /// entry: it may have found this rank in its way, so the loops of the other ranks must be woken.
   bool release(uint64_t number, uint32_t rank);
+  /// The latest operation that a rank of this node released. Any thread.
+  uint64_t released_through(uint32_t rank) const { return released_through_[rank].load(std::memory_order_acquire); }
   OpEntry& entry(uint64_t number) { return entries_[number % kEntries]; }
   const OpEntry& entry(uint64_t number) const { return entries_[number % kEntries]; }
   /// No part of an operation in which `rank` takes part is still running. Any thread.
@@ -159,7 +162,8 @@ class GroupShared {
 
   GroupSettings settings_;
   uint64_t local_ranks_;
-  std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> lost_through_{};
+  std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> lost_through_{};      // of ranks of other nodes
+  std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> released_through_{};  // of those of this one
   std::atomic<uint64_t> lost_{0};
   std::atomic<uint64_t> excluded_{0};
   std::atomic<uint64_t> epoch_{1};

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "daemon/group/directory.h"
 
+#include <algorithm>
+
 namespace expertd::group {
 
 namespace {
@@ -41,7 +43,7 @@ session::ErrorDetail Directory::check_place(const session::JoinRequest& request,
   const int32_t rank = static_cast<int32_t>(request.rank);
   for (const auto& [id, formed] : formed_) {
     const std::shared_ptr<engine::GroupShared> shared = formed.shared.lock();
-    const bool whole = shared != nullptr && shared->lost() == 0 && formed.present == shared->all_ranks();
+    const bool whole = shared != nullptr && shared->lost() == 0 && formed.present == shared->local_ranks();
     if (formed.name == request.name && whole) {
       return refused(
           EXPERTD_REASON_DUPLICATE_RANK,
@@ -130,13 +132,15 @@ session::ErrorDetail Directory::place(const session::JoinRequest& request, Membe
     pending->config = request.config;
   }
   member.rank = request.rank;
+  member.group = request.name;
+  const bool waits_for_placement = member.attempt != 0;
   if (const auto earlier = pending->members.find(request.rank); earlier != pending->members.end()) {
     ended->push_back(
         {std::move(earlier->second),
          base::Status(EXPERTD_REASON_CANCELLED, "a later join of the same rank took the place of this one")});
   }
   pending->members[request.rank] = std::move(member);
-  if (pending->members.size() == request.config.expert_parallel_size) {
+  if (!waits_for_placement && pending->members.size() == request.config.expert_parallel_size) {
     Pending complete = std::move(*pending);
     pending_.erase(request.name);
     *formation = form(request.name, std::move(complete));
@@ -144,9 +148,76 @@ session::ErrorDetail Directory::place(const session::JoinRequest& request, Membe
   return {};
 }
 
-std::unique_ptr<Formation> Directory::form(const std::string& name, Pending&& pending) {
+void Directory::placed(const std::string& name, uint32_t rank, uint64_t attempt, uint64_t node_id,
+                       const std::shared_ptr<const Placed>& placed, std::unique_ptr<Formation>* formation) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = pending_.find(name);
+  if (found == pending_.end()) {
+    return;
+  }
+  std::map<uint32_t, Member>& members = found->second.members;
+  if (const auto member = members.find(rank); member != members.end() && member->second.attempt == attempt) {
+    member->second.placed = placed;
+  }
+  auto placement = std::make_shared<const engine::Placement>(placement_of(*placed, node_id));
+  const std::vector<uint32_t>& own = placement->ranks_of[placement->own_node];
+  const bool complete = std::all_of(own.begin(), own.end(), [&](uint32_t local) {
+    const auto member = members.find(local);
+    return member != members.end() && member->second.placed != nullptr && member->second.placed->key == placed->key;
+  });
+  if (!complete) {
+    return;
+  }
+  // The addresses of the nodes came with the placement of the lowest rank.
+  std::shared_ptr<const Placed> whole = members.at(own.front()).placed;
+  Pending taken;
+  taken.config = found->second.config;
+  for (const uint32_t local : own) {
+    taken.members.insert(members.extract(local));
+  }
+  if (members.empty()) {
+    pending_.erase(found);
+  }
+  const bool alone = placement->nodes() == 1;
+  *formation = form(name, std::move(taken), alone ? nullptr : std::move(placement), std::move(whole));
+}
+
+std::vector<Member> Directory::take(const std::string& name, uint32_t rank, uint64_t attempt) {
+  std::vector<Member> taken;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = pending_.find(name);
+  if (found == pending_.end()) {
+    return taken;
+  }
+  const auto member = found->second.members.find(rank);
+  if (member != found->second.members.end() && member->second.attempt == attempt) {
+    taken.push_back(std::move(member->second));
+    found->second.members.erase(member);
+  }
+  if (found->second.members.empty()) {
+    pending_.erase(found);
+  }
+  return taken;
+}
+
+std::vector<std::pair<std::shared_ptr<engine::GroupShared>, std::shared_ptr<const Placed>>> Directory::spanning()
+    const {
+  std::vector<std::pair<std::shared_ptr<engine::GroupShared>, std::shared_ptr<const Placed>>> groups;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& [id, formed] : formed_) {
+    if (std::shared_ptr<engine::GroupShared> shared = formed.shared.lock(); shared != nullptr && shared->spans_nodes()) {
+      groups.emplace_back(std::move(shared), formed.placed);
+    }
+  }
+  return groups;
+}
+
+std::unique_ptr<Formation> Directory::form(const std::string& name, Pending&& pending,
+                                           std::shared_ptr<const engine::Placement> placement,
+                                           std::shared_ptr<const Placed> placed) {
   auto formation = std::make_unique<Formation>();
   formation->name = name;
+  formation->placed = placed;
   formation->config = pending.config;
   session::GroupConfig& config = formation->config;
   engine::GroupSettings settings;
@@ -161,6 +232,8 @@ std::unique_ptr<Formation> Directory::form(const std::string& name, Pending&& pe
   settings.inference = config.mode != session::GroupMode::kNormal;
   settings.dispatch_dtypes = config.dispatch_dtypes;
   settings.dynamic_ll_tokens = config.dynamic_ll_tokens;
+  settings.group_key = placed == nullptr ? 0 : placed->key;
+  settings.placement = std::move(placement);
   for (auto& [rank, member] : pending.members) {
     settings.shape.devices[rank] = member.device;
     by_session_[member.session.value].emplace_back(settings.shape.id.value, rank);
@@ -168,7 +241,7 @@ std::unique_ptr<Formation> Directory::form(const std::string& name, Pending&& pe
   }
   formation->shared = std::make_shared<engine::GroupShared>(settings);
   std::erase_if(formed_, [](const auto& entry) { return entry.second.shared.expired(); });
-  formed_[settings.shape.id.value] = {name, config, formation->shared, formation->shared->all_ranks(), {}};
+  formed_[settings.shape.id.value] = {name, config, formation->shared, formation->shared->local_ranks(), std::move(placed), {}};
   return formation;
 }
 

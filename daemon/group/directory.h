@@ -13,11 +13,13 @@
 #include <vector>
 
 #include "daemon/engine/group_shared.h"
+#include "daemon/group/rendezvous_port.h"
 #include "daemon/session/api.h"
 
 namespace expertd::group {
 
 struct Member {
+  std::string group;  // its name
   base::SessionId session;
   base::DeviceIndex device;
   uint32_t rank = 0;
@@ -27,6 +29,9 @@ struct Member {
   uint32_t copies = 0;                                           // as in GroupConfig
   uint64_t ticket = 0;                                           // the service's name for the join
   std::shared_ptr<const std::atomic<bool>> cancelled = nullptr;  // as in JoinRequest
+  /// Not 0: waits for a placement over several nodes under this name of the join (RankJoin::attempt).
+  uint64_t attempt = 0;
+  std::shared_ptr<const Placed> placed = nullptr;  // the placement, once it is known
   bool is_cancelled() const { return cancelled != nullptr && cancelled->load(std::memory_order_acquire); }
 };
 
@@ -36,12 +41,13 @@ struct EndedJoin {
   base::Status status;
 };
 
-/// A group whose ranks are all here, in rank order, ready to be formed.
+/// A group whose ranks are all here, or whose ranks of this node are, in rank order, ready to be formed.
 struct Formation {
   std::string name;
   session::GroupConfig config;
   std::shared_ptr<engine::GroupShared> shared;
-  std::vector<Member> members;
+  std::vector<Member> members;             // of this node
+  std::shared_ptr<const Placed> placed;    // null: nobody but this node knows of it
 };
 
 struct Defaults {
@@ -64,6 +70,14 @@ class Directory {
   /// complete, and empty while ranks are missing. A rank that asks again replaces its own earlier request, and places
   /// of cancelled joins are free.
   session::ErrorDetail join(const session::JoinRequest& request, Member member, std::unique_ptr<Formation>* formation);
+  /// The rank that joined with `attempt` was placed by a rendezvous; `formation` is filled when all ranks of this node
+  /// have been. A rank that does not wait any more is ignored: its withdrawal makes the group fail to form.
+  void placed(const std::string& name, uint32_t rank, uint64_t attempt, uint64_t node_id,
+              const std::shared_ptr<const Placed>& placed, std::unique_ptr<Formation>* formation);
+  /// The rendezvous refused the rank that joined with `attempt`: takes it out. Empty when it does not wait any more.
+  [[nodiscard]] std::vector<Member> take(const std::string& name, uint32_t rank, uint64_t attempt);
+  /// The groups, formed here, that have ranks on another node, with their placements.
+  std::vector<std::pair<std::shared_ptr<engine::GroupShared>, std::shared_ptr<const Placed>>> spanning() const;
   /// A session ended: its formed ranks are marked lost; its pending joins are dropped and returned to be answered.
   [[nodiscard]] std::vector<Member> session_ended(base::SessionId session);
   void left(base::GroupId group, uint32_t rank);
@@ -82,11 +96,14 @@ class Directory {
     std::string name;
     session::GroupConfig config;
     std::weak_ptr<engine::GroupShared> shared;
-    uint64_t present = 0;  // ranks that neither left nor ended
+    uint64_t present = 0;  // ranks of this node that neither left nor ended
+    std::shared_ptr<const Placed> placed;
     std::string executor;
   };
   session::ErrorDetail check_place(const session::JoinRequest& request, const Member& member, const Pending* pending);
-  std::unique_ptr<Formation> form(const std::string& name, Pending&& pending);
+  std::unique_ptr<Formation> form(const std::string& name, Pending&& pending,
+                                  std::shared_ptr<const engine::Placement> placement = nullptr,
+                                  std::shared_ptr<const Placed> placed = nullptr);
   static void take_cancelled(std::map<uint32_t, Member>* members, std::vector<EndedJoin>* ended);
   session::ErrorDetail place(const session::JoinRequest& request, Member&& member,
                              std::unique_ptr<Formation>* formation, std::vector<EndedJoin>* ended);

@@ -186,6 +186,9 @@ base::Result<AttachGrant> SessionService::attach(const AttachRequest& request) {
 
 void SessionService::wake_group(const engine::GroupShared& group) {
   for (uint32_t rank = 0; rank < group.ranks(); ++rank) {
+    if ((group.local_ranks() >> rank & 1) == 0) {
+      continue;
+    }
     devices_[group.settings().shape.devices[rank].value].loop->wake();
   }
 }
@@ -209,6 +212,7 @@ void SessionService::session_ended(base::SessionId id, const std::string& cause)
     session->ended_ns = base::now_ns();
     for (const auto& [group, membership] : session->memberships) {
       membership.group->set_lost(membership.rank);
+      tell_gone(*membership.group, membership.rank);
       groups.push_back(membership.group);
     }
   }
@@ -265,7 +269,17 @@ void SessionService::housekeeper_main() {
     const std::deque<SessionRef> waiting = ended_;
     std::deque<std::unique_ptr<group::Formation>> formations;
     formations.swap(formations_);
+    std::deque<Placement> placements;
+    placements.swap(placements_);
+    std::deque<Formed> formed;
+    formed.swap(formed_);
     lock.unlock();
+    for (const Placement& placement : placements) {
+      place(placement);
+    }
+    for (Formed& done : formed) {
+      answer_formation(std::move(done));
+    }
     for (std::unique_ptr<group::Formation>& formation : formations) {
       form_group(std::move(formation));
     }
@@ -287,7 +301,7 @@ void SessionService::housekeeper_main() {
     if (stop_) {
       break;
     }
-    if (formations_.empty()) {
+    if (formations_.empty() && placements_.empty() && formed_.empty()) {
       housekeeper_signal_.wait_for(lock, ended_.empty() ? kJoinPoll : kReclaimPoll);
     }
   }

@@ -23,6 +23,7 @@
 #include "daemon/session/attach_api.h"
 #include "daemon/session/descriptor_closer.h"
 #include "daemon/session/executor_choice.h"
+#include "daemon/session/group_fabric.h"
 #include "daemon/session/loop_port.h"
 
 namespace expertd::session {
@@ -61,6 +62,13 @@ class SessionService final : public SessionApi, public AttachApi {
   ~SessionService() override;
   SessionService(const SessionService&) = delete;
   SessionService& operator=(const SessionService&) = delete;
+
+  /// Groups are formed with other nodes from now on: both outlive the service. Before start().
+  void use_nodes(group::RendezvousPort* rendezvous, GroupFabric* fabric);
+  /// A rank of a group over several nodes takes no part in operations behind `through`; or a whole node is lost. Any
+  /// thread but a loop's.
+  void remote_rank_gone(uint64_t group_key, uint32_t rank, uint64_t through);
+  void node_lost(uint64_t node_id);
 
   base::Status start();
   /// Ends every session and waits until all are reclaimed, at most until deadline_ns.
@@ -114,6 +122,29 @@ class SessionService final : public SessionApi, public AttachApi {
   void drop_joins(base::SessionId session);
   bool needs_relay(const group::Formation& formation) const;
   void form_group(std::unique_ptr<group::Formation> formation);
+  /// What was set up of a formation, until all its members were answered.
+  struct Formed {
+    std::unique_ptr<group::Formation> formation;
+    std::vector<JoinGrant> grants;
+    ErrorDetail error;
+  };
+  void answer_formation(Formed formed);
+  // service_nodes.cc: groups over several nodes.
+  struct Placement {
+    std::string name;
+    uint32_t rank = 0;
+    uint64_t attempt = 0;
+    std::shared_ptr<const group::Placed> placed;
+  };
+  static uint64_t random_attempt();
+  static uint64_t join_timeout_ns(const JoinRequest& request);
+  void ask_rendezvous(const JoinRequest& request, uint64_t attempt, const device::DeviceInfo& info);
+  void join_placed(const std::string& name, uint32_t rank, uint64_t attempt, const ErrorDetail& error,
+                   const std::shared_ptr<const group::Placed>& placed);
+  void place(const Placement& placement);
+  base::Status open_fabric(const group::Formation& formation);
+  void report_formed(Formed formed);
+  void tell_gone(const engine::GroupShared& group, uint32_t rank);
   static void mark_formed(Session& session, base::GroupId group);
   ExecutorChoice executor_of(const group::Formation& formation) const;
   base::Status grant_exchange(const group::Formation& formation, const group::Member& member, JoinGrant* grant);
@@ -128,11 +159,15 @@ class SessionService final : public SessionApi, public AttachApi {
   std::vector<DeviceEntry> devices_;
   SessionObserver* observer_;
   group::Directory directory_;
+  group::RendezvousPort* rendezvous_ = nullptr;  // null: this node is the only one
+  GroupFabric* fabric_ = nullptr;
   DescriptorCloser closer_;
   std::mutex mutex_;
   std::condition_variable housekeeper_signal_;
   std::map<uint64_t, SessionRef> sessions_;
   std::deque<std::unique_ptr<group::Formation>> formations_;  // complete groups to set up; each has a join of a session
+  std::deque<Placement> placements_;  // answers of the rendezvous to joins that wait here
+  std::deque<Formed> formed_;         // groups whose other nodes have reported
   std::deque<SessionRef> ended_;  // waiting for their last operations; bounded by max_sessions
   uint64_t next_session_ = 1;
   bool draining_ = false;

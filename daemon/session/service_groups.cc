@@ -14,7 +14,7 @@ namespace expertd::session {
 
 namespace {
 
-constexpr uint64_t kDefaultJoinNs = 60'000'000'000ULL;
+constexpr uint64_t kRendezvousGraceNs = 2'000'000'000ULL;
 constexpr std::chrono::milliseconds kQuietPoll(1);
 
 // The window is where ll_dispatch leaves its results, and ll_combine finds its input, when the caller gives no memory
@@ -116,23 +116,32 @@ void SessionService::join_group(base::SessionId id, const JoinRequest& request, 
     done(error, {});
     return;
   }
-  const JoinCallback answer = [session, ticket, done = std::move(done)](const ErrorDetail& end,
-                                                                        const JoinGrant& grant) {
+  group::Member member;
+  member.attempt = rendezvous_ == nullptr ? 0 : random_attempt();
+  const JoinCallback answer = [this, session, ticket, name = request.name, rank = request.rank,
+                               attempt = member.attempt,
+                               done = std::move(done)](const ErrorDetail& end, const JoinGrant& grant) {
     {
       const std::lock_guard<std::mutex> lock(session->mutex);
       session->joins.erase(ticket);
     }
+    if (attempt != 0 && !end.status.is_ok()) {
+      rendezvous_->withdraw(name, rank, attempt);  // whoever refused it: the other nodes must not wait for it
+    }
     done(end, grant);
   };
-  group::Member member;
   member.session = id;
   member.device = session->place.device->index();
-  member.deadline_ns = base::now_ns() + (request.timeout_ns != 0 ? request.timeout_ns : kDefaultJoinNs);
+  member.deadline_ns = base::now_ns() + join_timeout_ns(request);
   member.done = answer;
   member.copy_kernels = request.config.copy_kernels;
   member.copies = request.config.copies;
   member.ticket = ticket;
   member.cancelled = request.cancelled;
+  const uint64_t attempt = member.attempt;
+  if (attempt != 0) {
+    member.deadline_ns += kRendezvousGraceNs;  // who is missing is known at the rendezvous
+  }
   std::unique_ptr<group::Formation> formation;
   error = directory_.join(request, std::move(member), &formation);
   if (!error.status.is_ok()) {
@@ -146,6 +155,8 @@ void SessionService::join_group(base::SessionId id, const JoinRequest& request, 
   }
   if (ended) {
     drop_joins(id);  // its end was through with the directory before this join came there
+  } else if (attempt != 0) {
+    ask_rendezvous(request, attempt, session->place.device->info());
   }
   if (formation != nullptr) {
     // Tables and windows take a while on a GPU; the caller's thread must not wait for them.
@@ -212,13 +223,16 @@ base::Status SessionService::grant_exchange(const group::Formation& formation, c
 }
 
 void SessionService::form_group(std::unique_ptr<group::Formation> formation) {
-  const base::GroupId group = formation->shared->settings().shape.id;
   if (needs_relay(*formation)) {
     formation->shared->set_exchange_pages(1);
   }
+  const base::GroupId group = formation->shared->settings().shape.id;
   std::vector<JoinGrant> grants(formation->members.size());
   const ExecutorChoice choice = executor_of(*formation);
   ErrorDetail error = choice.error;
+  if (error.status.is_ok() && formation->shared->spans_nodes()) {
+    error.status = open_fabric(*formation);
+  }
   if (error.status.is_ok() && choice.rule.copies != 0) {
     const bool high_throughput = (choice.rule.copies & EXPERTD_COPIES_HT) != 0;
     formation->shared->set_copy_engine(high_throughput ? EXPERTD_HT_BUFFERS : EXPERTD_EXCHANGE_BUFFERS, choice.rule);
@@ -231,6 +245,20 @@ void SessionService::form_group(std::unique_ptr<group::Formation> formation) {
     error.status = form_member(*formation, formation->members[i], &grants[i]);
     error.rank = error.status.is_ok() ? -1 : static_cast<int32_t>(formation->members[i].rank);
   }
+  const bool reports = formation->placed != nullptr;
+  Formed formed{std::move(formation), std::move(grants), std::move(error)};
+  if (reports) {
+    report_formed(std::move(formed));
+  } else {
+    answer_formation(std::move(formed));
+  }
+}
+
+void SessionService::answer_formation(Formed formed) {
+  const std::unique_ptr<group::Formation>& formation = formed.formation;
+  const std::vector<JoinGrant>& grants = formed.grants;
+  const ErrorDetail& error = formed.error;
+  const base::GroupId group = formation->shared->settings().shape.id;
   for (size_t i = 0; i < formation->members.size(); ++i) {
     const group::Member& member = formation->members[i];
     const base::Result<SessionRef> found = find(member.session);
@@ -331,6 +359,7 @@ base::Status SessionService::remove_membership(const SessionRef& session, base::
   }
   directory_.left(group, rank);
   shared->set_lost(rank);
+  tell_gone(*shared, rank);
   wake_group(*shared);
   // Operations of the group that this session still has in flight end with PEER_LOST; nothing new is admitted.
   LoopPort* loop = session->place.loop;

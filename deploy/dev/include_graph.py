@@ -27,7 +27,7 @@ FOLDERS = (
     ("daemon/base/", (ABI,)),
     ("daemon/config/", (BASE,)),
     ("daemon/transport/", (BASE, ABI, "daemon/engine/", "daemon/session/")),
-    ("daemon/session/", (BASE, ABI, "daemon/engine/", "daemon/device/device.h", "daemon/group/directory.h")),
+    ("daemon/session/", (BASE, ABI, "daemon/engine/", "daemon/device/device.h", "daemon/group/directory.h", "daemon/group/rendezvous_port.h")),
     ("daemon/control/", (BASE, ABI, "daemon/session/", "daemon/group/", "expertd/v1/")),
     ("daemon/group/", (BASE, ABI, "daemon/session/api.h", "daemon/engine/", "expertd/peer/")),
     ("daemon/engine/", (BASE, ABI, "daemon/kernels/op_params.h")),
