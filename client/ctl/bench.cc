@@ -2,6 +2,7 @@
 #include "client/ctl/bench.h"
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <fstream>
 #include <iostream>
 #include <limits>
@@ -41,7 +42,7 @@ void add_options(CLI::App* app, Typed* typed, BenchOptions* options) {
   app->add_option("--socket", options->socket,
                   "The daemon's attach socket; default $EXPERTD_SOCKET or the installed one")
       ->type_name("PATH");
-  app->add_option("--devices", typed->devices, "One rank each: host:N, gpu:N or UUIDs, separated by commas")
+  app->add_option("--devices", typed->devices, "One rank each: host:N, gpu:N or UUIDs, separated by commas; NAME@SOCKET is one of another daemon")
       ->capture_default_str()
       ->type_name("LIST");
   app->add_option("--mode", typed->mode, "normal (dispatch, combine), inference (low latency) or both")
@@ -69,17 +70,18 @@ void add_options(CLI::App* app, Typed* typed, BenchOptions* options) {
   app->footer(kFooter);
 }
 
-std::vector<std::string> device_list(const std::string& text) {
+void take_devices(const std::string& text, BenchOptions* options) {
   constexpr std::string_view kGpu = "gpu:";
-  std::vector<std::string> devices;
   for (std::string name : CLI::detail::split(text, ',')) {
     CLI::detail::trim(name);
     if (name.empty()) {
       throw Failure(kExitUsage, "--devices \"" + text + "\" has an empty name");
     }
-    devices.push_back(name.rfind(kGpu, 0) == 0 ? "cuda:" + name.substr(kGpu.size()) : name);
+    const size_t at = name.find('@');
+    options->sockets.push_back(at == std::string::npos ? "" : name.substr(at + 1));
+    name.resize(std::min(at, name.size()));
+    options->devices.push_back(name.rfind(kGpu, 0) == 0 ? "cuda:" + name.substr(kGpu.size()) : name);
   }
-  return devices;
 }
 
 void require(bool holds, const std::string& text) {
@@ -89,7 +91,7 @@ void require(bool holds, const std::string& text) {
 }
 
 void settle(const Typed& typed, BenchOptions* options) {
-  options->devices = device_list(typed.devices);
+  take_devices(typed.devices, options);
   const bool host = options->devices.front().rfind("host:", 0) == 0;
   options->normal = typed.mode != "inference";
   options->inference = typed.mode != "normal";

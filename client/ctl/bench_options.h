@@ -35,6 +35,11 @@ struct BenchShape {
 struct BenchOptions {
   std::string socket;                // empty: the client's default
   std::vector<std::string> devices;  // as the client names them; one rank each
+  std::vector<std::string> sockets;  // per rank: its daemon's attach socket; where empty or left out: `socket`
+
+  const std::string& socket_of(uint32_t rank) const {
+    return rank < sockets.size() && !sockets[rank].empty() ? sockets[rank] : socket;
+  }
   bool normal = true;
   bool inference = true;
   uint32_t tokens = 4096;

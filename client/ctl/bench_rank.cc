@@ -23,7 +23,8 @@ Failure failure_of(expertd_status_t status, const std::string& what) {
 
 BenchRank::BenchRank(const BenchOptions& options, uint32_t index) : options_(options), index_(index) {
   auto attach = EXPERTD_INIT(expertd_attach_options_t);
-  attach.socket_path = options.socket.empty() ? nullptr : options.socket.c_str();
+  const std::string& socket = options.socket_of(index);
+  attach.socket_path = socket.empty() ? nullptr : socket.c_str();
   attach.device = options.devices[index].c_str();
   attach.name = "expertctl bench";
   attach.timeout_ns = options.timeout_ns;
