@@ -123,9 +123,8 @@ void configure(const RandomCase& random_case, expertd_group_options_t* options) 
   options->join_timeout_ns = 20'000'000'000;
 }
 
-std::string run_case(const std::string& socket, const RandomCase& random_case, Place place) {
-  RankGroup group(socket, "case", random_case.shape.ranks,
-                  [&](expertd_group_options_t* options) { configure(random_case, options); });
+std::string run_case(const std::vector<Seat>& seats, const RandomCase& random_case, Place place) {
+  RankGroup group(seats, "case", [&](expertd_group_options_t* options) { configure(random_case, options); });
   if (!group.ok()) {
     return group.failure();
   }

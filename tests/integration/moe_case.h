@@ -53,6 +53,9 @@ std::string run_high_throughput(RankGroup* group, const RandomCase& random_case,
 std::string run_low_latency(RankGroup* group, const RandomCase& random_case, Place place, uint32_t rounds = 1);
 
 /// A new group for the case, its run by kind, and its end.
-std::string run_case(const std::string& socket, const RandomCase& random_case, Place place);
+std::string run_case(const std::vector<Seat>& seats, const RandomCase& random_case, Place place);
+inline std::string run_case(const std::string& socket, const RandomCase& random_case, Place place) {
+  return run_case(seats_on(socket, random_case.shape.ranks), random_case, place);
+}
 
 }  // namespace expertd::support

@@ -94,14 +94,23 @@ OpEnd barrier(expertd_group_t* group, uint64_t timeout_ns) {
   return end.outcome.ok() ? finish(event) : end;
 }
 
-RankGroup::RankGroup(const std::string& socket, const std::string& name, uint32_t ranks, const Configure& configure) {
+std::vector<Seat> seats_on(const std::string& socket, uint32_t ranks) {
+  std::vector<Seat> seats;
+  for (uint32_t rank = 0; rank < ranks; ++rank) {
+    seats.push_back({socket, "host:" + std::to_string(rank)});
+  }
+  return seats;
+}
+
+RankGroup::RankGroup(const std::vector<Seat>& seats, const std::string& name, const Configure& configure) {
+  const auto ranks = static_cast<uint32_t>(seats.size());
   for (uint32_t index = 0; index < ranks; ++index) {
     ranks_.push_back(std::make_unique<Rank>());
     ranks_[index]->rank = index;
   }
   run([&](Rank& rank) {
-    const std::string number = std::to_string(rank.rank);
-    rank.session = ClientSession(socket, "host:" + number, name + "-" + number);
+    const Seat& seat = seats[rank.rank];
+    rank.session = ClientSession(seat.socket, seat.device, name + "-" + std::to_string(rank.rank));
     if (!rank.session.ok()) {
       rank.joined = rank.session.attached();
       return;

@@ -74,12 +74,22 @@ struct Rank {
   Outcome joined;
 };
 
-/// Sessions on host:0 .. host:R-1 of one daemon, members of one group.
+/// Where a rank attaches.
+struct Seat {
+  std::string socket;
+  std::string device;
+};
+/// host:0 .. host:R-1 of one daemon.
+std::vector<Seat> seats_on(const std::string& socket, uint32_t ranks);
+
+/// Sessions of one or more daemons, members of one group.
 class RankGroup {
  public:
   using Configure = std::function<void(expertd_group_options_t*)>;
   /// Attaches and joins; see ok().
-  RankGroup(const std::string& socket, const std::string& name, uint32_t ranks, const Configure& configure = {});
+  RankGroup(const std::vector<Seat>& seats, const std::string& name, const Configure& configure = {});
+  RankGroup(const std::string& socket, const std::string& name, uint32_t ranks, const Configure& configure = {})
+      : RankGroup(seats_on(socket, ranks), name, configure) {}
   ~RankGroup();
   RankGroup(const RankGroup&) = delete;
   RankGroup& operator=(const RankGroup&) = delete;
