@@ -1,0 +1,420 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "daemon/fabric/core.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+
+#include "daemon/base/clock.h"
+#include "daemon/base/log.h"
+
+namespace expertd::fabric {
+
+namespace {
+
+std::string hex(uint64_t value) {
+  std::array<char, 17> text{};
+  std::snprintf(text.data(), text.size(), "%016llx", static_cast<unsigned long long>(value));
+  return text.data();
+}
+
+}  // namespace
+
+const char* drop_cause_name(DropCause cause) {
+  switch (cause) {
+    case DropCause::kMalformed:
+      return "malformed";
+    case DropCause::kVersion:
+      return "version";
+    case DropCause::kUnknownNode:
+      return "unknown_node";
+    case DropCause::kUnknownGroup:
+      return "unknown_group";
+    case DropCause::kEpoch:
+      return "epoch";
+    case DropCause::kBadField:
+      return "bad_field";
+    case DropCause::kOverrun:
+      return "overrun";
+  }
+  return "unknown";
+}
+
+base::Status Core::open_lanes(const std::array<LaneOptionList, kLanes>& options) {
+  for (uint32_t i = 0; i < kLanes; ++i) {
+    base::Result<std::unique_ptr<Lane>> lane = Lane::create(static_cast<LaneKind>(i), options[i]);
+    if (!lane.is_ok()) {
+      return lane.status();
+    }
+    lanes_[i] = std::move(lane).value();
+    EXPERTD_RETURN_IF_ERROR(lanes_[i]->receive_into(this));
+  }
+  return base::Status::ok();
+}
+
+Peer* Core::find_peer(uint64_t node_id) const {
+  // The youngest first: older ones of the same daemon are lost.
+  for (auto peer = peers_.rbegin(); peer != peers_.rend(); ++peer) {
+    if ((*peer)->node_id() == node_id) {
+      return peer->get();
+    }
+  }
+  return nullptr;
+}
+
+base::Status Core::connect(const NodeIdentity& identity) {
+  if (identity.node_id == 0 || identity.node_id == setting_.node_id) {
+    return base::Status(EXPERTD_REASON_ARGUMENT_RANGE,
+                        "node \"" + identity.name + "\" has no id or this daemon's own; every daemon makes its own");
+  }
+  for (const std::string& address : identity.addresses) {
+    if (address.empty() || address.size() > kMaxAddressBytes) {
+      return base::Status(EXPERTD_REASON_ARGUMENT_RANGE,
+                          "node \"" + identity.name + "\" gave no address of a lane, or one that is too long");
+    }
+  }
+  const Peer* known = find_peer(identity.node_id);
+  if (known != nullptr && !known->lost() && !known->failed()) {
+    return base::Status::ok();
+  }
+  const auto living = std::count_if(peers_.begin(), peers_.end(), [](const auto& peer) { return !peer->lost(); });
+  if (living + 1 >= kMaxNodes) {
+    return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "node \"" + identity.name + "\" would be number " +
+                                                           std::to_string(living + 2) + " of at most " +
+                                                           std::to_string(kMaxNodes));
+  }
+  const Peer::Setting setting{
+      .own_node_id = setting_.node_id, .heartbeat = setting_.heartbeat, .attention = &attention_};
+  base::Result<std::unique_ptr<Peer>> peer = Peer::create(identity, lanes_, setting, base::now_ns());
+  if (!peer.is_ok()) {
+    return peer.status();
+  }
+  peers_.push_back(std::move(peer).value());
+  next_ns_ = 0;
+  return base::Status::ok();
+}
+
+base::Status Core::disconnect(uint64_t node_id) {
+  Peer* peer = find_peer(node_id);
+  if (peer == nullptr || peer->lost()) {
+    return base::Status(EXPERTD_REASON_BAD_STATE, "node " + hex(node_id) + " is not connected");
+  }
+  peer->fail(LossCause::kDisconnected, "this daemon ended the connection");
+  return base::Status::ok();
+}
+
+base::Status Core::open(std::unique_ptr<GroupChannel>* channel) {
+  const GroupLink& link = (*channel)->link();
+  if (open_groups_.contains(link.key)) {
+    return base::Status(EXPERTD_REASON_BAD_STATE, "a group with this key is open already; close its old epoch first");
+  }
+  std::vector<Peer*> peers;
+  for (uint32_t node = 0; node < link.placement.nodes(); ++node) {
+    Peer* peer = node == link.placement.own_node ? nullptr : find_peer(link.node_ids[node]);
+    if (node != link.placement.own_node && (peer == nullptr || peer->lost() || peer->failed())) {
+      return base::Status(EXPERTD_REASON_PEER_LOST, "node " + std::to_string(node) + " of the group (id " +
+                                                        hex(link.node_ids[node]) +
+                                                        ") is not connected; connect it first");
+    }
+    if (peer != nullptr && std::find(peers.begin(), peers.end(), peer) != peers.end()) {
+      return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "two nodes of the group have one id");
+    }
+    peers.push_back(peer);
+  }
+  (*channel)->use_peers(std::move(peers));
+  open_groups_.emplace(link.key, channel->get());
+  groups_.push_back(std::move(*channel));
+  return base::Status::ok();
+}
+
+void Core::close(GroupChannel* channel) {
+  open_groups_.erase(channel->link().key);
+  channel->begin_close();
+}
+
+bool Core::run_once(uint64_t now_ns) {
+  ++turns_;
+  bool moved = lanes_[static_cast<uint32_t>(LaneKind::kLatency)]->progress();
+  moved |= lanes_[static_cast<uint32_t>(LaneKind::kControl)]->progress();
+  moved |= lanes_[static_cast<uint32_t>(LaneKind::kThroughput)]->progress();
+  for (const std::unique_ptr<GroupChannel>& group : groups_) {
+    moved |= group->run_once();
+  }
+  if (attention_ || now_ns >= next_ns_) {
+    attention_ = false;
+    tend_peers(now_ns);
+    moved |= lose_failed();
+  }
+  moved |= forget_closed();
+  return moved;
+}
+
+void Core::tend_peers(uint64_t now_ns) {
+  next_ns_ = UINT64_MAX;
+  for (const std::unique_ptr<Peer>& peer : peers_) {
+    if (!peer->lost()) {
+      peer->tend(now_ns);
+      next_ns_ = std::min(next_ns_, peer->next_ns());
+    }
+  }
+}
+
+bool Core::lose_failed() {
+  bool moved = false;
+  for (size_t i = 0; i < peers_.size(); ++i) {
+    if (peers_[i]->failed() && !peers_[i]->lost()) {
+      lose(*peers_[i]);
+      moved = true;
+    }
+  }
+  return moved;
+}
+
+void Core::lose(Peer& peer) {
+  for (const std::unique_ptr<GroupChannel>& group : groups_) {
+    group->lose(&peer);
+  }
+  peer.lose();
+  ++lost_[static_cast<uint32_t>(peer.cause())];
+  if (stopping_) {
+    return;
+  }
+  base::log_warn("a node is lost", {{"node", peer.name()},
+                                    {"node_id", hex(peer.node_id())},
+                                    {"cause", loss_cause_name(peer.cause())},
+                                    {"detail", peer.detail()}});
+  if (setting_.observer != nullptr) {
+    setting_.observer->node_lost(peer.node_id(), peer.name(), peer.cause(), peer.detail());
+  }
+}
+
+// A lost peer stays for the snapshot until the same daemon is connected anew; of restarted ones, whose id is another,
+// the list keeps no more than kMaxNodes.
+bool Core::forget_closed() {
+  bool moved = false;
+  for (size_t i = 0; i < groups_.size();) {
+    if (!groups_[i]->drained()) {
+      ++i;
+      continue;
+    }
+    for (Peer* peer : groups_[i]->peers()) {
+      if (peer != nullptr) {
+        --peer->groups;
+      }
+    }
+    groups_.erase(groups_.begin() + static_cast<std::ptrdiff_t>(i));
+    moved = true;
+  }
+  for (size_t i = 0; i < peers_.size();) {
+    Peer& peer = *peers_[i];
+    const bool gone = peer.lost() && peer.closed() && peer.groups == 0;
+    if (gone && (peers_.size() > 2 * kMaxNodes || find_peer(peer.node_id()) != &peer)) {
+      peers_.erase(peers_.begin() + static_cast<std::ptrdiff_t>(i));
+      moved = true;
+    } else {
+      ++i;
+    }
+  }
+  return moved;
+}
+
+bool Core::prepare_sleep() {
+  if (attention_ || std::any_of(groups_.begin(), groups_.end(), [](const auto& group) { return group->has_work(); })) {
+    return false;
+  }
+  return std::all_of(lanes_.begin(), lanes_.end(), [](const std::unique_ptr<Lane>& lane) { return lane->arm(); });
+}
+
+void Core::was_late(uint64_t gap_ns) {
+  for (const std::unique_ptr<Peer>& peer : peers_) {
+    peer->forgive(gap_ns);
+  }
+}
+
+void Core::beat(uint64_t now_ns) {
+  if (setting_.observer != nullptr) {
+    setting_.observer->beat(now_ns);
+  }
+}
+
+void Core::begin_stop() {
+  stopping_ = true;
+  stop_flush_until_ns_ = base::now_ns() + setting_.stop_flush_ns;
+  open_groups_.clear();
+  for (const std::unique_ptr<GroupChannel>& group : groups_) {
+    group->begin_close();
+  }
+}
+
+bool Core::quiet(uint64_t now_ns) {
+  if (!groups_.empty() && now_ns < stop_flush_until_ns_) {
+    return false;
+  }
+  if (!said_bye_) {
+    said_bye_ = true;
+    for (const std::unique_ptr<Peer>& peer : peers_) {
+      if (!peer->lost()) {
+        peer->say_bye();
+      }
+    }
+    return false;
+  }
+  bool closed = groups_.empty();
+  for (const std::unique_ptr<Peer>& peer : peers_) {
+    if (!peer->lost() && (!peer->signals_under_way() || now_ns >= stop_flush_until_ns_)) {
+      peer->fail(LossCause::kDisconnected, "this daemon stops");
+    }
+    closed = peer->closed() && closed;
+  }
+  return closed;
+}
+
+// Counted, and told to nobody: whoever sends rubbish must not fill the log. `detail` says that only a broken daemon
+// sends such a thing, which costs it the connection.
+bool Core::drop(DropCause cause, Peer* from, const std::string& detail) {
+  ++dropped_[static_cast<uint32_t>(cause)];
+  if (from != nullptr) {
+    from->fail(LossCause::kGarbage, "it sent a message that is " + std::string(drop_cause_name(cause)) + ": " + detail);
+  }
+  return false;
+}
+
+Peer* Core::sender(const Incoming& message, const WirePrefix& prefix, DropCause* cause) {
+  *cause = DropCause::kMalformed;
+  if (prefix.magic != kWireMagic) {
+    return nullptr;
+  }
+  *cause = DropCause::kVersion;
+  if (prefix.version != kWireVersion) {
+    return nullptr;
+  }
+  *cause = DropCause::kMalformed;
+  if (prefix.type != message.type) {
+    return nullptr;
+  }
+  *cause = DropCause::kUnknownNode;
+  Peer* peer = find_peer(prefix.source_node);
+  return peer == nullptr || peer->lost() || peer->failed() ? nullptr : peer;
+}
+
+bool Core::incoming(const Incoming& message) {
+  if (stopping_) {
+    return false;
+  }
+  WirePrefix prefix;
+  if (message.header_bytes < sizeof(prefix)) {
+    return drop(DropCause::kMalformed);
+  }
+  std::memcpy(&prefix, message.header, sizeof(prefix));
+  DropCause cause = DropCause::kMalformed;
+  Peer* from = sender(message, prefix, &cause);
+  if (from == nullptr) {
+    return drop(cause);
+  }
+  switch (static_cast<WireType>(message.type)) {
+    case kWireMessage:
+      return take_message(message, from);
+    case kWireCredit:
+      return take_credit(message, from);
+    case kWireHeartbeat:
+      return take_heartbeat(message, from);
+  }
+  return drop(DropCause::kMalformed);
+}
+
+GroupChannel* Core::group_of(uint64_t key, uint32_t epoch, const Peer* from, uint32_t* node, DropCause* cause) {
+  *cause = DropCause::kUnknownGroup;
+  const auto found = open_groups_.find(key);
+  if (found == open_groups_.end()) {
+    return nullptr;
+  }
+  GroupChannel* group = found->second;
+  *cause = DropCause::kEpoch;
+  if (group->link().epoch != epoch) {
+    return nullptr;
+  }
+  // A group of this key that the sender is no member of is unknown to it as well.
+  *cause = DropCause::kUnknownGroup;
+  const std::vector<Peer*>& peers = group->peers();
+  const auto member = std::find(peers.begin(), peers.end(), from);
+  *node = static_cast<uint32_t>(member - peers.begin());
+  return member == peers.end() ? nullptr : group;
+}
+
+bool Core::take_message(const Incoming& message, Peer* from) {
+  WireMessage header;
+  if (message.header_bytes != sizeof(header)) {
+    return drop(DropCause::kMalformed, from, "the header's size");
+  }
+  std::memcpy(&header, message.header, sizeof(header));
+  uint32_t node = 0;
+  DropCause cause = DropCause::kUnknownGroup;
+  GroupChannel* group = group_of(header.group_key, header.epoch, from, &node, &cause);
+  if (group == nullptr) {
+    return drop(cause);
+  }
+  bool kept = false;
+  const char* detail = nullptr;
+  if (!group->accept(node, header, message, &kept, &cause, &detail)) {
+    return drop(cause, from, detail);
+  }
+  return kept;
+}
+
+bool Core::take_credit(const Incoming& message, Peer* from) {
+  WireCredit header;
+  if (message.header_bytes != sizeof(header) || message.bytes != 0) {
+    return drop(DropCause::kMalformed, from, "the header's size");
+  }
+  std::memcpy(&header, message.header, sizeof(header));
+  uint32_t node = 0;
+  DropCause cause = DropCause::kUnknownGroup;
+  GroupChannel* group = group_of(header.group_key, header.epoch, from, &node, &cause);
+  if (group == nullptr) {
+    return drop(cause);
+  }
+  if (!group->credit(node, header) || lane_of(static_cast<engine::FabricLane>(header.lane)) != message.lane) {
+    return drop(DropCause::kBadField, from, "credits that were never given out");
+  }
+  return false;
+}
+
+bool Core::take_heartbeat(const Incoming& message, Peer* from) {
+  WireHeartbeat header;
+  if (message.header_bytes != sizeof(header) || message.bytes != 0 || message.lane != LaneKind::kControl) {
+    return drop(DropCause::kMalformed, from, "the header's size");
+  }
+  std::memcpy(&header, message.header, sizeof(header));
+  if (header.destination_node != setting_.node_id) {
+    return drop(DropCause::kUnknownNode);
+  }
+  if (header.signal < kSignalPing || header.signal > kSignalBye) {
+    return drop(DropCause::kBadField, from, "the signal");
+  }
+  const bool first = from->heard(header, base::now_ns());
+  attention_ = true;  // an answer is due
+  if (first) {
+    base::log_info("a node is up", {{"node", from->name()}, {"node_id", hex(from->node_id())}});
+    if (setting_.observer != nullptr) {
+      setting_.observer->node_up(from->node_id(), from->name());
+    }
+  }
+  return false;
+}
+
+FabricSnapshot Core::snapshot() const {
+  FabricSnapshot snapshot{.peers = {}, .dropped = dropped_, .lost = lost_};
+  for (const std::unique_ptr<Peer>& peer : peers_) {
+    if (find_peer(peer->node_id()) == peer.get()) {
+      snapshot.peers.push_back(peer->snapshot());
+    }
+  }
+  for (const std::unique_ptr<GroupChannel>& group : groups_) {
+    ++(group->closing() ? snapshot.groups_closing : snapshot.groups);
+    snapshot.memory_bytes += group->memory_bytes();
+  }
+  snapshot.turns = turns_;
+  return snapshot;
+}
+
+}  // namespace expertd::fabric

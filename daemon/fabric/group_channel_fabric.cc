@@ -1,0 +1,385 @@
+// SPDX-License-Identifier: Apache-2.0
+// The fabric thread's side of a channel. Callbacks of UCX put what ended into a list; run_once() acts on it.
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "daemon/fabric/group_channel.h"
+
+namespace expertd::fabric {
+
+namespace {
+
+constexpr engine::FabricLane kEveryLane[] = {engine::FabricLane::kLatency, engine::FabricLane::kThroughput};
+
+}  // namespace
+
+void GroupChannel::use_peers(std::vector<Peer*> peers) {
+  peers_ = std::move(peers);
+  for (const std::unique_ptr<PeerLink>& link : links_) {
+    if (link != nullptr) {
+      link->peer = peers_[link->node];
+    }
+  }
+  for (Peer* peer : peers_) {
+    if (peer != nullptr) {
+      ++peer->groups;
+    }
+  }
+}
+
+const char* GroupChannel::bad_field(uint32_t node, const WireMessage& header, const Incoming& incoming) const {
+  const engine::Placement& placement = link_.placement;
+  if (header.lane >= engine::kFabricLanes || lane_of(static_cast<engine::FabricLane>(header.lane)) != incoming.lane) {
+    return "lane";
+  }
+  if (header.kind < static_cast<uint32_t>(engine::MessageKind::kCounts) ||
+      header.kind > static_cast<uint32_t>(engine::MessageKind::kSums)) {
+    return "kind";
+  }
+  if (header.source_rank >= placement.ranks() || placement.node_of[header.source_rank] != node) {
+    return "source_rank";
+  }
+  const uint32_t ranks = own_ranks();
+  if (header.targets == 0 || (ranks < 64 && header.targets >> ranks != 0)) {
+    return "targets";
+  }
+  if (header.credited != (incoming.rendezvous ? 0U : 1U)) {
+    return "credited";
+  }
+  const uint64_t most = incoming.rendezvous ? link_.message_bytes : link_.eager_bytes;
+  const uint64_t carried = incoming.rendezvous ? std::max(header.bytes, 1U) : header.bytes;
+  return header.bytes > most || incoming.bytes != carried ? "bytes" : nullptr;
+}
+
+bool GroupChannel::accept(uint32_t node, const WireMessage& header, const Incoming& incoming, bool* kept,
+                          DropCause* cause, const char** detail) {
+  *detail = bad_field(node, header, incoming);
+  if (*detail != nullptr) {
+    *cause = DropCause::kBadField;
+    return false;
+  }
+  PeerLink& from = link_to(node, static_cast<engine::FabricLane>(header.lane));
+  *cause = DropCause::kOverrun;
+  if (incoming.rendezvous) {
+    // Received in run_once(), so that nothing of UCX is called while it calls.
+    if (from.deferred_count == from.deferred_max || !from.deferred.push({header, incoming.data})) {
+      *detail = "deferred messages";
+      return false;
+    }
+    from.peer->traffic(from.lane).deferred += from.deferred_count >= from.free.size() ? 1 : 0;
+    ++from.deferred_count;
+    ++deferred_;
+    *kept = true;
+    return true;
+  }
+  if (from.free_eager.empty()) {
+    *detail = "eager messages";
+    return false;
+  }
+  ReceiveSlot& slot = receive_slots_[from.free_eager.back()];
+  from.free_eager.pop_back();
+  slot.header = header;
+  if (header.bytes != 0) {
+    std::memcpy(slot.data, incoming.data, header.bytes);
+  }
+  deliver(slot);
+  return true;
+}
+
+bool GroupChannel::credit(uint32_t node, const WireCredit& header) {
+  if (header.lane >= engine::kFabricLanes) {
+    return false;
+  }
+  PeerLink& from = link_to(node, static_cast<engine::FabricLane>(header.lane));
+  if (header.credits > link_.eager_messages - from.credits) {
+    return false;
+  }
+  from.credits += header.credits;
+  return true;
+}
+
+bool GroupChannel::run_once() {
+  bool moved = end_receives();
+  moved |= end_sends();
+  moved |= pump_released();
+  for (const engine::FabricLane lane : kEveryLane) {
+    moved |= pump_submitted(lane);
+  }
+  moved |= start_deferred();
+  moved |= end_receives();  // those that were there at once
+  moved |= send_credits();
+  wake_ranks();
+  return moved;
+}
+
+bool GroupChannel::has_work() const {
+  return std::any_of(ranks_.begin(), ranks_.end(), [](const std::unique_ptr<RankQueues>& rank) {
+    return !rank->submitted[0].empty() || !rank->submitted[1].empty() || !rank->released.empty();
+  });
+}
+
+bool GroupChannel::pump_released() {
+  bool moved = false;
+  for (const std::unique_ptr<RankQueues>& rank : ranks_) {
+    uint32_t id = 0;
+    while (rank->released.pop(&id)) {
+      moved = true;
+      ReceiveSlot& slot = receive_slots_[id];
+      if (--slot.holders == 0) {
+        give_back(slot);
+      }
+    }
+  }
+  return moved;
+}
+
+void GroupChannel::give_back(ReceiveSlot& slot) {
+  if (slot.eager) {
+    slot.from->free_eager.push_back(slot.id);
+    ++slot.from->credits_owed;
+  } else {
+    slot.from->free.push_back(slot.id);
+  }
+}
+
+bool GroupChannel::pump_submitted(engine::FabricLane lane) {
+  bool moved = false;
+  for (const std::unique_ptr<RankQueues>& rank : ranks_) {
+    uint32_t id = 0;
+    while (rank->submitted[static_cast<uint32_t>(lane)].pop(&id)) {
+      moved = true;
+      start_send(send_slots_[id]);
+    }
+  }
+  return moved;
+}
+
+void GroupChannel::start_send(SendSlot& slot) {
+  Peer* peer = slot.node < peers_.size() ? peers_[slot.node] : nullptr;
+  if (peer == nullptr || peer->lost()) {
+    end_send(slot, UCS_ERR_NOT_CONNECTED);
+    return;
+  }
+  PeerLink& to = link_to(slot.node, slot.lane);
+  const bool eager = slot.header.bytes <= link_.eager_bytes && to.credits > 0;
+  slot.header.credited = eager ? 1 : 0;
+  to.credits -= eager ? 1 : 0;
+  ucp_request_param_t param{};
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_FLAGS |
+                       UCP_OP_ATTR_FIELD_MEMORY_TYPE;
+  param.flags = eager ? UCP_AM_SEND_FLAG_EAGER : UCP_AM_SEND_FLAG_RNDV;
+  param.memory_type = UCS_MEMORY_TYPE_HOST;
+  param.cb.send = on_sent;
+  param.user_data = &slot;
+  const size_t bytes = eager ? slot.header.bytes : std::max(slot.header.bytes, 1U);
+  LaneTraffic& traffic = peer->traffic(slot.lane);
+  ++traffic.sent_messages;
+  traffic.sent_bytes += slot.header.bytes;
+  ++traffic.in_flight;
+  ++sends_in_flight_;
+  const ucs_status_ptr_t sent = ucp_am_send_nbx(peer->endpoint(lane_of(slot.lane)), kWireMessage, &slot.header,
+                                                sizeof(slot.header), slot.data, bytes, &param);
+  if (!UCS_PTR_IS_PTR(sent)) {
+    --sends_in_flight_;
+    --traffic.in_flight;
+    end_send(slot, UCS_PTR_RAW_STATUS(sent));
+  }
+}
+
+void GroupChannel::on_sent(void* request, ucs_status_t status, void* slot) {
+  SendSlot* of = static_cast<SendSlot*>(slot);
+  of->status = status;
+  of->channel->sends_ended_.push_back(of);
+  ucp_request_free(request);
+}
+
+bool GroupChannel::end_sends() {
+  // end_send() starts nothing, so the list does not grow under the loop.
+  for (SendSlot* slot : sends_ended_) {
+    --sends_in_flight_;
+    --peers_[slot->node]->traffic(slot->lane).in_flight;
+    end_send(*slot, slot->status);
+  }
+  const bool moved = !sends_ended_.empty();
+  sends_ended_.clear();
+  return moved;
+}
+
+void GroupChannel::end_send(SendSlot& slot, ucs_status_t status) {
+  Peer* peer = slot.node < peers_.size() ? peers_[slot.node] : nullptr;
+  if (status != UCS_OK && peer != nullptr) {
+    peer->count_failed_send();
+    // A lane that loses one message loses the operation with it, so the peer cannot stay.
+    peer->fail(LossCause::kTransport, std::string("a send to it failed: ") + ucs_status_string(status));
+  }
+  (void)ranks_[slot.rank_index]->free[static_cast<uint32_t>(slot.lane)].push(slot.id);  // has room for every buffer
+  wake_rank(slot.rank_index);
+}
+
+bool GroupChannel::start_deferred() {
+  if (deferred_ == 0) {
+    return false;
+  }
+  bool moved = false;
+  for (const std::unique_ptr<PeerLink>& link : links_) {
+    while (link != nullptr && link->deferred_count != 0 && !link->free.empty()) {
+      Deferred next;
+      (void)link->deferred.pop(&next);
+      --link->deferred_count;
+      --deferred_;
+      start_receive(*link, next);
+      moved = true;
+    }
+  }
+  wanted_.store(deferred_, std::memory_order_seq_cst);  // pairs with the load in release()
+  return moved;
+}
+
+void GroupChannel::start_receive(PeerLink& from, const Deferred& deferred) {
+  ReceiveSlot& slot = receive_slots_[from.free.back()];
+  from.free.pop_back();
+  slot.header = deferred.header;
+  ucp_request_param_t param{};
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMORY_TYPE;
+  param.memory_type = UCS_MEMORY_TYPE_HOST;
+  param.cb.recv_am = on_received;
+  param.user_data = &slot;
+  ++receives_in_flight_;
+  const ucs_status_ptr_t received =
+      ucp_am_recv_data_nbx((*surroundings_.lanes)[static_cast<uint32_t>(lane_of(from.lane))]->worker(),
+                           deferred.descriptor, slot.data, std::max(slot.header.bytes, 1U), &param);
+  if (!UCS_PTR_IS_PTR(received)) {
+    slot.status = UCS_PTR_RAW_STATUS(received);
+    receives_ended_.push_back(&slot);
+  }
+}
+
+void GroupChannel::on_received(void* request, ucs_status_t status, size_t /*bytes*/, void* slot) {
+  ReceiveSlot* of = static_cast<ReceiveSlot*>(slot);
+  of->status = status;
+  of->channel->receives_ended_.push_back(of);
+  ucp_request_free(request);
+}
+
+bool GroupChannel::end_receives() {
+  for (ReceiveSlot* slot : receives_ended_) {
+    --receives_in_flight_;
+    end_receive(*slot, slot->status);
+  }
+  const bool moved = !receives_ended_.empty();
+  receives_ended_.clear();
+  return moved;
+}
+
+void GroupChannel::end_receive(ReceiveSlot& slot, ucs_status_t status) {
+  if (status == UCS_OK && !closing_) {
+    deliver(slot);
+    return;
+  }
+  if (status != UCS_OK) {
+    slot.from->peer->fail(LossCause::kTransport,
+                          std::string("a message of it could not be received: ") + ucs_status_string(status));
+  }
+  slot.from->free.push_back(slot.id);
+}
+
+void GroupChannel::deliver(ReceiveSlot& slot) {
+  LaneTraffic& traffic = slot.from->peer->traffic(slot.from->lane);
+  ++traffic.received_messages;
+  traffic.received_bytes += slot.header.bytes;
+  slot.holders = static_cast<uint32_t>(std::popcount(slot.header.targets));
+  for (uint64_t targets = slot.header.targets; targets != 0; targets &= targets - 1) {
+    const uint32_t index = static_cast<uint32_t>(std::countr_zero(targets));
+    (void)ranks_[index]->arrived.push(slot.id);  // has room for every receive slot
+    wake_rank(index);
+  }
+}
+
+bool GroupChannel::send_credits() {
+  bool moved = false;
+  const uint32_t worth_telling = std::max(link_.eager_messages / 2, 1U);
+  for (const std::unique_ptr<PeerLink>& link : links_) {
+    if (link == nullptr || link->credits_owed < worth_telling || link->peer->lost() || closing_) {
+      continue;
+    }
+    for (CreditSlot& slot : link->credit_slots) {
+      if (!slot.under_way) {
+        send_credit(*link, slot);
+        moved = true;
+        break;
+      }
+    }
+  }
+  return moved;
+}
+
+void GroupChannel::send_credit(PeerLink& to, CreditSlot& slot) {
+  slot.header = WireCredit{};
+  slot.header.prefix.source_node = surroundings_.own_node_id;
+  slot.header.group_key = link_.key;
+  slot.header.epoch = link_.epoch;
+  slot.header.lane = static_cast<uint32_t>(to.lane);
+  slot.header.credits = to.credits_owed;
+  to.credits_owed = 0;
+  ucp_request_param_t param{};
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_FLAGS;
+  param.flags = UCP_AM_SEND_FLAG_EAGER;
+  param.cb.send = on_credit_sent;
+  param.user_data = &slot;
+  const ucs_status_ptr_t sent = ucp_am_send_nbx(to.peer->endpoint(lane_of(to.lane)), kWireCredit, &slot.header,
+                                                sizeof(slot.header), nullptr, 0, &param);
+  if (UCS_PTR_IS_PTR(sent)) {
+    slot.under_way = true;
+    ++credits_in_flight_;
+  } else if (UCS_PTR_IS_ERR(sent)) {
+    to.peer->fail(LossCause::kTransport,
+                  std::string("credits could not be sent to it: ") + ucs_status_string(UCS_PTR_STATUS(sent)));
+  }
+}
+
+void GroupChannel::on_credit_sent(void* request, ucs_status_t status, void* slot) {
+  CreditSlot& of = *static_cast<CreditSlot*>(slot);
+  of.under_way = false;
+  --of.from->channel->credits_in_flight_;
+  if (status != UCS_OK) {
+    of.from->peer->fail(LossCause::kTransport,
+                        std::string("credits could not be sent to it: ") + ucs_status_string(status));
+  }
+  ucp_request_free(request);
+}
+
+void GroupChannel::lose(const Peer* peer) {
+  for (const std::unique_ptr<PeerLink>& link : links_) {
+    if (link == nullptr || (peer != nullptr && link->peer != peer)) {
+      continue;
+    }
+    Deferred next;
+    while (link->deferred.pop(&next)) {
+      --link->deferred_count;
+      --deferred_;
+      ucp_am_data_release((*surroundings_.lanes)[static_cast<uint32_t>(lane_of(link->lane))]->worker(),
+                          next.descriptor);
+    }
+  }
+  wanted_.store(deferred_, std::memory_order_seq_cst);
+}
+
+void GroupChannel::begin_close() {
+  closing_ = true;
+  lose(nullptr);
+}
+
+bool GroupChannel::drained() const {
+  return closing_ && sends_in_flight_ == 0 && receives_in_flight_ == 0 && credits_in_flight_ == 0 && !has_work();
+}
+
+void GroupChannel::wake_ranks() {
+  for (; wake_ != 0; wake_ &= wake_ - 1) {
+    if (!closing_) {
+      surroundings_.wake->wake(link_.devices[static_cast<uint32_t>(std::countr_zero(wake_))]);
+    }
+  }
+}
+
+}  // namespace expertd::fabric

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// Lane: one UCX context with one worker, and what arrives on it. Three of them in a daemon, so that lanes can have
+// other options and nothing of one queues behind another. Created and destroyed by a control thread while no thread
+// runs it; everything else is of the fabric thread. Endpoints (peer.h) are closed before it.
+#pragma once
+
+#include <ucp/api/ucp.h>
+
+#include <memory>
+#include <string>
+
+#include "daemon/fabric/options.h"
+#include "daemon/fabric/wire.h"
+
+namespace expertd::fabric {
+
+/// One active message as UCX hands it over; valid during the call.
+struct Incoming {
+  LaneKind lane = LaneKind::kControl;
+  uint16_t type = 0;  // WireType
+  const void* header = nullptr;
+  size_t header_bytes = 0;
+  void* data = nullptr;  // the payload, or with rendezvous its descriptor
+  size_t bytes = 0;
+  bool rendezvous = false;
+};
+
+/// Where a lane's messages go. Called within progress(): looks, copies, enqueues, and calls nothing of UCX.
+class IncomingSink {
+ public:
+  virtual ~IncomingSink() = default;
+  /// True: a rendezvous is kept and its descriptor will be received or released later.
+  virtual bool incoming(const Incoming& message) = 0;
+};
+
+class Lane {
+ public:
+  /// Reads the environment, applies `options` where the operator set nothing. CONFIG_BAD_VALUE names an option that is
+  /// not one; UNAVAILABLE or SYSTEM what UCX could not do.
+  static base::Result<std::unique_ptr<Lane>> create(LaneKind kind, const LaneOptionList& options);
+  ~Lane();
+  Lane(const Lane&) = delete;
+  Lane& operator=(const Lane&) = delete;
+
+  /// Before the thread starts.
+  base::Status receive_into(IncomingSink* sink);
+  const std::string& address() const { return address_; }
+  int event_fd() const { return event_fd_; }
+  ucp_worker_h worker() const { return worker_; }
+
+  bool progress() { return ucp_worker_progress(worker_) != 0; }
+  /// Before a sleep on event_fd(): false when something is there already.
+  bool arm() { return ucp_worker_arm(worker_) == UCS_OK; }
+
+ private:
+  struct Handler {
+    Lane* lane = nullptr;
+    uint16_t type = 0;
+  };
+
+  explicit Lane(LaneKind kind) : kind_(kind) {}
+  base::Status open(const LaneOptionList& options);
+  base::Status open_worker();
+  static ucs_status_t on_message(void* handler, const void* header, size_t header_bytes, void* data, size_t bytes,
+                                 const ucp_am_recv_param_t* param);
+
+  const LaneKind kind_;
+  ucp_context_h context_ = nullptr;
+  ucp_worker_h worker_ = nullptr;
+  int event_fd_ = -1;  // the worker's
+  std::string address_;
+  IncomingSink* sink_ = nullptr;
+  std::array<Handler, kWireTypes> handlers_{};
+};
+
+}  // namespace expertd::fabric

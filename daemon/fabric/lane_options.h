@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// The options a lane may have: their names, types, ranges and the transports they mean something to. UCX 1.13 takes
+// unknown options and values silently, so what is not in this table is refused here. Pure, any thread.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "daemon/base/status.h"
+#include "daemon/fabric/options.h"
+
+namespace expertd::fabric {
+
+struct UcxSetting {
+  std::string variable;  // of the environment
+  std::string key;       // the same for ucp_config_modify(), which knows a transport's options by its tables' names
+  std::string value;
+};
+
+/// What the options say to UCX, with what every lane gets in front. CONFIG_BAD_VALUE names the option, its value and
+/// what it may be.
+base::Result<std::vector<UcxSetting>> lane_settings(const LaneOptionList& options);
+
+}  // namespace expertd::fabric

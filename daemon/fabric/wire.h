@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// What daemons say to each other over the fabric, byte for byte: the headers of active messages. Layout and rules are
+// in proto/abi/peer_v1.md; tests/fabric holds one against the other. Little-endian, fixed-width, naturally aligned, no
+// pointers. A receiver copies a header before it looks at it, since UCX promises no alignment.
+#pragma once
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+
+namespace expertd::fabric {
+
+static_assert(std::endian::native == std::endian::little, "the headers are little-endian as they lie in memory");
+
+inline constexpr uint32_t kWireMagic = 0x46505845;  // "EXPF"
+inline constexpr uint16_t kWireVersion = 1;
+
+/// Ids of the active messages, one per struct below.
+enum WireType : uint16_t { kWireMessage = 1, kWireCredit = 2, kWireHeartbeat = 3 };
+inline constexpr uint16_t kWireTypes = 3;
+
+struct WirePrefix {
+  uint32_t magic = kWireMagic;
+  uint16_t version = kWireVersion;
+  uint16_t type = 0;
+  uint64_t source_node = 0;  // node id of the sending daemon
+};
+
+/// A message of a group; its bytes are the payload.
+struct WireMessage {
+  WirePrefix prefix{.type = kWireMessage};
+  uint64_t group_key = 0;
+  uint32_t epoch = 0;
+  uint32_t kind = 0;  // engine::MessageKind
+  uint64_t op = 0;
+  uint64_t targets = 0;
+  uint32_t source_rank = 0;
+  uint32_t entries = 0;
+  uint32_t sequence = 0;
+  uint32_t lane = 0;      // engine::FabricLane
+  uint32_t bytes = 0;     // of the payload; a rendezvous of 0 bytes carries one byte that means nothing
+  uint32_t credited = 0;  // 1: sent at once on a credit, 0: by rendezvous
+};
+
+/// Gives back eager credits of a lane of a group.
+struct WireCredit {
+  WirePrefix prefix{.type = kWireCredit};
+  uint64_t group_key = 0;
+  uint32_t epoch = 0;
+  uint32_t lane = 0;
+  uint32_t credits = 0;
+  uint32_t reserved = 0;
+};
+
+enum WireSignal : uint32_t { kSignalPing = 1, kSignalPong = 2, kSignalBye = 3 };
+
+/// On the control lane only, per pair of daemons.
+struct WireHeartbeat {
+  WirePrefix prefix{.type = kWireHeartbeat};
+  uint64_t destination_node = 0;  // so that nobody takes a sign of life of another incarnation for his peer's
+  uint32_t signal = 0;            // WireSignal
+  uint32_t reserved = 0;
+  uint64_t sent_ns = 0;  // of the ping's sender's clock; a pong returns it
+};
+
+static_assert(sizeof(WirePrefix) == 16 && offsetof(WirePrefix, source_node) == 8);
+static_assert(sizeof(WireMessage) == 72, "a change of size or meaning is a new kWireVersion");
+static_assert(offsetof(WireMessage, group_key) == 16 && offsetof(WireMessage, epoch) == 24);
+static_assert(offsetof(WireMessage, kind) == 28 && offsetof(WireMessage, op) == 32);
+static_assert(offsetof(WireMessage, targets) == 40 && offsetof(WireMessage, source_rank) == 48);
+static_assert(offsetof(WireMessage, entries) == 52 && offsetof(WireMessage, sequence) == 56);
+static_assert(offsetof(WireMessage, lane) == 60 && offsetof(WireMessage, bytes) == 64);
+static_assert(offsetof(WireMessage, credited) == 68);
+static_assert(sizeof(WireCredit) == 40, "a change of size or meaning is a new kWireVersion");
+static_assert(offsetof(WireCredit, group_key) == 16 && offsetof(WireCredit, epoch) == 24);
+static_assert(offsetof(WireCredit, lane) == 28 && offsetof(WireCredit, credits) == 32);
+static_assert(sizeof(WireHeartbeat) == 40, "a change of size or meaning is a new kWireVersion");
+static_assert(offsetof(WireHeartbeat, destination_node) == 16 && offsetof(WireHeartbeat, signal) == 24);
+static_assert(offsetof(WireHeartbeat, sent_ns) == 32);
+
+}  // namespace expertd::fabric
