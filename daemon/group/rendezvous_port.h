@@ -89,8 +89,8 @@ class RendezvousPort {
  public:
   virtual ~RendezvousPort() = default;
   /// Waits for the other ranks, at most timeout_ns. Refusals: CONFIG_MISMATCH with field and both values,
-  /// DUPLICATE_RANK with the holder's node, NODE_LIMIT, JOIN_TIMEOUT with the missing ranks, RENDEZVOUS_UNAVAILABLE with
-  /// the cause, CLUSTER_KEY, PROTOCOL_VERSION.
+  /// DUPLICATE_RANK with the holder's node, NODE_LIMIT, JOIN_TIMEOUT with the missing ranks, RENDEZVOUS_UNAVAILABLE
+  /// with the cause, CLUSTER_KEY, PROTOCOL_VERSION.
   virtual void join_rank(const RankJoin& join, PlacedCallback done) = 0;
   /// Takes a join of this node back: it ends with CANCELLED. One that was placed already makes its group fail to form,
   /// one of a formed group counts as gone.

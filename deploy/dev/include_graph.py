@@ -33,6 +33,7 @@ FOLDERS = (
     ("daemon/engine/", (BASE, ABI, "daemon/kernels/op_params.h")),
     ("daemon/device/", (BASE, ABI, "daemon/engine/", "daemon/kernels/")),
     ("daemon/kernels/", ("daemon/base/limits.h", ABI)),
+    ("daemon/fabric/bootstrap/", (BASE, ABI, "daemon/engine/", "daemon/session/api.h", "daemon/group/", "expertd/")),
     ("daemon/fabric/", (BASE, ABI, "daemon/engine/", "expertd/peer/")),
     ("daemon/metrics/", (BASE, ABI)),
     ("daemon/supervise/", (BASE, ABI)),

@@ -67,6 +67,10 @@ enum expertd_code {
   X(JOIN_TIMEOUT, 62, DEADLINE_EXCEEDED, 1, "not every rank joined the group before the deadline")                \
   X(DEVICE_TAKEN, 63, ALREADY_EXISTS, 0, "another rank of the group is on this device")                           \
   X(GROUP_LIMIT, 64, RESOURCE_EXHAUSTED, 0, "the limit of groups is reached")                                     \
+  X(NODE_LIMIT, 65, RESOURCE_EXHAUSTED, 0, "the limit of nodes (fabric.max_nodes) is reached")                    \
+  X(NODE_REPLACED, 66, FAILED_PRECONDITION, 0, "a daemon that started later has the same fabric.node_name")       \
+  X(RENDEZVOUS_UNAVAILABLE, 67, UNAVAILABLE, 1, "no daemon of fabric.rendezvous answers as the rendezvous")       \
+  X(CLUSTER_KEY, 68, PERMISSION_DENIED, 0, "the daemons have different cluster keys (fabric.cluster_key)")        \
   X(IPC_HANDLE_VMM, 70, FAILED_PRECONDITION, 0, "VMM memory has no IPC handle; pass its fd or use a window")      \
   X(IPC_SAME_PID, 71, FAILED_PRECONDITION, 0, "client and daemon have the same local pid; use a window or an fd") \
   X(IPC_OPEN_FAILED, 72, FAILED_PRECONDITION, 0, "the IPC handle could not be opened")                            \

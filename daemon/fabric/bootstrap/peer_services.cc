@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "daemon/fabric/bootstrap/peer_services.h"
+
+#include <grpcpp/server_context.h>
+#include <grpcpp/support/server_callback.h>
+
+#include <chrono>
+#include <mutex>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "daemon/base/clock.h"
+#include "daemon/fabric/bootstrap/peer_convert.h"
+#include "expertd/peer/v1/peer.grpc.pb.h"
+
+namespace expertd::fabric {
+
+namespace {
+
+/// One call in progress: ends exactly once, by its answer or by its cancellation. gRPC owns the reactor; the answer's
+/// side holds a shared handle that may outlive the call.
+template <typename Response>
+class HeldCall {
+ public:
+  static std::shared_ptr<HeldCall> start(Response* response) {
+    auto call = std::make_shared<HeldCall>();
+    call->response_ = response;
+    call->reactor_ = new Reactor(call);  // deleted by its OnDone
+    return call;
+  }
+
+  /// For the service method to return; taken before anyone can end the call.
+  grpc::ServerUnaryReactor* reactor() {
+    const std::lock_guard lock(mutex_);
+    return reactor_;
+  }
+
+  /// Runs `cancelled` when nobody waits any more, also when that was before.
+  void on_cancel(std::function<void()> cancelled) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (!was_cancelled_) {
+        cancelled_ = std::move(cancelled);
+        return;
+      }
+    }
+    cancelled();
+  }
+
+  void finish(const session::ErrorDetail& error, Response&& response = {}) {
+    grpc::ServerUnaryReactor* const reactor = claim();
+    if (reactor == nullptr) {
+      return;
+    }
+    response.set_protocol_version(kPeerProtocolVersion);
+    if (!error.status.is_ok()) {
+      to_proto(error, response.mutable_refusal());
+    }
+    // The claim keeps reactor and response alive: gRPC drops them only after Finish.
+    response_->Swap(&response);
+    reactor->Finish(grpc::Status::OK);
+  }
+
+ private:
+  class Reactor final : public grpc::ServerUnaryReactor {
+   public:
+    explicit Reactor(std::shared_ptr<HeldCall> call) : call_(std::move(call)) {}
+
+   private:
+    void OnCancel() override { call_->cancel(); }
+    void OnDone() override { delete this; }
+
+    const std::shared_ptr<HeldCall> call_;
+  };
+
+  grpc::ServerUnaryReactor* claim() {
+    const std::lock_guard lock(mutex_);
+    return std::exchange(reactor_, nullptr);
+  }
+
+  void cancel() {
+    std::function<void()> cancelled;
+    {
+      const std::lock_guard lock(mutex_);
+      was_cancelled_ = true;
+      cancelled = std::move(cancelled_);
+    }
+    if (cancelled) {
+      cancelled();
+    }
+    if (grpc::ServerUnaryReactor* const reactor = claim(); reactor != nullptr) {
+      reactor->Finish(grpc::Status::CANCELLED);
+    }
+  }
+
+  std::mutex mutex_;
+  grpc::ServerUnaryReactor* reactor_ = nullptr;  // under mutex_; null: ended
+  bool was_cancelled_ = false;                   // under mutex_
+  std::function<void()> cancelled_;              // under mutex_
+  Response* response_ = nullptr;                 // touched by the one who claimed
+};
+
+/// Takes as long for every key of the same length, so that time tells nothing of where two differ.
+bool same_key(std::string_view given, std::string_view wanted) {
+  unsigned difference = given.size() == wanted.size() ? 0 : 1;
+  for (size_t i = 0; i < given.size(); ++i) {
+    const char other = wanted.empty() ? '\0' : wanted[i % wanted.size()];
+    difference |= static_cast<unsigned char>(given[i]) ^ static_cast<unsigned char>(other);
+  }
+  return difference == 0;
+}
+
+session::ErrorDetail admit(const PeerContext& peers, const grpc::CallbackServerContext& context, uint32_t version) {
+  session::ErrorDetail error;
+  if (context.deadline() == std::chrono::system_clock::time_point::max()) {
+    error.status = base::Status(EXPERTD_REASON_DEADLINE_MISSING, "calls between daemons must carry a deadline");
+    return error;
+  }
+  const auto key = context.client_metadata().find(kClusterKeyMetadata);
+  const bool carried = key != context.client_metadata().end();
+  const std::string_view given = carried ? std::string_view(key->second.data(), key->second.size()) : "";
+  if (!same_key(given, peers.cluster_key)) {
+    error.status =
+        base::Status(EXPERTD_REASON_CLUSTER_KEY, "node \"" + peers.identity.name + "\" has " +
+                                                     (peers.cluster_key.empty() ? "no cluster key and was given one"
+                                                      : !carried                ? "a cluster key and was given none"
+                                                                                : "another cluster key") +
+                                                     "; give every node the same fabric.cluster_key");
+    return error;
+  }
+  if (version != kPeerProtocolVersion) {
+    error.status =
+        base::Status(EXPERTD_REASON_PROTOCOL_VERSION,
+                     "node \"" + peers.identity.name + "\" speaks version " + std::to_string(kPeerProtocolVersion) +
+                         " of the peer protocol, the caller version " + std::to_string(version) +
+                         "; run releases that speak the same");
+  }
+  return error;
+}
+
+session::ErrorDetail admit_host(const PeerContext& peers, const grpc::CallbackServerContext& context,
+                                uint32_t version) {
+  session::ErrorDetail error = admit(peers, context, version);
+  if (error.status.is_ok() && !peers.hosting.load(std::memory_order_acquire)) {
+    error.status = base::Status(EXPERTD_REASON_RENDEZVOUS_UNAVAILABLE,
+                                "node \"" + peers.identity.name + "\" does not host the rendezvous");
+  }
+  return error;
+}
+
+class PeerService final : public peer::v1::Peer::CallbackService {
+ public:
+  explicit PeerService(PeerContext* peers) : peers_(*peers) {}
+
+  grpc::ServerUnaryReactor* Hello(grpc::CallbackServerContext* context, const peer::v1::HelloRequest* request,
+                                  peer::v1::HelloResponse* response) override {
+    auto call = HeldCall<peer::v1::HelloResponse>::start(response);
+    grpc::ServerUnaryReactor* const reactor = call->reactor();
+    session::ErrorDetail error = admit(peers_, *context, request->protocol_version());
+    const group::NodeIdentity node = from_proto(request->node());
+    const bool hosting = peers_.hosting.load(std::memory_order_acquire);
+    if (error.status.is_ok()) {
+      error = hosting ? peers_.rendezvous->seen(node, base::now_ns()) : group::check_identity(node);
+    }
+    peer::v1::HelloResponse out;
+    if (error.status.is_ok()) {
+      to_proto(peers_.identity, out.mutable_node());
+      out.set_hosts_rendezvous(hosting);
+    }
+    call->finish(error, std::move(out));
+    return reactor;
+  }
+
+ private:
+  PeerContext& peers_;
+};
+
+class RendezvousService final : public peer::v1::Rendezvous::CallbackService {
+ public:
+  explicit RendezvousService(PeerContext* peers) : peers_(*peers) {}
+
+  grpc::ServerUnaryReactor* JoinRank(grpc::CallbackServerContext* context, const peer::v1::JoinRankRequest* request,
+                                     peer::v1::JoinRankResponse* response) override {
+    auto call = HeldCall<peer::v1::JoinRankResponse>::start(response);
+    grpc::ServerUnaryReactor* const reactor = call->reactor();
+    const session::ErrorDetail error = admit_host(peers_, *context, request->protocol_version());
+    if (!error.status.is_ok()) {
+      call->finish(error);
+      return reactor;
+    }
+    const group::CallId id = peers_.rendezvous->join(
+        from_proto(*request), from_proto(request->node()), base::now_ns(),
+        [call](const session::ErrorDetail& ended, const std::shared_ptr<const group::Placed>& placed) {
+          peer::v1::JoinRankResponse out;
+          if (placed != nullptr) {
+            to_proto(*placed, &out);
+          }
+          call->finish(ended, std::move(out));
+        });
+    call->on_cancel([rendezvous = peers_.rendezvous, id] { rendezvous->dropped(id); });
+    peers_.deadline_changed();
+    return reactor;
+  }
+
+  grpc::ServerUnaryReactor* Withdraw(grpc::CallbackServerContext* context, const peer::v1::WithdrawRequest* request,
+                                     peer::v1::WithdrawResponse* response) override {
+    return answer(context, *request, response, [this](const peer::v1::WithdrawRequest& message) {
+      peers_.rendezvous->withdraw(message.group(), message.rank(), message.node_id(), message.attempt());
+    });
+  }
+
+  grpc::ServerUnaryReactor* ReportFormed(grpc::CallbackServerContext* context,
+                                         const peer::v1::ReportFormedRequest* request,
+                                         peer::v1::ReportFormedResponse* response) override {
+    auto call = HeldCall<peer::v1::ReportFormedResponse>::start(response);
+    grpc::ServerUnaryReactor* const reactor = call->reactor();
+    const session::ErrorDetail error = admit_host(peers_, *context, request->protocol_version());
+    if (!error.status.is_ok()) {
+      call->finish(error);
+      return reactor;
+    }
+    group::FormedReport report{request->group_key(), base::Status::ok(), request->rank()};
+    if (const auto number = static_cast<int>(request->reason()); number != 0) {
+      report.status = base::Status(
+          base::reason_known(number) ? static_cast<base::Reason>(number) : EXPERTD_REASON_INTERNAL, request->message());
+    }
+    peers_.rendezvous->report_formed(report, request->node_id(), base::now_ns(),
+                                     [call](const session::ErrorDetail& ended) { call->finish(ended); });
+    peers_.deadline_changed();
+    return reactor;
+  }
+
+  grpc::ServerUnaryReactor* ReportGone(grpc::CallbackServerContext* context, const peer::v1::ReportGoneRequest* request,
+                                       peer::v1::ReportGoneResponse* response) override {
+    return answer(context, *request, response, [this](const peer::v1::ReportGoneRequest& message) {
+      std::vector<uint32_t> ranks(message.ranks().begin(), message.ranks().end());
+      ranks.resize(std::min<size_t>(ranks.size(), group::kMaxGroupRanks));
+      peers_.rendezvous->report_gone(message.group_key(), message.node_id(), ranks);
+    });
+  }
+
+ private:
+  template <typename Request, typename Response, typename Work>
+  grpc::ServerUnaryReactor* answer(grpc::CallbackServerContext* context, const Request& request, Response* response,
+                                   const Work& work) {
+    auto call = HeldCall<Response>::start(response);
+    grpc::ServerUnaryReactor* const reactor = call->reactor();
+    const session::ErrorDetail error = admit_host(peers_, *context, request.protocol_version());
+    if (error.status.is_ok()) {
+      work(request);
+      peers_.deadline_changed();
+    }
+    call->finish(error);
+    return reactor;
+  }
+
+  PeerContext& peers_;
+};
+
+}  // namespace
+
+std::unique_ptr<grpc::Service> make_peer_service(PeerContext* context) {
+  return std::make_unique<PeerService>(context);
+}
+
+std::unique_ptr<grpc::Service> make_rendezvous_service(PeerContext* context) {
+  return std::make_unique<RendezvousService>(context);
+}
+
+}  // namespace expertd::fabric
