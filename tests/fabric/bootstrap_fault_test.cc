@@ -145,6 +145,31 @@ TEST(BootstrapFault, TheFirstOfTheListHostsAndTheOthersDoNot) {
   EXPECT_EQ(second.client().state().address, first.address());
 }
 
+TEST(BootstrapFault, OfTwoDaemonsWithOnePortOnlyTheOneOfTheAddressHosts) {
+  TestNode first({.name = "a", .id = 11, .listen = "127.0.0.2:0"});
+  const std::string port = std::to_string(first.server().port());
+  TestNode second({.name = "b", .id = 22, .rendezvous = {first.address()}, .listen = "127.0.0.3:" + port});
+  EXPECT_NE(take(second.join("moe", 0, config_of(1))).placed, nullptr);
+  EXPECT_TRUE(first.server().hosting());
+  EXPECT_FALSE(second.server().hosting());
+}
+
+TEST(BootstrapFault, AnEntryWithTheAdvertisedNameIsThisDaemonWhereverTheNameLeads) {
+  TestNode node(
+      {.name = "a", .id = 11, .rendezvous = {"no-such-host.invalid:9"}, .advertise = "no-such-host.invalid:9"});
+  EXPECT_NE(take(node.join("moe", 0, config_of(1))).placed, nullptr);
+}
+
+TEST(BootstrapFault, NamesLeadToTheDaemonsBehindThem) {
+  TestNode host({.name = "a", .id = 11});
+  const std::string port = std::to_string(host.server().port());
+  for (const std::string& entry : {"localhost:" + port, "dns:localhost:" + port}) {
+    TestNode node({.name = "b", .id = base::now_ns(), .rendezvous = {entry}});
+    EXPECT_NE(take(node.join(entry, 0, config_of(1))).placed, nullptr) << entry;
+    EXPECT_FALSE(node.server().hosting());
+  }
+}
+
 TEST(BootstrapFault, ANodeThatDiedGivesItsPlaceBack) {
   group::RendezvousOptions options;
   options.max_nodes = 2;

@@ -57,6 +57,7 @@ class TestNode {
     uint64_t id = 0;
     std::vector<std::string> rendezvous = {};  // empty: this node
     std::string listen = "127.0.0.1:0";
+    std::string advertise = {};  // "host:port"
     std::string key = {};
     group::RendezvousOptions options = {};
     uint64_t first_bytes_ns = 5 * kSecond;
@@ -65,7 +66,7 @@ class TestNode {
   };
 
   explicit TestNode(Settings settings) : settings_(std::move(settings)) {
-    identity_ = {settings_.id, settings_.name, "", {{0, "lane0-of-" + settings_.name}, {1, "lane1"}}};
+    identity_ = {settings_.id, settings_.name, settings_.advertise, {{0, "lane0-of-" + settings_.name}, {1, "lane1"}}};
     start_server(settings_.listen);
     start_client();
   }
@@ -73,7 +74,10 @@ class TestNode {
   TestNode(const TestNode&) = delete;
   TestNode& operator=(const TestNode&) = delete;
 
-  std::string address() const { return "127.0.0.1:" + std::to_string(server_->port()); }
+  /// At which the server listens.
+  std::string address() const {
+    return settings_.listen.substr(0, settings_.listen.rfind(':') + 1) + std::to_string(server_->port());
+  }
   PeerServer& server() { return *server_; }
   RendezvousClient& client() { return *client_; }
   const group::NodeIdentity& identity() const { return identity_; }
@@ -131,6 +135,7 @@ class TestNode {
     options.rendezvous = settings_.rendezvous.empty() ? std::vector<std::string>{address()} : settings_.rendezvous;
     options.cluster_key = settings_.key;
     options.own_port = server_->port();
+    options.own_listen = settings_.listen;
     options.presence_ns = kSecond / 5;
     options.backoff_min_ns = 10'000'000;
     options.backoff_max_ns = 200'000'000;

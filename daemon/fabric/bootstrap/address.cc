@@ -134,6 +134,10 @@ base::Result<std::vector<SocketAddress>> resolve(const HostPort& place) {
   return addresses;
 }
 
+bool is_wildcard(const SocketAddress& address) {
+  return address.text().starts_with("0.0.0.0:") || address.text().starts_with("[::]:");
+}
+
 bool is_local(const SocketAddress& address) {
   ifaddrs* interfaces = nullptr;
   if (getifaddrs(&interfaces) != 0) {

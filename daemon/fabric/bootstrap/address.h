@@ -46,6 +46,8 @@ base::Result<SocketAddress> parse_literal(const std::string& text);
 
 /// Addresses of a host in a fixed order, at most 64. RENDEZVOUS_UNAVAILABLE names a host that does not resolve.
 base::Result<std::vector<SocketAddress>> resolve(const HostPort& place);
+/// "0.0.0.0" or "[::]": every interface.
+bool is_wildcard(const SocketAddress& address);
 /// Whether the host is one of this machine's (and so, with the port, this daemon).
 bool is_local(const SocketAddress& address);
 

@@ -65,7 +65,7 @@ Candidates CandidateSearch::search() const {
     }
     bool first = i == 0;
     for (const SocketAddress& address : addresses.value()) {
-      out.hosts_here = out.hosts_here || (first && address.port() == options_.own_port && is_local(address));
+      out.hosts_here = out.hosts_here || (first && is_own(address));
       // A name that stands for one daemon may have several addresses of it; otherwise the first one hosts.
       first = first && !options_.entries[i].all_of_name;
       if (out.places.size() < kMaxCandidates) {
@@ -73,7 +73,27 @@ Candidates CandidateSearch::search() const {
       }
     }
   }
+  if (out.hosts_here) {
+    // The name may lead elsewhere from this machine, as to another loopback address.
+    out.places.insert(out.places.begin(), {own_target(), options_.texts.front()});
+  }
   return out;
+}
+
+bool CandidateSearch::is_own(const SocketAddress& address) const {
+  const base::Result<SocketAddress> listen = parse_literal(options_.own_listen);
+  const bool every = !listen.is_ok() || is_wildcard(listen.value());
+  return address.port() == options_.own_port && (every ? is_local(address) : listen.value().same_host(address));
+}
+
+std::string CandidateSearch::own_target() const {
+  const std::string port = ":" + std::to_string(options_.own_port);
+  const base::Result<SocketAddress> listen = parse_literal(options_.own_listen);
+  if (!listen.is_ok() || is_wildcard(listen.value())) {
+    return (listen.is_ok() && listen.value().family() == AF_INET6 ? "[::1]" : "127.0.0.1") + port;
+  }
+  const std::string text = listen.value().text();
+  return text.substr(0, text.rfind(':')) + port;
 }
 
 }  // namespace expertd::fabric

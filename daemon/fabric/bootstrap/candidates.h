@@ -30,7 +30,8 @@ struct CandidateOptions {
   std::vector<HostPort> entries;
   std::vector<std::string> texts;  // of the entries, as configured
   std::string own_address;         // an entry with this text is this daemon
-  uint16_t own_port = 0;           // and so is a local address with this port
+  uint16_t own_port = 0;           // and so is the address it listens on, with this port
+  std::string own_listen;          // "ADDRESS:PORT", literal; empty: every interface
 };
 
 class CandidateSearch {
@@ -48,6 +49,8 @@ class CandidateSearch {
  private:
   void run();
   Candidates search() const;
+  bool is_own(const SocketAddress& address) const;
+  std::string own_target() const;
 
   const CandidateOptions options_;
   const std::function<void(Candidates)> found_;

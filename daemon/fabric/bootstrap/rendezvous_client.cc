@@ -108,7 +108,7 @@ struct RendezvousClient::Parts {
 
 base::Result<std::unique_ptr<RendezvousClient>> RendezvousClient::create(const RendezvousClientOptions& options,
                                                                          Hosting hosting) {
-  CandidateOptions candidates{{}, options.rendezvous, options.identity.address, options.own_port};
+  CandidateOptions candidates{{}, options.rendezvous, options.identity.address, options.own_port, options.own_listen};
   for (const std::string& entry : options.rendezvous) {
     base::Result<HostPort> place = parse_host_port(entry);
     if (!place.is_ok()) {

@@ -19,6 +19,7 @@ struct RendezvousClientOptions {
   std::vector<std::string> rendezvous;  // "host:port" in the order of precedence, or one "dns:NAME:PORT"
   std::string cluster_key;
   uint16_t own_port = 0;                 // of this daemon's PeerServer
+  std::string own_listen;                // its "ADDRESS:PORT"; empty: every interface
   uint64_t presence_ns = 2'000'000'000;  // between hellos; the rendezvous takes several missed ones for a lost node
   uint64_t probe_timeout_ns = 2'000'000'000;
   uint64_t look_again_ns = 10'000'000'000;  // names are resolved anew after so long, also while all is well
