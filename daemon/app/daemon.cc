@@ -50,7 +50,19 @@ engine::Policy policy_of(config::Schedule schedule) {
 Daemon::Daemon(const config::LoadedConfig& loaded, config::LoadRequest request, supervise::SystemdNotifier* notifier)
     : loaded_(loaded), request_(std::move(request)), notifier_(notifier), watchdog_(*notifier, {ping_interval_ns()}) {}
 
-Daemon::~Daemon() = default;
+Daemon::~Daemon() {
+  end_sessions(base::now_ns());
+}
+
+// Sessions that end tell the rendezvous, and what it still answers goes to them.
+void Daemon::end_sessions(uint64_t deadline_ns) {
+  if (sessions_ != nullptr) {
+    sessions_->stop(deadline_ns);
+  }
+  if (nodes_ != nullptr) {
+    nodes_->detach();
+  }
+}
 
 void Daemon::wake(base::DeviceIndex device) {
   loops_[device.value]->wake();
@@ -125,6 +137,23 @@ base::Status Daemon::start_loops() {
   return base::Status::ok();
 }
 
+base::Status Daemon::start_nodes() {
+  const config::FabricConfig& config = loaded_.config.fabric;
+  if (!config.enabled) {
+    return base::Status::ok();
+  }
+  base::Result<supervise::Beat*> beat = watchdog_.add("fabric", base::now_ns());
+  if (!beat.is_ok()) {
+    return beat.status();
+  }
+  base::Result<std::unique_ptr<Nodes>> nodes = Nodes::create(config, this, beat.value());
+  if (!nodes.is_ok()) {
+    return nodes.status();
+  }
+  nodes_ = std::move(nodes).value();
+  return base::Status::ok();
+}
+
 base::Status Daemon::start_services() {
   const config::Config& config = loaded_.config;
   session::ServiceOptions options;
@@ -145,6 +174,9 @@ base::Status Daemon::start_services() {
   }
   session_log_ = std::make_unique<SessionLog>(&blocks_->process());
   sessions_ = std::make_unique<session::SessionService>(options, std::move(entries), session_log_.get());
+  if (nodes_ != nullptr) {
+    EXPERTD_RETURN_IF_ERROR(nodes_->attach(sessions_.get()));
+  }
   EXPERTD_RETURN_IF_ERROR(sessions_->start());
   ViewFacts facts;
   facts.version = EXPERTD_VERSION;
@@ -218,6 +250,7 @@ base::Status Daemon::start() {
   lock_ = std::make_unique<supervise::LockFile>(std::move(lock).value());
   EXPERTD_RETURN_IF_ERROR(create_devices());
   EXPERTD_RETURN_IF_ERROR(start_loops());
+  EXPERTD_RETURN_IF_ERROR(start_nodes());
   EXPERTD_RETURN_IF_ERROR(start_services());
   EXPERTD_RETURN_IF_ERROR(start_sockets());
   view_->set_state(State::kReady);
@@ -230,6 +263,7 @@ base::Status Daemon::start() {
   base::log_info("ready", {{"devices", names},
                            {"attach_socket", loaded_.config.control.attach_socket},
                            {"control_socket", loaded_.config.control.socket},
+                           {"nodes", nodes_ != nullptr ? nodes_->address() : std::string("off")},
                            {"metrics", metrics_ != nullptr ? metrics_->address() : std::string("off")}});
   if (const base::Status told = notifier_->ready("serving " + names); !told.is_ok()) {
     base::log_warn("service manager not told", {{"why", told.message()}});
@@ -331,7 +365,7 @@ void Daemon::drain(supervise::Signals& signals, uint64_t timeout_ns) {
   }
   const uint32_t left = sessions_->outstanding_operations();
   listener_->stop();
-  sessions_->stop(base::now_ns() + kReclaimNs);
+  end_sessions(base::now_ns() + kReclaimNs);
   (void)control_->shutdown(base::now_ns() + kControlShutdownNs);
   for (const std::unique_ptr<transport::DeviceLoop>& loop : loops_) {
     loop->stop();

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "daemon/app/nodes.h"
 #include "daemon/app/observers.h"
 #include "daemon/app/operator_view.h"
 #include "daemon/config/config.h"
@@ -40,6 +41,7 @@ class Daemon final : public engine::WakePort {
  private:
   base::Status create_devices();
   base::Status start_loops();
+  base::Status start_nodes();
   base::Status start_services();
   base::Status start_sockets();
   void reload();
@@ -47,6 +49,7 @@ class Daemon final : public engine::WakePort {
   void count_lost_contexts();
   supervise::Watchdog::Tick look_at_threads();
   void tell_of_loss(supervise::Signals& signals);
+  void end_sessions(uint64_t deadline_ns);
   void drain(supervise::Signals& signals, uint64_t timeout_ns);
 
   config::LoadedConfig loaded_;
@@ -59,6 +62,7 @@ class Daemon final : public engine::WakePort {
   std::vector<std::unique_ptr<device::Device>> devices_;
   std::vector<std::unique_ptr<DeviceObserver>> observers_;
   std::vector<std::unique_ptr<transport::DeviceLoop>> loops_;
+  std::unique_ptr<Nodes> nodes_;  // null: fabric.enabled = false. Outlives the sessions, whose groups it carries
   std::unique_ptr<SessionLog> session_log_;
   std::unique_ptr<session::SessionService> sessions_;
   std::unique_ptr<OperatorView> view_;

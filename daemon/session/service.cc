@@ -305,6 +305,8 @@ void SessionService::housekeeper_main() {
       housekeeper_signal_.wait_for(lock, ended_.empty() ? kJoinPoll : kReclaimPoll);
     }
   }
+  lock.unlock();
+  answer_rest();
 }
 
 }  // namespace expertd::session

@@ -142,6 +142,8 @@ class SessionService final : public SessionApi, public AttachApi {
   void join_placed(const std::string& name, uint32_t rank, uint64_t attempt, const ErrorDetail& error,
                    const std::shared_ptr<const group::Placed>& placed);
   void place(const Placement& placement);
+  void refuse_placed(const Placement& placement);
+  void answer_rest();
   base::Status open_fabric(const group::Formation& formation);
   void report_formed(Formed formed);
   void tell_gone(const engine::GroupShared& group, uint32_t rank);
@@ -172,6 +174,7 @@ class SessionService final : public SessionApi, public AttachApi {
   uint64_t next_session_ = 1;
   bool draining_ = false;
   bool stop_ = false;
+  bool housekeeper_ended_ = false;
   std::thread housekeeper_;
 };
 
