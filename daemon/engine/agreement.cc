@@ -13,7 +13,6 @@ struct Agreement {
   int64_t (*value)(const Request& request);
 };
 
-
 bool has_side(const Request& request) {
   // Peers write rows of their own side_elements into this output, so a rank that gave one must agree with them.
   return request.shape.tokens != 0 || request.shape.side_elements != 0 ||

@@ -13,7 +13,8 @@ namespace expertd::engine {
 inline constexpr uint32_t kAgreements = 13;
 using AgreedValues = std::array<int64_t, kAgreements>;
 
-/// A rank without rows may leave optional tensors out (an empty tensor often has no pointer), so it agrees with anybody.
+/// A rank without rows may leave optional tensors out (an empty tensor often has no pointer), so it agrees with
+/// anybody.
 inline constexpr int64_t kAgreesWithAny = INT64_MIN;
 
 /// The request's values, in the order in which a disagreement is named.

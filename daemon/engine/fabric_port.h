@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // How the parts of a group on this node exchange with its parts on other nodes: who sits where, messages, and the port
-// that carries them. Pure: UCX lives behind it (daemon/fabric). A message belongs to one operation of one group and goes
-// from a rank to one or more ranks of one other node, whole or not at all; between two nodes the messages of a lane
-// arrive in any order. Loops never block on it: what does not fit now is tried again with the next turn.
+// that carries them. Pure: UCX lives behind it (daemon/fabric). A message belongs to one operation of one group and
+// goes from a rank to one or more ranks of one other node, whole or not at all; between two nodes the messages of a
+// lane arrive in any order. Loops never block on it: what does not fit now is tried again with the next turn.
 #pragma once
 
 #include <array>

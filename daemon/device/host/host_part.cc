@@ -96,8 +96,10 @@ bool HostPart::prepare_exchange(const engine::LaunchSpec& spec, HostGroupTables*
   for (uint32_t rank = 0; rank < spec.ranks; ++rank) {
     local_ &= spec.placement->is_local(rank) ? ~0ULL : ~(1ULL << rank);
   }
-  node_ = {spec.fabric,    spec.placement, spec.own, spec.group_op,           spec.rank, spec.active_ranks,
-           &params_,       peers_.data(),  tables->notices(spec.page), routes_};
+  node_ = {spec.fabric,   spec.placement, spec.own,
+           spec.group_op, spec.rank,      spec.active_ranks,
+           &params_,      peers_.data(),  tables->notices(spec.page),
+           routes_};
   return exchange_ != nullptr && spec.fabric != nullptr;
 }
 

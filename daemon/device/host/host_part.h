@@ -102,9 +102,9 @@ class HostPart {
   uint64_t local_ = 0;                // active ranks of this node
   NodeExchange* exchange_ = nullptr;  // of a group over several nodes; open from the start of the part to its end
   NodePart node_;
-  bool refused_ = false;              // at admission, which all nodes are told
-  bool stirred_ = false;              // the last turn of the exchange moved something
-  uint32_t peer_reason_ = 0;          // with PEER_REJECTED
+  bool refused_ = false;      // at admission, which all nodes are told
+  bool stirred_ = false;      // the last turn of the exchange moved something
+  uint32_t peer_reason_ = 0;  // with PEER_REJECTED
   kernels::OpParams params_;
   kernels::OpReport report_;
   std::array<kernels::PeerView, base::kMaxLocalRanks> peers_{};

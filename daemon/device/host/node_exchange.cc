@@ -45,8 +45,8 @@ bool NodeExchange::open(const NodePart& part) {
   op_.number = part.number;
   op_.rank = part.rank;
   op_.active = part.active;
-  op_.lane = part.own->traffic == engine::Traffic::kLatency ? engine::FabricLane::kLatency
-                                                            : engine::FabricLane::kThroughput;
+  op_.lane =
+      part.own->traffic == engine::Traffic::kLatency ? engine::FabricLane::kLatency : engine::FabricLane::kThroughput;
   op_.message_bytes = part.fabric->message_bytes();
   op_.params = params_;
   op_.peers = peers_;
@@ -246,8 +246,7 @@ bool NodeExchange::take_rows(const engine::Arrival& arrival) {
   host::MessageHead head;
   std::memcpy(&head, arrival.data, sizeof(head));
   const host::Entries entries{arrival.data + sizeof(head), arrival.bytes - sizeof(head), arrival.header.entries};
-  return host::spread_rows(*params_, op_.nodes, peers_[op_.rank], head, entries,
-                           &spread_[arrival.header.source_rank]);
+  return host::spread_rows(*params_, op_.nodes, peers_[op_.rank], head, entries, &spread_[arrival.header.source_rank]);
 }
 
 bool NodeExchange::decide(const Verdict& verdict) {

@@ -5,8 +5,8 @@
 //   rows     of a dispatch: packed while the own tokens are moved, spread into the own outputs as they arrive
 //   pulls    of a combine: sent in windows, served where they arrive
 //   sums     of a combine: added to the own node's rows
-// An arrival that no honest node sends spoils the operation of this rank alone, which goes on for the sake of the others
-// and ends with INTERNAL, naming the rank. Loop thread of the rank; all memory is taken when the rank joins.
+// An arrival that no honest node sends spoils the operation of this rank alone, which goes on for the sake of the
+// others and ends with INTERNAL, naming the rank. Loop thread of the rank; all memory is taken when the rank joins.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,8 @@ class NodeExchange {
  public:
   explicit NodeExchange(uint32_t ranks);
 
-  /// Takes the operation up and puts the own notice beside the matrix; false: the group's messages are too small for it.
+  /// Takes the operation up and puts the own notice beside the matrix; false: the group's messages are too small for
+  /// it.
   bool open(const NodePart& part);
   /// Lets go of whatever is not sent or not looked at. Nothing of the operation is touched any more.
   void close();

@@ -12,8 +12,8 @@
 
 namespace expertd::device {
 
-/// As it stands at the start of a counts message; behind it follow row_ints int32 of the rank's row of the count matrix:
-/// all of them, or the error at its end alone where the operation routes nothing.
+/// As it stands at the start of a counts message; behind it follow row_ints int32 of the rank's row of the count
+/// matrix: all of them, or the error at its end alone where the operation routes nothing.
 struct NodeNotice {
   uint64_t active = 0;  // ranks that take part, as the rank's node has it
   engine::AgreedValues agreed{};

@@ -47,9 +47,7 @@ struct NodeOp {
     }
     return placement->ranks_of[node].front();
   }
-  bool serves(uint32_t other) const {
-    return is_elsewhere(other) && server_at(placement->own_node, other) == rank;
-  }
+  bool serves(uint32_t other) const { return is_elsewhere(other) && server_at(placement->own_node, other) == rank; }
   uint64_t place_bit(uint32_t other) const { return uint64_t{1} << placement->index_of[other]; }
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// NodeOutbox: messages that one rank fills for other nodes. For rows of a dispatch one is open per node, and goes when it
-// is full or the last row is packed. Loop thread of the rank; nothing allocates.
+// NodeOutbox: messages that one rank fills for other nodes. For rows of a dispatch one is open per node, and goes when
+// it is full or the last row is packed. Loop thread of the rank; nothing allocates.
 #pragma once
 
 #include <cstddef>

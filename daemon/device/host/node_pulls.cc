@@ -146,8 +146,7 @@ bool NodePulls::finish_tokens(Window* window, uint32_t tokens, kernels::OpReport
     for (uint32_t node = 0; node < op_->placement->nodes(); ++node) {
       const engine::Arrival& sums = window->asked[node].sums;
       if (sums.data != nullptr) {
-        partials_[partial_count_++] = {
-            {sums.data + sizeof(head_), sums.bytes - sizeof(head_), sums.header.entries}, 0};
+        partials_[partial_count_++] = {{sums.data + sizeof(head_), sums.bytes - sizeof(head_), sums.header.entries}, 0};
       }
     }
   }

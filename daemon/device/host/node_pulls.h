@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// NodePulls: a rank's combine as far as it concerns other nodes. Its tokens are taken in windows, two at a time: for each
-// the nodes are sent what to sum, and when all their sums are there the window's tokens are finished. A window is such
-// that what one node sends for it is one message, so no more than two messages per node are ever kept. Loop thread.
+// NodePulls: a rank's combine as far as it concerns other nodes. Its tokens are taken in windows, two at a time: for
+// each the nodes are sent what to sum, and when all their sums are there the window's tokens are finished. A window is
+// such that what one node sends for it is one message, so no more than two messages per node are ever kept. Loop
+// thread.
 #pragma once
 
 #include <array>
@@ -62,8 +63,8 @@ class NodePulls {
   uint32_t next_node_ = 0;    // of it
   uint32_t sent_tokens_ = 0;  // of whole windows
   bool all_sent_ = false;
-  uint64_t given_up_ = 0;                                      // nodes
-  std::vector<uint32_t> messages_;                             // sent, per node
+  uint64_t given_up_ = 0;                                       // nodes
+  std::vector<uint32_t> messages_;                              // sent, per node
   std::vector<kernels::host::NodePartials::Message> partials_;  // of the oldest window
   uint32_t partial_count_ = 0;
 };

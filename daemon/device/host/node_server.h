@@ -31,7 +31,7 @@ class NodeServer {
  private:
   static constexpr uint32_t kPullsPerRank = 2;  // windows of NodePulls
   struct Source {
-    uint32_t waiting = 0;   // messages
+    uint32_t waiting = 0;  // messages
     uint32_t served = 0;
     uint32_t messages = 0;  // in all; 0: not known yet
     bool given_up = false;
@@ -40,7 +40,7 @@ class NodeServer {
 
   const NodeOp* op_ = nullptr;
   NodeOutbox* outbox_ = nullptr;
-  std::vector<Source> sources_;          // per rank
+  std::vector<Source> sources_;           // per rank
   std::vector<engine::Arrival> waiting_;  // a ring
   uint32_t first_ = 0;
   uint32_t count_ = 0;

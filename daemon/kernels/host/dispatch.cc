@@ -131,9 +131,9 @@ void take_token(Dispatcher* run, uint32_t token) {
   if (shape.payload != Payload::kFp8) {
     row.payload = in;
     row.side_stride = shape.side_element_stride;
-    row.side = params.in.side == nullptr ? nullptr
-                                         : static_cast<const char*>(params.in.side) +
-                                               static_cast<int64_t>(token) * shape.side_row_stride;
+    row.side = params.in.side == nullptr
+                   ? nullptr
+                   : static_cast<const char*>(params.in.side) + static_cast<int64_t>(token) * shape.side_row_stride;
     return;
   }
   row.payload = run->payload.data();

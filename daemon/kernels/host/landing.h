@@ -12,12 +12,12 @@ namespace expertd::kernels::host {
 
 /// A token's row with all that lands beside it.
 struct LandingRow {
-  uint32_t token = 0;               // of its source rank
-  const void* payload = nullptr;    // out_row_bytes
-  const int32_t* topk = nullptr;    // [K] global ids, -1 for none
-  const float* weights = nullptr;   // [K]; null: none travel
-  const char* side = nullptr;       // side_elements of the shape; null: none travel
-  int64_t side_stride = 0;          // bytes from one element to the next
+  uint32_t token = 0;                // of its source rank
+  const void* payload = nullptr;     // out_row_bytes
+  const int32_t* topk = nullptr;     // [K] global ids, -1 for none
+  const float* weights = nullptr;    // [K]; null: none travel
+  const char* side = nullptr;        // side_elements of the shape; null: none travel
+  int64_t side_stride = 0;           // bytes from one element to the next
   const uint32_t* scales = nullptr;  // FP8: scale_words() as they land
 };
 

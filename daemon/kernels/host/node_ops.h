@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// What host devices do for a group whose ranks sit on several nodes: the bytes of messages, and pure functions that pack
-// rows and pulls for another node, spread rows that came from one, and sum what another node pulls. Loop threads; nothing
-// allocates or blocks. Whatever arrives is untrusted: nothing in it leads to a read or write outside what it may name.
+// What host devices do for a group whose ranks sit on several nodes: the bytes of messages, and pure functions that
+// pack rows and pulls for another node, spread rows that came from one, and sum what another node pulls. Loop threads;
+// nothing allocates or blocks. Whatever arrives is untrusted: nothing in it leads to a read or write outside what it
+// may name.
 //
 // A message is a MessageHead and `entries` entries of one stride, a multiple of 16. All integers are little-endian, all
 // tables of an entry start at multiples of 4, payload, side, scales and sums at multiples of 16:
 //   rows   int32 token, int32 0, int32 rows[n], int32 topk[K], [float weights[K]], payload, [side or scales]
 //   pulls  int32 token, int32 0, int32 rows[n], int32 topk[K], [float weights[K]: low latency]
 //   sums   int32 token, int32 0, [float weights[K]], bf16 sum[H]
-// token: index on its source rank. n and rows: where rows are numbered per rank (high throughput, not expanded), one per
-// rank of the destination's node, in their order; else K, one per lane whose expert is there. -1: none. As in
+// token: index on its source rank. n and rows: where rows are numbered per rank (high throughput, not expanded), one
+// per rank of the destination's node, in their order; else K, one per lane whose expert is there. -1: none. As in
 // Routing::token_rank and Routing::token_expert they are final: nobody adds a base. topk: global ids, -1 for none. FP8
 // rows are quantised, with their scales as they land (landing.h); side rows are dense.
 #pragma once
@@ -27,8 +28,8 @@ namespace expertd::kernels::host {
 /// Who sits where, as engine::Placement has it.
 struct NodeView {
   uint32_t own_node = 0;
-  std::span<const uint32_t> node_of;               // per rank
-  std::span<const uint32_t> index_of;              // per rank: its place on its node
+  std::span<const uint32_t> node_of;                // per rank
+  std::span<const uint32_t> index_of;               // per rank: its place on its node
   std::span<const std::vector<uint32_t>> ranks_of;  // per node
 
   uint32_t nodes() const { return static_cast<uint32_t>(ranks_of.size()); }
@@ -69,7 +70,9 @@ struct Entries {
   const std::byte* data = nullptr;
   uint64_t bytes = 0;
   uint32_t count = 0;
-  const std::byte* at(const EntryLayout& layout, uint32_t index) const { return data + uint64_t{index} * layout.stride; }
+  const std::byte* at(const EntryLayout& layout, uint32_t index) const {
+    return data + uint64_t{index} * layout.stride;
+  }
   /// Whether the bytes are those of so many entries, each of a token that a rank may have.
   bool well_formed(const OpShape& shape, const EntryLayout& layout) const;
 };
@@ -114,8 +117,8 @@ struct NodePartials {
   std::span<Message> messages;
 };
 
-/// move_range of a combine. The rows of peers on other nodes (in_rows 0) are not pulled; what those nodes made of them is
-/// in `partials`, null where all ranks are on this node.
+/// move_range of a combine. The rows of peers on other nodes (in_rows 0) are not pulled; what those nodes made of them
+/// is in `partials`, null where all ranks are on this node.
 void combine_range(const OpParams& params, const PeerView* peers, const TokenRange& tokens, NodePartials* partials,
                    OpReport* report);
 void ll_combine_range(const OpParams& params, const PeerView* peers, const TokenRange& tokens, NodePartials* partials,
@@ -139,8 +142,8 @@ bool spread_rows(const OpParams& params, const NodeView& nodes, const PeerView& 
 /// Writes a pulls entry for `node` when the token has rows there; returns how many, 0: nothing was written.
 uint32_t pack_pull(const OpParams& params, const NodeView& nodes, uint32_t node, std::span<const uint32_t> capacities,
                    uint32_t token, std::byte* entry);
-/// Sums the rows on this node that a pulls entry names into a sums entry. `peers`: rows of ranks elsewhere are not read.
-/// False: the entry is none that an honest source sends.
+/// Sums the rows on this node that a pulls entry names into a sums entry. `peers`: rows of ranks elsewhere are not
+/// read. False: the entry is none that an honest source sends.
 bool serve_pull(const OpShape& shape, const NodeView& nodes, const PeerView* peers, const MessageHead& head,
                 const std::byte* pull, std::byte* sum);
 

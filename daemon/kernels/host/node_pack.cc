@@ -79,8 +79,8 @@ EntryLayout rows_layout(const OpShape& shape, const MessageHead& head, uint32_t 
   EntryLayout layout = tables_layout(shape, (head.flags & kMessageWeights) != 0, node_ranks, &end);
   layout.payload_at = round_16(end);
   layout.side_at = round_16(uint64_t{layout.payload_at} + shape.out_row_bytes);
-  layout.side_bytes = shape.payload == Payload::kFp8 ? scale_words(shape) * kInt
-                                                     : head.side_elements * head.side_element_bytes;
+  layout.side_bytes =
+      shape.payload == Payload::kFp8 ? scale_words(shape) * kInt : head.side_elements * head.side_element_bytes;
   layout.stride = round_16(uint64_t{layout.side_at} + layout.side_bytes);
   return layout;
 }

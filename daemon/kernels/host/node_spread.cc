@@ -54,7 +54,8 @@ struct Spreader {
       return at < 0 || landed_or_left_out(land_token(shape, row, own, shape.rank, static_cast<uint64_t>(at)));
     }
     for (uint32_t lane = 0; lane < shape.top_k; ++lane) {
-      const bool mine = row.topk[lane] >= 0 && static_cast<uint32_t>(row.topk[lane]) / shape.local_experts == shape.rank;
+      const bool mine =
+          row.topk[lane] >= 0 && static_cast<uint32_t>(row.topk[lane]) / shape.local_experts == shape.rank;
       if (mine && rows[lane] >= 0 &&
           !landed_or_left_out(land_lane(shape, row, own, lane, static_cast<uint64_t>(rows[lane])))) {
         return false;

@@ -30,11 +30,11 @@ static_assert(base::kMaxLocalRanks >= base::kMaxTopK, "a token has at most one r
 
 /// One token's tables: a handle's, or those of a message.
 struct TokenRouting {
-  const int32_t* rank_rows = nullptr;     // [R]; -1: none
-  const int32_t* lane_rows = nullptr;     // [K]; -1: none
-  const int32_t* topk = nullptr;          // [K] global ids; -1: none
-  const float* lane_weights = nullptr;    // [K], LL; null: all are 1
-  float* weights = nullptr;               // [K], zeroes at first: where the weights of the rows go; null: not wanted
+  const int32_t* rank_rows = nullptr;   // [R]; -1: none
+  const int32_t* lane_rows = nullptr;   // [K]; -1: none
+  const int32_t* topk = nullptr;        // [K] global ids; -1: none
+  const float* lane_weights = nullptr;  // [K], LL; null: all are 1
+  float* weights = nullptr;             // [K], zeroes at first: where the weights of the rows go; null: not wanted
 };
 
 /// Bytes pulled from the own rank and from others.
