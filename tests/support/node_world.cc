@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/support/node_world.h"
+
+#include <algorithm>
+
+namespace expertd::test {
+
+namespace host = kernels::host;
+
+namespace {
+
+constexpr uint32_t kHandle = 1;
+
+uint64_t least_message_bytes(const support::RandomCase& random_case, const engine::Placement& placement) {
+  kernels::OpShape shape = random_case.shape;
+  uint64_t bytes = device::counts_message_bytes(shape.ranks, shape.experts);
+  const host::MessageHead head{host::kMessageWeights, shape.side_elements, shape.side_element_bytes, 0};
+  for (const std::vector<uint32_t>& node : placement.ranks_of) {
+    const auto ranks = static_cast<uint32_t>(node.size());
+    bytes = std::max<uint64_t>(bytes, sizeof(head) + host::rows_layout(shape, head, ranks).stride);
+    bytes = std::max<uint64_t>(bytes, sizeof(head) + host::pulls_layout(shape, ranks).stride);
+    bytes = std::max<uint64_t>(bytes, sizeof(head) + host::sums_layout(shape, head).stride);
+  }
+  return bytes;
+}
+
+}  // namespace
+
+std::vector<engine::Placement> random_placements(support::Random* random, uint32_t ranks, uint32_t nodes) {
+  std::vector<uint32_t> node_of(ranks);
+  for (uint32_t rank = 0; rank < ranks; ++rank) {
+    node_of[rank] = rank < nodes ? rank : random->below(nodes);
+  }
+  for (uint32_t rank = ranks; random->chance(70) && rank-- > 1;) {
+    std::swap(node_of[rank], node_of[random->below(rank + 1)]);
+  }
+  std::vector<int32_t> number_of(nodes, -1);  // nodes are numbered in the order of their lowest rank
+  engine::Placement placement;
+  for (uint32_t rank = 0; rank < ranks; ++rank) {
+    int32_t& number = number_of[node_of[rank]];
+    if (number < 0) {
+      number = static_cast<int32_t>(placement.ranks_of.size());
+      placement.ranks_of.emplace_back();
+    }
+    std::vector<uint32_t>& own = placement.ranks_of[static_cast<uint32_t>(number)];
+    placement.node_of.push_back(static_cast<uint32_t>(number));
+    placement.index_of.push_back(static_cast<uint32_t>(own.size()));
+    own.push_back(rank);
+  }
+  std::vector<engine::Placement> placements(nodes, placement);
+  for (uint32_t node = 0; node < nodes; ++node) {
+    placements[node].own_node = node;
+  }
+  return placements;
+}
+
+NodeWorld::NodeWorld(const support::RandomCase& random_case, uint32_t nodes, uint64_t seed)
+    : random_(seed), flags_(nodes), outcomes_(random_case.shape.ranks) {
+  const kernels::OpShape& shape = random_case.shape;
+  auto placements = random_placements(&random_, shape.ranks, nodes);
+  FakeNetworkSettings settings;
+  const uint64_t least = least_message_bytes(random_case, placements[0]);
+  settings.message_bytes = least + random_.below(static_cast<uint32_t>(least) * 3);
+  settings.send_buffers = random_.between(1, 3);
+  // Sums of two windows from every other node, pulls of two windows and counts of two operations from every rank
+  // served.
+  settings.receive_limit = 2 * (nodes - 1) + 4 * shape.ranks;
+  network = std::make_unique<FakeNetwork>(settings, std::move(placements), &random_);
+  shape_.id = base::GroupId{7};
+  shape_.ranks = shape.ranks;
+  shape_.experts = shape.experts;
+  shape_.hidden = shape.hidden;
+  shape_.top_k = shape.top_k;
+  shape_.max_tokens = shape.max_tokens;
+  for (uint32_t node = 0; node < nodes; ++node) {
+    directories_.push_back(std::make_unique<device::HostGroupDirectory>());
+  }
+  for (uint32_t rank = 0; rank < shape.ranks; ++rank) {
+    const base::DeviceIndex index{placement().index_of[rank]};
+    shape_.devices[rank] = index;
+    devices_.push_back(std::make_unique<device::HostDevice>(index, index.value,
+                                                            directories_[placement().node_of[rank]].get(), &wake, 0));
+    engine::GroupShape own = shape_;
+    own.rank = rank;
+    if (!devices_.back()->create_group(own, 4).is_ok()) {
+      std::abort();
+    }
+  }
+}
+
+void NodeWorld::give(RankOp* op, uint32_t tensor, const void* data) {
+  if (data == nullptr) {
+    return;
+  }
+  op->mappings.emplace_back();
+  op->mappings.back().base.fill(const_cast<void*>(data));
+  op->request.tensors[tensor] = {&op->mappings.back(), 0};
+}
+
+void NodeWorld::fill_request(const kernels::OpParams& params, RankOp* op) {
+  op->request.shape = params.shape;
+  give(op, EXPERTD_IN_X, params.in.x);
+  give(op, EXPERTD_IN_TOPK_IDX, params.in.topk_idx);
+  give(op, EXPERTD_IN_TOPK_WEIGHTS, params.in.topk_weights);
+  give(op, EXPERTD_IN_SIDE, params.in.side);
+  give(op, EXPERTD_IN_BIAS0, params.in.bias0);
+  give(op, EXPERTD_IN_BIAS1, params.in.bias1);
+  give(op, EXPERTD_IN_TOKEN_RANK_MASK, params.in.token_rank_mask);
+  give(op, EXPERTD_OUT_X, params.out.x);
+  give(op, EXPERTD_OUT_SIDE, params.out.side);
+  give(op, EXPERTD_OUT_TOPK_IDX, params.out.topk_idx);
+  give(op, EXPERTD_OUT_TOPK_WEIGHTS, params.out.topk_weights);
+  give(op, EXPERTD_OUT_EXPERT_COUNTS, params.out.expert_counts);
+  give(op, EXPERTD_OUT_RANK_PREFIX, params.out.rank_prefix);
+  give(op, EXPERTD_OUT_SRC_INFO, params.out.src_info);
+  give(op, EXPERTD_OUT_LAYOUT_RANGE, params.out.layout_range);
+  give(op, EXPERTD_OUT_STATS, params.out.stats);
+}
+
+bool NodeWorld::launch(uint32_t rank, uint64_t active, std::vector<RankOp>* ops) {
+  const uint32_t node = placement().node_of[rank];
+  engine::LaunchSpec spec;
+  spec.own = &(*ops)[rank].request;
+  spec.group = shape_.id;
+  spec.group_op = number_;
+  spec.ranks = shape_.ranks;
+  spec.rank = rank;
+  spec.active_ranks = active;
+  spec.page = static_cast<uint32_t>(number_ % engine::kExchangePages);
+  spec.flags = &flags_[node];
+  spec.placement = &network->placement(node);
+  spec.fabric = network->port(node);
+  for (const uint32_t local : placement().ranks_of[node]) {
+    spec.devices[local] = shape_.devices[local];
+    spec.requests[local] = (active >> local & 1) != 0 ? &(*ops)[local].request : nullptr;
+  }
+  return devices_[rank]->launch(spec, {}, &(*ops)[rank].part);
+}
+
+std::string NodeWorld::run(const support::RandomCase& random_case, const NodeOpSettings& settings,
+                           const std::vector<uint32_t>* in_rows, support::GroupMemory* memory) {
+  const uint64_t active = random_case.shape.active_ranks;
+  std::vector<RankOp> ops(shape_.ranks);
+  ++number_;
+  for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
+    engine::Request& request = ops[rank].request;
+    fill_request(memory->params[rank], &ops[rank]);
+    request.session = base::SessionId{rank + 1};
+    request.handle_index = kHandle;
+    request.handle_generation = settings.generation;
+    request.with_weights = settings.with_weights;
+    request.traffic = settings.low_latency ? engine::Traffic::kLatency : engine::Traffic::kThroughput;
+    if (in_rows != nullptr) {
+      request.shape.capacity_rows = (*in_rows)[rank];
+    }
+    if (change) {
+      change(rank, &request);
+    }
+  }
+  for (engine::ExchangeFlags& flags : flags_) {
+    flags.routed = 0;
+    flags.moved = 0;
+  }
+  for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
+    if ((active >> rank & 1) != 0 && !launch(rank, active, &ops)) {
+      return "not launched";
+    }
+  }
+  const std::string found = finish(active, &ops);
+  for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
+    memory->reports[rank] = outcomes_[rank].report;
+  }
+  return found;
+}
+
+// Whoever polls a part that says that nothing stirs moves nothing; so the end is found by what did not end.
+std::string NodeWorld::finish(uint64_t active, std::vector<RankOp>* ops) {
+  constexpr uint32_t kMostTurns = 4'000'000;
+  uint32_t left = static_cast<uint32_t>(std::popcount(active));
+  uint32_t idle = 0;
+  for (uint32_t turn = 0; turn < kMostTurns && left != 0 && idle < 20'000; ++turn) {
+    ++idle;
+    if (random_.chance(40) && network->deliver()) {
+      idle = 0;
+    }
+    const uint32_t rank = random_.below(shape_.ranks);
+    RankOp& op = (*ops)[rank];
+    if ((active >> rank & 1) == 0 || op.ended) {
+      continue;
+    }
+    op.ended = devices_[rank]->poll(op.part, &outcomes_[rank]);
+    left -= op.ended ? 1 : 0;
+    idle = op.ended || devices_[rank]->busy() ? 0 : idle;
+  }
+  std::string stuck;
+  for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
+    uint64_t missing = 0;
+    if ((active >> rank & 1) != 0 && !(*ops)[rank].ended) {
+      const uint32_t what = devices_[rank]->missing((*ops)[rank].part, &missing);
+      stuck +=
+          " rank " + std::to_string(rank) + " misses " + std::to_string(what) + " of ranks " + std::to_string(missing);
+      devices_[rank]->abort((*ops)[rank].part, EXPERTD_REASON_TIMEOUT);
+      while (!devices_[rank]->poll((*ops)[rank].part, &outcomes_[rank])) {
+      }
+    }
+  }
+  return stuck.empty() ? stuck : "did not end:" + stuck;
+}
+
+}  // namespace expertd::test

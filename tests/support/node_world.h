@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// NodeWorld: a group whose ranks sit on several nodes, each with host devices of its own, in one process. Runs the
+// operations of random cases through them, polling ranks and delivering messages in a random order. One thread.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "daemon/device/host/host_device.h"
+#include "tests/support/fake_fabric.h"
+#include "tests/support/fake_ports.h"
+#include "tests/support/random_case_buffers.h"
+
+namespace expertd::test {
+
+/// `ranks` ranks on `nodes` nodes, each with one at least; one placement per node.
+std::vector<engine::Placement> random_placements(support::Random* random, uint32_t ranks, uint32_t nodes);
+
+struct NodeOpSettings {
+  uint32_t generation = 1;
+  bool with_weights = false;
+  bool low_latency = false;
+};
+
+class NodeWorld {
+ public:
+  /// `message_bytes`: 0 for little more than the case needs.
+  NodeWorld(const support::RandomCase& random_case, uint32_t nodes, uint64_t seed);
+
+  /// Runs one operation on all active ranks and puts their reports into `memory`; in_rows as for make_combine, null for
+  /// a dispatch. Empty, or what went wrong.
+  std::string run(const support::RandomCase& random_case, const NodeOpSettings& settings,
+                  const std::vector<uint32_t>* in_rows, support::GroupMemory* memory);
+
+  const engine::Placement& placement() const { return network->placement(0); }
+  engine::Outcome& outcome(uint32_t rank) { return outcomes_[rank]; }
+  /// Called with every request before it is launched.
+  std::function<void(uint32_t rank, engine::Request*)> change;
+  std::unique_ptr<FakeNetwork> network;
+  FakeWakePort wake;
+
+ private:
+  struct RankOp {
+    engine::Request request;
+    std::deque<engine::Mapping> mappings;
+    engine::PartId part = 0;
+    bool ended = false;
+  };
+  void give(RankOp* op, uint32_t tensor, const void* data);
+  void fill_request(const kernels::OpParams& params, RankOp* op);
+  bool launch(uint32_t rank, uint64_t active, std::vector<RankOp>* ops);
+  std::string finish(uint64_t active, std::vector<RankOp>* ops);
+
+  support::Random random_;
+  engine::GroupShape shape_;
+  std::vector<std::unique_ptr<device::HostGroupDirectory>> directories_;  // per node
+  std::vector<std::unique_ptr<device::HostDevice>> devices_;              // per rank
+  std::vector<engine::ExchangeFlags> flags_;                              // per node
+  std::vector<engine::Outcome> outcomes_;                                 // per rank
+  uint64_t number_ = 0;
+};
+
+}  // namespace expertd::test
