@@ -8,6 +8,7 @@
 
 #include "daemon/base/clock.h"
 #include "daemon/base/log.h"
+#include "daemon/fabric/bootstrap/node_facts.h"
 
 namespace expertd::app {
 
@@ -49,6 +50,12 @@ fabric::NodeIdentity identity_of(const group::NodeIdentity& node) {
 base::Result<std::unique_ptr<Nodes>> Nodes::create(const config::FabricConfig& config, engine::WakePort* wake,
                                                    supervise::Beat* beat) {
   std::unique_ptr<Nodes> nodes(new Nodes(config, beat));
+  base::Result<std::string> key = fabric::read_cluster_key(config.cluster_key_file);
+  if (!key.is_ok()) {
+    return key.status();
+  }
+  nodes->cluster_key_ = std::move(key).value();
+  nodes->identity_.name = fabric::node_name_or_host(config.node_name);
   EXPERTD_RETURN_IF_ERROR(nodes->open_fabric(wake));
   EXPERTD_RETURN_IF_ERROR(nodes->open_services());
   return nodes;
@@ -65,7 +72,7 @@ Nodes::~Nodes() {
 
 base::Status Nodes::open_fabric(engine::WakePort* wake) {
   fabric::FabricOptions options;
-  options.name = config_.node_name;
+  options.name = identity_.name;
   for (fabric::LaneOptionList& lane : options.lanes) {
     if (!config_.transports.empty()) {
       lane.emplace_back("transports", joined(config_.transports));
@@ -74,7 +81,7 @@ base::Status Nodes::open_fabric(engine::WakePort* wake) {
       lane.emplace_back("devices", joined(config_.devices));
     }
   }
-  options.heartbeat.interval_ns = config_.heartbeat_ns;
+  options.heartbeat.interval_ns = uint64_t{config_.heartbeat_ms} * 1'000'000;
   options.heartbeat.misses = config_.heartbeat_misses;
   base::Result<std::unique_ptr<fabric::Fabric>> created = fabric::Fabric::create(options, wake, this);
   if (!created.is_ok()) {
@@ -82,7 +89,6 @@ base::Status Nodes::open_fabric(engine::WakePort* wake) {
   }
   fabric_ = std::move(created).value();
   identity_.id = fabric_->identity().node_id;
-  identity_.name = config_.node_name;
   identity_.lanes = lanes_of(fabric_->identity());
   return base::Status::ok();
 }
@@ -90,7 +96,7 @@ base::Status Nodes::open_fabric(engine::WakePort* wake) {
 base::Status Nodes::open_services() {
   fabric::PeerServerOptions server;
   server.listen = config_.listen;
-  server.cluster_key = config_.cluster_key;
+  server.cluster_key = cluster_key_;
   server.identity = identity_;
   server.rendezvous.max_nodes = config_.max_nodes;
   base::Result<std::unique_ptr<fabric::PeerServer>> served = fabric::PeerServer::create(server);
@@ -98,7 +104,7 @@ base::Status Nodes::open_services() {
     return served.status();
   }
   server_ = std::move(served).value();
-  identity_.address = config_.advertise + ":" + std::to_string(server_->port());
+  identity_.address = fabric::advertised_address(config_.advertise, config_.listen, server_->port());
   return base::Status::ok();
 }
 
@@ -107,7 +113,7 @@ base::Status Nodes::attach(session::SessionService* sessions) {
   fabric::RendezvousClientOptions options;
   options.identity = identity_;
   options.rendezvous = config_.rendezvous;
-  options.cluster_key = config_.cluster_key;
+  options.cluster_key = cluster_key_;
   options.own_port = server_->port();
   base::Result<std::unique_ptr<fabric::RendezvousClient>> client =
       fabric::RendezvousClient::create(options, [this](bool hosting) { server_->set_hosting(hosting); });
