@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The effective configuration as typed values, where each came from, and the call that builds it.
 // Value types: `main` calls load() before any thread starts and again on SIGHUP; everyone else gets
-// a const Config&. Never logs, never exits. The defaults live in the table of keys (keys.cc) alone:
+// a const Config&. Never logs, never exits. The defaults live in the table of keys (key_table.cc) alone:
 // a default-constructed Config is zero, see defaults().
 #pragma once
 
@@ -70,6 +70,23 @@ struct SessionConfig {
   uint64_t max_registered_bytes = 0;  // 0: no limit
 };
 
+struct FabricConfig {
+  bool enabled = false;
+  std::string listen;                   // "ADDRESS:PORT", literal
+  std::string advertise;                // host, without a port; empty: that of listen, or the name of the host
+  std::vector<std::string> rendezvous;  // "HOST:PORT" in order, or one "dns:NAME:PORT"; not empty when enabled
+  std::string node_name;                // empty: the name of the host
+  std::string cluster_key_file;         // empty: no key
+  std::vector<std::string> transports;  // empty: UCX's choice
+  std::vector<std::string> devices;     // empty: UCX's choice
+  uint32_t heartbeat_ms = 0;
+  uint32_t heartbeat_misses = 0;
+  bool require_direct = false;
+  uint64_t message_bytes = 0;
+  uint32_t messages_per_peer = 0;
+  uint32_t max_nodes = 0;
+};
+
 struct MetricsConfig {
   bool enabled = false;
   std::string address;  // an IPv4 or IPv6 literal
@@ -87,6 +104,7 @@ struct Config {
   DeviceConfig device;
   EngineConfig engine;
   SessionConfig session;
+  FabricConfig fabric;
   MetricsConfig metrics;
   LogConfig log;
 };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The one table of configuration keys. The loader, the printer, the command line and the example
-// file all walk it, so a key is added by adding its row (keys.cc) and its field (config.h).
+// file all walk it, so a key is added by adding its row (key_table.cc) and its field (config.h).
 // Immutable, any thread; read inside daemon/config.
 #pragma once
 
@@ -27,6 +27,7 @@ enum class Type {
   kAddress,  // IPv4 or IPv6 literal
   kGpus,
   kIntegerList,
+  kTextList,
 };
 
 /// A parsed value before it lands in its field: which member counts follows from the key's type.
@@ -35,6 +36,7 @@ struct Value {
   bool automatic = false;  // a size given as "auto"
   std::string text;        // string, path, address; the normalised list of kGpus
   std::vector<uint32_t> list;
+  std::vector<std::string> texts;
 };
 
 struct Key {
@@ -50,6 +52,8 @@ struct Key {
   std::string_view sentence = {};
   std::string_view short_environment = {};  // a second variable, which environment_name() wins over
   bool reloadable = false;
+  bool (*accepts)(std::string_view text) = nullptr;  // kString, each entry of kTextList; null: anything
+  std::string_view form = {};                        // what it accepts, for messages
   void (*set)(Config& config, const Value& value) = nullptr;
 };
 

@@ -75,7 +75,8 @@ std::string place_text(const std::string& path, Place place) {
   return path + ":" + std::to_string(place.line) + ":" + std::to_string(place.column);
 }
 
-bool accepts(Type type, NodeKind kind) {
+bool accepts(Type type, const FileEntry& entry) {
+  const NodeKind kind = entry.kind;
   switch (type) {
     case Type::kBool:
       return kind == NodeKind::kBoolean;
@@ -87,6 +88,8 @@ bool accepts(Type type, NodeKind kind) {
       return kind == NodeKind::kInteger || kind == NodeKind::kString;
     case Type::kIntegerList:
       return kind == NodeKind::kIntegerArray;
+    case Type::kTextList:
+      return kind == NodeKind::kStringArray || (kind == NodeKind::kIntegerArray && entry.text.empty());
     case Type::kMode:
     case Type::kChoice:
     case Type::kString:
@@ -137,7 +140,7 @@ void Loader::read_entry(const std::string& path, const FileEntry& entry) {
     return;
   }
   const std::string place = place_text(path, entry.value_place);
-  if (!accepts(key->type, entry.kind)) {
+  if (!accepts(key->type, entry)) {
     add_mistake(base::Status(EXPERTD_REASON_CONFIG_BAD_VALUE, place + ": " + full_name(*key) + ": found " +
                                                                   std::string(node_kind_name(entry.kind)) +
                                                                   ", wanted " + describe_allowed(*key)));
@@ -232,6 +235,17 @@ void Loader::check_together() {
   const Setting& hosts = setting("device.hosts");
   if (gpus.value.text == "none" && hosts.value.integer == 0) {
     refuse(hosts.place, "device.hosts: 0 together with device.gpus \"none\" leaves nothing to serve");
+  }
+  const Setting& fabric = setting("fabric.enabled");
+  const Setting& rendezvous = setting("fabric.rendezvous");
+  const std::vector<std::string>& places = rendezvous.value.texts;
+  if (fabric.value.integer != 0 && places.empty()) {
+    refuse(fabric.place,
+           "fabric.enabled: needs fabric.rendezvous, the daemons at which the ranks of a group find each other");
+  }
+  const bool has_name = std::ranges::any_of(places, [](const std::string& place) { return place.starts_with("dns:"); });
+  if (has_name && places.size() > 1) {
+    refuse(rendezvous.place, "fabric.rendezvous: a \"dns:\" entry stands for every daemon, so it must be the only one");
   }
 }
 

@@ -27,16 +27,22 @@ Place place_of(const toml::source_region& region) {
   return Place{static_cast<uint32_t>(region.begin.line), static_cast<uint32_t>(region.begin.column)};
 }
 
+/// Of integers alone or of strings alone; a string with a comma is none that a list may hold. An empty one is both.
 void set_array(const toml::array& array, FileEntry& entry) {
-  entry.kind = NodeKind::kIntegerArray;
+  entry.kind = array.empty() || array.front().is_integer() ? NodeKind::kIntegerArray : NodeKind::kStringArray;
   for (const toml::node& element : array) {
     const toml::value<int64_t>* integer = element.as_integer();
-    if (integer == nullptr) {
+    const toml::value<std::string>* string = element.as_string();
+    const bool fits = entry.kind == NodeKind::kIntegerArray
+                          ? integer != nullptr
+                          : string != nullptr && string->get().find(',') == std::string::npos && !string->get().empty();
+    if (!fits) {
       entry.kind = NodeKind::kOtherArray;
       entry.text.clear();
       return;
     }
-    entry.text.append(entry.text.empty() ? "" : ",").append(std::to_string(integer->get()));
+    entry.text.append(entry.text.empty() ? "" : ",");
+    entry.text.append(integer != nullptr ? std::to_string(integer->get()) : string->get());
   }
 }
 
@@ -92,6 +98,8 @@ std::string_view node_kind_name(NodeKind kind) {
       return "a string";
     case NodeKind::kIntegerArray:
       return "an array of integers";
+    case NodeKind::kStringArray:
+      return "an array of strings";
     case NodeKind::kOtherArray:
       return "an array";
     case NodeKind::kTable:

@@ -14,7 +14,7 @@
 
 namespace expertd::config {
 
-enum class NodeKind { kBoolean, kInteger, kFloat, kString, kIntegerArray, kOtherArray, kTable, kDate };
+enum class NodeKind { kBoolean, kInteger, kFloat, kString, kIntegerArray, kStringArray, kOtherArray, kTable, kDate };
 
 /// "an integer", for messages.
 std::string_view node_kind_name(NodeKind kind);
@@ -30,7 +30,7 @@ struct FileEntry {
   std::string section;  // empty at the top level
   std::string name;
   NodeKind kind = NodeKind::kString;
-  std::string text;  // booleans, integers and strings as text, integer arrays with commas
+  std::string text;  // booleans, integers and strings as text, arrays of them with commas
   Place key_place;
   Place value_place;
 };

@@ -20,6 +20,7 @@ namespace {
 
 constexpr size_t kMaxTextBytes = 4096;
 constexpr size_t kMaxListEntries = 1024;
+constexpr size_t kMaxTextEntries = 64;
 
 struct Unit {
   std::string_view name;
@@ -187,6 +188,9 @@ base::Result<Value> parse_string(const Key& key, std::string_view text) {
       return refuse(key, text);
     }
   }
+  if (key.accepts != nullptr && !key.accepts(text)) {
+    return refuse(key, text);
+  }
   if (key.type == Type::kPath) {
     const bool may_be_empty = key.default_text.empty();
     if (text.empty() ? !may_be_empty : text.front() != '/') {
@@ -275,6 +279,23 @@ base::Result<Value> parse_list(const Key& key, std::string_view text) {
   return value;
 }
 
+base::Result<Value> parse_texts(const Key& key, std::string_view text) {
+  Value value;
+  if (text.empty() || text == "[]") {
+    return value;
+  }
+  const bool accepted = each_item(text, [&](std::string_view item) {
+    const bool fits = !item.empty() && is_printable(item) && item.size() <= kMaxTextBytes && key.accepts(item);
+    const bool repeated = std::find(value.texts.begin(), value.texts.end(), item) != value.texts.end();
+    value.texts.emplace_back(item);
+    return fits && !repeated && value.texts.size() <= kMaxTextEntries;
+  });
+  if (!accepted) {
+    return refuse(key, text);
+  }
+  return value;
+}
+
 }  // namespace
 
 base::Result<Value> parse_value(const Key& key, std::string_view text) {
@@ -298,6 +319,8 @@ base::Result<Value> parse_value(const Key& key, std::string_view text) {
       return parse_gpus(key, trim(text));
     case Type::kIntegerList:
       return parse_list(key, trim(text));
+    case Type::kTextList:
+      return parse_texts(key, trim(text));
   }
   return base::Status(EXPERTD_REASON_INTERNAL, "a key of a type without a parser");
 }
@@ -336,6 +359,13 @@ std::string format_value(const Key& key, const Value& value) {
       }
       return out + "]";
     }
+    case Type::kTextList: {
+      std::string out = "[";
+      for (const std::string& item : value.texts) {
+        out.append(out.size() > 1 ? ", " : "").append(quote(item));
+      }
+      return out + "]";
+    }
   }
   return {};
 }
@@ -365,7 +395,7 @@ std::string describe_allowed(const Key& key) {
       return out;
     }
     case Type::kString:
-      return "a text";
+      return key.form.empty() ? "a text" : std::string(key.form);
     case Type::kPath:
       return key.default_text.empty() ? "an absolute path, or empty" : "an absolute path";
     case Type::kAddress:
@@ -375,6 +405,8 @@ std::string describe_allowed(const Key& key) {
              " different indices and UUIDs (GPU-...) separated by commas";
     case Type::kIntegerList:
       return "a list of integers from " + range;
+    case Type::kTextList:
+      return "a list of at most " + std::to_string(kMaxTextEntries) + " different " + std::string(key.form);
   }
   return {};
 }

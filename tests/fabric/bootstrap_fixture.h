@@ -61,6 +61,7 @@ class TestNode {
     group::RendezvousOptions options = {};
     uint64_t first_bytes_ns = 5 * kSecond;
     uint32_t connections_max = 256;
+    bool hosts_by_list = true;  // false: only the test tells the server whether it hosts
   };
 
   explicit TestNode(Settings settings) : settings_(std::move(settings)) {
@@ -134,7 +135,7 @@ class TestNode {
     options.backoff_min_ns = 10'000'000;
     options.backoff_max_ns = 200'000'000;
     base::Result<std::unique_ptr<RendezvousClient>> client = RendezvousClient::create(options, [this](bool hosting) {
-      if (PeerServer* const server = current_.load()) {
+      if (PeerServer* const server = current_.load(); server != nullptr && settings_.hosts_by_list) {
         server->set_hosting(hosting);
       }
     });

@@ -306,6 +306,50 @@ TEST_F(ConfigLoader, RefusesToServeNothing) {
   EXPECT_NE(mistake(EXPERTD_REASON_CONFIG_BAD_VALUE).find("nothing to serve"), std::string::npos);
 }
 
+TEST_F(ConfigLoader, ReadsTheFabric) {
+  write(
+      "[fabric]\nenabled = true\nlisten = \"[::]:9465\"\nrendezvous = [\"a:9465\", \"b:9465\"]\nrequire = \"direct\"\n"
+      "heartbeat_ms = 1000\nmessage_bytes = \"64KiB\"\ntransports = []\ndevices = [\"mlx5_0:1\"]\n");
+  const FabricConfig fabric = loaded().config.fabric;
+  EXPECT_TRUE(fabric.enabled);
+  EXPECT_EQ(fabric.listen, "[::]:9465");
+  EXPECT_EQ(fabric.rendezvous, (std::vector<std::string>{"a:9465", "b:9465"}));
+  EXPECT_TRUE(fabric.require_direct);
+  EXPECT_EQ(fabric.heartbeat_ms, 1000U);
+  EXPECT_EQ(fabric.heartbeat_misses, 5U);
+  EXPECT_EQ(fabric.message_bytes, 65536U);
+  EXPECT_EQ(fabric.messages_per_peer, 4U);
+  EXPECT_EQ(fabric.max_nodes, 64U);
+  EXPECT_TRUE(fabric.transports.empty());
+  EXPECT_EQ(fabric.devices, (std::vector<std::string>{"mlx5_0:1"}));
+}
+
+TEST_F(ConfigLoader, TakesTheRendezvousFromTheEnvironmentToo) {
+  write("[fabric]\nenabled = true\n");
+  environment_["EXPERTD_FABRIC_RENDEZVOUS"] = "a:1,b:2";
+  EXPECT_EQ(loaded().config.fabric.rendezvous, (std::vector<std::string>{"a:1", "b:2"}));
+}
+
+TEST_F(ConfigLoader, WantsARendezvousWhereTheFabricIsEnabled) {
+  write("[fabric]\nenabled = true\n");
+  EXPECT_EQ(
+      mistake(EXPERTD_REASON_CONFIG_BAD_VALUE),
+      "expertd.toml:2:11: fabric.enabled: needs fabric.rendezvous, the daemons at which the ranks of a group find "
+      "each other");
+}
+
+TEST_F(ConfigLoader, WantsANameOfAllDaemonsAlone) {
+  write("[fabric]\nrendezvous = [\"dns:a:1\", \"b:1\"]\n");
+  EXPECT_NE(mistake(EXPERTD_REASON_CONFIG_BAD_VALUE).find("must be the only one"), std::string::npos);
+}
+
+TEST_F(ConfigLoader, RefusesListsOfTextsThatHoldOtherThings) {
+  for (const char* text : {"[1, 2]", "[\"a:1\", 2]", "\"a:1\"", "[\"a:1,b:1\"]", "[\"\"]", "[[\"a:1\"]]"}) {
+    write(std::string("[fabric]\nrendezvous = ") + text);
+    EXPECT_NE(mistake(EXPERTD_REASON_CONFIG_BAD_VALUE).find("found "), std::string::npos) << text;
+  }
+}
+
 TEST_F(ConfigLoader, SortsAChangeIntoReloadableAndRestart) {
   write("");
   const LoadedConfig before = loaded();

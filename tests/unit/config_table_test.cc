@@ -202,6 +202,53 @@ TEST(ConfigValue, TakesListsOfUserIds) {
   EXPECT_TRUE(refused("control.allowed_uids", "-1"));
 }
 
+TEST(ConfigTable, SaysOfEveryListWhatItsEntriesAre) {
+  for (const Key& key : keys()) {
+    if (key.type == Type::kTextList) {
+      EXPECT_NE(key.accepts, nullptr) << full_name(key);
+    }
+    EXPECT_EQ(key.accepts == nullptr, key.form.empty()) << full_name(key);
+  }
+}
+
+TEST(ConfigValue, TakesListsOfPeers) {
+  EXPECT_EQ(literal("fabric.rendezvous", "a-1.svc:9465, [fd00::1]:1"), "[\"a-1.svc:9465\", \"[fd00::1]:1\"]");
+  EXPECT_EQ(literal("fabric.rendezvous", "dns:expertd.ml.svc:9465"), "[\"dns:expertd.ml.svc:9465\"]");
+  EXPECT_EQ(literal("fabric.rendezvous", ""), "[]");
+  EXPECT_EQ(literal("fabric.rendezvous", "[]"), "[]");
+  for (const char* text : {"a", "a:", ":1", "a:0", "a:65536", "a:-1", "a:1x", "a:1,", "a:1,,b:1", "a:1,a:1", "a b:1",
+                           "fd00::1:9465", "[fd00::1]", "[a]:1", "dns::1", "dns:a", "dns:[fd00::1]:1", "http://a:1"}) {
+    EXPECT_TRUE(refused("fabric.rendezvous", text)) << text;
+  }
+  std::string many;
+  for (int i = 0; i < 65; ++i) {
+    many += (i == 0 ? "n" : ",n") + std::to_string(i) + ":1";
+  }
+  EXPECT_TRUE(refused("fabric.rendezvous", many));
+  EXPECT_FALSE(refused("fabric.rendezvous", many.substr(0, many.rfind(','))));
+}
+
+TEST(ConfigValue, WantsAnAddressWithAPortToListenOn) {
+  EXPECT_EQ(literal("fabric.listen", "[::]:0"), "\"[::]:0\"");
+  EXPECT_EQ(literal("fabric.listen", "10.0.0.1:65535"), "\"10.0.0.1:65535\"");
+  for (const char* text : {"", "10.0.0.1", "host:1", "::1:1", "10.0.0.1:70000", "[10.0.0.1]:1", " 10.0.0.1:1"}) {
+    EXPECT_TRUE(refused("fabric.listen", text)) << text;
+  }
+}
+
+TEST(ConfigValue, TakesNamesOfNodesHostsTransportsAndDevices) {
+  EXPECT_EQ(literal("fabric.node_name", "rack 1"), "\"rack 1\"");
+  EXPECT_TRUE(refused("fabric.node_name", std::string(65, 'x')));
+  EXPECT_TRUE(refused("fabric.node_name", "n\xC3\xBC"));
+  EXPECT_EQ(literal("fabric.advertise", "fd00::1"), "\"fd00::1\"");
+  EXPECT_EQ(literal("fabric.advertise", ""), "\"\"");
+  EXPECT_TRUE(refused("fabric.advertise", "host:1"));
+  EXPECT_EQ(literal("fabric.devices", "mlx5_0:1,eth0"), "[\"mlx5_0:1\", \"eth0\"]");
+  EXPECT_TRUE(refused("fabric.devices", "eth0;rm"));
+  EXPECT_EQ(literal("fabric.transports", "tcp;shm"),
+            "\"tcp;shm\" is not a list of at most 64 different names such as \"tcp\", \"shm\" or \"rc\"");
+}
+
 TEST(ConfigValue, QuotesWhatTomlAndJsonWantQuoted) {
   EXPECT_EQ(quote("a\"b\\c\n\x7F"), "\"a\\\"b\\\\c\\u000A\\u007F\"");
 }
