@@ -360,6 +360,7 @@ void Engine::complete(EngineSession& session, Op& op, uint64_t now_ns) {
   completion.rank = -1;
   if (op.part != 0) {
     fill_from_report(op.outcome.report, &completion);
+    completion.peer_reason = op.outcome.peer_reason;
     completion.missing = op.outcome.missing;
     if (op.outcome.report.reason != 0 && op.failure.reason != 0) {
       fill_from_failure(op.failure, &completion);

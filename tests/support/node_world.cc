@@ -55,7 +55,7 @@ std::vector<engine::Placement> random_placements(support::Random* random, uint32
 }
 
 NodeWorld::NodeWorld(const support::RandomCase& random_case, uint32_t nodes, uint64_t seed)
-    : random_(seed), flags_(nodes), outcomes_(random_case.shape.ranks) {
+    : random_(seed), wakes_(nodes), awake_(random_case.shape.ranks), flags_(nodes), outcomes_(random_case.shape.ranks) {
   const kernels::OpShape& shape = random_case.shape;
   auto placements = random_placements(&random_, shape.ranks, nodes);
   FakeNetworkSettings settings;
@@ -66,6 +66,7 @@ NodeWorld::NodeWorld(const support::RandomCase& random_case, uint32_t nodes, uin
   // served.
   settings.receive_limit = 2 * (nodes - 1) + 4 * shape.ranks;
   network = std::make_unique<FakeNetwork>(settings, std::move(placements), &random_);
+  network->stirred = [this](uint32_t /*node*/, uint32_t rank) { awake_[rank] = true; };
   shape_.id = base::GroupId{7};
   shape_.ranks = shape.ranks;
   shape_.experts = shape.experts;
@@ -74,12 +75,14 @@ NodeWorld::NodeWorld(const support::RandomCase& random_case, uint32_t nodes, uin
   shape_.max_tokens = shape.max_tokens;
   for (uint32_t node = 0; node < nodes; ++node) {
     directories_.push_back(std::make_unique<device::HostGroupDirectory>());
+    wakes_[node].world = this;
+    wakes_[node].node = node;
   }
   for (uint32_t rank = 0; rank < shape.ranks; ++rank) {
     const base::DeviceIndex index{placement().index_of[rank]};
     shape_.devices[rank] = index;
-    devices_.push_back(std::make_unique<device::HostDevice>(index, index.value,
-                                                            directories_[placement().node_of[rank]].get(), &wake, 0));
+    devices_.push_back(std::make_unique<device::HostDevice>(
+        index, index.value, directories_[placement().node_of[rank]].get(), &wakes_[placement().node_of[rank]], 0));
     engine::GroupShape own = shape_;
     own.rank = rank;
     if (!devices_.back()->create_group(own, 4).is_ok()) {
@@ -162,7 +165,8 @@ std::string NodeWorld::run(const support::RandomCase& random_case, const NodeOpS
     flags.moved = 0;
   }
   for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
-    if ((active >> rank & 1) != 0 && !launch(rank, active, &ops)) {
+    const uint64_t seen = active_of ? active_of(rank) : active;
+    if ((active >> rank & 1) != 0 && !launch(rank, seen, &ops)) {
       return "not launched";
     }
   }
@@ -173,32 +177,37 @@ std::string NodeWorld::run(const support::RandomCase& random_case, const NodeOpS
   return found;
 }
 
-// Whoever polls a part that says that nothing stirs moves nothing; so the end is found by what did not end.
+// A rank is polled only when its device says that it may advance, or something woke its loop: a part that should have
+// said so and did not is found here as one that does not end.
 std::string NodeWorld::finish(uint64_t active, std::vector<RankOp>* ops) {
-  constexpr uint32_t kMostTurns = 4'000'000;
-  uint32_t left = static_cast<uint32_t>(std::popcount(active));
-  uint32_t idle = 0;
-  for (uint32_t turn = 0; turn < kMostTurns && left != 0 && idle < 20'000; ++turn) {
-    ++idle;
-    if (random_.chance(40) && network->deliver()) {
-      idle = 0;
+  awake_.assign(shape_.ranks, true);
+  std::vector<uint32_t> ready;
+  for (bool stirs = true; stirs;) {
+    ready.clear();
+    for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
+      if ((active >> rank & 1) != 0 && !(*ops)[rank].ended && (awake_[rank] || devices_[rank]->busy())) {
+        ready.push_back(rank);
+      }
     }
-    const uint32_t rank = random_.below(shape_.ranks);
-    RankOp& op = (*ops)[rank];
-    if ((active >> rank & 1) == 0 || op.ended) {
-      continue;
+    stirs = (ready.empty() || random_.chance(40)) && network->deliver();
+    if (!ready.empty()) {
+      const uint32_t rank = ready[random_.below(static_cast<uint32_t>(ready.size()))];
+      awake_[rank] = false;
+      (*ops)[rank].ended = devices_[rank]->poll((*ops)[rank].part, &outcomes_[rank]);
+      stirs = true;
     }
-    op.ended = devices_[rank]->poll(op.part, &outcomes_[rank]);
-    left -= op.ended ? 1 : 0;
-    idle = op.ended || devices_[rank]->busy() ? 0 : idle;
   }
   std::string stuck;
+  aborted = 0;
+  missed.assign(shape_.ranks, {0, 0});
   for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
     uint64_t missing = 0;
     if ((active >> rank & 1) != 0 && !(*ops)[rank].ended) {
       const uint32_t what = devices_[rank]->missing((*ops)[rank].part, &missing);
       stuck +=
           " rank " + std::to_string(rank) + " misses " + std::to_string(what) + " of ranks " + std::to_string(missing);
+      missed[rank] = {what, missing};
+      aborted |= uint64_t{1} << rank;
       devices_[rank]->abort((*ops)[rank].part, EXPERTD_REASON_TIMEOUT);
       while (!devices_[rank]->poll((*ops)[rank].part, &outcomes_[rank])) {
       }

@@ -38,10 +38,22 @@ class NodeWorld {
   engine::Outcome& outcome(uint32_t rank) { return outcomes_[rank]; }
   /// Called with every request before it is launched.
   std::function<void(uint32_t rank, engine::Request*)> change;
+  /// Instead of the case's active ranks, those that a rank's node takes for active.
+  std::function<uint64_t(uint32_t rank)> active_of;
+  /// Ranks that did not end by themselves in the last operation and were aborted; and what each missed.
+  uint64_t aborted = 0;
+  std::vector<std::pair<uint32_t, uint64_t>> missed;
   std::unique_ptr<FakeNetwork> network;
-  FakeWakePort wake;
 
  private:
+  /// Wakes loops of one node.
+  struct Wake final : engine::WakePort {
+    void wake(base::DeviceIndex device) override {
+      world->awake_[world->placement().ranks_of[node][device.value]] = true;
+    }
+    NodeWorld* world = nullptr;
+    uint32_t node = 0;
+  };
   struct RankOp {
     engine::Request request;
     std::deque<engine::Mapping> mappings;
@@ -57,6 +69,8 @@ class NodeWorld {
   engine::GroupShape shape_;
   std::vector<std::unique_ptr<device::HostGroupDirectory>> directories_;  // per node
   std::vector<std::unique_ptr<device::HostDevice>> devices_;              // per rank
+  std::vector<Wake> wakes_;                                               // per node
+  std::vector<bool> awake_;                                               // per rank: its loop looks at its part again
   std::vector<engine::ExchangeFlags> flags_;                              // per node
   std::vector<engine::Outcome> outcomes_;                                 // per rank
   uint64_t number_ = 0;
