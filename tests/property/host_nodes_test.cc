@@ -39,5 +39,26 @@ TEST(HostNodes, LowLatencyEqualsOneNode) {
   }
 }
 
+/// Ranks come to the operations at different times, so that messages of later ones arrive early.
+TEST(HostNodes, OperationsFollowEachOtherWithoutWaiting) {
+  for (const uint64_t seed : seeds_to_run(kCases / 2)) {
+    NodesCase run(seed, seed % 2 == 0 ? OpKind::kDispatch : OpKind::kLlDispatch);
+    if (run.nodes == 0) {
+      continue;
+    }
+    run.dispatch.later_active = run.dispatch.shape.active_ranks;
+    for (uint32_t round = 0; round < 2; ++round) {
+      run.start_dispatch(run.dispatch);
+      run.start_combine();
+      if (!run.settings.low_latency) {
+        run.start_cached();
+      }
+      run.start_combine();
+    }
+    ASSERT_EQ(run.finish(), "") << repro_line(run.dispatch);
+    ASSERT_TRUE(run.world->network->quiet()) << repro_line(run.dispatch);
+  }
+}
+
 }  // namespace
 }  // namespace expertd::support

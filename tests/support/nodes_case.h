@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -94,21 +95,47 @@ struct NodesCase {
     }
   }
 
-  std::string run_dispatch(const RandomCase& random_case) {
-    GroupMemory one = make_dispatch(random_case, &handles);
-    drive(Drive::kWhole, &one);
-    auto unused = make_handles(random_case);
-    GroupMemory many = make_dispatch(random_case, &unused);
-    const std::string stuck = world->run(random_case, settings, nullptr, &many);
-    return stuck.empty() ? compare_dispatch(random_case.shape, many, one) : stuck;
+  /// A dispatch, on one node at once, on several with finish().
+  void start_dispatch(const RandomCase& random_case) {
+    Pending& op = pending.emplace_back();
+    op.random_case = random_case;
+    op.one = make_dispatch(op.random_case, &handles);
+    drive(Drive::kWhole, &op.one);
+    auto unused = make_handles(op.random_case);
+    op.many = make_dispatch(op.random_case, &unused);
+    world->start(op.random_case, settings, nullptr, &op.many);
   }
 
-  std::string run_cached() {
+  void start_cached() {
     RandomCase again = dispatch;
     refill_payload(again.seed, &again);
     again.shape.cached = 1;
     again.shape.active_ranks = again.later_active;
-    return run_dispatch(again);
+    start_dispatch(again);
+  }
+
+  /// Runs what was started on several nodes; empty when both did the same.
+  std::string finish() {
+    std::string found = world->finish();
+    for (const Pending& op : pending) {
+      if (found.empty()) {
+        found = op.combines ? compare_combine(op) : compare_dispatch(op.random_case.shape, op.many, op.one);
+      }
+    }
+    pending.clear();
+    return found;
+  }
+  std::string run_dispatch(const RandomCase& random_case) {
+    start_dispatch(random_case);
+    return finish();
+  }
+  std::string run_cached() {
+    start_cached();
+    return finish();
+  }
+  std::string run_combine() {
+    start_combine();
+    return finish();
   }
 
   RandomCase combine_case() {
@@ -128,68 +155,87 @@ struct NodesCase {
     return combine;
   }
 
-  std::string run_combine() {
-    const RandomCase combine = combine_case();
+  void start_combine() {
+    Pending& op = pending.emplace_back();
+    op.combines = true;
+    op.random_case = combine_case();
+    const RandomCase& combine = op.random_case;
     const size_t width = combine.shape.expanded != 0 ? 1 : combine.shape.top_k;
-    std::vector<CombineInput> rows(combine.shape.ranks);
-    std::vector<uint32_t> in_rows = combine.capacities;
+    op.rows.resize(combine.shape.ranks);
+    op.in_rows = combine.capacities;
     for (uint32_t rank = 0; rank < combine.shape.ranks; ++rank) {
-      in_rows[rank] = random.chance(5) ? in_rows[rank] / 2 : in_rows[rank];
-      rows[rank].x = random_rows(&random, size_t{in_rows[rank]} * combine.shape.hidden);
-      for (size_t i = 0; combine.combine_weights && i < in_rows[rank] * width; ++i) {
-        rows[rank].weights.push_back(static_cast<float>(random.unit()));
+      uint32_t& in_rows = op.in_rows[rank];
+      in_rows = random.chance(5) ? in_rows / 2 : in_rows;
+      op.rows[rank].x = random_rows(&random, size_t{in_rows} * combine.shape.hidden);
+      for (size_t i = 0; combine.combine_weights && i < in_rows * width; ++i) {
+        op.rows[rank].weights.push_back(static_cast<float>(random.unit()));
       }
     }
-    GroupMemory one = make_combine(combine, &handles, rows, in_rows);
-    drive(Drive::kWhole, &one);
-    GroupMemory many = make_combine(combine, &handles, rows, in_rows);
+    op.one = make_combine(combine, &handles, op.rows, op.in_rows);
+    drive(Drive::kWhole, &op.one);
+    for (uint32_t node = 0; node < nodes; ++node) {
+      op.partials.push_back(partial_of(op, node));
+    }
+    op.many = make_combine(combine, &handles, op.rows, op.in_rows);
     test::NodeOpSettings with = settings;
     with.with_weights = combine.combine_weights;
-    const std::string stuck = world->run(combine, with, &in_rows, &many);
-    if (!stuck.empty()) {
-      return stuck;
-    }
-    std::vector<GroupMemory> partials;  // what each node's ranks hold
-    for (uint32_t node = 0; node < nodes; ++node) {
-      std::vector<uint32_t> of_node = in_rows;
-      for (uint32_t rank = 0; rank < combine.shape.ranks; ++rank) {
-        of_node[rank] = world->placement().node_of[rank] == node ? in_rows[rank] : 0;
-      }
-      RandomCase plain = combine;
-      for (RankInput& input : plain.inputs) {
-        input.bias0.clear();
-        input.bias1.clear();
-      }
-      partials.push_back(make_combine(plain, &handles, rows, of_node));
-      drive(Drive::kWhole, &partials.back());
-    }
-    return compare_combine(combine, many, one, partials);
+    world->start(combine, with, &op.in_rows, &op.many);
   }
 
-  std::string compare_combine(const RandomCase& combine, const GroupMemory& many, const GroupMemory& one,
-                              const std::vector<GroupMemory>& partials) const {
-    for (uint32_t rank = 0; rank < combine.shape.ranks; ++rank) {
-      const RankMemory& got = many.ranks[rank];
-      const RankMemory& wanted = one.ranks[rank];
-      if (!active(combine.shape.active_ranks, rank)) {
+  struct Pending {
+    bool combines = false;
+    RandomCase random_case;
+    std::vector<CombineInput> rows;
+    std::vector<uint32_t> in_rows;
+    GroupMemory one;
+    GroupMemory many;
+    std::vector<GroupMemory> partials;  // per node: what its ranks hold
+  };
+
+  GroupMemory partial_of(const Pending& op, uint32_t node) {
+    std::vector<uint32_t> of_node = op.in_rows;
+    RandomCase plain = op.random_case;
+    for (uint32_t rank = 0; rank < plain.shape.ranks; ++rank) {
+      of_node[rank] = world->placement().node_of[rank] == node ? of_node[rank] : 0;
+      plain.inputs[rank].bias0.clear();
+      plain.inputs[rank].bias1.clear();
+    }
+    GroupMemory memory = make_combine(plain, &handles, op.rows, of_node);
+    drive(Drive::kWhole, &memory);
+    return memory;
+  }
+
+  /// Empty when a channel of rank `rank` is what one node makes of it, but for the rounding between nodes.
+  std::string compare_channel(const Pending& op, uint32_t rank, size_t at) const {
+    float elsewhere = 0;
+    for (uint32_t node = 0; node < nodes; ++node) {
+      const bool own = node == world->placement().node_of[rank];
+      elsewhere += own ? 0 : std::abs(value_of(op.partials[node].ranks[rank].x, at));
+    }
+    const float got = value_of(op.many.ranks[rank].x, at);
+    const float wanted = value_of(op.one.ranks[rank].x, at);
+    // Rounding costs at most 2^-8 of what is rounded: here each other node's sum and the two results. The order of the
+    // float32 sums is another one, too, which shows where rows cancel each other.
+    const float bound = (elsewhere + std::abs(got) + std::abs(wanted)) * 0x1p-8f + 0x1p-14f;
+    return std::abs(got - wanted) <= bound ? ""
+                                           : fault("channel", rank) + " at " + std::to_string(at) + ": " +
+                                                 std::to_string(got) + ", not " + std::to_string(wanted);
+  }
+
+  std::string compare_combine(const Pending& op) const {
+    for (uint32_t rank = 0; rank < op.random_case.shape.ranks; ++rank) {
+      const RankMemory& got = op.many.ranks[rank];
+      const RankMemory& wanted = op.one.ranks[rank];
+      if (!active(op.random_case.shape.active_ranks, rank)) {
         if (!outputs_untouched(got)) {
           return fault("output of a masked rank", rank);
         }
         continue;
       }
       for (size_t at = 0; at < got.x.bytes() / 2; ++at) {
-        float elsewhere = 0;
-        for (uint32_t node = 0; node < nodes; ++node) {
-          const bool own = node == world->placement().node_of[rank];
-          elsewhere += own ? 0 : std::abs(value_of(partials[node].ranks[rank].x, at));
-        }
-        // Rounding costs at most 2^-8 of what is rounded: here each other node's sum and the two results. The order of
-        // the float32 sums is another one, too, which shows where rows cancel each other.
-        const float results = std::abs(value_of(got.x, at)) + std::abs(value_of(wanted.x, at));
-        const float bound = (elsewhere + results) * 0x1p-8f + 0x1p-14f;
-        if (std::abs(value_of(got.x, at) - value_of(wanted.x, at)) > bound) {
-          return fault("channel", rank) + " at " + std::to_string(at) + ": " + std::to_string(value_of(got.x, at)) +
-                 ", not " + std::to_string(value_of(wanted.x, at));
+        const std::string found = compare_channel(op, rank, at);
+        if (!found.empty()) {
+          return found;
         }
       }
       for (size_t at = 0; at < got.out_topk_weights.bytes() / 4; ++at) {
@@ -197,11 +243,12 @@ struct NodesCase {
           return fault("weights", rank);
         }
       }
-      if (!same_report(many.reports[rank], one.reports[rank])) {
-        return fault("report", rank) + ": " + describe(many.reports[rank]) + ", not " + describe(one.reports[rank]);
+      if (!same_report(op.many.reports[rank], op.one.reports[rank])) {
+        return fault("report", rank) + ": " + describe(op.many.reports[rank]) + ", not " +
+               describe(op.one.reports[rank]);
       }
     }
-    return guards_intact(many) ? "" : "memory around an output was written";
+    return guards_intact(op.many) ? "" : "memory around an output was written";
   }
 
   Random random;
@@ -210,6 +257,7 @@ struct NodesCase {
   uint32_t nodes;
   std::unique_ptr<test::NodeWorld> world;
   test::NodeOpSettings settings;
+  std::deque<Pending> pending;
 };
 
 }  // namespace nodes_case
