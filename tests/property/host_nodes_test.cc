@@ -4,220 +4,18 @@
 // small that everybody waits for buffers all the time. A failing case prints its EXPERTD_SEED.
 #include <gtest/gtest.h>
 
-#include <cmath>
-#include <cstring>
+#include <set>
+#include <tuple>
 
-#include "daemon/kernels/numerics.h"
-#include "proto/abi/expertd_reason.h"
-#include "tests/support/node_world.h"
-#include "tests/support/random_case_host.h"
+#include "tests/support/nodes_case.h"
 
 namespace expertd::support {
 namespace {
 
 using kernels::OpKind;
-using kernels::OpReport;
 using kernels::OpShape;
-using test::NodeOpSettings;
-using test::NodeWorld;
 
 constexpr uint32_t kCases = 300;
-
-bool active(uint64_t ranks, uint32_t rank) {
-  return ((ranks >> rank) & 1) != 0;
-}
-
-std::string fault(const char* what, uint64_t rank) {
-  return std::string(what) + " of rank " + std::to_string(rank);
-}
-
-bool same_bytes(const PoisonedBuffer& a, const PoisonedBuffer& b) {
-  return a.bytes() == b.bytes() && std::memcmp(a.as<uint8_t>(), b.as<uint8_t>(), a.bytes()) == 0;
-}
-
-bool same_end(const OpReport& a, const OpReport& b) {
-  return a.reason == b.reason && a.argument == b.argument && a.value == b.value && a.minimum == b.minimum &&
-         a.maximum == b.maximum && a.rank == b.rank;
-}
-
-bool same_report(const OpReport& a, const OpReport& b) {
-  return same_end(a, b) && a.recv_rows == b.recv_rows && a.local_bytes == b.local_bytes &&
-         a.remote_bytes == b.remote_bytes && a.expert_count_entries == b.expert_count_entries &&
-         std::equal(a.expert_counts, a.expert_counts + a.expert_count_entries, b.expert_counts);
-}
-
-std::string describe(const OpReport& report) {
-  return "reason " + std::to_string(report.reason) + " argument " + std::to_string(report.argument) + " value " +
-         std::to_string(report.value) + " rank " + std::to_string(report.rank) + " rows " +
-         std::to_string(report.recv_rows) + " bytes " + std::to_string(report.local_bytes) + " + " +
-         std::to_string(report.remote_bytes);
-}
-
-/// Everything that a dispatch wrote, and what it left alone.
-std::string compare_dispatch(const OpShape& shape, const GroupMemory& nodes, const GroupMemory& one) {
-  for (uint32_t rank = 0; rank < shape.ranks; ++rank) {
-    const RankMemory& a = nodes.ranks[rank];
-    const RankMemory& b = one.ranks[rank];
-    if (!same_bytes(a.x, b.x)) {
-      return fault("payload", rank);
-    }
-    if (!same_bytes(a.out_side, b.out_side)) {
-      return fault("side", rank);
-    }
-    if (!same_bytes(a.out_topk_idx, b.out_topk_idx) || !same_bytes(a.out_topk_weights, b.out_topk_weights)) {
-      return fault("top-k", rank);
-    }
-    if (!same_bytes(a.expert_counts, b.expert_counts) || !same_bytes(a.rank_prefix, b.rank_prefix) ||
-        !same_bytes(a.layout_range, b.layout_range) || !same_bytes(a.stats, b.stats)) {
-      return fault("counts", rank);
-    }
-    if (!same_bytes(a.src_info, b.src_info)) {
-      return fault("src_info", rank);
-    }
-    if (active(shape.active_ranks, rank) && !same_report(nodes.reports[rank], one.reports[rank])) {
-      return fault("report", rank) + ": " + describe(nodes.reports[rank]) + ", not " + describe(one.reports[rank]);
-    }
-  }
-  return guards_intact(nodes) ? "" : "memory around an output was written";
-}
-
-float value_of(const PoisonedBuffer& rows, size_t at) {
-  return kernels::bf16_to_float(rows.as<uint16_t>()[at]);
-}
-
-/// A case as one node and as several run it.
-struct NodesCase {
-  explicit NodesCase(uint64_t seed, OpKind kind)
-      : random(~seed),
-        dispatch(make_random_case(seed, kind)),
-        handles(make_handles(dispatch)),
-        nodes(dispatch.shape.ranks < 2 ? 0 : random.between(2, std::min(4U, dispatch.shape.ranks))) {
-    if (nodes != 0) {
-      world = std::make_unique<NodeWorld>(dispatch, nodes, seed + 11);
-    }
-    settings.low_latency = kind == OpKind::kLlDispatch;
-    for (const RankInput& input : dispatch.inputs) {
-      settings.with_weights |= !input.topk_weights.empty();
-    }
-  }
-
-  std::string run_dispatch(const RandomCase& random_case) {
-    GroupMemory one = make_dispatch(random_case, &handles);
-    drive(Drive::kWhole, &one);
-    auto unused = make_handles(random_case);
-    GroupMemory many = make_dispatch(random_case, &unused);
-    const std::string stuck = world->run(random_case, settings, nullptr, &many);
-    return stuck.empty() ? compare_dispatch(random_case.shape, many, one) : stuck;
-  }
-
-  std::string run_cached() {
-    RandomCase again = dispatch;
-    refill_payload(again.seed, &again);
-    again.shape.cached = 1;
-    again.shape.active_ranks = again.later_active;
-    return run_dispatch(again);
-  }
-
-  RandomCase combine_case() {
-    RandomCase combine = dispatch;
-    combine.shape.active_ranks = combine.later_active;
-    if (settings.low_latency) {
-      combine.shape.kind = OpKind::kLlCombine;
-      for (RankInput& input : combine.inputs) {
-        for (int64_t& id : input.topk_idx) {
-          id = random.chance(10) ? -1 : id;  // a caller may drop lanes of its dispatch
-        }
-      }
-      return combine;
-    }
-    combine.shape.kind = OpKind::kCombine;
-    combine.shape.order_last_lane = combine.order_last_lane ? 1 : 0;
-    return combine;
-  }
-
-  std::string run_combine() {
-    const RandomCase combine = combine_case();
-    const size_t width = combine.shape.expanded != 0 ? 1 : combine.shape.top_k;
-    std::vector<CombineInput> rows(combine.shape.ranks);
-    std::vector<uint32_t> in_rows = combine.capacities;
-    for (uint32_t rank = 0; rank < combine.shape.ranks; ++rank) {
-      in_rows[rank] = random.chance(5) ? in_rows[rank] / 2 : in_rows[rank];
-      rows[rank].x = random_rows(&random, size_t{in_rows[rank]} * combine.shape.hidden);
-      for (size_t i = 0; combine.combine_weights && i < in_rows[rank] * width; ++i) {
-        rows[rank].weights.push_back(static_cast<float>(random.unit()));
-      }
-    }
-    GroupMemory one = make_combine(combine, &handles, rows, in_rows);
-    drive(Drive::kWhole, &one);
-    GroupMemory many = make_combine(combine, &handles, rows, in_rows);
-    NodeOpSettings with = settings;
-    with.with_weights = combine.combine_weights;
-    const std::string stuck = world->run(combine, with, &in_rows, &many);
-    if (!stuck.empty()) {
-      return stuck;
-    }
-    std::vector<GroupMemory> partials;  // what each node's ranks hold
-    for (uint32_t node = 0; node < nodes; ++node) {
-      std::vector<uint32_t> of_node = in_rows;
-      for (uint32_t rank = 0; rank < combine.shape.ranks; ++rank) {
-        of_node[rank] = world->placement().node_of[rank] == node ? in_rows[rank] : 0;
-      }
-      RandomCase plain = combine;
-      for (RankInput& input : plain.inputs) {
-        input.bias0.clear();
-        input.bias1.clear();
-      }
-      partials.push_back(make_combine(plain, &handles, rows, of_node));
-      drive(Drive::kWhole, &partials.back());
-    }
-    return compare_combine(combine, many, one, partials);
-  }
-
-  std::string compare_combine(const RandomCase& combine, const GroupMemory& many, const GroupMemory& one,
-                              const std::vector<GroupMemory>& partials) const {
-    for (uint32_t rank = 0; rank < combine.shape.ranks; ++rank) {
-      const RankMemory& got = many.ranks[rank];
-      const RankMemory& wanted = one.ranks[rank];
-      if (!active(combine.shape.active_ranks, rank)) {
-        if (!outputs_untouched(got)) {
-          return fault("output of a masked rank", rank);
-        }
-        continue;
-      }
-      for (size_t at = 0; at < got.x.bytes() / 2; ++at) {
-        float elsewhere = 0;
-        for (uint32_t node = 0; node < nodes; ++node) {
-          const bool own = node == world->placement().node_of[rank];
-          elsewhere += own ? 0 : std::abs(value_of(partials[node].ranks[rank].x, at));
-        }
-        // Rounding costs at most 2^-8 of what is rounded: here each other node's sum and the two results. The order of
-        // the float32 sums is another one, too, which shows where rows cancel each other.
-        const float results = std::abs(value_of(got.x, at)) + std::abs(value_of(wanted.x, at));
-        const float bound = (elsewhere + results) * 0x1p-8f + 0x1p-14f;
-        if (std::abs(value_of(got.x, at) - value_of(wanted.x, at)) > bound) {
-          return fault("channel", rank) + " at " + std::to_string(at) + ": " + std::to_string(value_of(got.x, at)) +
-                 ", not " + std::to_string(value_of(wanted.x, at));
-        }
-      }
-      for (size_t at = 0; at < got.out_topk_weights.bytes() / 4; ++at) {
-        if (std::abs(got.out_topk_weights.as<float>()[at] - wanted.out_topk_weights.as<float>()[at]) > 1e-5f) {
-          return fault("weights", rank);
-        }
-      }
-      if (!same_report(many.reports[rank], one.reports[rank])) {
-        return fault("report", rank) + ": " + describe(many.reports[rank]) + ", not " + describe(one.reports[rank]);
-      }
-    }
-    return guards_intact(many) ? "" : "memory around an output was written";
-  }
-
-  Random random;
-  RandomCase dispatch;
-  std::vector<HandleTables> handles;
-  uint32_t nodes;
-  std::unique_ptr<NodeWorld> world;
-  NodeOpSettings settings;
-};
 
 TEST(HostNodes, HighThroughputEqualsOneNode) {
   for (const uint64_t seed : seeds_to_run(kCases)) {
@@ -241,6 +39,99 @@ TEST(HostNodes, LowLatencyEqualsOneNode) {
     }
     ASSERT_EQ(run.run_dispatch(run.dispatch), "") << repro_line(run.dispatch);
     ASSERT_EQ(run.run_combine(), "") << repro_line(run.dispatch);
+    ASSERT_TRUE(run.world->network->quiet()) << repro_line(run.dispatch);
+  }
+}
+
+/// Ranks come to the operations at different times, so that messages of later ones arrive early.
+TEST(HostNodes, OperationsFollowEachOtherWithoutWaiting) {
+  for (const uint64_t seed : seeds_to_run(kCases / 2)) {
+    NodesCase run(seed, seed % 2 == 0 ? OpKind::kDispatch : OpKind::kLlDispatch);
+    if (run.nodes == 0) {
+      continue;
+    }
+    run.dispatch.later_active = run.dispatch.shape.active_ranks;
+    for (uint32_t round = 0; round < 2; ++round) {
+      run.start_dispatch(run.dispatch);
+      run.start_combine();
+      if (!run.settings.low_latency) {
+        run.start_cached();
+      }
+      run.start_combine();
+    }
+    ASSERT_EQ(run.finish(), "") << repro_line(run.dispatch);
+    ASSERT_TRUE(run.world->network->quiet()) << repro_line(run.dispatch);
+  }
+}
+
+/// Copies of rows that have to cross: one per token and other node with a rank that gets it.
+size_t token_node_pairs(const NodesCase& run) {
+  std::set<std::tuple<int32_t, int32_t, uint32_t>> pairs;
+  const engine::Placement& placement = run.world->placement();
+  const auto add = [&](uint32_t rank, const std::vector<RowOrigin>& rows) {
+    const uint32_t node = placement.node_of[rank];
+    for (const RowOrigin& row : rows) {
+      if (row.source >= 0 && placement.node_of[static_cast<uint32_t>(row.source)] != node) {
+        pairs.insert({row.source, row.token, node});
+      }
+    }
+  };
+  const OpShape& shape = run.dispatch.shape;
+  if (shape.kind == OpKind::kDispatch) {
+    const auto results = reference_dispatch(shape, run.dispatch.inputs);
+    for (uint32_t rank = 0; rank < shape.ranks; ++rank) {
+      add(rank, results[rank].rows);
+    }
+    return pairs.size();
+  }
+  const auto results = reference_ll_dispatch(shape, run.dispatch.inputs);
+  for (uint32_t rank = 0; rank < shape.ranks; ++rank) {
+    for (const std::vector<RowOrigin>& rows : results[rank].expert_rows) {
+      add(rank, rows);
+    }
+  }
+  return pairs.size();
+}
+
+TEST(HostNodes, ARowCrossesOncePerTokenAndNode) {
+  for (const uint64_t seed : seeds_to_run(kCases / 2)) {
+    NodesCase run(seed, seed % 2 == 0 ? OpKind::kDispatch : OpKind::kLlDispatch);
+    if (run.nodes == 0) {
+      continue;
+    }
+    size_t crossed = 0;
+    run.world->network->tamper = [&](engine::MessageHeader* header, std::vector<std::byte>*) {
+      crossed += header->kind == engine::MessageKind::kRows ? header->entries : 0;
+      return true;
+    };
+    ASSERT_EQ(run.run_dispatch(run.dispatch), "") << repro_line(run.dispatch);
+    ASSERT_EQ(crossed, token_node_pairs(run)) << repro_line(run.dispatch);
+  }
+}
+
+TEST(HostNodes, NobodyLeavesABarrierBeforeAllCame) {
+  for (const uint64_t seed : seeds_to_run(kCases / 4)) {
+    NodesCase run(seed, OpKind::kDispatch);
+    if (run.nodes == 0) {
+      continue;
+    }
+    run.world->change = [](uint32_t /*rank*/, engine::Request* request) {
+      request->shape.kind = OpKind::kBarrier;
+    };
+    auto handles = make_handles(run.dispatch);
+    GroupMemory memory = make_dispatch(run.dispatch, &handles);
+    ASSERT_EQ(run.world->run(run.dispatch, run.settings, nullptr, &memory), "") << repro_line(run.dispatch);
+    uint64_t last_start_ns = 0;
+    uint64_t first_end_ns = ~uint64_t{0};
+    for (uint32_t rank = 0; rank < run.dispatch.shape.ranks; ++rank) {
+      if ((run.dispatch.shape.active_ranks >> rank & 1) != 0) {
+        ASSERT_EQ(memory.reports[rank].reason, 0U) << repro_line(run.dispatch);
+        last_start_ns = std::max(last_start_ns, run.world->outcome(rank).start_ns);
+        first_end_ns = std::min(first_end_ns, run.world->outcome(rank).end_ns);
+      }
+      ASSERT_TRUE(outputs_untouched(memory.ranks[rank])) << repro_line(run.dispatch);
+    }
+    ASSERT_LE(last_start_ns, first_end_ns) << repro_line(run.dispatch);
     ASSERT_TRUE(run.world->network->quiet()) << repro_line(run.dispatch);
   }
 }

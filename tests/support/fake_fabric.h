@@ -55,6 +55,8 @@ class FakeNetwork {
            });
   }
 
+  /// Called when something arrived for a rank of a node, or a buffer of its came back: a fabric wakes its loop then.
+  std::function<void(uint32_t node, uint32_t rank)> stirred;
   /// Called with every message when it is sent, and may change it; false: the message is lost.
   std::function<bool(engine::MessageHeader*, std::vector<std::byte>*)> tamper;
   uint64_t messages = 0;
@@ -66,6 +68,7 @@ class FakeNetwork {
     std::vector<std::byte> bytes;
     uint32_t from = 0;
     uint32_t to = 0;
+    uint32_t sender = 0;
     uint32_t* out = nullptr;  // the sender's buffers under way
   };
   struct Rank {
@@ -99,13 +102,17 @@ class FakeNetwork {
       if (bytes > message_bytes() || header.node == placement.own_node || header.targets == 0) {
         std::abort();
       }
-      Message message{
-          header, {filled.data.get(), filled.data.get() + bytes}, placement.own_node, header.node, filled.out};
+      Message message{header,
+                      {filled.data.get(), filled.data.get() + bytes},
+                      placement.own_node,
+                      header.node,
+                      header.source_rank,
+                      filled.out};
       filled.data.reset();
       ++network->messages;
       network->bytes += bytes;
       if (network->tamper && !network->tamper(&message.header, &message.bytes)) {
-        --*message.out;
+        give_back(message);
         return;
       }
       network->under_way_.push_back(std::move(message));
@@ -149,10 +156,15 @@ class FakeNetwork {
       for (const uint32_t rank : targets) {
         ranks[rank].inbox.push_back({message->header, body.get(), bytes, static_cast<uint32_t>(bodies.size())});
         ++ranks[rank].kept;
+        network->stirred(placement.own_node, rank);
       }
       bodies.emplace_back(std::move(body), static_cast<uint32_t>(targets.size()));
-      --*message->out;
+      network->ports_[message->from]->give_back(*message);
       return true;
+    }
+    void give_back(const Message& message) const {
+      --*message.out;
+      network->stirred(placement.own_node, message.sender);
     }
 
     FakeNetwork* network;

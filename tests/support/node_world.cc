@@ -55,7 +55,7 @@ std::vector<engine::Placement> random_placements(support::Random* random, uint32
 }
 
 NodeWorld::NodeWorld(const support::RandomCase& random_case, uint32_t nodes, uint64_t seed)
-    : random_(seed), flags_(nodes), outcomes_(random_case.shape.ranks) {
+    : random_(seed), wakes_(nodes), awake_(random_case.shape.ranks) {
   const kernels::OpShape& shape = random_case.shape;
   auto placements = random_placements(&random_, shape.ranks, nodes);
   FakeNetworkSettings settings;
@@ -66,6 +66,7 @@ NodeWorld::NodeWorld(const support::RandomCase& random_case, uint32_t nodes, uin
   // served.
   settings.receive_limit = 2 * (nodes - 1) + 4 * shape.ranks;
   network = std::make_unique<FakeNetwork>(settings, std::move(placements), &random_);
+  network->stirred = [this](uint32_t /*node*/, uint32_t rank) { awake_[rank] = true; };
   shape_.id = base::GroupId{7};
   shape_.ranks = shape.ranks;
   shape_.experts = shape.experts;
@@ -74,12 +75,14 @@ NodeWorld::NodeWorld(const support::RandomCase& random_case, uint32_t nodes, uin
   shape_.max_tokens = shape.max_tokens;
   for (uint32_t node = 0; node < nodes; ++node) {
     directories_.push_back(std::make_unique<device::HostGroupDirectory>());
+    wakes_[node].world = this;
+    wakes_[node].node = node;
   }
   for (uint32_t rank = 0; rank < shape.ranks; ++rank) {
     const base::DeviceIndex index{placement().index_of[rank]};
     shape_.devices[rank] = index;
-    devices_.push_back(std::make_unique<device::HostDevice>(index, index.value,
-                                                            directories_[placement().node_of[rank]].get(), &wake, 0));
+    devices_.push_back(std::make_unique<device::HostDevice>(
+        index, index.value, directories_[placement().node_of[rank]].get(), &wakes_[placement().node_of[rank]], 0));
     engine::GroupShape own = shape_;
     own.rank = rank;
     if (!devices_.back()->create_group(own, 4).is_ok()) {
@@ -117,34 +120,42 @@ void NodeWorld::fill_request(const kernels::OpParams& params, RankOp* op) {
   give(op, EXPERTD_OUT_STATS, params.out.stats);
 }
 
-bool NodeWorld::launch(uint32_t rank, uint64_t active, std::vector<RankOp>* ops) {
+bool NodeWorld::launch(Op* op, uint32_t rank) {
   const uint32_t node = placement().node_of[rank];
   engine::LaunchSpec spec;
-  spec.own = &(*ops)[rank].request;
+  spec.own = &op->ranks[rank].request;
   spec.group = shape_.id;
-  spec.group_op = number_;
+  spec.group_op = op->number;
   spec.ranks = shape_.ranks;
   spec.rank = rank;
-  spec.active_ranks = active;
-  spec.page = static_cast<uint32_t>(number_ % engine::kExchangePages);
-  spec.flags = &flags_[node];
+  spec.active_ranks = active_of ? active_of(rank) : op->active;
+  spec.page = static_cast<uint32_t>(op->number % engine::kExchangePages);
+  spec.flags = &op->flags[node];
   spec.placement = &network->placement(node);
   spec.fabric = network->port(node);
   for (const uint32_t local : placement().ranks_of[node]) {
     spec.devices[local] = shape_.devices[local];
-    spec.requests[local] = (active >> local & 1) != 0 ? &(*ops)[local].request : nullptr;
+    spec.requests[local] = (op->active >> local & 1) != 0 ? &op->ranks[local].request : nullptr;
   }
-  return devices_[rank]->launch(spec, {}, &(*ops)[rank].part);
+  return devices_[rank]->launch(spec, {}, &op->ranks[rank].part);
 }
 
-std::string NodeWorld::run(const support::RandomCase& random_case, const NodeOpSettings& settings,
-                           const std::vector<uint32_t>* in_rows, support::GroupMemory* memory) {
-  const uint64_t active = random_case.shape.active_ranks;
-  std::vector<RankOp> ops(shape_.ranks);
-  ++number_;
+void NodeWorld::start(const support::RandomCase& random_case, const NodeOpSettings& settings,
+                      const std::vector<uint32_t>* in_rows, support::GroupMemory* memory) {
+  if (finished_) {
+    running_.clear();
+    finished_ = false;
+  }
+  Op& op = running_.emplace_back();
+  op.number = ++number_;
+  op.active = random_case.shape.active_ranks;
+  op.memory = memory;
+  op.flags.resize(wakes_.size());
+  op.ranks.resize(shape_.ranks);
   for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
-    engine::Request& request = ops[rank].request;
-    fill_request(memory->params[rank], &ops[rank]);
+    engine::Request& request = op.ranks[rank].request;
+    fill_request(memory->params[rank], &op.ranks[rank]);
+    op.ranks[rank].ended = (op.active >> rank & 1) == 0;
     request.session = base::SessionId{rank + 1};
     request.handle_index = kHandle;
     request.handle_generation = settings.generation;
@@ -157,50 +168,87 @@ std::string NodeWorld::run(const support::RandomCase& random_case, const NodeOpS
       change(rank, &request);
     }
   }
-  for (engine::ExchangeFlags& flags : flags_) {
-    flags.routed = 0;
-    flags.moved = 0;
-  }
-  for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
-    if ((active >> rank & 1) != 0 && !launch(rank, active, &ops)) {
-      return "not launched";
-    }
-  }
-  const std::string found = finish(active, &ops);
-  for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
-    memory->reports[rank] = outcomes_[rank].report;
-  }
-  return found;
 }
 
-// Whoever polls a part that says that nothing stirs moves nothing; so the end is found by what did not end.
-std::string NodeWorld::finish(uint64_t active, std::vector<RankOp>* ops) {
-  constexpr uint32_t kMostTurns = 4'000'000;
-  uint32_t left = static_cast<uint32_t>(std::popcount(active));
-  uint32_t idle = 0;
-  for (uint32_t turn = 0; turn < kMostTurns && left != 0 && idle < 20'000; ++turn) {
-    ++idle;
-    if (random_.chance(40) && network->deliver()) {
-      idle = 0;
+// Each rank launches its part of the next operation when it comes to it, in order.
+bool NodeWorld::launch_next(uint32_t rank) {
+  for (Op& op : running_) {
+    if (!op.ranks[rank].ended && op.ranks[rank].part == 0) {
+      return launch(&op, rank);
     }
-    const uint32_t rank = random_.below(shape_.ranks);
-    RankOp& op = (*ops)[rank];
-    if ((active >> rank & 1) == 0 || op.ended) {
+  }
+  return false;
+}
+
+void NodeWorld::poll(uint32_t rank) {
+  for (Op& op : running_) {
+    RankOp& own = op.ranks[rank];
+    if (own.part != 0 && !own.ended) {
+      own.ended = devices_[rank]->poll(own.part, &own.outcome);
+    }
+  }
+}
+
+// A rank is polled only when its device says that it may advance, or something woke its loop: a part that should have
+// said so and did not is found as one that does not end.
+std::vector<uint32_t> NodeWorld::ready_ranks() const {
+  std::vector<uint32_t> ready;
+  for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
+    const auto left = [rank](const Op& op) { return !op.ranks[rank].ended; };
+    const auto unlaunched = [rank](const Op& op) { return !op.ranks[rank].ended && op.ranks[rank].part == 0; };
+    const bool stirs = awake_[rank] || devices_[rank]->busy();
+    if (std::any_of(running_.begin(), running_.end(), unlaunched) ||
+        (stirs && std::any_of(running_.begin(), running_.end(), left))) {
+      ready.push_back(rank);
+    }
+  }
+  return ready;
+}
+
+std::string NodeWorld::finish() {
+  awake_.assign(shape_.ranks, false);
+  for (bool stirs = true; stirs;) {
+    const std::vector<uint32_t> ready = ready_ranks();
+    stirs = (ready.empty() || random_.chance(40)) && network->deliver();
+    if (ready.empty()) {
       continue;
     }
-    op.ended = devices_[rank]->poll(op.part, &outcomes_[rank]);
-    left -= op.ended ? 1 : 0;
-    idle = op.ended || devices_[rank]->busy() ? 0 : idle;
+    stirs = true;
+    const uint32_t rank = ready[random_.below(static_cast<uint32_t>(ready.size()))];
+    if ((random_.chance(50) || !(awake_[rank] || devices_[rank]->busy())) && launch_next(rank)) {
+      continue;
+    }
+    awake_[rank] = false;
+    poll(rank);
   }
+  finished_ = true;
+  const std::string stuck = abort_rest();
+  for (Op& op : running_) {
+    for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
+      op.memory->reports[rank] = op.ranks[rank].outcome.report;
+    }
+  }
+  return stuck;
+}
+
+std::string NodeWorld::abort_rest() {
   std::string stuck;
-  for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
-    uint64_t missing = 0;
-    if ((active >> rank & 1) != 0 && !(*ops)[rank].ended) {
-      const uint32_t what = devices_[rank]->missing((*ops)[rank].part, &missing);
-      stuck +=
-          " rank " + std::to_string(rank) + " misses " + std::to_string(what) + " of ranks " + std::to_string(missing);
-      devices_[rank]->abort((*ops)[rank].part, EXPERTD_REASON_TIMEOUT);
-      while (!devices_[rank]->poll((*ops)[rank].part, &outcomes_[rank])) {
+  aborted = 0;
+  missed.assign(shape_.ranks, {0, 0});
+  for (Op& op : running_) {
+    for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
+      RankOp& own = op.ranks[rank];
+      if (own.ended) {
+        continue;
+      }
+      uint64_t missing = 0;
+      const uint32_t what = devices_[rank]->missing(own.part, &missing);
+      stuck += " in operation " + std::to_string(op.number) + " rank " + std::to_string(rank) + " misses " +
+               std::to_string(what) + " of ranks " + std::to_string(missing);
+      missed[rank] = {what, missing};
+      aborted |= uint64_t{1} << rank;
+      devices_[rank]->abort(own.part, EXPERTD_REASON_TIMEOUT);
+      while (!devices_[rank]->poll(own.part, &own.outcome)) {
       }
     }
   }

@@ -96,10 +96,17 @@ bool HostPart::prepare_exchange(const engine::LaunchSpec& spec, HostGroupTables*
   for (uint32_t rank = 0; rank < spec.ranks; ++rank) {
     local_ &= spec.placement->is_local(rank) ? ~0ULL : ~(1ULL << rank);
   }
-  node_ = {spec.fabric,   spec.placement, spec.own,
-           spec.group_op, spec.rank,      spec.active_ranks,
-           &params_,      peers_.data(),  tables->notices(spec.page),
-           routes_};
+  node_.fabric = spec.fabric;
+  node_.placement = spec.placement;
+  node_.own = spec.own;
+  node_.number = spec.group_op;
+  node_.rank = spec.rank;
+  node_.active = spec.active_ranks;
+  node_.params = &params_;
+  node_.peers = peers_.data();
+  node_.notices = tables->notices(spec.page);
+  node_.flags = flags_;
+  node_.routes = routes_;
   return exchange_ != nullptr && spec.fabric != nullptr;
 }
 
@@ -315,13 +322,17 @@ bool HostPart::await_routed(engine::WakePort* wake) {
   if (routed != active() || (exchanges() && !exchange_->announced())) {
     return false;
   }
-  const bool goes_on = !exchanges() || exchange_->decide({&report_, &peer_reason_});
+  if (exchanges() && !exchange_->decide({&report_, &peer_reason_})) {
+    close_exchange();
+    enter(Step::kClear);  // not even of the same kind may the ranks' operations be: nobody waits for anybody
+    return false;
+  }
   if (params_.shape.kind == kernels::OpKind::kBarrier) {
     close_exchange();
     return true;
   }
   enter(Step::kMove);
-  if (!goes_on || (!routes_ && kernels::host::check_announced(params_, &report_) != 0) ||
+  if ((!routes_ && kernels::host::check_announced(params_, &report_) != 0) ||
       kernels::host::check_matrix(params_, peers_.data(), &report_) != 0) {
     progress_ = params_.shape.tokens;  // nobody moves anything: all ranks see the same
   } else if (exchanges()) {

@@ -38,6 +38,7 @@ bool NodeExchange::open(const NodePart& part) {
   params_ = part.params;
   peers_ = part.peers;
   notices_ = part.notices;
+  flags_ = part.flags;
   op_ = NodeOp{};
   op_.fabric = part.fabric;
   op_.placement = part.placement;
@@ -66,7 +67,6 @@ bool NodeExchange::open(const NodePart& part) {
   moving_ = false;
   flushed_ = false;
   counted_ = 0;
-  counted_fresh_ = 0;
   bad_rank_ = -1;
   spoiled_ = 0;
   std::fill(spread_.begin(), spread_.end(), 0);
@@ -196,7 +196,8 @@ void NodeExchange::spoil(uint32_t source) {
 bool NodeExchange::take_counts(const engine::Arrival& arrival) {
   const kernels::OpShape& shape = params_->shape;
   const uint32_t source = arrival.header.source_rank;
-  if ((counted_ >> source & 1) != 0 || !op_.serves(source)) {
+  // Whichever rank of this node the source has chosen: with another mask it may have chosen another.
+  if (((counted_ | flags_->routed.load(std::memory_order_acquire)) >> source & 1) != 0) {
     return false;
   }
   const uint32_t row_ints = kernels::count_row_ints(shape.ranks, shape.experts);
@@ -210,7 +211,6 @@ bool NodeExchange::take_counts(const engine::Arrival& arrival) {
     notice.reason = EXPERTD_REASON_INTERNAL;
   }
   counted_ |= uint64_t{1} << source;
-  counted_fresh_ |= uint64_t{1} << source;
   return good;
 }
 
@@ -236,8 +236,8 @@ bool NodeExchange::read_counts(const engine::Arrival& arrival, int32_t* row, Nod
 }
 
 uint64_t NodeExchange::take_counted() {
-  const uint64_t fresh = counted_fresh_;
-  counted_fresh_ = 0;
+  const uint64_t fresh = counted_;
+  counted_ = 0;
   return fresh;
 }
 

@@ -32,7 +32,8 @@ struct NodePart {
   kernels::OpParams* params = nullptr;  // of the own rank; counts is the matrix of the operation's page
   kernels::PeerView* peers = nullptr;   // of all ranks; what is known of those elsewhere is entered by decide()
   std::span<NodeNotice> notices;        // of the operation's page, one per rank
-  bool routes = false;                  // the whole row of the matrix goes with the notice
+  const engine::ExchangeFlags* flags = nullptr;
+  bool routes = false;  // the whole row of the matrix goes with the notice
 };
 
 class NodeExchange {
@@ -87,6 +88,7 @@ class NodeExchange {
   kernels::OpParams* params_ = nullptr;
   kernels::PeerView* peers_ = nullptr;
   std::span<NodeNotice> notices_;
+  const engine::ExchangeFlags* flags_ = nullptr;
   NodeInbox inbox_;
   NodeOutbox outbox_;
   NodePulls pulls_;
@@ -95,8 +97,7 @@ class NodeExchange {
   bool announcing_ = false;
   bool moving_ = false;
   bool flushed_ = false;
-  uint64_t counted_ = 0;        // ranks whose counts arrived
-  uint64_t counted_fresh_ = 0;  // and were not taken yet
+  uint64_t counted_ = 0;  // ranks whose counts arrived and were not taken yet
   int32_t bad_rank_ = -1;
   uint64_t spoiled_ = 0;              // ranks
   std::vector<uint64_t> spread_;      // rows that arrived, per rank
