@@ -171,6 +171,10 @@ TEST_F(FabricGarbage, MoreEagerMessagesThanCreditsCostTheConnection) {
   for (uint32_t i = 0; i < credits; ++i) {
     ASSERT_TRUE(send(good()));
   }
+  engine::Arrival arrival;
+  for (uint32_t i = 0; i < credits; ++i) {
+    ASSERT_TRUE(receive(world_.node(0), 1, &arrival)) << "and is kept, so that no room comes free";
+  }
   expect_fatal(good(), DropCause::kOverrun, "eager", UCP_AM_SEND_FLAG_EAGER);
 }
 

@@ -11,7 +11,7 @@ namespace {
 using fabric::LaneOptionList;
 
 std::string value_of(const LaneOptionList& options, const std::string& variable) {
-  const auto settings = fabric::lane_settings(options);
+  const auto settings = fabric::lane_settings(fabric::LaneKind::kControl, options);
   EXPECT_TRUE(settings.is_ok()) << settings.status().message();
   if (settings.is_ok()) {
     for (const fabric::UcxSetting& setting : settings.value()) {
@@ -62,7 +62,7 @@ TEST(FabricLaneOptions, RefuseWhatIsNotInTheTable) {
       {{{"traffic_class", "3"}, {"traffic_class", "3"}}, "given twice"},
   };
   for (const auto& [options, word] : cases) {
-    const auto settings = fabric::lane_settings(options);
+    const auto settings = fabric::lane_settings(fabric::LaneKind::kControl, options);
     ASSERT_FALSE(settings.is_ok()) << options.back().first << "=" << options.back().second;
     EXPECT_EQ(settings.status().reason(), EXPERTD_REASON_CONFIG_BAD_VALUE);
     EXPECT_NE(settings.status().message().find(word), std::string::npos) << settings.status().message();
