@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Label gpu. Every kernel of the client library on small operations of several ranks, without one kernel that needs
-// another to run (serial_copies.h): what compute-sanitizer can look at. Outputs are compared byte for byte with the host
-// kernels. One GPU.
+// another to run (serial_copies.h): what compute-sanitizer can look at. Outputs are compared byte for byte with the
+// host kernels. One GPU.
 #include <algorithm>
 #include <string>
 #include <utility>
@@ -39,8 +39,11 @@ TEST_F(SanitizerClient, HighThroughput) {
   if (lacks_exchanges()) {
     GTEST_SKIP() << "the library has no code for this GPU";
   }
-  const auto accepts = [](const RandomCase& made) { return is_whole(made) && SerialHighThroughput::serves(made.shape); };
+  const auto accepts = [](const RandomCase& made) {
+    return is_whole(made) && SerialHighThroughput::serves(made.shape);
+  };
   for_small_cases(OpKind::kDispatch, accepts, [&](RandomCase made, uint32_t /*round*/) {
+    SCOPED_TRACE(support::repro_line(made));
     spoil(&made);
     SerialHighThroughput group(kernels_.get(), made.shape);
     run_steps(made, [&](const CaseStep& step) {
@@ -60,6 +63,7 @@ TEST_F(SanitizerClient, LowLatency) {
   }
   const auto accepts = [](const RandomCase& made) { return is_whole(made) && SerialLowLatency::serves(made.shape); };
   for_small_cases(OpKind::kLlDispatch, accepts, [&](RandomCase made, uint32_t round) {
+    SCOPED_TRACE(support::repro_line(made));
     spoil(&made);
     SerialLowLatency group(kernels_.get(), made.shape);
     run_steps(made, [&](const CaseStep& step) {

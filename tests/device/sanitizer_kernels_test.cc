@@ -11,6 +11,7 @@
 
 #include "proto/abi/expertd_reason.h"
 #include "tests/device/compare_outputs.h"
+#include "tests/device/large_cases.h"
 #include "tests/device/serial_group.h"
 #include "tests/device/small_cases.h"
 
@@ -62,6 +63,7 @@ class SanitizerKernels : public testing::Test {
 
   /// Every operation of a case, some behind the same one that was aborted, and ranks that are late in all ways.
   void run_case(RandomCase made, Kernels which, uint32_t round) {
+    SCOPED_TRACE(support::repro_line(made));
     spoil(&made);
     SerialGroup group(made.shape, which);
     uint32_t number = round;
@@ -79,8 +81,7 @@ class SanitizerKernels : public testing::Test {
   }
   template <typename Accepts>
   void run_cases(OpKind kind, Kernels which, const Accepts& accepts) {
-    for_small_cases(kind, accepts,
-                    [&](RandomCase made, uint32_t round) { run_case(std::move(made), which, round); });
+    for_small_cases(kind, accepts, [&](RandomCase made, uint32_t round) { run_case(std::move(made), which, round); });
   }
 
   int major_ = 0;
@@ -222,6 +223,25 @@ TEST_F(SanitizerKernels, SwapsOfWords) {
     ASSERT_EQ(cudaSuccess, cudaDeviceSynchronize());
     EXPECT_EQ(9u, words.get<uint64_t>(1)[0]);
     EXPECT_EQ(expected + 1, words.get<uint64_t>(1, 8)[0]);
+  }
+}
+
+// Paths that small cases do not reach: more lanes than rows are read at once, wide rows.
+TEST_F(SanitizerKernels, ManyLanes) {
+  if (lacks_links()) {
+    GTEST_SKIP() << "needs sm_90";
+  }
+  run_case(make_edge_case(4, 2), Kernels::kLinked, 0);
+  run_case(make_edge_case(2, 2), Kernels::kCaptured, 1);
+}
+
+// And more tokens than one block numbers.
+TEST_F(SanitizerKernels, ManyTokens) {
+  run_case(make_large_case(2, OpKind::kDispatch, 2), Kernels::kGeneric, 0);
+  if (!lacks_links()) {
+    RandomCase made = make_large_case(3, OpKind::kDispatch, 2);
+    made.shape.expanded = 0;
+    run_case(std::move(made), Kernels::kLinked, 1);
   }
 }
 

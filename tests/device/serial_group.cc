@@ -11,7 +11,6 @@ using kernels::OpShape;
 
 namespace {
 
-
 bool is_active(uint64_t mask, uint32_t rank) {
   return ((mask >> rank) & 1) != 0;
 }
@@ -161,8 +160,12 @@ SerialGroup::Params SerialGroup::params_of(uint32_t rank, const OpParams& host) 
                   own.progress.at<Progress>(),
                   own.words.at<uint64_t>(),
                   own.words.at<uint64_t>(sizeof(uint64_t))};
-  params.scratch = {own.plan.at<Plan>(),           own.plan_work.at<PlanWork>(),   own.block_rows.at<BlockRows>(),
-                    own.chunk_counts.at<int32_t>(), own.chunk_errors.at<uint32_t>(), own.rows.at<int32_t>(),
+  params.scratch = {own.plan.at<Plan>(),
+                    own.plan_work.at<PlanWork>(),
+                    own.block_rows.at<BlockRows>(),
+                    own.chunk_counts.at<int32_t>(),
+                    own.chunk_errors.at<uint32_t>(),
+                    own.rows.at<int32_t>(),
                     own.left_blocks.at<uint64_t>()};
   params.table_top_k = shape_.top_k;
   params.multiprocessors = kSerialMultiprocessors;
@@ -243,8 +246,7 @@ void SerialGroup::set_low_latency(const CaseStep& step, const std::vector<Tensor
   }
   if (which_ == Kernels::kCaptured) {
     params->captured.number = 7 + group_op_;
-    params->captured.blocks =
-        is_dispatch(shape) ? link_ll_dispatch_blocks(*params) : link_ll_combine_blocks(*params);
+    params->captured.blocks = is_dispatch(shape) ? link_ll_dispatch_blocks(*params) : link_ll_combine_blocks(*params);
   }
 }
 

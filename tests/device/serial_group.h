@@ -31,8 +31,8 @@ enum class Heard : uint32_t { kAtOnce, kLastLate, kAllLate, kAborted };
 struct SerialRank {
   explicit SerialRank(const kernels::OpShape& shape);
 
-  Memory page, sent_page;      // what the others tell this rank, and what it tells them
-  Memory matrix, sent_matrix;  // the same of the count matrix
+  Memory page, sent_page;                         // what the others tell this rank, and what it tells them
+  Memory matrix, sent_matrix;                     // the same of the count matrix
   Memory token_rank, token_expert, topk, counts;  // the handle
   Memory plan, plan_work, block_rows, chunk_counts, chunk_errors, rows, left_blocks;
   Memory state, facts, progress, words;

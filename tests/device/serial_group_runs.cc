@@ -194,16 +194,19 @@ void SerialGroup::run_low_latency(Heard heard) {
     }
     launch_ll(rank, LowLatencyEntry::kWaits);
   });
-  if (which_ == Kernels::kCaptured && heard == Heard::kAtOnce) {
-    return;  // nothing was left
-  }
+  // As an arm's host does. How much is left is also a matter of how slow the kernel is made.
+  const auto was_left = [this](uint32_t rank) { return which_ != Kernels::kCaptured || facts(rank).left == part_; };
   each_rank([&](uint32_t rank) {
     hear(rank, heard == Heard::kAtOnce || aborted_);
-    launch_ll(rank, LowLatencyEntry::kBehindRouted);
+    if (was_left(rank)) {
+      launch_ll(rank, LowLatencyEntry::kBehindRouted);
+    }
   });
   each_rank([&](uint32_t rank) {
     hear(rank, true);
-    launch_ll(rank, LowLatencyEntry::kBehindMoved);
+    if (was_left(rank)) {
+      launch_ll(rank, LowLatencyEntry::kBehindMoved);
+    }
   });
 }
 
