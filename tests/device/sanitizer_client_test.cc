@@ -20,10 +20,12 @@ class SanitizerClient : public LocalKernelsTest {
   /// Whether there are no kernels of operations by copy engines.
   bool lacks_exchanges() const { return !kernels_->exchanges(); }
 
-  /// Copies have no operation of which a rank is missing.
-  static bool is_whole(const RandomCase& made) {
+  /// What the library gives to these kernels: all ranks take part, and tokens come with their ids.
+  static bool is_served(const RandomCase& made) {
     const uint64_t all = (uint64_t{1} << made.shape.ranks) - 1;
-    return made.shape.active_ranks == all && made.later_active == all;
+    const bool ids = std::all_of(made.inputs.begin(), made.inputs.end(),
+                                 [](const RankInput& input) { return input.tokens == 0 || !input.topk_idx.empty(); });
+    return made.shape.active_ranks == all && made.later_active == all && ids;
   }
   static void expect_ended(const CaseStep& step, uint32_t rank, uint64_t result) {
     EXPECT_EQ(step.host.reports[rank].reason, result);
@@ -40,7 +42,7 @@ TEST_F(SanitizerClient, HighThroughput) {
     GTEST_SKIP() << "the library has no code for this GPU";
   }
   const auto accepts = [](const RandomCase& made) {
-    return is_whole(made) && SerialHighThroughput::serves(made.shape);
+    return is_served(made) && SerialHighThroughput::serves(made.shape);
   };
   for_small_cases(OpKind::kDispatch, accepts, [&](RandomCase made, uint32_t /*round*/) {
     SCOPED_TRACE(support::repro_line(made));
@@ -61,7 +63,7 @@ TEST_F(SanitizerClient, LowLatency) {
   if (lacks_exchanges()) {
     GTEST_SKIP() << "the library has no code for this GPU";
   }
-  const auto accepts = [](const RandomCase& made) { return is_whole(made) && SerialLowLatency::serves(made.shape); };
+  const auto accepts = [](const RandomCase& made) { return is_served(made) && SerialLowLatency::serves(made.shape); };
   for_small_cases(OpKind::kLlDispatch, accepts, [&](RandomCase made, uint32_t round) {
     SCOPED_TRACE(support::repro_line(made));
     spoil(&made);
