@@ -21,6 +21,8 @@ class LinkCopy {
   uint64_t bytes() const { return bytes_; }
 
   void enqueue_copy_engine(cudaStream_t stream) const;
+  /// A part of it, as the daemon copies.
+  void enqueue_range(cudaStream_t stream, uint64_t first_byte, uint64_t bytes) const;
   /// Four independent loads of 16 bytes in flight per thread, then their stores over the link.
   void enqueue_kernel(cudaStream_t stream, uint32_t blocks) const;
 
