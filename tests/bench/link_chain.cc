@@ -16,43 +16,23 @@
 #include <vector>
 
 #include "tests/bench/cuda_check.h"
+#include "tests/bench/link_chain_forms.h"
 #include "tests/bench/link_copy.h"
 
 namespace {
 
+using expertd::bench::all_chain_forms;
 using expertd::bench::check_cuda;
+using Form = expertd::bench::ChainForm;
+using Step = expertd::bench::ChainStep;
+using Kind = expertd::bench::ChainStepKind;
+using expertd::bench::kEighth;
 using expertd::bench::LinkCopy;
 
 constexpr uint32_t kWarmup = 10;
 constexpr uint32_t kStreams = 3;
 constexpr uint32_t kChunksMax = 8;
 constexpr uint64_t kSmallBytes[] = {16384, 65536, 122880, 122880};  // what travels beside rows
-constexpr uint64_t kEighth = 8;
-
-enum class Kind : uint32_t {
-  kRows,       // eighths [first, last) of the bytes
-  kSmall,      // all small copies
-  kTell,       // word `first` of the peer
-  kTellBoth,   // and of this GPU, in one submission
-  kTellCopy,   // word `first` of the peer by a copy of 8 bytes
-  kMark,       // local word `first`
-  kAwait,      // the same
-  kRecord,     // event `first`
-  kAwaitEvent  // the same
-};
-
-struct Step {
-  uint32_t stream = 0;
-  Kind kind = Kind::kRows;
-  uint32_t first = 0;
-  uint32_t last = 0;
-};
-
-struct Form {
-  std::string name;
-  std::vector<Step> steps;
-  bool small = false;
-};
 
 /// On a GPU. `told` is written by the peer.
 struct Words {
@@ -62,12 +42,23 @@ struct Words {
   uint64_t sources[kChunksMax];  // of copies of 8 bytes
 };
 
+/// Found in the driver that the runtime has loaded; linking it would keep the program from starting where there is
+/// none.
+template <typename Call>
+Call find_call(const char* name) {
+  void* const driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  return driver == nullptr ? nullptr : reinterpret_cast<Call>(dlsym(driver, name));
+}
+
+void check_driver(CUresult result, const char* what) {
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error(std::string(what) + ": error " + std::to_string(result));
+  }
+}
+
 class DriverWords {
  public:
-  DriverWords() {
-    // The runtime has loaded the driver; linking it would keep the program from starting where there is none.
-    void* const driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-    call_ = driver == nullptr ? nullptr : reinterpret_cast<Call>(dlsym(driver, "cuStreamBatchMemOp_v2"));
+  DriverWords() : call_(find_call<Call>("cuStreamBatchMemOp_v2")) {
     if (call_ == nullptr) {
       throw std::runtime_error("the GPU driver has no cuStreamBatchMemOp_v2; CUDA 12 or newer is needed");
     }
@@ -90,16 +81,45 @@ class DriverWords {
   void send(cudaStream_t stream) {
     const CUresult result = call_(stream, count_, entries_, 0);
     count_ = 0;
-    if (result != CUDA_SUCCESS) {
-      throw std::runtime_error("cuStreamBatchMemOp: error " + std::to_string(result));
-    }
+    check_driver(result, "cuStreamBatchMemOp");
   }
 
  private:
   using Call = CUresult (*)(CUstream, unsigned int, CUstreamBatchMemOpParams*, unsigned int);
-  Call call_ = nullptr;
+  const Call call_;
   CUstreamBatchMemOpParams entries_[2 * kChunksMax] = {};
   uint32_t count_ = 0;
+};
+
+/// Copies of one call, in any order.
+class CopyBatch {
+ public:
+  CopyBatch() : call_(find_call<Call>("cuMemcpyBatchAsync_v2")) {}
+  bool is_there() const { return call_ != nullptr; }
+  void add(const LinkCopy& copy, uint64_t first_byte, uint64_t bytes) {
+    to_.push_back(copy.target(first_byte));
+    from_.push_back(copy.source(first_byte));
+    bytes_.push_back(bytes);
+  }
+  void send(cudaStream_t stream) {
+    CUmemcpyAttributes attributes{};
+    attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
+    attributes.flags = CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE;
+    size_t first = 0;
+    check_driver(call_(to_.data(), from_.data(), bytes_.data(), to_.size(), &attributes, &first, 1, stream),
+                 "cuMemcpyBatchAsync");
+    to_.clear();
+    from_.clear();
+    bytes_.clear();
+  }
+
+ private:
+  using Call = CUresult (*)(CUdeviceptr*, CUdeviceptr*, size_t*, size_t, CUmemcpyAttributes*, size_t*, size_t,
+                            CUstream);
+  const Call call_;
+  std::vector<CUdeviceptr> to_;
+  std::vector<CUdeviceptr> from_;
+  std::vector<size_t> bytes_;
 };
 
 struct Gpu {
@@ -123,15 +143,18 @@ class Probe {
   explicit Probe(uint64_t bytes);
   /// Prints a line. The words that differ.
   uint64_t measure(const Form& form, uint32_t iterations);
+  bool has_batches() const { return batch_.is_there(); }
 
  private:
   void open(int index, uint64_t bytes);
   void enqueue(const Gpu& gpu, const Form& form);
   void take(const Gpu& gpu, const Step& step);
+  void take_small(const Gpu& gpu, const Step& step);
   void run_once(const Form& form, double* us, double* host_us);
   uint64_t wrong_words(const Form& form, uint64_t seed);
 
   DriverWords words_;
+  CopyBatch batch_;
   std::vector<Gpu> gpus_;
   uint64_t eighth_bytes_;
   uint64_t* gate_ = nullptr;  // pinned
@@ -177,6 +200,29 @@ void Probe::open(int index, uint64_t bytes) {
   gpus_.push_back(std::move(gpu));
 }
 
+void Probe::take_small(const Gpu& gpu, const Step& step) {
+  const cudaStream_t stream = gpu.streams[step.stream];
+  if (step.kind == Kind::kSmallOnce) {
+    gpu.small->enqueue_range(stream, 0, gpu.small->bytes());
+    return;
+  }
+  if (step.kind == Kind::kBatch) {
+    batch_.add(*gpu.rows, step.first * eighth_bytes_, (step.last - step.first) * eighth_bytes_);
+  }
+  uint64_t at = 0;
+  for (const uint64_t bytes : kSmallBytes) {
+    if (step.kind == Kind::kBatch) {
+      batch_.add(*gpu.small, at, bytes);
+    } else {
+      gpu.small->enqueue_range(stream, at, bytes);
+    }
+    at += bytes;
+  }
+  if (step.kind == Kind::kBatch) {
+    batch_.send(stream);
+  }
+}
+
 void Probe::take(const Gpu& gpu, const Step& step) {
   const cudaStream_t stream = gpu.streams[step.stream];
   const uint64_t value = value_of(round_, step.first + 1);
@@ -184,14 +230,11 @@ void Probe::take(const Gpu& gpu, const Step& step) {
     case Kind::kRows:
       gpu.rows->enqueue_range(stream, step.first * eighth_bytes_, (step.last - step.first) * eighth_bytes_);
       return;
-    case Kind::kSmall: {
-      uint64_t at = 0;
-      for (const uint64_t bytes : kSmallBytes) {
-        gpu.small->enqueue_range(stream, at, bytes);
-        at += bytes;
-      }
+    case Kind::kSmall:
+    case Kind::kSmallOnce:
+    case Kind::kBatch:
+      take_small(gpu, step);
       return;
-    }
     case Kind::kTell:
     case Kind::kTellBoth:
       words_.write(&gpu.peer_words->told[step.first], value);
@@ -303,111 +346,6 @@ uint64_t Probe::measure(const Form& form, uint32_t iterations) {
   return wrong_words(form, seed_);
 }
 
-/// Chunks that end at these eighths, the words behind them of this kind, on `streams` streams in turn.
-Form chunks(std::string name, const std::vector<uint32_t>& ends, const Kind* tell, uint32_t streams) {
-  Form form;
-  form.name = std::move(name);
-  uint32_t first = 0;
-  for (uint32_t c = 0; c < ends.size(); ++c) {
-    const uint32_t stream = c % streams;
-    form.steps.push_back({stream, Kind::kRows, first, ends[c]});
-    if (tell != nullptr) {
-      form.steps.push_back({stream, *tell, c, 0});
-    }
-    first = ends[c];
-  }
-  if (streams > 1) {  // the last chunk that is not of the first stream is the last of its stream
-    const uint32_t last = static_cast<uint32_t>(ends.size()) - 1;
-    const uint32_t other = last % streams == 0 ? last - 1 : last;
-    form.steps.push_back({other % streams, Kind::kMark, other, 0});
-    form.steps.push_back({0, Kind::kAwait, other, 0});
-  }
-  return form;
-}
-
-/// A chunk is told only when those before it were, by whichever stream.
-Form told_in_order(const std::vector<uint32_t>& ends) {
-  Form form;
-  form.name = "5 chunks, words, two streams in turn, told in order";
-  uint32_t first = 0;
-  for (uint32_t c = 0; c < ends.size(); ++c) {
-    form.steps.push_back({c % 2, Kind::kRows, first, ends[c]});
-    if (c != 0) {
-      form.steps.push_back({c % 2, Kind::kAwait, c - 1, 0});
-    }
-    form.steps.push_back({c % 2, Kind::kTell, c, 0});
-    form.steps.push_back({c % 2, Kind::kMark, c, 0});
-    first = ends[c];
-  }
-  return form;  // the last of five is on the first stream, behind all others
-}
-
-/// One stream copies and records events, another tells behind them.
-Form told_aside(const std::vector<uint32_t>& ends) {
-  Form form;
-  form.name = "5 chunks, events, words by another stream";
-  uint32_t first = 0;
-  for (uint32_t c = 0; c < ends.size(); ++c) {
-    form.steps.push_back({0, Kind::kRows, first, ends[c]});
-    form.steps.push_back({0, Kind::kRecord, c, 0});
-    form.steps.push_back({1, Kind::kAwaitEvent, c, 0});
-    form.steps.push_back({1, Kind::kTell, c, 0});
-    first = ends[c];
-  }
-  form.steps.push_back({1, Kind::kMark, 0, 0});
-  form.steps.push_back({0, Kind::kAwait, 0, 0});
-  return form;
-}
-
-/// Two pieces of rows and the small copies, none of them, on the rows' stream or on another; one word at the end.
-Form beside(std::string name, uint32_t small_stream, bool small) {
-  Form form;
-  form.name = std::move(name);
-  form.small = small;
-  form.steps.push_back({0, Kind::kRows, 0, 2});
-  if (small && small_stream != 0) {
-    form.steps.push_back({small_stream, Kind::kSmall, 0, 0});
-    form.steps.push_back({small_stream, Kind::kMark, 0, 0});
-  }
-  form.steps.push_back({0, Kind::kRows, 2, kEighth});
-  if (small && small_stream == 0) {
-    form.steps.push_back({0, Kind::kSmall, 0, 0});
-  } else if (small) {
-    form.steps.push_back({0, Kind::kAwait, 0, 0});
-  }
-  form.steps.push_back({0, Kind::kTell, 0, 0});
-  return form;
-}
-
-std::vector<Form> all_forms() {
-  const std::vector<uint32_t> five = {2, 4, 6, 7, 8};
-  const std::vector<uint32_t> ends = {1, 3, 5, 7, 8};
-  const std::vector<uint32_t> eight = {1, 2, 3, 4, 5, 6, 7, 8};
-  const Kind tell = Kind::kTell;
-  const Kind both = Kind::kTellBoth;
-  const Kind by_copy = Kind::kTellCopy;
-  return {
-      chunks("one copy", {8}, nullptr, 1),
-      chunks("one copy, a word to the peer", {8}, &tell, 1),
-      chunks("two halves on two streams at once", {4, 8}, nullptr, 2),
-      chunks("5 chunks (2 2 2 1 1 eighths)", five, nullptr, 1),
-      chunks("5 chunks, a word to the peer behind each", five, &tell, 1),
-      chunks("5 chunks, words to the peer and to the own GPU behind each", five, &both, 1),
-      chunks("5 chunks, a copy of 8 bytes to the peer behind each", five, &by_copy, 1),
-      chunks("5 chunks, two streams in turn", five, nullptr, 2),
-      chunks("5 chunks, a word to the peer behind each, two streams in turn", five, &tell, 2),
-      told_in_order(five),
-      told_aside(five),
-      chunks("5 chunks (1 2 2 2 1), a word to the peer behind each", ends, &tell, 1),
-      chunks("5 chunks (1 2 2 2 1), words, two streams in turn", ends, &tell, 2),
-      chunks("8 chunks, a word to the peer behind each", eight, &tell, 1),
-      chunks("8 chunks, words, two streams in turn", eight, &tell, 2),
-      beside("2 pieces (2 6), a word at the end", 0, false),
-      beside("2 pieces, 4 small copies behind them, a word", 0, true),
-      beside("2 pieces, 4 small copies on a second stream, a word", 1, true),
-  };
-}
-
 int run(int argc, char** argv) {
   int count = 0;
   check_cuda(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
@@ -427,7 +365,7 @@ int run(int argc, char** argv) {
   std::snprintf(head, sizeof(head), "%llu bytes from GPU 0 to 1 and from 1 to 0",
                 static_cast<unsigned long long>(bytes));
   std::printf("%-66s %8s %8s %8s\n", head, "p50 us", "p99 us", "host us");
-  for (const Form& form : all_forms()) {
+  for (const Form& form : all_chain_forms(probe.has_batches())) {
     const uint64_t wrong = probe.measure(form, iterations);
     if (wrong != 0) {
       std::printf("link_chain: %llu words differ\n", static_cast<unsigned long long>(wrong));
