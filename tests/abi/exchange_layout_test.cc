@@ -152,6 +152,8 @@ TEST(ExchangeHtLayout, SlicesAreAllTokensInOrder) {
 
 TEST(ExchangeHtWords, LieBehindThoseOfTheRing) {
   constexpr uint32_t kChunkEnds[] = EXPERTD_HT_CHUNK_ENDS;
+  static_assert(kChunkEnds[0] >= kChunkEnds[1] - kChunkEnds[0] &&
+                kChunkEnds[1] - kChunkEnds[0] >= kChunkEnds[2] - kChunkEnds[1]);
   static_assert(std::size(kChunkEnds) == EXPERTD_HT_CHUNKS && EXPERTD_HT_CHUNKS < EXPERTD_HT_ALL);
   static_assert(EXPERTD_HT_STEP_OFFSET(0) == EXPERTD_FLAG_PAGE_BYTES);
   static_assert(EXPERTD_HT_STEP_PROGRESS + 8 * EXPERTD_EXCHANGE_RANKS_MAX == EXPERTD_HT_STEP_PLAN);

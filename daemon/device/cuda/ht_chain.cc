@@ -15,10 +15,10 @@
 //   progress of all; own progress; wait ended; voided and ended -> host; done
 //
 // Rows come first, since until the first large copy is enqueued the links are idle: every call into the driver in front
-// of it is 2 to 3 us, and every entry of the stream as well. Where rows go somewhere they are the copy that has to stand
-// in front of words; else one of 8 bytes to the host does (send()). What ends a copy costs the link about 3 us, a word
-// behind it 3 us more (two H100, 2026-11-26, tests/bench/link_chain; a second stream costs as much as it saves), so a
-// chain has few of both, and one submission of words tells all ranks.
+// of it is 2 to 3 us, and every entry of the stream as well. Where rows go somewhere they are the copy that has to
+// stand in front of words; else one of 8 bytes to the host does (send()). What ends a copy costs the link about 3 us, a
+// word behind it 3 us more (two H100, 2026-11-26, tests/bench/link_chain; a second stream costs as much as it saves),
+// so a chain has few of both, and one submission of words tells all ranks.
 //
 // A cached dispatch knows its counts and still tells that its doorbell has rung: until then its outputs belong to what
 // the caller's stream runs before it. Between the two steps nothing else is launched on the session's stream, since it
@@ -148,14 +148,16 @@ bool CudaDevice::HtChain::begin() {
   if (part_.waits_doorbell) {
     words.wait(address_of(part_.words.flag_page) + EXPERTD_DOORBELL_OFFSET(part_.words.slot), part_.words.seq);
   }
-  words.write(address_of(&device_.device_facts(part_.id)->start_ns), 1);  // only that it has started is known
+  const CUdeviceptr started = address_of(&device_.device_facts(part_.id)->start_ns);  // only that it has is known
   if (!is_dispatch()) {
+    words.write(started, 1);
     words.write(routed, spec_.group_op);
     return send(&words);
   }
   const uint64_t bytes = counts() ? ht_.layout.counts_bytes : sizeof(expertd_exchange_ht_counts);
   ChainWords behind;
-  behind.write(facts() + offsetof(HtFacts, counted), part_.id);
+  behind.write(facts() + offsetof(HtFacts, counted), part_.id);  // what the loop waits for comes first
+  behind.write(started, 1);
   behind.write(routed, spec_.group_op);
   behind.wait(own_word(EXPERTD_HT_STEP_PACKED), part_.words.seq);  // here, so that the loop need not enqueue it
   return send(&words) && copy(ht_.pinned->device() + ht_.counts_at(spec_.group_op), buffer_of(spec_.rank), bytes) &&

@@ -32,10 +32,10 @@ constexpr uint32_t copy_entries(uint32_t ranks) {
 inline constexpr uint32_t kMaxPartsInFlight = kMaxArmedStreams * (kMaxStreamEntries / kEntriesPerPart);
 inline constexpr uint32_t kMaxGroupsPerDevice = 256;
 
-/// The same of a high throughput chain: for each rank of a combine five copies of rows and one of weights, a word behind
-/// each chunk.
+/// The same of a high throughput chain: for each rank of a dispatch two copies of rows, four of what is beside them and
+/// a word; a combine has as many.
 constexpr uint32_t ht_entries(uint32_t ranks) {
-  return 10 + 11 * ranks;
+  return 14 + 7 * ranks;
 }
 
 /// Fixed table from a 64-bit key to an object. find() from any thread, insert() and erase() by one thread at a time.
