@@ -6,9 +6,10 @@
 //
 //   copy -> host; wait doorbell; [dispatch: counts -> host, counted; wait packed of the first piece]
 //   the loop: checks the counts, lets the loops of the other ranks have them, waits for theirs, decides
-//   dispatch: for both pieces: (wait packed;) for each other rank: rows, straight into its outputs
+//   dispatch: for each other rank: rows of the first piece, straight into its outputs
+//             wait packed of all; for each other rank: records, into its window; the progress of all of them
+//             for each other rank: the other rows
 //             [plan -> window, copy -> host, plan; on the rescue stream]
-//             for each other rank: what travels beside the rows
 //   combine:  for every chunk: for each other rank: rows of the own input, into its window, and with the first chunk
 //             all weights; the progress of all of them, of the last one with what follows
 //             [copy -> host, rows that may be taken, plan; on the rescue stream; behind the first chunk]
@@ -27,7 +28,8 @@
 //
 // What a client wrote decides nothing before it was checked: counts are no more than its tokens have (ht_take_counts),
 // rows of all ranks fit the outputs that admission saw (ht_decide), rows of a handle are clipped to the tensors of this
-// operation. What two loops share they share in their own memory.
+// operation. Records are written by one client and spread by another one, which clamps to its own outputs. What two
+// loops share they share in their own memory.
 //
 // Ending early. Before the second step a part is ended by its end alone. Behind it the copies go on with whatever lies
 // there: the rescue stream writes `voided` of every other rank before it releases anything, and a part that was voided
@@ -63,8 +65,6 @@ uint64_t progress_at(uint32_t slot, uint32_t rank) {
   return EXPERTD_HT_STEP_OFFSET(slot) + EXPERTD_HT_STEP_PROGRESS + uint64_t{rank} * sizeof(uint64_t);
 }
 
-constexpr uint32_t kDispatchOutputs[] = {EXPERTD_OUT_X, EXPERTD_OUT_SIDE, EXPERTD_OUT_TOPK_IDX,
-                                         EXPERTD_OUT_TOPK_WEIGHTS, EXPERTD_OUT_SRC_INFO};
 constexpr uint32_t kCombineInputs[] = {EXPERTD_IN_X, EXPERTD_IN_TOPK_WEIGHTS};
 /// Of a rank's word `rows`: it gave weights with them.
 constexpr uint64_t kWithWeights = uint64_t{1} << 31;
@@ -100,7 +100,8 @@ CUdeviceptr CudaDevice::HtChain::tensor(uint32_t rank, uint32_t index) {
 
 bool CudaDevice::HtChain::find() {
   if (part_.words.flag_page == nullptr || spec_.own->handle_index >= ht_.handles.size() ||
-      expertd_exchange_ht_fits(&ht_.layout, shape_.out_row_bytes, side_bytes()) == 0) {
+      expertd_exchange_ht_fits(&ht_.layout, shape_.out_row_bytes, side_bytes()) == 0 ||
+      shape_.max_tokens * record_bytes() > ht_.layout.beside_bytes) {
     return false;
   }
   for (uint32_t j = 0; j < spec_.ranks; ++j) {
@@ -117,9 +118,7 @@ bool CudaDevice::HtChain::find() {
       state_.voided[j] = peer->flag_page + EXPERTD_HT_STEP_OFFSET(request->slot) + EXPERTD_HT_STEP_VOIDED;
       state_.seqs[j] = request->seq;
     }
-    for (const uint32_t output : kDispatchOutputs) {
-      (void)(is_dispatch() ? tensor(j, output) : 0);
-    }
+    (void)(is_dispatch() ? tensor(j, EXPERTD_OUT_X) : 0);
   }
   for (const uint32_t input : kCombineInputs) {
     (void)(is_dispatch() ? 0 : tensor(spec_.rank, input));
@@ -259,6 +258,12 @@ void CudaDevice::HtChain::announce(uint32_t steps, ChainWords* words) const {
 
 /// The own client, on the rescue stream, on which nothing ever waits, beside the first copies.
 bool CudaDevice::HtChain::tell(uint32_t verdict, ChainWords* words) {
+  for (uint32_t j = 0; j < spec_.ranks; ++j) {
+    if (!is_active(spec_.active_ranks, j)) {  // nothing comes from it, which must not be waited for
+      words->write(address_of(part_.words.flag_page) + progress_at(part_.words.slot, j),
+                   EXPERTD_HT_PROGRESS(part_.words.seq, EXPERTD_HT_ALL));
+    }
+  }
   words->write(own_word(EXPERTD_HT_STEP_ACTIVE), spec_.active_ranks);
   words->write(own_word(EXPERTD_HT_STEP_VERDICT), verdict);
   words->write(own_word(EXPERTD_HT_STEP_PLAN), part_.words.seq);
@@ -279,39 +284,26 @@ bool CudaDevice::HtChain::tell_plan(const HtTable& table, uint32_t verdict) {
   return tell(verdict, &words);
 }
 
-/// What travels beside the rows of all slices.
-bool CudaDevice::HtChain::send_beside(const HtTable& table, const Capacities& capacities) {
+/// What travels beside the rows of all slices, one copy for each rank, and that it is there. In front of the last
+/// piece, so that the clients spread it while that is on its way.
+bool CudaDevice::HtChain::send_records(const HtTable& table, const Capacities& capacities) {
   const expertd_exchange_ht_layout& at = ht_.layout;
-  const CUdeviceptr own = buffer_of(spec_.rank);
-  const uint64_t lanes = shape_.top_k;
-  const struct {
-    uint32_t tensor;
-    bool given;
-    uint64_t from;
-    uint64_t place_bytes;
-    uint64_t bytes;  // of a row
-  } kinds[] = {
-      {EXPERTD_OUT_SIDE, side_bytes() != 0, at.side, at.side_bytes, side_bytes()},
-      {EXPERTD_OUT_TOPK_IDX, counts(), at.idx, at.idx_bytes, lanes * shape_.topk_idx_bytes},
-      {EXPERTD_OUT_TOPK_WEIGHTS, counts() && spec_.own->with_weights, at.weights, at.weights_bytes,
-       lanes * sizeof(float)},
-      {EXPERTD_OUT_SRC_INFO, counts(), at.tokens, at.tokens_bytes, sizeof(int32_t)},
-  };
+  if (record_bytes() == 0) {
+    return true;
+  }
   bool sent = true;
-  for (uint32_t i = 1; i < spec_.ranks; ++i) {
+  for (uint32_t i = 1; i < spec_.ranks && sent; ++i) {
     const uint32_t j = (spec_.rank + i) % spec_.ranks;
     if (!is_active(spec_.active_ranks, j)) {
       continue;
     }
-    const uint64_t row = table.base(spec_.rank, j);
-    const uint64_t rows = ht_rows_inside(row, table.rows[spec_.rank][j], capacities[j]);
-    for (const auto& kind : kinds) {
-      const CUdeviceptr to = kind.given ? tensor(j, kind.tensor) : 0;
-      const CUdeviceptr from = own + kind.from + place_of(j, spec_.rank) * kind.place_bytes;
-      sent = sent && (to == 0 || copy(to + row * kind.bytes, from, rows * kind.bytes));
-    }
+    const uint64_t rows = ht_rows_inside(table.base(spec_.rank, j), table.rows[spec_.rank][j], capacities[j]);
+    sent = copy(buffer_of(j) + at.beside_in + place_of(spec_.rank, j) * at.beside_bytes,
+                buffer_of(spec_.rank) + at.beside + place_of(j, spec_.rank) * at.beside_bytes, rows * record_bytes());
   }
-  return sent;
+  ChainWords words;
+  announce(EXPERTD_HT_BESIDE, &words);
+  return sent && send(&words);
 }
 
 /// Begins behind this rank, so that not all ranks write to the same one.
@@ -319,11 +311,6 @@ bool CudaDevice::HtChain::send_piece(const HtTable& table, const Capacities& cap
   const uint32_t first = piece == 0 ? 0 : EXPERTD_HT_FIRST_SLICES;
   const uint32_t end = piece + 1 == EXPERTD_HT_PIECES ? kHtSlices : EXPERTD_HT_FIRST_SLICES;
   bool sent = true;
-  if (piece != 0) {
-    ChainWords packed;
-    packed.wait(own_word(EXPERTD_HT_STEP_PACKED + uint64_t{piece} * sizeof(uint64_t)), part_.words.seq);
-    sent = send(&packed);
-  }
   for (uint32_t i = 1; i < spec_.ranks && sent; ++i) {
     const uint32_t j = (spec_.rank + i) % spec_.ranks;
     if (!is_active(spec_.active_ranks, j)) {
@@ -339,10 +326,13 @@ bool CudaDevice::HtChain::send_piece(const HtTable& table, const Capacities& cap
   return sent;
 }
 
-/// The rows first: what the client is told it needs when they have come.
+/// The first rows need what begin() waits for, all else that everything is packed.
 bool CudaDevice::HtChain::send_dispatch(const HtTable& table, const Capacities& capacities) {
-  return send_piece(table, capacities, 0) && send_piece(table, capacities, 1) && tell_plan(table, 0) &&
-         send_beside(table, capacities);
+  static_assert(EXPERTD_HT_PIECES == 2);
+  ChainWords packed;
+  packed.wait(own_word(EXPERTD_HT_STEP_PACKED + sizeof(uint64_t)), part_.words.seq);
+  return send_piece(table, capacities, 0) && send(&packed) && send_records(table, capacities) &&
+         send_piece(table, capacities, 1) && tell_plan(table, 0);
 }
 
 bool CudaDevice::HtChain::tell_rows(const HtTable& table, const Capacities& given, uint32_t verdict) {
@@ -407,7 +397,7 @@ bool CudaDevice::HtChain::end(bool moved) {
     announce(EXPERTD_HT_ALL, &before);
   }
   for (uint32_t j = 0; j < spec_.ranks; ++j) {
-    if (j == spec_.rank || !is_active(spec_.active_ranks, j) || !moved) {
+    if (j == spec_.rank || !moved) {
       before.write(address_of(part_.words.flag_page) + progress_at(slot, j), all);
     }
   }

@@ -76,6 +76,10 @@ class CudaDevice::HtChain {
   bool is_dispatch() const { return shape_.kind == kernels::OpKind::kDispatch; }
   bool counts() const { return is_dispatch() && shape_.cached == 0; }
   uint64_t side_bytes() const { return uint64_t{shape_.side_elements} * shape_.side_element_bytes; }
+  /// Of a dispatch, what travels beside each row.
+  uint64_t record_bytes() const {
+    return expertd_exchange_ht_record_bytes(side_bytes(), shape_.top_k, shape_.cached != 0 ? 1 : 0);
+  }
   CUdeviceptr own_word(uint64_t offset) const;
   CUdeviceptr word_of(uint32_t rank, uint64_t offset) const;
   CUdeviceptr buffer_of(uint32_t rank) const;
@@ -94,7 +98,7 @@ class CudaDevice::HtChain {
   bool tell(uint32_t verdict, ChainWords* words);
   bool tell_plan(const HtTable& table, uint32_t verdict);
   bool send_piece(const HtTable& table, const Capacities& capacities, uint32_t piece);
-  bool send_beside(const HtTable& table, const Capacities& capacities);
+  bool send_records(const HtTable& table, const Capacities& capacities);
   bool send_dispatch(const HtTable& table, const Capacities& capacities);
   bool tell_rows(const HtTable& table, const Capacities& given, uint32_t verdict);
   bool send_chunk(const HtTable& table, uint64_t given, uint32_t chunk);

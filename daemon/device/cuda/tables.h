@@ -32,8 +32,8 @@ constexpr uint32_t copy_entries(uint32_t ranks) {
 inline constexpr uint32_t kMaxPartsInFlight = kMaxArmedStreams * (kMaxStreamEntries / kEntriesPerPart);
 inline constexpr uint32_t kMaxGroupsPerDevice = 256;
 
-/// The same of a high throughput chain: for each rank of a dispatch two copies of rows, four of what is beside them and
-/// a word; a combine has as many.
+/// The same of a high throughput chain: for each rank of a combine three copies of rows, one of weights and a word
+/// behind each chunk; a dispatch has fewer.
 constexpr uint32_t ht_entries(uint32_t ranks) {
   return 14 + 7 * ranks;
 }
