@@ -8,11 +8,11 @@
 //   the loop: checks the counts, lets the loops of the other ranks have them, waits for theirs, decides
 //   dispatch: for each other rank: rows of the first piece, straight into its outputs
 //             wait packed of all; for each other rank: records, into its window; the progress of all of them
-//             for each other rank: the other rows
 //             [plan -> window, copy -> host, plan; on the rescue stream]
+//             for each other rank: the other rows
 //   combine:  for every chunk: for each other rank: rows of the own input, into its window, and with the first chunk
 //             all weights; the progress of all of them, of the last one with what follows
-//             [copy -> host, rows that may be taken, plan; on the rescue stream; behind the first chunk]
+//             [copy -> host, rows that may be taken, plan; on the rescue stream; between the first two chunks]
 //   progress of all; own progress; wait ended; voided and ended -> host; done
 //
 // Rows come first, since until the first large copy is enqueued the links are idle: every call into the driver in front
@@ -267,6 +267,7 @@ bool CudaDevice::HtChain::tell(uint32_t verdict, ChainWords* words) {
   words->write(own_word(EXPERTD_HT_STEP_ACTIVE), spec_.active_ranks);
   words->write(own_word(EXPERTD_HT_STEP_VERDICT), verdict);
   words->write(own_word(EXPERTD_HT_STEP_PLAN), part_.words.seq);
+  led_ = false;  // these calls take longer than small copies on the part's stream
   return put_copy_first(device_.rescue_stream_) && words->send(driver_, device_.rescue_stream_);
 }
 
@@ -326,13 +327,14 @@ bool CudaDevice::HtChain::send_piece(const HtTable& table, const Capacities& cap
   return sent;
 }
 
-/// The first rows need what begin() waits for, all else that everything is packed.
+/// The first rows need what begin() waits for, all else that everything is packed. The plan in front of copies, which
+/// may begin on a stream that has nothing under way, as words may not.
 bool CudaDevice::HtChain::send_dispatch(const HtTable& table, const Capacities& capacities) {
   static_assert(EXPERTD_HT_PIECES == 2);
   ChainWords packed;
   packed.wait(own_word(EXPERTD_HT_STEP_PACKED + sizeof(uint64_t)), part_.words.seq);
-  return send_piece(table, capacities, 0) && send(&packed) && send_records(table, capacities) &&
-         send_piece(table, capacities, 1) && tell_plan(table, 0);
+  return send_piece(table, capacities, 0) && send(&packed) && send_records(table, capacities) && tell_plan(table, 0) &&
+         send_piece(table, capacities, 1);
 }
 
 bool CudaDevice::HtChain::tell_rows(const HtTable& table, const Capacities& given, uint32_t verdict) {
@@ -379,11 +381,11 @@ bool CudaDevice::HtChain::send_chunk(const HtTable& table, uint64_t given, uint3
 
 /// The last chunk is announced at the end.
 bool CudaDevice::HtChain::send_combine(const HtTable& table, const Capacities& given) {
-  bool sent = send_chunk(table, given[spec_.rank], 0) && tell_rows(table, given, 0);
+  bool sent = send_chunk(table, given[spec_.rank], 0);
   for (uint32_t chunk = 1; chunk < EXPERTD_HT_CHUNKS && sent; ++chunk) {
     ChainWords words;
     announce(chunk, &words);
-    sent = send(&words) && send_chunk(table, given[spec_.rank], chunk);
+    sent = send(&words) && (chunk != 1 || tell_rows(table, given, 0)) && send_chunk(table, given[spec_.rank], chunk);
   }
   return sent;
 }

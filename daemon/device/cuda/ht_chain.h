@@ -115,7 +115,7 @@ class CudaDevice::HtChain {
   HtGroup& ht_;
   const CUstream stream_;
   bool reachable_ = true;
-  bool led_ = false;  // a copy of this step stands on the stream
+  bool led_ = false;  // a copy has just been put on the stream, and nothing but words behind it
 };
 
 }  // namespace expertd::device::cuda
