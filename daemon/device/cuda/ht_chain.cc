@@ -8,7 +8,7 @@
 //   the loop: checks the counts, lets the loops of the other ranks have them, waits for theirs, decides
 //   dispatch: for each other rank: rows of the first piece, straight into its outputs
 //             wait packed of all; for each other rank: records, into its window; the progress of all of them
-//             [plan -> window, copy -> host, plan; on the rescue stream]
+//             [plan -> window, plan; on the rescue stream]
 //             for each other rank: the other rows
 //   combine:  for every chunk: for each other rank: rows of the own input, into its window, and with the first chunk
 //             all weights; the progress of all of them, of the last one with what follows
@@ -256,7 +256,7 @@ void CudaDevice::HtChain::announce(uint32_t steps, ChainWords* words) const {
   }
 }
 
-/// The own client, on the rescue stream, on which nothing ever waits, beside the first copies.
+/// The own client, on the rescue stream, on which nothing ever waits, beside the first copies. Behind a copy there.
 bool CudaDevice::HtChain::tell(uint32_t verdict, ChainWords* words) {
   for (uint32_t j = 0; j < spec_.ranks; ++j) {
     if (!is_active(spec_.active_ranks, j)) {  // nothing comes from it, which must not be waited for
@@ -268,21 +268,19 @@ bool CudaDevice::HtChain::tell(uint32_t verdict, ChainWords* words) {
   words->write(own_word(EXPERTD_HT_STEP_VERDICT), verdict);
   words->write(own_word(EXPERTD_HT_STEP_PLAN), part_.words.seq);
   led_ = false;  // these calls take longer than small copies on the part's stream
-  return put_copy_first(device_.rescue_stream_) && words->send(driver_, device_.rescue_stream_);
+  return words->send(driver_, device_.rescue_stream_);
 }
 
 bool CudaDevice::HtChain::tell_plan(const HtTable& table, uint32_t verdict) {
-  if (verdict == 0) {
-    const uint64_t at = ht_.plan_at(spec_.group_op);
-    ht_fill_plan(table, shape_,
-                 reinterpret_cast<expertd_exchange_ht_plan*>(static_cast<char*>(ht_.pinned->host()) + at));
-    if (driver_.cuMemcpyAsync(buffer_of(spec_.rank) + ht_.layout.plan, ht_.pinned->device() + at,
-                              sizeof(expertd_exchange_ht_plan), device_.rescue_stream_) != CUDA_SUCCESS) {
-      return false;
-    }
-  }
   ChainWords words;
-  return tell(verdict, &words);
+  if (verdict != 0) {
+    return put_copy_first(device_.rescue_stream_) && tell(verdict, &words);
+  }
+  const uint64_t at = ht_.plan_at(spec_.group_op);
+  ht_fill_plan(table, shape_, reinterpret_cast<expertd_exchange_ht_plan*>(static_cast<char*>(ht_.pinned->host()) + at));
+  return driver_.cuMemcpyAsync(buffer_of(spec_.rank) + ht_.layout.plan, ht_.pinned->device() + at,
+                               sizeof(expertd_exchange_ht_plan), device_.rescue_stream_) == CUDA_SUCCESS &&
+         tell(verdict, &words);
 }
 
 /// What travels beside the rows of all slices, one copy for each rank, and that it is there. In front of the last
@@ -348,7 +346,7 @@ bool CudaDevice::HtChain::tell_rows(const HtTable& table, const Capacities& give
     words.write(own_word(EXPERTD_HT_STEP_ROWS + uint64_t{j} * sizeof(uint64_t)),
                 rows | (j == spec_.rank ? base << 32 : 0));
   }
-  return tell(verdict, &words);
+  return put_copy_first(device_.rescue_stream_) && tell(verdict, &words);
 }
 
 /// The rows of one chunk of each other rank's tokens, and with the first one the weights of all.
