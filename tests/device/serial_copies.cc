@@ -279,6 +279,8 @@ HtParams SerialHighThroughput::params_of(const CaseStep& step, uint32_t rank) co
   const bool side = dispatch && shape.side_elements != 0;
   p.side_elements = side ? shape.side_elements : 0;
   p.side_element_bytes = side ? shape.side_element_bytes : 1;
+  p.record_bytes = static_cast<uint32_t>(expertd_exchange_ht_record_bytes(
+      uint64_t{p.side_elements} * p.side_element_bytes, p.top_k, shape.cached != 0 ? 1 : 0));
   p.side_row_stride = shape.side_row_stride;
   p.side_element_stride = shape.side_element_stride;
   p.cached = shape.cached != 0;
@@ -326,33 +328,23 @@ void SerialHighThroughput::tell(uint32_t rank, uint64_t verdict) {
   ranks_[rank]->set_word(at + EXPERTD_HT_STEP_PLAN, seq_);
 }
 
-/// One source's rows for one rank, with what travels beside them.
+/// One source's rows for one rank, and their records.
 void SerialHighThroughput::carry_rows(const CaseStep& step, uint32_t source, uint32_t rank) {
-  const OpShape& shape = step.gpu->params[source].shape;
+  const uint64_t row_bytes = step.made.shape.row_bytes;
   const HtTable& table = tables_[source];
   const HtParams& to = params_[rank];
   const uint64_t row = table.base(source, rank);
   const uint64_t count = device::cuda::ht_rows_inside(row, table.rows[source][rank], to.capacity_rows);
-  const uint64_t place = place_of(rank, source);
-  const bool fresh = shape.cached == 0;
-  const bool weighted = fresh && params_[source].topk_weights != nullptr;
-  const struct {
-    void* to;
-    uint64_t from;
-    uint64_t bytes;  // of a row
-  } kinds[] = {
-      {to.out_x, layout_.rows + place * layout_.rows_bytes, shape.row_bytes},
-      {side_bytes(shape) != 0 ? to.out_side : nullptr, layout_.side + place * layout_.side_bytes, side_bytes(shape)},
-      {fresh ? to.out_topk_idx : nullptr, layout_.idx + place * layout_.idx_bytes,
-       uint64_t{shape.top_k} * shape.topk_idx_bytes},
-      {weighted ? to.out_topk_weights : nullptr, layout_.weights + place * layout_.weights_bytes,
-       uint64_t{shape.top_k} * 4},
-      {fresh ? to.src_info : nullptr, layout_.tokens + place * layout_.tokens_bytes, 4},
-  };
-  for (const auto& kind : kinds) {
-    if (kind.to != nullptr && count != 0) {
-      carry_bytes(static_cast<char*>(kind.to) + row * kind.bytes, buffer(source) + kind.from, count * kind.bytes);
-    }
+  if (count == 0) {
+    return;
+  }
+  const char* from = buffer(source);
+  carry_bytes(static_cast<char*>(to.out_x) + row * row_bytes,
+              from + layout_.rows + place_of(rank, source) * layout_.rows_bytes, count * row_bytes);
+  if (to.record_bytes != 0) {
+    carry_bytes(buffer(rank) + layout_.beside_in + place_of(source, rank) * layout_.beside_bytes,
+                from + layout_.beside + place_of(rank, source) * layout_.beside_bytes,
+                count * uint64_t{to.record_bytes});
   }
 }
 
