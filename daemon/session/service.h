@@ -24,6 +24,7 @@
 #include "daemon/session/descriptor_closer.h"
 #include "daemon/session/executor_choice.h"
 #include "daemon/session/group_fabric.h"
+#include "daemon/session/last_word.h"
 #include "daemon/session/loop_port.h"
 
 namespace expertd::session {
@@ -76,6 +77,9 @@ class SessionService final : public SessionApi, public AttachApi {
   /// Refuses new sessions from now on and raises the draining flag in every ring.
   uint32_t begin_drain();
   uint32_t outstanding_operations();
+  /// Tells every session, and those to come, why the process ends. Any thread, and it waits for none: neither for a
+  /// loop nor for anything that holds a lock over a call of a device.
+  void say_last_word(base::Reason reason) { last_word_.say(reason); }
 
   base::Result<AttachGrant> attach(const AttachRequest& request) override;
   void session_ended(base::SessionId session, const std::string& cause) override;
@@ -164,6 +168,7 @@ class SessionService final : public SessionApi, public AttachApi {
   group::RendezvousPort* rendezvous_ = nullptr;  // null: this node is the only one
   GroupFabric* fabric_ = nullptr;
   DescriptorCloser closer_;
+  LastWord last_word_;
   std::mutex mutex_;
   std::condition_variable housekeeper_signal_;
   std::map<uint64_t, SessionRef> sessions_;
