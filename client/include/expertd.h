@@ -102,12 +102,12 @@ typedef struct expertd_session_info_s {
 EXPERTD_API expertd_status_t expertd_attach(const expertd_attach_options_t* options, expertd_session_t** session);
 /* Ends the session: in-flight operations are aborted, groups are left, memory returns. Frees every object of it. */
 EXPERTD_API expertd_status_t expertd_detach(expertd_session_t* session);
-/* After UNAVAILABLE: attaches the same session object to the restarted daemon and re-creates its windows and
- * registrations (buffer pointers may change: read them again; contents of windows are lost). Groups must be joined
+/* After UNAVAILABLE or GPU_LOST: attaches the same session object to the restarted daemon and re-creates its windows
+ * and registrations (buffer pointers may change: read them again; contents of windows are lost). Groups must be joined
  * anew. */
 EXPERTD_API expertd_status_t expertd_reattach(expertd_session_t* session, uint64_t timeout_ns);
 EXPERTD_API expertd_status_t expertd_session_info(expertd_session_t* session, expertd_session_info_t* info);
-/* OK, UNAVAILABLE (daemon gone), DRAINING. */
+/* OK, UNAVAILABLE (daemon gone), GPU_LOST (it said so before it ended), DRAINING. */
 EXPERTD_API expertd_status_t expertd_session_state(expertd_session_t* session);
 
 /* ---- Memory ---- */
@@ -257,7 +257,7 @@ EXPERTD_API expertd_status_t expertd_group_mask(expertd_group_t* group, uint64_t
  * As every issue it waits for a free slot of the ring. A call that fails with CUDA after its operation was published
  * counts too, and ends at its deadline. These do not count, because the daemon cannot be told or nothing was issued,
  * and may be made again:
- * - FORKED, UNAVAILABLE, NO_SUCH_GROUP, and MISSING_ARGUMENT about the group: there is no session or no group;
+ * - FORKED, UNAVAILABLE, GPU_LOST, NO_SUCH_GROUP, MISSING_ARGUMENT about the group: there is no session or no group;
  * - RING_OVERFLOW: no slot became free before the operation's deadline;
  * - UNSUPPORTED on a stream that is being captured;
  * - any refusal under a daemon of ring version 1.0, whose other ranks wait for their deadline.
@@ -479,7 +479,7 @@ EXPERTD_API expertd_status_t expertd_handle_free(expertd_group_t* group, expertd
 /* 1 in *done when the operation ended, well or not. */
 EXPERTD_API expertd_status_t expertd_event_query(expertd_event_t event, int* done);
 /* Blocks the calling thread until the operation ended; returns its status and fills result (may be NULL). TIMEOUT when
- * timeout_ns (0: the operation's own deadline plus 1 s) passes first. UNAVAILABLE within 200 ms of the daemon's end. */
+ * timeout_ns (0: its own deadline + 1 s) passes first. UNAVAILABLE or GPU_LOST within 200 ms of the daemon's end. */
 EXPERTD_API expertd_status_t expertd_event_wait(expertd_event_t event, uint64_t timeout_ns,
                                                 expertd_op_result_t* result);
 /* Makes `stream` wait for the operation (the receive half). On host sessions this is a no-op: order is given. */

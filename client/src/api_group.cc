@@ -155,7 +155,7 @@ expertd_status_t on_operation(expertd_group_t* group, const Issue& issue, const 
       it->count_issued();
       return status;
     }
-    const bool no_way = status.reason == EXPERTD_REASON_UNAVAILABLE || status.reason == EXPERTD_REASON_RING_OVERFLOW;
+    const bool no_way = client::is_end_of_lease(status.reason) || status.reason == EXPERTD_REASON_RING_OVERFLOW;
     return no_way ? status : refuse(it, issue, std::move(status));
   });
 }

@@ -9,6 +9,7 @@
 
 #include <array>
 #include <cerrno>
+#include <utility>
 
 #include "client/src/clock.h"
 #include "expertd/v1/session.pb.h"
@@ -155,9 +156,22 @@ void Connection::abandon(const char* why) {
   device_->release_waiters();
 }
 
+Status Connection::over(std::string text) const {
+  const int32_t said = ring_ == nullptr ? EXPERTD_REASON_NONE : ring_->end_reason();
+  if (said == EXPERTD_REASON_NONE) {
+    return {EXPERTD_REASON_UNAVAILABLE, std::move(text)};
+  }
+  return {said, reason_sentence(said)};
+}
+
+Status Connection::explain(Status status) const {
+  return status.reason == EXPERTD_REASON_UNAVAILABLE ? over(std::move(status.text)) : std::move(status);
+}
+
+// A daemon that said why it ends serves nobody any more, also while its sockets are still open.
 bool Connection::look_for_end() {
   pollfd entry{greeting_.socket.get(), POLLRDHUP, 0};
-  if (!lost() && poll(&entry, 1, 0) > 0) {
+  if (!lost() && (ring_->end_reason() != EXPERTD_REASON_NONE || poll(&entry, 1, 0) > 0)) {
     abandon("the daemon is gone: the session's lease is over");
   }
   return lost();

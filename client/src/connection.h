@@ -45,11 +45,20 @@ class Connection {
 
   const expertd_attach_welcome& welcome() const { return greeting_.welcome; }
   RingClient* ring() const { return ring_.get(); }
-  FdExchange* descriptors() { return &descriptors_; }
   bool lost() const { return lost_.load(std::memory_order_acquire); }
 
+  /// What ends because the lease is over ends with this: the Reason that the daemon left in the ring, else UNAVAILABLE
+  /// with `text`.
+  Status over(std::string text) const;
+
   Status call(const char* method, const RpcMessage& request, const RpcMessage& response, uint64_t timeout_ns) {
-    return call_session(channel_.get(), method, request, response, timeout_ns);
+    return explain(call_session(channel_.get(), method, request, response, timeout_ns));
+  }
+  Status put_fd(int fd, uint64_t deadline_ns, uint64_t* token) {
+    return explain(descriptors_.put(fd, deadline_ns, token));
+  }
+  Status get_fd(uint64_t token, uint64_t deadline_ns, FdReply* reply) {
+    return explain(descriptors_.get(token, deadline_ns, reply));
   }
 
   /// Whether the lease is over, asked of the socket itself: the client thread may not have seen it yet. Any thread.
@@ -66,6 +75,8 @@ class Connection {
   static void* thread_main(void* self);
   void run();
   bool poll_once(bool* rpc_alive);
+  /// UNAVAILABLE as over() says it.
+  Status explain(Status status) const;
 
   Greeting greeting_;
   DeviceSide* const device_;

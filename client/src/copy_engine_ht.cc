@@ -3,8 +3,9 @@
 //
 //   dispatch: route (not cached), doorbell                combine: doorbell
 //             for both pieces: move, packed                        wait plan
-//             wait plan; move the rows that stay                   for every chunk: wait progress of the others, reduce
-//             wait progress of all ranks                           wait the own progress
+//             wait plan, records of the others;                    for every chunk: wait progress of the others, reduce
+//             move the rows that stay, spread the records          wait the own progress
+//             wait progress of all ranks
 //             ended and completion                                 ended and completion
 //
 // The daemon's chain (daemon/device/cuda/ht_chain.cc) has its copies between them. With EXPERTD_ASYNC what begins with
@@ -34,6 +35,9 @@ void fill_sizes(const GroupConfig& config, const expertd_slot& slot, HtParams* p
   const bool bytes = slot.op == EXPERTD_OP_DISPATCH && slot.dtype == EXPERTD_DTYPE_BYTES;
   params->side_elements = bytes ? slot.side_elements : 0;
   params->side_element_bytes = bytes ? slot.side_element_bytes : 1;
+  params->record_bytes = static_cast<uint32_t>(
+      expertd_exchange_ht_record_bytes(uint64_t{params->side_elements} * params->side_element_bytes, config.top_k,
+                                       (slot.flags & EXPERTD_SLOT_CACHED) != 0 ? 1 : 0));
   params->side_row_stride = slot.side_row_stride;
   params->side_element_stride = slot.side_element_stride;
   params->cached = (slot.flags & EXPERTD_SLOT_CACHED) != 0;
@@ -185,8 +189,15 @@ Status Session::receive_ht(OpRequest* request, uint32_t index, expertd_stream_t 
     status = status.ok() ? kernels->launch_ht(HtKernel::kReduce, params, stream) : status;
   }
   if (dispatch) {
+    uint32_t count = 0;
+    for (uint32_t rank = 0; params.record_bytes != 0 && rank < params.ranks; ++rank) {
+      if (rank != params.rank) {
+        words[count++] = {progress + rank * 8, EXPERTD_HT_PROGRESS(params.seq, EXPERTD_HT_BESIDE), false};
+      }
+    }
     set_ht_step(HtKernel::kMove, kHtPlace, &params);
-    status = kernels->launch_ht(HtKernel::kMove, params, stream);
+    status = count == 0 ? status : device_->stream_words(words, count, stream);
+    status = !status.ok() ? status : kernels->launch_ht(HtKernel::kMove, params, stream);
   }
   if (!status.ok()) {
     return status;

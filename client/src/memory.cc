@@ -121,7 +121,7 @@ Resolved Memory::resolve(const void* pointer, uint64_t bytes, Place* place, Buff
 
 Status Memory::map_granted(uint32_t id, uint64_t token, uint64_t bytes, Buffer* buffer) {
   FdReply reply;
-  Status status = connection_->descriptors()->get(token, deadline(), &reply);
+  Status status = connection_->get_fd(token, deadline(), &reply);
   if (!status.ok()) {
     return status;
   }
@@ -218,7 +218,7 @@ Status Memory::release(Buffer* buffer) {
     }
     status = unregister(buffer->id);
     // What the daemon does not know any more, or with the daemon gone, is released here all the same.
-    if (status.reason != EXPERTD_REASON_NO_SUCH_BUFFER && status.reason != EXPERTD_REASON_UNAVAILABLE && !status.ok()) {
+    if (status.reason != EXPERTD_REASON_NO_SUCH_BUFFER && !is_end_of_lease(status.reason) && !status.ok()) {
       return status;
     }
   }

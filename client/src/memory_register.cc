@@ -60,7 +60,7 @@ Status map_descriptor(Buffer* buffer) {
 Status Memory::put_descriptor(Buffer* buffer) {
   expertd_v1_RegisterBufferRequest request{};
   uint64_t token = 0;
-  Status status = connection_->descriptors()->put(buffer->fd.get(), deadline(), &token);
+  Status status = connection_->put_fd(buffer->fd.get(), deadline(), &token);
   if (!status.ok()) {
     return status;
   }
@@ -122,7 +122,7 @@ Status Memory::register_exported(Buffer* buffer) {
     std::copy_n(exported.ipc_handle, sizeof(exported.ipc_handle), request.source.cuda_ipc_handle.bytes);
   } else {
     uint64_t token = 0;
-    status = connection_->descriptors()->put(exported.fd.get(), deadline(), &token);
+    status = connection_->put_fd(exported.fd.get(), deadline(), &token);
     if (!status.ok()) {
       return status;
     }

@@ -242,4 +242,9 @@ uint32_t RingClient::session_flags() const {
   return atomic_word(&header()->session_flags).load(std::memory_order_acquire);
 }
 
+int32_t RingClient::end_reason() const {
+  const auto reason = static_cast<int32_t>(atomic_word(&header()->end_reason).load(std::memory_order_acquire));
+  return reason_is_known(reason) ? reason : EXPERTD_REASON_NONE;
+}
+
 }  // namespace expertd::client

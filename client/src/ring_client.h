@@ -52,6 +52,8 @@ class RingClient final : public CompletionSource {
   bool closed() const { return closed_.load(std::memory_order_seq_cst); }
 
   uint32_t session_flags() const;
+  /// Why the daemon ended the session, a known Reason; NONE when it did not or said nothing. Readable after its end.
+  int32_t end_reason() const;
 
  private:
   expertd_ring_header* header() const { return static_cast<expertd_ring_header*>(mapping_); }

@@ -122,8 +122,9 @@ Status Session::enter(bool lost_too) {
     return {EXPERTD_REASON_UNAVAILABLE, "the session is being detached or re-attached"};
   }
   if (!lost_too && connection_->lost()) {
+    Status status = connection_->over("the daemon is gone; call expertd_reattach when it is back");
     leave();
-    return {EXPERTD_REASON_UNAVAILABLE, "the daemon is gone; call expertd_reattach when it is back"};
+    return status;
   }
   return {};
 }
@@ -152,7 +153,8 @@ Status Session::reattach(uint64_t timeout_ns) {
   }
   const std::lock_guard lock(reattach_mutex_);
   if (!connection_->look_for_end()) {
-    return error(EXPERTD_REASON_BAD_STATE, "the session is attached; re-attaching is for after UNAVAILABLE");
+    return error(EXPERTD_REASON_BAD_STATE,
+                 "the session is attached; re-attaching is for after UNAVAILABLE and GPU_LOST");
   }
   closed_to_callers_.store(true, std::memory_order_seq_cst);
   drain_callers(0);
@@ -223,7 +225,7 @@ Status Session::info(expertd_session_info_t* info) const {
 Status Session::state() const {
   const uint32_t flags = connection_->ring()->session_flags();
   if (connection_->lost() || (flags & EXPERTD_SESSION_CLOSED) != 0) {
-    return {EXPERTD_REASON_UNAVAILABLE, "the daemon is gone or ended the session; call expertd_reattach"};
+    return connection_->over("the daemon is gone or ended the session; call expertd_reattach");
   }
   if ((flags & EXPERTD_SESSION_DRAINING) != 0) {
     return {EXPERTD_REASON_DRAINING, reason_sentence(EXPERTD_REASON_DRAINING)};

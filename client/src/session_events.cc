@@ -10,8 +10,8 @@ namespace {
 // Behind the daemon's own deadline, whose completion names what was missing.
 constexpr uint64_t kWaitGraceNs = kNsPerS;
 
-Status lost_status() {
-  return {EXPERTD_REASON_UNAVAILABLE, "the daemon ended before the operation did; call expertd_reattach"};
+Status lost_status(const Connection& connection) {
+  return connection.over("the daemon ended before the operation did; call expertd_reattach");
 }
 
 }  // namespace
@@ -49,7 +49,7 @@ Status Session::query(uint64_t event, int* done) {
   *done = lookup == Lookup::kInFlight ? 0 : 1;
   if (lookup == Lookup::kLost || (lookup == Lookup::kInFlight && connection_->lost())) {
     *done = 1;
-    return lost_status();
+    return lost_status(*connection_);
   }
   return {};
 }
@@ -71,7 +71,7 @@ Status Session::wait(uint64_t event, uint64_t timeout_ns, expertd_op_result_t* r
       return result_of(outcome, result);
     }
     if (lookup == Lookup::kLost) {
-      return lost_status();
+      return lost_status(*connection_);
     }
     if (lookup == Lookup::kForgotten) {
       return forgotten_status();
@@ -81,7 +81,7 @@ Status Session::wait(uint64_t event, uint64_t timeout_ns, expertd_op_result_t* r
       case WaitEnd::kComplete:
         break;
       case WaitEnd::kClosed:
-        return lost_status();
+        return lost_status(*connection_);
       case WaitEnd::kDeadline:
         return {EXPERTD_REASON_TIMEOUT, "the operation has not ended; it goes on until its own deadline"};
     }
@@ -94,7 +94,7 @@ Status Session::stream_wait(uint64_t event, expertd_stream_t stream) {
   }
   const uint64_t seq = event & kSeqMask;
   if (event >> kIncarnationShift != incarnation_) {
-    return lost_status();
+    return lost_status(*connection_);
   }
   if (is_captured_event(event)) {
     return device_->take_captured(capture_words_of(event), stream);
@@ -117,7 +117,7 @@ Status Session::synchronize(expertd_stream_t stream, uint64_t timeout_ns) {
     // What was collected has ended, and nobody waits for the end of a refusal.
     const WaitEnd end = ops_->holds(*ring, seq) ? ring->wait(seq, deadline_ns) : WaitEnd::kComplete;
     if (end == WaitEnd::kClosed) {
-      return lost_status();
+      return lost_status(*connection_);
     }
     if (end == WaitEnd::kDeadline) {
       return {EXPERTD_REASON_TIMEOUT, "operations of the session have not ended"};

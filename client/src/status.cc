@@ -110,5 +110,11 @@ const char* reason_sentence(int32_t reason) {
 bool reason_is_retryable(int32_t reason) {
   return row_of(reason).retryable;
 }
+bool reason_is_known(int32_t reason) {
+  return &row_of(reason) != &kUnknown;
+}
+bool is_end_of_lease(int32_t reason) {
+  return reason == EXPERTD_REASON_UNAVAILABLE || reason == EXPERTD_REASON_GPU_LOST;
+}
 
 }  // namespace expertd::client

@@ -53,5 +53,8 @@ const char* last_message();
 const char* reason_name(int32_t reason);
 const char* reason_sentence(int32_t reason);
 bool reason_is_retryable(int32_t reason);
+bool reason_is_known(int32_t reason);
+/// The daemon that the session was attached to is gone: only a re-attachment helps.
+bool is_end_of_lease(int32_t reason);
 
 }  // namespace expertd::client

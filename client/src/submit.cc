@@ -178,7 +178,7 @@ Status Session::wait_for_slot(uint64_t deadline_ns) {
   const uint64_t before = seq - ring->slot_count();
   const WaitEnd end = ring->next_slot_free() ? WaitEnd::kComplete : ring->wait(before, deadline_ns);
   if (end == WaitEnd::kClosed) {
-    return {EXPERTD_REASON_UNAVAILABLE, "the daemon is gone; call expertd_reattach when it is back"};
+    return connection_->over("the daemon is gone; call expertd_reattach when it is back");
   }
   if (end == WaitEnd::kDeadline) {
     return range_error(EXPERTD_REASON_RING_OVERFLOW, "operations in flight", int64_t{ring->slot_count()} + 1, 0,

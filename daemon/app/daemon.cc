@@ -47,10 +47,36 @@ engine::Policy policy_of(config::Schedule schedule) {
 
 }  // namespace
 
-Daemon::Daemon(const config::LoadedConfig& loaded, config::LoadRequest request, supervise::SystemdNotifier* notifier)
-    : loaded_(loaded), request_(std::move(request)), notifier_(notifier), watchdog_(*notifier, {ping_interval_ns()}) {}
+std::unique_ptr<device::Device> make_host_device(base::DeviceIndex index, uint32_t ordinal,
+                                                 device::HostGroupDirectory* groups, engine::WakePort* wake,
+                                                 uint64_t pool_max_bytes) {
+  return std::make_unique<device::HostDevice>(index, ordinal, groups, wake, pool_max_bytes);
+}
 
-Daemon::~Daemon() = default;
+Daemon::Daemon(const config::LoadedConfig& loaded, config::LoadRequest request, supervise::SystemdNotifier* notifier,
+               MakeHostDevice make_host)
+    : loaded_(loaded),
+      request_(std::move(request)),
+      notifier_(notifier),
+      make_host_(std::move(make_host)),
+      watchdog_(*notifier, {ping_interval_ns()}) {}
+
+Daemon::~Daemon() {
+  if (loss_ != nullptr) {
+    loss_->stop();
+  }
+  end_sessions(base::now_ns());
+}
+
+// Sessions that end tell the rendezvous, and what it still answers goes to them.
+void Daemon::end_sessions(uint64_t deadline_ns) {
+  if (sessions_ != nullptr) {
+    sessions_->stop(deadline_ns);
+  }
+  if (nodes_ != nullptr) {
+    nodes_->detach();
+  }
+}
 
 void Daemon::wake(base::DeviceIndex device) {
   loops_[device.value]->wake();
@@ -76,8 +102,7 @@ base::Status Daemon::create_devices() {
   const int32_t hosts = config.hosts >= 0 ? config.hosts : devices_.empty() ? 2 : 0;
   for (int32_t i = 0; i < hosts; ++i) {
     const base::DeviceIndex index{static_cast<uint32_t>(devices_.size())};
-    devices_.push_back(std::make_unique<device::HostDevice>(index, static_cast<uint32_t>(i), &host_groups_, this,
-                                                            config.pool_max_bytes));
+    devices_.push_back(make_host_(index, static_cast<uint32_t>(i), &host_groups_, this, config.pool_max_bytes));
   }
   if (devices_.empty()) {
     return base::Status(EXPERTD_REASON_NO_GPU, "neither a GPU nor a host device is to be served: set device.hosts");
@@ -85,6 +110,14 @@ base::Status Daemon::create_devices() {
   if (devices_.size() > base::kMaxDevices) {
     return base::Status(EXPERTD_REASON_CONFIG_BAD_VALUE,
                         std::to_string(devices_.size()) + " devices, at most " + std::to_string(base::kMaxDevices));
+  }
+  base::Result<std::unique_ptr<DeviceLoss>> loss = DeviceLoss::create();
+  if (!loss.is_ok()) {
+    return loss.status();
+  }
+  loss_ = std::move(loss).value();
+  for (const std::unique_ptr<device::Device>& device : devices_) {
+    device->watch_context(loss_.get());
   }
   return base::Status::ok();
 }
@@ -125,6 +158,23 @@ base::Status Daemon::start_loops() {
   return base::Status::ok();
 }
 
+base::Status Daemon::start_nodes() {
+  const config::FabricConfig& config = loaded_.config.fabric;
+  if (!config.enabled) {
+    return base::Status::ok();
+  }
+  base::Result<supervise::Beat*> beat = watchdog_.add("fabric", base::now_ns());
+  if (!beat.is_ok()) {
+    return beat.status();
+  }
+  base::Result<std::unique_ptr<Nodes>> nodes = Nodes::create(config, this, beat.value());
+  if (!nodes.is_ok()) {
+    return nodes.status();
+  }
+  nodes_ = std::move(nodes).value();
+  return base::Status::ok();
+}
+
 base::Status Daemon::start_services() {
   const config::Config& config = loaded_.config;
   session::ServiceOptions options;
@@ -145,6 +195,9 @@ base::Status Daemon::start_services() {
   }
   session_log_ = std::make_unique<SessionLog>(&blocks_->process());
   sessions_ = std::make_unique<session::SessionService>(options, std::move(entries), session_log_.get());
+  if (nodes_ != nullptr) {
+    EXPERTD_RETURN_IF_ERROR(nodes_->attach(sessions_.get()));
+  }
   EXPERTD_RETURN_IF_ERROR(sessions_->start());
   ViewFacts facts;
   facts.version = EXPERTD_VERSION;
@@ -218,8 +271,10 @@ base::Status Daemon::start() {
   lock_ = std::make_unique<supervise::LockFile>(std::move(lock).value());
   EXPERTD_RETURN_IF_ERROR(create_devices());
   EXPERTD_RETURN_IF_ERROR(start_loops());
+  EXPERTD_RETURN_IF_ERROR(start_nodes());
   EXPERTD_RETURN_IF_ERROR(start_services());
   EXPERTD_RETURN_IF_ERROR(start_sockets());
+  EXPERTD_RETURN_IF_ERROR(start_loss_watch());
   view_->set_state(State::kReady);
   control_->set_serving(control::Serving::kReady);
   std::string names;
@@ -230,6 +285,7 @@ base::Status Daemon::start() {
   base::log_info("ready", {{"devices", names},
                            {"attach_socket", loaded_.config.control.attach_socket},
                            {"control_socket", loaded_.config.control.socket},
+                           {"nodes", nodes_ != nullptr ? nodes_->address() : std::string("off")},
                            {"metrics", metrics_ != nullptr ? metrics_->address() : std::string("off")}});
   if (const base::Status told = notifier_->ready("serving " + names); !told.is_ok()) {
     base::log_warn("service manager not told", {{"why", told.message()}});
@@ -261,20 +317,34 @@ supervise::Watchdog::Tick Daemon::look_at_threads() {
   return tick;
 }
 
-bool Daemon::devices_healthy() {
-  return std::all_of(devices_.begin(), devices_.end(),
-                     [](const std::unique_ptr<device::Device>& device) { return device->info().healthy; });
-}
-
-void Daemon::count_lost_contexts() {
-  for (size_t i = 0; i < devices_.size(); ++i) {
-    if (!devices_[i]->info().healthy) {
-      metrics::add_shared(blocks_->devices()[i]->context_lost, 1);
-    }
+base::Status Daemon::start_loss_watch() {
+  std::vector<device::Device*> devices;
+  for (const std::unique_ptr<device::Device>& device : devices_) {
+    devices.push_back(device.get());
   }
+  return loss_->start({[this](base::DeviceIndex device) { tell_of_loss(device); },
+                       [this](base::DeviceIndex device, double ms) { end_after_loss(device, ms); }},
+                      devices);
 }
 
-RunEnd Daemon::run(supervise::Signals& signals) {
+// In this order: a client whose lease ends reads why in its ring. Nothing here waits for a loop, and none is needed:
+// the rings are memory that the clients have too, so they read the word also after the end of the process.
+void Daemon::tell_of_loss(base::DeviceIndex device) {
+  sessions_->say_last_word(EXPERTD_REASON_GPU_LOST);
+  listener_->hang_up();
+  metrics::add_shared(blocks_->devices()[device.value]->context_lost, 1);
+}
+
+void Daemon::end_after_loss(base::DeviceIndex device, double since_seen_ms) {
+  constexpr uint64_t kLogNs = 200'000'000;
+  base::log_error("GPU context lost; the process ends for a restart", {{"device", devices_[device.value]->info().uuid},
+                                                                       {"exit_code", config::kExitTryAgain},
+                                                                       {"since_seen_ms", since_seen_ms}});
+  base::log_close(kLogNs);
+  std::_Exit(config::kExitTryAgain);
+}
+
+void Daemon::run(supervise::Signals& signals) {
   while (true) {
     base::Result<supervise::SignalEvent> event = signals.wait(kTickNs);
     const supervise::SignalEvent what = event.is_ok() ? event.value() : supervise::SignalEvent::kNone;
@@ -283,33 +353,15 @@ RunEnd Daemon::run(supervise::Signals& signals) {
       base::log_error("thread makes no progress", {{"thread", late}});
     }
     base::log_report_suppressed();
-    if (!devices_healthy()) {
-      count_lost_contexts();
-      // A lost context cannot be mended inside the process; the supervisor starts a new one.
-      base::log_error("GPU context lost; restarting", {});
-      tell_of_loss(signals);
-      return RunEnd::kDeviceLost;
-    }
     const uint64_t asked = drain_requested_ns_.exchange(0, std::memory_order_acq_rel);
     if (what == supervise::SignalEvent::kReload) {
       reload();
     } else if (what == supervise::SignalEvent::kStopNow) {
-      return RunEnd::kStoppedNow;
+      return;
     } else if (what == supervise::SignalEvent::kDrain || asked != 0) {
       drain(signals, asked > 1 ? asked - 1 : loaded_.config.control.drain_timeout_ns);
-      return RunEnd::kDrained;
+      return;
     }
-  }
-}
-
-// Lets the loops end what is in flight with GPU_LOST before the clients see the end of the process. A loop may be stuck
-// in the driver, so this does not wait for all.
-void Daemon::tell_of_loss(supervise::Signals& signals) {
-  constexpr uint64_t kTellNs = 200'000'000;
-  constexpr uint64_t kLookNs = 5'000'000;
-  const uint64_t deadline_ns = base::now_ns() + kTellNs;
-  while (sessions_->outstanding_operations() != 0 && base::now_ns() < deadline_ns) {
-    (void)signals.wait(kLookNs).is_ok();
   }
 }
 
@@ -331,7 +383,7 @@ void Daemon::drain(supervise::Signals& signals, uint64_t timeout_ns) {
   }
   const uint32_t left = sessions_->outstanding_operations();
   listener_->stop();
-  sessions_->stop(base::now_ns() + kReclaimNs);
+  end_sessions(base::now_ns() + kReclaimNs);
   (void)control_->shutdown(base::now_ns() + kControlShutdownNs);
   for (const std::unique_ptr<transport::DeviceLoop>& loop : loops_) {
     loop->stop();

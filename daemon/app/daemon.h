@@ -5,10 +5,13 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "daemon/app/device_loss.h"
+#include "daemon/app/nodes.h"
 #include "daemon/app/observers.h"
 #include "daemon/app/operator_view.h"
 #include "daemon/config/config.h"
@@ -24,41 +27,53 @@
 
 namespace expertd::app {
 
-/// How a run ended, for the exit code.
-enum class RunEnd { kDrained, kStoppedNow, kDeviceLost };
+/// Makes a host device; tests make ones that fail.
+using MakeHostDevice = std::function<std::unique_ptr<device::Device>(base::DeviceIndex index, uint32_t ordinal,
+                                                                     device::HostGroupDirectory* groups,
+                                                                     engine::WakePort* wake, uint64_t pool_max_bytes)>;
+std::unique_ptr<device::Device> make_host_device(base::DeviceIndex index, uint32_t ordinal,
+                                                 device::HostGroupDirectory* groups, engine::WakePort* wake,
+                                                 uint64_t pool_max_bytes);
 
 class Daemon final : public engine::WakePort {
  public:
-  Daemon(const config::LoadedConfig& loaded, config::LoadRequest request, supervise::SystemdNotifier* notifier);
+  Daemon(const config::LoadedConfig& loaded, config::LoadRequest request, supervise::SystemdNotifier* notifier,
+         MakeHostDevice make_host);
   ~Daemon() override;
 
   base::Status start();
-  /// Serves until a signal or a drain call; then drains.
-  RunEnd run(supervise::Signals& signals);
+  /// Serves until a signal or a drain call; then drains. A lost device ends the process instead, from another thread,
+  /// with kExitTryAgain: nothing mends a context inside the process, and the supervisor starts a new one.
+  void run(supervise::Signals& signals);
   void wake(base::DeviceIndex device) override;
 
  private:
   base::Status create_devices();
   base::Status start_loops();
+  base::Status start_nodes();
   base::Status start_services();
   base::Status start_sockets();
+  base::Status start_loss_watch();
   void reload();
-  bool devices_healthy();
-  void count_lost_contexts();
+  void tell_of_loss(base::DeviceIndex device);
+  [[noreturn]] void end_after_loss(base::DeviceIndex device, double since_seen_ms);
   supervise::Watchdog::Tick look_at_threads();
-  void tell_of_loss(supervise::Signals& signals);
+  void end_sessions(uint64_t deadline_ns);
   void drain(supervise::Signals& signals, uint64_t timeout_ns);
 
   config::LoadedConfig loaded_;
   config::LoadRequest request_;
   supervise::SystemdNotifier* notifier_;
+  MakeHostDevice make_host_;
   std::unique_ptr<supervise::LockFile> lock_;
   std::shared_ptr<metrics::Blocks> blocks_ = std::make_shared<metrics::Blocks>();
   supervise::Watchdog watchdog_;
+  std::unique_ptr<DeviceLoss> loss_;  // known to the devices and their loops; its own threads end before all others
   device::HostGroupDirectory host_groups_;
   std::vector<std::unique_ptr<device::Device>> devices_;
   std::vector<std::unique_ptr<DeviceObserver>> observers_;
   std::vector<std::unique_ptr<transport::DeviceLoop>> loops_;
+  std::unique_ptr<Nodes> nodes_;  // null: fabric.enabled = false. Outlives the sessions, whose groups it carries
   std::unique_ptr<SessionLog> session_log_;
   std::unique_ptr<session::SessionService> sessions_;
   std::unique_ptr<OperatorView> view_;

@@ -343,14 +343,14 @@ Status log_open(const LogOptions& options) {
   }
 }
 
-void log_close() {
+void log_close(uint64_t at_most_ns) {
   report_suppressed(UINT64_MAX);  // all of them
   process_log.limiter.reset();
   Writer* writer = process_log.writer.exchange(nullptr, std::memory_order_acq_rel);
   if (writer == nullptr) {
     return;
   }
-  writer->sink->close_by(now_ns() + writer->close_timeout_ns);
+  writer->sink->close_by(now_ns() + std::min(writer->close_timeout_ns, at_most_ns));
   const uint64_t overrun = writer->queue->overrun_counter();
   writer->queue.reset();  // joins the writer after it has written what is queued
   process_log.lost_before.fetch_add(overrun + writer->sink->lost(), std::memory_order_relaxed);

@@ -101,9 +101,9 @@ struct LogOptions {
 
 /// Starts the writer thread; block signals first. BAD_STATE when it is open already.
 Status log_open(const LogOptions& options);
-/// Writes what is queued (giving up on a reader that does not read after close_timeout_ns) and ends the
-/// writer.
-void log_close();
+/// Writes what is queued (giving up on a reader that does not read after close_timeout_ns, or after
+/// `at_most_ns` when that is less) and ends the writer.
+void log_close(uint64_t at_most_ns = UINT64_MAX);
 
 /// Takes effect at once, from any thread.
 void set_log_level(LogLevel level);

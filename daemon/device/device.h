@@ -66,9 +66,24 @@ struct GroupMemory {
   uint64_t pinned_bytes = 0;  // of the host, besides
 };
 
+/// Hears that a device lost its context, which nothing mends inside the process. Any thread, a loop's too; it must not
+/// block. Told at least once per loss, by whoever saw it.
+class LossObserver {
+ public:
+  virtual ~LossObserver() = default;
+  virtual void context_lost(base::DeviceIndex device) = 0;
+};
+
 class Device {
  public:
   virtual ~Device() = default;
+  /// Whom to tell of a loss; once, before any other thread knows the device. The observer outlives it.
+  virtual void watch_context(LossObserver* /*observer*/) {}
+  /// Whether the context can be lost, so that somebody besides the loop should ask for it now and then.
+  virtual bool can_lose_context() const { return false; }
+  /// Asks for the context and tells the observer when it is lost. For a thread that does nothing else: it may be stuck
+  /// in the driver for as long as a loop may.
+  virtual void probe_context() {}
   virtual base::DeviceIndex index() const = 0;
   virtual DeviceInfo info() const = 0;
   virtual engine::DevicePort& port() = 0;

@@ -3,8 +3,6 @@
 
 #include <iterator>
 
-#include "proto/abi/ring_v1.h"
-
 namespace expertd::engine {
 
 namespace {
@@ -14,9 +12,6 @@ struct Agreement {
   uint32_t argument;
   int64_t (*value)(const Request& request);
 };
-
-// A rank without rows may leave optional tensors out (an empty tensor often has no pointer), so it agrees with anybody.
-constexpr int64_t kAny = kAgreesWithAny;
 
 bool has_side(const Request& request) {
   // Peers write rows of their own side_elements into this output, so a rank that gave one must agree with them.
@@ -40,14 +35,14 @@ constexpr Agreement kTable[] = {
                                    (static_cast<uint32_t>(r.shape.scale) << 2));
      }},
     {EXPERTD_ARGUMENT_IN_TOPK_WEIGHTS,
-     [](const Request& r) { return has_rows(r) ? static_cast<int64_t>(r.with_weights ? 1 : 0) : kAny; }},
+     [](const Request& r) { return has_rows(r) ? static_cast<int64_t>(r.with_weights ? 1 : 0) : kAgreesWithAny; }},
     {EXPERTD_ARGUMENT_ROW_BYTES, [](const Request& r) { return static_cast<int64_t>(r.shape.row_bytes); }},
     {EXPERTD_ARGUMENT_TOP_K, [](const Request& r) { return static_cast<int64_t>(r.shape.top_k); }},
     {EXPERTD_ARGUMENT_TOPK_IDX_BYTES, [](const Request& r) { return static_cast<int64_t>(r.shape.topk_idx_bytes); }},
     {EXPERTD_ARGUMENT_SIDE_ELEMENTS,
-     [](const Request& r) { return has_side(r) ? static_cast<int64_t>(r.shape.side_elements) : kAny; }},
+     [](const Request& r) { return has_side(r) ? static_cast<int64_t>(r.shape.side_elements) : kAgreesWithAny; }},
     {EXPERTD_ARGUMENT_SIDE_ELEMENT_BYTES,
-     [](const Request& r) { return has_side(r) ? static_cast<int64_t>(r.shape.side_element_bytes) : kAny; }},
+     [](const Request& r) { return has_side(r) ? static_cast<int64_t>(r.shape.side_element_bytes) : kAgreesWithAny; }},
     {EXPERTD_ARGUMENT_EXPERT_ALIGNMENT,
      [](const Request& r) { return static_cast<int64_t>(r.shape.expert_alignment); }},
     // Behind what the executor follows from, which names the cause.
@@ -56,31 +51,21 @@ constexpr Agreement kTable[] = {
        return static_cast<int64_t>(r.copies ? EXPERTD_COMPLETION_EXECUTOR_COPY_ENGINE : EXPERTD_COMPLETION_EXECUTOR_SM);
      }},
 };
+
 static_assert(std::size(kTable) == kAgreements);
 
 }  // namespace
 
-AgreementValues agreement_values(const Request& request) {
-  AgreementValues values;
+AgreedValues agreed_values(const Request& request) {
+  AgreedValues values{};
   for (uint32_t i = 0; i < kAgreements; ++i) {
     values[i] = kTable[i].value(request);
   }
   return values;
 }
 
-bool find_mismatch(const AgreementValues* given, uint64_t active, Mismatch* mismatch) {
-  for (uint32_t i = 0; i < kAgreements; ++i) {
-    int64_t expected = kAny;
-    for (uint32_t rank = 0; rank < base::kMaxLocalRanks; ++rank) {
-      const int64_t value = (active >> rank & 1) == 0 ? kAny : given[rank][i];
-      expected = expected == kAny ? value : expected;
-      if (value != kAny && value != expected) {
-        *mismatch = {kTable[i].argument, rank, value, expected};
-        return true;
-      }
-    }
-  }
-  return false;
+uint32_t agreed_argument(uint32_t index) {
+  return kTable[index].argument;
 }
 
 }  // namespace expertd::engine

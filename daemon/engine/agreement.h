@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the ranks of a collective must have given alike. The values are numbers, so that they can travel to ranks of
-// other nodes with an operation's counts (fabric_port.h) and all ranks find the same mismatch. Pure.
+// What all ranks of a collective must have given alike, as numbers that can be compared wherever the ranks are. Pure;
+// loop threads.
 #pragma once
 
 #include <array>
@@ -11,19 +11,15 @@
 namespace expertd::engine {
 
 inline constexpr uint32_t kAgreements = 13;
-/// The value of a rank that agrees with anybody: it has no rows, and left the tensor out.
+using AgreedValues = std::array<int64_t, kAgreements>;
+
+/// A rank without rows may leave optional tensors out (an empty tensor often has no pointer), so it agrees with
+/// anybody.
 inline constexpr int64_t kAgreesWithAny = INT64_MIN;
-using AgreementValues = std::array<int64_t, kAgreements>;
 
-struct Mismatch {
-  uint32_t argument = 0;  // expertd_argument
-  uint32_t rank = 0;      // the first whose value is another one than that of the ranks before it
-  int64_t value = 0;
-  int64_t expected = 0;
-};
-
-AgreementValues agreement_values(const Request& request);
-/// Of the ranks in `active`, by rank number; false when they agree.
-bool find_mismatch(const AgreementValues* given, uint64_t active, Mismatch* mismatch);
+/// The request's values, in the order in which a disagreement is named.
+AgreedValues agreed_values(const Request& request);
+/// The expertd_argument that value `index` of them is of.
+uint32_t agreed_argument(uint32_t index);
 
 }  // namespace expertd::engine

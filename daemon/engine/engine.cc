@@ -364,6 +364,7 @@ void Engine::complete(EngineSession& session, Op& op, uint64_t now_ns) {
   // A refused request of a group over several nodes has a part, which tells the others.
   if (op.part != 0 && op.request.rejected_reason == 0) {
     fill_from_report(op.outcome.report, &completion);
+    completion.peer_reason = op.outcome.peer_reason;
     completion.missing = op.outcome.missing;
     if (op.outcome.report.reason != 0 && op.failure.reason != 0) {
       fill_from_failure(op.failure, &completion);

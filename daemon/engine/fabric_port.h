@@ -89,7 +89,7 @@ class FabricPort {
   virtual void release(uint32_t rank, const Arrival& arrival) = 0;
   /// Tells the other nodes that a rank of this one takes no part any more: in operations behind `through`, all messages
   /// of which it has sent. The only function that is not the rank's loop thread's: any thread but a loop's.
-  virtual void tell_gone(uint32_t rank, uint64_t through) = 0;
+  virtual void tell_gone(uint32_t /*rank*/, uint64_t /*through*/) {}
 };
 
 }  // namespace expertd::engine

@@ -21,6 +21,7 @@ namespace expertd::engine {
 
 namespace {
 
+constexpr uint32_t kMaxRanks = base::kMaxLocalRanks;  // no rank
 constexpr uint64_t kDeciding = 1;
 constexpr uint64_t kLaunchTag = 2;
 constexpr uint64_t kFailedTag = 3;
@@ -157,22 +158,33 @@ uint64_t GroupShared::participants(uint64_t number, uint64_t lost_ranks) const {
 
 bool GroupShared::agree(uint64_t number, uint64_t active, Failure* failure) const {
   const OpEntry& op = entry(number);
-  std::array<AgreementValues, base::kMaxLocalRanks> given;
+  AgreedValues expected;
+  expected.fill(kAgreesWithAny);
+  std::array<uint32_t, kAgreements> first{};
+  std::array<int64_t, kAgreements> other{};
+  first.fill(kMaxRanks);
   for (uint32_t rank = 0; rank < ranks(); ++rank) {
-    if ((active >> rank & 1) != 0) {
-      given[rank] = agreement_values(*op.requests[rank]);
+    const AgreedValues given = (active >> rank & 1) == 0 ? expected : agreed_values(*op.requests[rank]);
+    for (uint32_t i = 0; i < kAgreements; ++i) {
+      expected[i] = expected[i] == kAgreesWithAny ? given[i] : expected[i];
+      if (given[i] != kAgreesWithAny && given[i] != expected[i] && first[i] == kMaxRanks) {
+        first[i] = rank;
+        other[i] = given[i];
+      }
     }
   }
-  Mismatch mismatch;
-  if (!find_mismatch(given.data(), active, &mismatch)) {
+  // The argument that is named is the first of the list, whichever rank differs in it.
+  const auto found = std::find_if(first.begin(), first.end(), [](uint32_t rank) { return rank != kMaxRanks; });
+  if (found == first.end()) {
     return true;
   }
+  const auto index = static_cast<uint32_t>(found - first.begin());
   *failure = {.reason = EXPERTD_REASON_OP_MISMATCH,
-              .argument = mismatch.argument,
-              .rank = static_cast<int32_t>(mismatch.rank),
-              .value = mismatch.value,
-              .minimum = mismatch.expected,
-              .maximum = mismatch.expected};
+              .argument = agreed_argument(index),
+              .rank = static_cast<int32_t>(*found),
+              .value = other[index],
+              .minimum = expected[index],
+              .maximum = expected[index]};
   return false;
 }
 

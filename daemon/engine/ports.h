@@ -76,6 +76,7 @@ struct SlotWords {
 struct Outcome {
   kernels::OpReport report;
   uint32_t missing = 0;        // expertd_missing, with TIMEOUT
+  uint32_t peer_reason = 0;    // with PEER_REJECTED by a rank of another node: its Reason
   uint32_t executor = 0;       // expertd_completion_executor
   uint32_t sms = 0;            // multiprocessors that its largest kernel takes
   uint32_t capture_entry = 0;  // captured: what the graph writes into the doorbell, and whose words it uses

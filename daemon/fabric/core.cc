@@ -99,6 +99,7 @@ base::Status Core::disconnect(uint64_t node_id) {
   if (peer == nullptr || peer->lost()) {
     return base::Status(EXPERTD_REASON_BAD_STATE, "node " + hex(node_id) + " is not connected");
   }
+  peer->say_bye();
   peer->fail(LossCause::kDisconnected, "this daemon ended the connection");
   return base::Status::ok();
 }

@@ -28,7 +28,7 @@ Lane::~Lane() {
 }
 
 base::Status Lane::open(const LaneOptionList& options) {
-  base::Result<std::vector<UcxSetting>> settings = lane_settings(options);
+  base::Result<std::vector<UcxSetting>> settings = lane_settings(kind_, options);
   if (!settings.is_ok()) {
     return settings.status();
   }

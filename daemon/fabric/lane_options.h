@@ -19,6 +19,6 @@ struct UcxSetting {
 
 /// What the options say to UCX, with what every lane gets in front. CONFIG_BAD_VALUE names the option, its value and
 /// what it may be.
-base::Result<std::vector<UcxSetting>> lane_settings(const LaneOptionList& options);
+base::Result<std::vector<UcxSetting>> lane_settings(LaneKind lane, const LaneOptionList& options);
 
 }  // namespace expertd::fabric

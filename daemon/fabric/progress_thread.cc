@@ -160,7 +160,8 @@ void ProgressThread::thread_main() {
     } else if (now_ns - work_ns < options_.spin_ns) {
       __builtin_ia32_pause();
     } else {
-      turn_ns = std::min(sleep(now_ns), base::now_ns());  // only what went beyond the sleep is lateness
+      const uint64_t until_ns = sleep(now_ns);
+      turn_ns = std::min(until_ns, base::now_ns());  // only what went beyond the sleep is lateness
     }
   }
 }

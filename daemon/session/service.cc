@@ -97,6 +97,9 @@ base::Result<SessionService::SessionRef> SessionService::find(base::SessionId se
 }
 
 base::Status SessionService::check_quota(const AttachRequest& request) {
+  if (const base::Reason said = last_word_.said(); said != EXPERTD_REASON_NONE) {
+    return base::Status(said);
+  }
   if (draining_) {
     return base::Status(EXPERTD_REASON_DRAINING);
   }
@@ -124,6 +127,7 @@ base::Result<SessionService::SessionRef> SessionService::create_session(const At
     return ring.status();
   }
   session->ring = std::move(ring).value();
+  last_word_.add(id, session->ring);
   session->place = devices_[device];
   session->identity = request;
   session->opened_ns = base::now_ns();
@@ -305,6 +309,8 @@ void SessionService::housekeeper_main() {
       housekeeper_signal_.wait_for(lock, ended_.empty() ? kJoinPoll : kReclaimPoll);
     }
   }
+  lock.unlock();
+  answer_rest();
 }
 
 }  // namespace expertd::session

@@ -24,6 +24,7 @@
 #include "daemon/session/descriptor_closer.h"
 #include "daemon/session/executor_choice.h"
 #include "daemon/session/group_fabric.h"
+#include "daemon/session/last_word.h"
 #include "daemon/session/loop_port.h"
 
 namespace expertd::session {
@@ -76,6 +77,9 @@ class SessionService final : public SessionApi, public AttachApi {
   /// Refuses new sessions from now on and raises the draining flag in every ring.
   uint32_t begin_drain();
   uint32_t outstanding_operations();
+  /// Tells every session, and those to come, why the process ends. Any thread, and it waits for none: neither for a
+  /// loop nor for anything that holds a lock over a call of a device.
+  void say_last_word(base::Reason reason) { last_word_.say(reason); }
 
   base::Result<AttachGrant> attach(const AttachRequest& request) override;
   void session_ended(base::SessionId session, const std::string& cause) override;
@@ -142,6 +146,8 @@ class SessionService final : public SessionApi, public AttachApi {
   void join_placed(const std::string& name, uint32_t rank, uint64_t attempt, const ErrorDetail& error,
                    const std::shared_ptr<const group::Placed>& placed);
   void place(const Placement& placement);
+  void refuse_placed(const Placement& placement);
+  void answer_rest();
   base::Status open_fabric(const group::Formation& formation);
   void report_formed(Formed formed);
   void tell_gone(const engine::GroupShared& group, uint32_t rank);
@@ -162,6 +168,7 @@ class SessionService final : public SessionApi, public AttachApi {
   group::RendezvousPort* rendezvous_ = nullptr;  // null: this node is the only one
   GroupFabric* fabric_ = nullptr;
   DescriptorCloser closer_;
+  LastWord last_word_;
   std::mutex mutex_;
   std::condition_variable housekeeper_signal_;
   std::map<uint64_t, SessionRef> sessions_;
@@ -172,6 +179,7 @@ class SessionService final : public SessionApi, public AttachApi {
   uint64_t next_session_ = 1;
   bool draining_ = false;
   bool stop_ = false;
+  bool housekeeper_ended_ = false;
   std::thread housekeeper_;
 };
 

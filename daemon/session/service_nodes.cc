@@ -64,9 +64,39 @@ void SessionService::join_placed(const std::string& name, uint32_t rank, uint64_
     }
     return;
   }
-  const std::lock_guard<std::mutex> lock(mutex_);
-  placements_.push_back({name, rank, attempt, placed});
-  housekeeper_signal_.notify_all();
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!housekeeper_ended_) {
+      placements_.push_back({name, rank, attempt, placed});
+      housekeeper_signal_.notify_all();
+      return;
+    }
+  }
+  refuse_placed({name, rank, attempt, placed});
+}
+
+// The daemon ends: nothing is formed any more.
+void SessionService::refuse_placed(const Placement& placement) {
+  ErrorDetail error;
+  error.status = base::Status(EXPERTD_REASON_DRAINING);
+  for (const group::Member& member : directory_.take(placement.name, placement.rank, placement.attempt)) {
+    member.done(error, {});
+  }
+}
+
+void SessionService::answer_rest() {
+  std::deque<Placement> placements;
+  std::deque<Formed> formed;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    housekeeper_ended_ = true;
+    placements.swap(placements_);
+    formed.swap(formed_);
+  }
+  std::for_each(placements.begin(), placements.end(), [this](const Placement& placement) { refuse_placed(placement); });
+  for (Formed& done : formed) {
+    answer_formation(std::move(done));
+  }
 }
 
 void SessionService::place(const Placement& placement) {
@@ -101,9 +131,15 @@ void SessionService::report_formed(Formed formed) {
     if (shared->error.status.is_ok()) {
       shared->error = error;
     }
-    const std::lock_guard<std::mutex> lock(mutex_);
-    formed_.push_back(std::move(*shared));
-    housekeeper_signal_.notify_all();
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!housekeeper_ended_) {
+        formed_.push_back(std::move(*shared));
+        housekeeper_signal_.notify_all();
+        return;
+      }
+    }
+    answer_formation(std::move(*shared));
   });
 }
 

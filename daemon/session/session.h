@@ -36,7 +36,7 @@ struct SessionService::Session {
 
   const base::SessionId id;
   SessionTables tables;
-  std::unique_ptr<RingMemory> ring;
+  std::shared_ptr<RingMemory> ring;  // the last word's too
   DeviceEntry place;
   AttachRequest identity;
   uint64_t opened_ns = 0;

@@ -86,16 +86,40 @@ void AttachListener::close_session(base::SessionId session) {
   (void)!::write(wake_.get(), &one, sizeof(one));
 }
 
+void AttachListener::hang_up() {
+  // Before the first end of file, which the thread then takes for no client's.
+  hung_up_.store(true, std::memory_order_seq_cst);
+  (void)::shutdown(listening_.get(), SHUT_RDWR);
+  const std::lock_guard<std::mutex> lock(open_mutex_);
+  for (const int fd : open_) {
+    (void)::shutdown(fd, SHUT_RDWR);
+  }
+}
+
+void AttachListener::keep(int fd) {
+  const std::lock_guard<std::mutex> lock(open_mutex_);
+  open_.push_back(fd);
+  if (hung_up_.load(std::memory_order_seq_cst)) {
+    (void)::shutdown(fd, SHUT_RDWR);
+  }
+}
+
+void AttachListener::forget(int fd) {
+  const std::lock_guard<std::mutex> lock(open_mutex_);
+  std::erase(open_, fd);
+}
+
 void AttachListener::thread_main() {
   std::vector<pollfd> entries;
   while (!stop_.load(std::memory_order_acquire)) {
     // While too many descriptors wait to be closed nothing is read: a hang-up is all that still ends a session.
-    const bool reads = !sessions_->discards_full();
+    const bool hung_up = hung_up_.load(std::memory_order_seq_cst);
+    const bool reads = !hung_up && !sessions_->discards_full();
     const bool pauses = base::now_ns() < accept_again_ns_;
     const bool accepts = reads && !pauses && connections_.size() < base::kMaxAttachConnections;
     entries.assign({{accepts ? listening_.get() : -1, POLLIN, 0}, {wake_.get(), POLLIN, 0}});
     for (const auto& [fd, connection] : connections_) {
-      entries.push_back({fd, static_cast<short>(reads ? POLLIN : 0), 0});
+      entries.push_back({hung_up ? -1 : fd, static_cast<short>(reads ? POLLIN : 0), 0});
     }
     if (::poll(entries.data(), entries.size(), pauses ? kAcceptPauseMs : kPollMs) < 0 && errno != EINTR) {
       continue;
@@ -118,7 +142,7 @@ void AttachListener::thread_main() {
       expire_silent(base::now_ns());
     }
   }
-  while (!connections_.empty()) {
+  while (!connections_.empty() && !hung_up_.load(std::memory_order_seq_cst)) {
     drop(connections_.begin()->first, "drain");
   }
 }
@@ -173,14 +197,16 @@ void AttachListener::accept_clients() {
     const int number = fd.get();
     connection.fd = std::move(fd);
     connections_[number] = std::move(connection);
+    keep(number);
   }
 }
 
 void AttachListener::drop(int fd, const std::string& cause) {
   const auto found = connections_.find(fd);
-  if (found == connections_.end()) {
+  if (found == connections_.end() || hung_up_.load(std::memory_order_seq_cst)) {
     return;
   }
+  forget(fd);
   const base::SessionId session = found->second.session;
   end_connection(std::move(found->second.fd));
   connections_.erase(found);

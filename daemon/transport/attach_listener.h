@@ -44,6 +44,10 @@ class AttachListener {
   void stop();
   /// Ends a session from the daemon's side (ring fault): its connection is closed. Any thread.
   void close_session(base::SessionId session);
+  /// The process is about to end and the clients were told why: ends all connections and takes no new ones. The
+  /// sessions do not end by it, for nobody is to hear that a peer is lost. Any thread; it does not wait for the
+  /// listener's.
+  void hang_up();
 
  private:
   struct Connection {
@@ -74,6 +78,8 @@ class AttachListener {
   void drop(int fd, const std::string& cause);
   void close_requested();
   void expire_silent(uint64_t now_ns);
+  void keep(int fd);
+  void forget(int fd);
 
   ListenerOptions options_;
   session::AttachApi* sessions_;
@@ -85,6 +91,9 @@ class AttachListener {
   uint64_t accept_again_ns_ = 0;
   std::mutex close_mutex_;
   std::vector<base::SessionId> close_;
+  std::mutex open_mutex_;
+  std::vector<int> open_;  // the numbers in connections_; never closed while they are here
+  std::atomic<bool> hung_up_{false};
   std::atomic<bool> stop_{false};
   std::thread thread_;
 };

@@ -51,7 +51,7 @@ LIBRARIES = (
     ("gRPC", r"grpc(pp)?/|.*\.grpc\.pb\.h$", GRPC_USERS),
     ("protobuf", r"google/protobuf/", GRPC_USERS),
     ("CUDA", r"cuda[^/]*\.h$|cuda/|cooperative_groups|nvml\.h$|nvtx3/|curand|cub/|thrust/", CUDA_USERS),
-    ("UCX", r"uc[pst]/", ("daemon/fabric/", "tests/fabric/")),
+    ("UCX", r"uc[pst]/", ("daemon/fabric/", "tests/fabric/", "tests/bench/ucx_")),
     ("prometheus-cpp", r"prometheus/", ("daemon/metrics/", "tests/")),
     ("spdlog", r"(spdlog|fmt)/", ("daemon/base/log.cc",)),
     ("toml++", r"toml\+\+/|toml\.hpp$", ("daemon/config/", "client/ctl/", "tests/")),

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* High throughput by copy engines: the part of a rank's exchange window that its dispatches and combines use, and the
  * words by which a slot's parts follow each other. Daemon and client compute the layout by this one function. Rows of a
- * dispatch go from the `rows` of the source's window straight into the outputs of the others; rows of a combine go from
- * the owners' inputs into the `rows` of the origin's window. The client reads and writes all of it, and what the daemon
- * takes from it, the counts, it checks before one of them becomes an address or a size. Two buffers, taken in turn by
- * the number of the group's operation; behind them a table per handle, for the client alone. Regions start at multiples
- * of 256 bytes. Compiles as C11 and C++20, any thread. */
+ * dispatch go from the `rows` of the source's window straight into the outputs of the others, what is beside them as
+ * records into their windows; rows of a combine go from the owners' inputs into the `rows` of the origin's window. The
+ * client reads and writes all of it, and what the daemon takes from it, the counts, it checks before one of them
+ * becomes an address or a size. Two buffers, taken in turn by the number of the group's operation; behind them a table
+ * per handle, for the client alone. Regions start at multiples of 256 bytes. Compiles as C11 and C++20, any thread. */
 #ifndef EXPERTD_EXCHANGE_HT_V1_H_
 #define EXPERTD_EXCHANGE_HT_V1_H_
 
@@ -21,20 +21,23 @@
 /* Of a dispatch: the slices in front of this one are copied first, then all others. */
 #define EXPERTD_HT_FIRST_SLICES 2u
 #define EXPERTD_HT_PIECES 2u
-/* Of a combine: chunks by slices, the last ones smaller, since nothing hides their sums. */
-#define EXPERTD_HT_CHUNKS 5u
+/* Of a combine: chunks by slices. Few, since each leaves the links idle for about 6 us, and ever smaller: nothing hides
+ * the sum of the last one, and the sum of each other one has to be over when the next one is there. On two H100 a slice
+ * of 4096 tokens of 14 KiB is on its way for 20 us and summed in about 8. */
+#define EXPERTD_HT_CHUNKS 3u
 #define EXPERTD_HT_CHUNK_ENDS \
-  { 2u, 4u, 6u, 7u, 8u }
+  { 4u, 7u, 8u }
 #define EXPERTD_HT_TOKENS_MAX 65536u
 #define EXPERTD_HT_HANDLES_MAX 512u
 #define EXPERTD_HT_HANDLES_BYTES (UINT64_C(128) << 20)
 
 /* Words of a slot, on the flag page behind those of ring_v1.h. `progress` of rank j: how much of what comes from it is
- * here, the slot's sequence times 8 plus a number: chunks that have arrived, or ALL; of the own rank ALL when
- * everything that the others get has left. `plan`: what the daemon decided is here. These two are written by the daemon
- * and waited for by the client's stream, as are `active`, `voided` (a rank was aborted before its copies; the
- * sequence), `verdict` (a Reason, 0: rows move) and `rows` of rank j (how many rows of it a combine may take; of the
- * own rank also the first one, in the upper half). `packed` of a piece and `ended` are written by the client. */
+ * here, the slot's sequence times 8 plus a number: chunks that have arrived, BESIDE (the records of a dispatch) or ALL;
+ * of the own rank ALL when everything that the others get has left. `plan`: what the daemon decided is here. These two
+ * are written by the daemon and waited for by the client's stream, as are `active`, `voided` (a rank was aborted before
+ * its copies; the sequence), `verdict` (a Reason, 0: rows move) and `rows` of rank j (how many rows of it a combine may
+ * take; of the own rank also the first one, in the upper half). `packed` of a piece and `ended` are written by the
+ * client. */
 #define EXPERTD_HT_STEP_STRIDE 512u
 #define EXPERTD_HT_STEP_OFFSET(slot) (EXPERTD_FLAG_PAGE_BYTES + UINT64_C(1) * (slot)*EXPERTD_HT_STEP_STRIDE)
 #define EXPERTD_HT_STEP_PROGRESS 0u
@@ -46,6 +49,7 @@
 #define EXPERTD_HT_STEP_PACKED 168u
 #define EXPERTD_HT_STEP_ROWS 256u
 #define EXPERTD_HT_FLAG_PAGE_BYTES EXPERTD_HT_STEP_OFFSET(EXPERTD_RING_SLOTS_MAX)
+#define EXPERTD_HT_BESIDE 1u
 #define EXPERTD_HT_ALL 7u
 #define EXPERTD_HT_PROGRESS(seq, steps) (UINT64_C(8) * (seq) + (steps))
 
@@ -93,16 +97,13 @@ struct expertd_exchange_ht_layout {
   /* In a buffer. */
   uint64_t counts_bytes; /* with the experts behind them */
   uint64_t plan;
-  uint64_t rows;    /* [R-1] of rows_bytes: payloads, one behind the other */
-  uint64_t side;    /* [R-1] of side_bytes */
-  uint64_t idx;     /* [R-1] of idx_bytes: [M,K] i32 or i64 */
-  uint64_t weights; /* [R-1] of weights_bytes: [M,K] f32 */
-  uint64_t tokens;  /* [R-1] of tokens_bytes: [M] i32 */
+  uint64_t rows;      /* [R-1] of rows_bytes: payloads, one behind the other */
+  uint64_t beside;    /* [R-1] of beside_bytes: records of a dispatch for the others */
+  uint64_t beside_in; /* [R-1] of beside_bytes: those of the others */
+  uint64_t weights;   /* [R-1] of weights_bytes: [M,K] f32, of a combine */
   uint64_t rows_bytes;
-  uint64_t side_bytes;
-  uint64_t idx_bytes;
+  uint64_t beside_bytes;
   uint64_t weights_bytes;
-  uint64_t tokens_bytes;
   uint64_t buffer_bytes;
   /* In the window. */
   uint64_t handles;
@@ -121,9 +122,19 @@ static inline int expertd_exchange_ht_shape_ok(const struct expertd_exchange_ht_
          shape->top_k >= 1u && shape->top_k <= 32u;
 }
 
+/* A record is what travels beside a row of a dispatch, so that it is one copy: the side, at the next multiple of 4 K
+ * expert numbers of the destination (i32, -1 for none), K weights (f32) and the source's token, with TOKEN_WEIGHTED if
+ * it gave weights. A cached dispatch has the side alone. Records are in the order of the rows. */
+#define EXPERTD_HT_TOKEN_WEIGHTED UINT32_C(0x80000000)
+/* A multiple of 16; 0: nothing travels beside the rows, and BESIDE is not told. */
+static inline uint64_t expertd_exchange_ht_record_bytes(uint64_t side_bytes, uint32_t top_k, int cached) {
+  const uint64_t routing = cached != 0 ? 0u : UINT64_C(8) * top_k + 4u;
+  return (((side_bytes + 3u) & ~UINT64_C(3)) + routing + 15u) & ~UINT64_C(15);
+}
+
 static inline struct expertd_exchange_ht_layout expertd_exchange_ht_layout_of(
     const struct expertd_exchange_ht_shape* shape) {
-  struct expertd_exchange_ht_layout at = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+  struct expertd_exchange_ht_layout at = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
   uint64_t cursor = 0, lanes, others, fitting;
   if (!expertd_exchange_ht_shape_ok(shape)) {
     return at;
@@ -135,17 +146,15 @@ static inline struct expertd_exchange_ht_layout expertd_exchange_ht_layout_of(
       shape->hidden / 32u > EXPERTD_EXCHANGE_SIDE_BYTES ? shape->hidden / 32u : EXPERTD_EXCHANGE_SIDE_BYTES;
   at.counts_bytes = sizeof(struct expertd_exchange_ht_counts) + UINT64_C(4) * EXPERTD_HT_SLICES * shape->num_experts;
   at.rows_bytes = expertd_exchange_align(shape->max_tokens * at.row_bytes_max);
-  at.side_bytes = expertd_exchange_align(shape->max_tokens * at.side_bytes_max);
-  at.idx_bytes = expertd_exchange_align(lanes * 8u);
+  at.beside_bytes =
+      expertd_exchange_align(shape->max_tokens * expertd_exchange_ht_record_bytes(at.side_bytes_max, shape->top_k, 0));
   at.weights_bytes = expertd_exchange_align(lanes * 4u);
-  at.tokens_bytes = expertd_exchange_align(shape->max_tokens * UINT64_C(4));
   (void)expertd_exchange_place(&cursor, at.counts_bytes);
   at.plan = expertd_exchange_place(&cursor, sizeof(struct expertd_exchange_ht_plan));
   at.rows = expertd_exchange_place(&cursor, others * at.rows_bytes);
-  at.side = expertd_exchange_place(&cursor, others * at.side_bytes);
-  at.idx = expertd_exchange_place(&cursor, others * at.idx_bytes);
+  at.beside = expertd_exchange_place(&cursor, others * at.beside_bytes);
+  at.beside_in = expertd_exchange_place(&cursor, others * at.beside_bytes);
   at.weights = expertd_exchange_place(&cursor, others * at.weights_bytes);
-  at.tokens = expertd_exchange_place(&cursor, others * at.tokens_bytes);
   at.buffer_bytes = cursor;
   at.handles = EXPERTD_HT_BUFFERS * at.buffer_bytes;
   cursor = expertd_exchange_align(sizeof(struct expertd_exchange_ht_handle));
@@ -184,6 +193,6 @@ EXPERTD_ABI_ASSERT(sizeof(struct expertd_exchange_ht_counts) == 640, "exchange h
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_exchange_ht_counts, rows) == 128, "exchange ht counts: rows");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_exchange_ht_plan) == 32768, "exchange ht plan");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_exchange_ht_handle) == 512, "exchange ht handle");
-EXPERTD_ABI_ASSERT(sizeof(struct expertd_exchange_ht_layout) == 168, "exchange ht layout");
+EXPERTD_ABI_ASSERT(sizeof(struct expertd_exchange_ht_layout) == 144, "exchange ht layout");
 
 #endif /* EXPERTD_EXCHANGE_HT_V1_H_ */

@@ -12,8 +12,8 @@
 #define EXPERTD_RING_MAGIC 0x31474e5244505845ULL /* "EXPDRNG1" read as little-endian */
 #define EXPERTD_ABI_MAJOR 1u
 /* 1: EXPERTD_SLOT_REFUSED. 2: executor and sms of a completion. 3: token_bound of a slot; EXPERTD_SLOT_CAPTURED and the
- * words of captured operations; EXPERTD_SLOT_COPY_ENGINE and EXPERTD_SLOT_SPLIT. A client reads the daemon's in the
- * header and uses nothing that is newer. */
+ * words of captured operations; EXPERTD_SLOT_COPY_ENGINE and EXPERTD_SLOT_SPLIT; end_reason of the header. A client
+ * reads the daemon's in the header and uses nothing that is newer. */
 #define EXPERTD_ABI_MINOR 3u
 
 #define EXPERTD_RING_HEADER_BYTES 4096u
@@ -59,7 +59,7 @@
 
 enum expertd_ring_session_flag {
   EXPERTD_SESSION_DRAINING = 1u, /* operations end that any rank had submitted; new ones are refused with DRAINING */
-  EXPERTD_SESSION_CLOSED = 2u    /* the daemon ended the session; every wait returns UNAVAILABLE */
+  EXPERTD_SESSION_CLOSED = 2u    /* the daemon ended the session; every wait returns end_reason, else UNAVAILABLE */
 };
 
 /* Page 0. Each line that one side writes while the other reads has 128 bytes of its own. */
@@ -93,7 +93,8 @@ struct expertd_ring_header {
   /* 640: daemon: increments once per completion; a shared futex word. */
   uint32_t completion_futex;
   uint32_t session_flags;
-  uint8_t reserved5[120];
+  uint32_t end_reason; /* daemon: why it ends every session (1.3), written once before CLOSED; 0 = it said nothing */
+  uint8_t reserved5[116];
   uint8_t reserved6[3328];
 };
 
@@ -347,6 +348,7 @@ EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, submit_head) == 256, "su
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, daemon_sleeping) == 384, "daemon_sleeping");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, client_waiters) == 512, "client_waiters");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, completion_futex) == 640, "completion_futex");
+EXPERTD_ABI_ASSERT(offsetof(struct expertd_ring_header, end_reason) == 648, "end_reason");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_tensor_ref) == 16, "tensor_ref: bump the major version");
 EXPERTD_ABI_ASSERT(sizeof(struct expertd_slot) == EXPERTD_SLOT_BYTES, "slot: bump the major version");
 EXPERTD_ABI_ASSERT(offsetof(struct expertd_slot, token_bound) == 128, "token_bound");

@@ -98,17 +98,14 @@ TEST(ExchangeHtLayout, KeepsRegionsApart) {
     const uint64_t lanes = uint64_t{shape.max_tokens} * shape.top_k;
     const uint64_t others = shape.ranks - 1;
     EXPECT_GE(at.rows_bytes, shape.max_tokens * 2ull * shape.hidden);
-    EXPECT_GE(at.side_bytes, shape.max_tokens * at.side_bytes_max);
-    EXPECT_GE(at.idx_bytes, lanes * 8);
+    EXPECT_GE(at.beside_bytes, shape.max_tokens * (at.side_bytes_max + 8ull * shape.top_k + 4));
     EXPECT_GE(at.weights_bytes, lanes * 4);
-    EXPECT_GE(at.tokens_bytes, shape.max_tokens * 4ull);
     expect_apart({{0, sizeof(expertd_exchange_ht_counts) + 4ull * EXPERTD_HT_SLICES * shape.num_experts},
                   {at.plan, sizeof(expertd_exchange_ht_plan)},
                   {at.rows, others * at.rows_bytes},
-                  {at.side, others * at.side_bytes},
-                  {at.idx, others * at.idx_bytes},
-                  {at.weights, others * at.weights_bytes},
-                  {at.tokens, others * at.tokens_bytes}},
+                  {at.beside, others * at.beside_bytes},
+                  {at.beside_in, others * at.beside_bytes},
+                  {at.weights, others * at.weights_bytes}},
                  at.buffer_bytes);
     expect_apart({{0, sizeof(expertd_exchange_ht_handle)},
                   {at.handle_numbers, 4ull * shape.max_tokens * shape.ranks},
@@ -120,6 +117,21 @@ TEST(ExchangeHtLayout, KeepsRegionsApart) {
     EXPECT_TRUE(expertd_exchange_ht_fits(&at, 2ull * shape.hidden, 0));
     EXPECT_FALSE(expertd_exchange_ht_fits(&at, 2ull * shape.hidden + 16, 0));
     EXPECT_FALSE(expertd_exchange_ht_fits(&at, 16, at.side_bytes_max + 1));
+  }
+}
+
+TEST(ExchangeHtLayout, ARecordHasRoomForWhatTravelsBesideARow) {
+  EXPECT_EQ(expertd_exchange_ht_record_bytes(0, 8, 1), 0U);
+  for (const uint64_t side : {0U, 1U, 7U, 16U, 224U}) {
+    for (const uint32_t top_k : {1U, 8U, 32U}) {
+      const uint64_t whole = expertd_exchange_ht_record_bytes(side, top_k, 0);
+      const uint64_t cached = expertd_exchange_ht_record_bytes(side, top_k, 1);
+      EXPECT_EQ(whole % 16 + cached % 16, 0U);
+      EXPECT_GE(whole, (side + 3) / 4 * 4 + 8 * top_k + 4);
+      EXPECT_LT(whole, side + 3 + 8 * top_k + 4 + 16);
+      EXPECT_GE(cached, side);
+      EXPECT_LT(cached, side + 16);
+    }
   }
 }
 
@@ -152,7 +164,10 @@ TEST(ExchangeHtLayout, SlicesAreAllTokensInOrder) {
 
 TEST(ExchangeHtWords, LieBehindThoseOfTheRing) {
   constexpr uint32_t kChunkEnds[] = EXPERTD_HT_CHUNK_ENDS;
-  static_assert(std::size(kChunkEnds) == EXPERTD_HT_CHUNKS && EXPERTD_HT_CHUNKS < EXPERTD_HT_ALL);
+  static_assert(kChunkEnds[0] >= kChunkEnds[1] - kChunkEnds[0] &&
+                kChunkEnds[1] - kChunkEnds[0] >= kChunkEnds[2] - kChunkEnds[1]);
+  static_assert(std::size(kChunkEnds) == EXPERTD_HT_CHUNKS && EXPERTD_HT_CHUNKS < EXPERTD_HT_ALL &&
+                EXPERTD_HT_BESIDE < EXPERTD_HT_ALL);
   static_assert(EXPERTD_HT_STEP_OFFSET(0) == EXPERTD_FLAG_PAGE_BYTES);
   static_assert(EXPERTD_HT_STEP_PROGRESS + 8 * EXPERTD_EXCHANGE_RANKS_MAX == EXPERTD_HT_STEP_PLAN);
   static_assert(EXPERTD_HT_STEP_VOIDED + 8 == EXPERTD_HT_STEP_ENDED);

@@ -102,6 +102,14 @@ expertd_ring_header sample_header() {
   return header;
 }
 
+expertd_ring_header sample_ended_header() {
+  expertd_ring_header header = sample_header();
+  header.abi_minor = 3;
+  header.session_flags = EXPERTD_SESSION_CLOSED;
+  header.end_reason = EXPERTD_REASON_GPU_LOST;
+  return header;
+}
+
 expertd_slot sample_slot() {
   expertd_slot slot{};
   slot.seq = 0x0102030405060708;
@@ -265,6 +273,9 @@ void expect_golden(const std::string& name, const T& sample) {
 
 TEST(Golden, KeepsTheBytesOfARingHeader) {
   expect_golden("header_v1.hex", sample_header());
+}
+TEST(Golden, KeepsTheBytesOfARingHeaderWhoseDaemonSaidWhyItEnds) {
+  expect_golden("header_ended_v1.hex", sample_ended_header());
 }
 TEST(Golden, KeepsTheBytesOfASlot) {
   expect_golden("slot_v1.hex", sample_slot());

@@ -36,6 +36,7 @@
   X(expertd_ring_header, reserved4)              \
   X(expertd_ring_header, completion_futex)       \
   X(expertd_ring_header, session_flags)          \
+  X(expertd_ring_header, end_reason)             \
   X(expertd_ring_header, reserved5)              \
   X(expertd_ring_header, reserved6)              \
   X(expertd_tensor_ref, buffer)                  \

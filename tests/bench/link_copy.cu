@@ -98,6 +98,12 @@ void LinkCopy::enqueue_copy_engine(cudaStream_t stream) const {
   check_cuda(cudaMemcpyPeerAsync(target_, to_, source_, from_, bytes_, stream), "cudaMemcpyPeerAsync");
 }
 
+void LinkCopy::enqueue_range(cudaStream_t stream, uint64_t first_byte, uint64_t bytes) const {
+  check_cuda(cudaMemcpyAsync(static_cast<char*>(target_) + first_byte, static_cast<const char*>(source_) + first_byte,
+                             bytes, cudaMemcpyDefault, stream),
+             "cudaMemcpyAsync");
+}
+
 void LinkCopy::enqueue_kernel(cudaStream_t stream, uint32_t blocks) const {
   push<<<blocks, kThreads, 0, stream>>>(static_cast<const uint4*>(source_), static_cast<uint4*>(target_), bytes_ / 16);
   check_cuda(cudaGetLastError(), "launch of the copying kernel");

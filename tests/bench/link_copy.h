@@ -4,6 +4,7 @@
 // std::runtime_error.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -21,8 +22,14 @@ class LinkCopy {
   uint64_t bytes() const { return bytes_; }
 
   void enqueue_copy_engine(cudaStream_t stream) const;
+  /// A part of it, as the daemon copies.
+  void enqueue_range(cudaStream_t stream, uint64_t first_byte, uint64_t bytes) const;
   /// Four independent loads of 16 bytes in flight per thread, then their stores over the link.
   void enqueue_kernel(cudaStream_t stream, uint32_t blocks) const;
+
+  /// The two ends of a byte.
+  CUdeviceptr source(uint64_t byte) const { return reinterpret_cast<CUdeviceptr>(source_) + byte; }
+  CUdeviceptr target(uint64_t byte) const { return reinterpret_cast<CUdeviceptr>(target_) + byte; }
 
   /// Fills the source and poisons the target. Blocks.
   void prepare(uint64_t seed) const;

@@ -17,6 +17,7 @@
 #include "client/src/local_kernels/cuda_kernels.h"
 #include "tests/device/exchange_rank.h"
 #include "tests/device/fill_gpu.h"
+#include "tests/device/local_kernels_fixture.h"
 
 namespace expertd::device_test {
 namespace {
@@ -32,23 +33,13 @@ client::cuda::Stream driver_stream(cudaStream_t stream) {
   return reinterpret_cast<client::cuda::Stream>(stream);
 }
 
-class ExchangeKernels : public testing::Test {
+class ExchangeKernels : public LocalKernelsTest {
  protected:
   void SetUp() override {
-    int count = 0;
-    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
-      GTEST_SKIP() << "no GPU";
+    LocalKernelsTest::SetUp();
+    if (kernels_ == nullptr) {
+      return;
     }
-    ASSERT_EQ(cudaSuccess, cudaSetDevice(0));
-    ASSERT_EQ(cudaSuccess, cudaFree(nullptr));
-    ASSERT_TRUE(client::load_driver(&driver_).ok());
-    client::cuda::Context context = nullptr;
-    ASSERT_EQ(client::cuda::kSuccess, driver_.device_get(&device_, 0));
-    ASSERT_EQ(client::cuda::kSuccess, driver_.primary_retain(&context, device_));
-    retained_ = true;
-    ASSERT_EQ(client::cuda::kSuccess, driver_.stream_create(&own_stream_, client::cuda::kStreamNonBlocking));
-    const client::Status made = client::CudaKernels::create(&driver_, context, device_, own_stream_, &kernels_);
-    ASSERT_TRUE(made.ok()) << made.text;
     if (!kernels_->exchanges()) {
       GTEST_SKIP() << "the library has no code for this GPU";
     }
@@ -68,7 +59,6 @@ class ExchangeKernels : public testing::Test {
       EXPECT_EQ(cudaSuccess, cudaDeviceSynchronize());
     }
     ranks_ = {};
-    kernels_.reset();
     for (cudaStream_t* streams : {streams_, chains_, halves_}) {
       for (uint32_t r = 0; r < kRanks; ++r) {
         if (streams[r] != nullptr) {
@@ -78,12 +68,7 @@ class ExchangeKernels : public testing::Test {
     }
     cudaFreeHost(bounce_);
     cudaFreeHost(go_);
-    if (own_stream_ != nullptr) {
-      driver_.stream_destroy(own_stream_);
-    }
-    if (retained_) {
-      driver_.primary_release(device_);
-    }
+    LocalKernelsTest::TearDown();
   }
 
   /// Before anything waits: allocating may wait for it.
@@ -211,11 +196,6 @@ class ExchangeKernels : public testing::Test {
     EXPECT_LT(ranks_[0]->word(EXPERTD_STEP_ENDED_OFFSET(slot_of(seq))), seq);
   }
 
-  client::cuda::Driver driver_;
-  client::cuda::Device device_ = 0;
-  client::cuda::Stream own_stream_ = nullptr;
-  bool retained_ = false;
-  std::unique_ptr<client::CudaKernels> kernels_;
   Sizes sizes_;
   std::array<std::unique_ptr<Rank>, kRanks> ranks_;
   cudaStream_t streams_[kRanks] = {};

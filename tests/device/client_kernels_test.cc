@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "client/src/local_kernels/cuda_kernels.h"
+#include "tests/device/layout_job.h"
+#include "tests/device/local_kernels_fixture.h"
 #include "tests/support/random_case.h"
 #include "tests/support/reference_moe.h"
 
@@ -16,129 +18,26 @@ namespace expertd::device_test {
 namespace {
 
 using client::LayoutParams;
-using support::LayoutResult;
 using support::Random;
 
-struct Ids {
-  kernels::OpShape shape;
-  std::vector<int64_t> values;
-  bool narrow = false;
-};
-
-Ids make_ids(Random* random, uint32_t tokens, uint32_t ranks) {
-  Ids ids;
-  ids.shape.tokens = tokens;
-  ids.shape.ranks = ranks;
-  ids.shape.local_experts = random->between(1, std::min(32u, 2048 / ranks));
-  ids.shape.experts = ranks * ids.shape.local_experts;
-  ids.shape.ranks_per_node = random->chance(50) ? ranks : random->between(1, ranks);
-  ids.shape.top_k = random->chance(50) ? 8 : random->between(1, 32);
-  ids.narrow = random->chance(50);
-  for (uint32_t i = 0; i < tokens * ids.shape.top_k; ++i) {
-    ids.values.push_back(random->chance(10) ? -1 : int64_t{random->below(ids.shape.experts)});
-  }
-  return ids;
-}
-
-/// Unified memory: the host writes and reads it while no kernel runs.
-template <typename T>
-class Array {
- public:
-  explicit Array(size_t size) : size_(size) {
-    EXPECT_EQ(cudaSuccess, cudaMallocManaged(&data_, std::max<size_t>(size, 1) * sizeof(T)));
-    std::fill_n(data_, size, static_cast<T>(0x5a));
-  }
-  ~Array() { cudaFree(data_); }
-  Array(const Array&) = delete;
-  Array& operator=(const Array&) = delete;
-  T* data() { return data_; }
-  std::vector<T> values() const { return std::vector<T>(data_, data_ + size_); }
-
- private:
-  size_t size_;
-  T* data_ = nullptr;
-};
-
-/// One layout with memory of its own.
-class Job {
- public:
-  explicit Job(Ids ids)
-      : ids_(std::move(ids)),
-        wanted_(support::reference_layout(ids_.shape, ids_.values)),
-        wide_(ids_.values.size()),
-        narrow_(ids_.values.size()),
-        ranks_(wanted_.tokens_per_rank.size()),
-        nodes_(wanted_.tokens_per_node.size()),
-        experts_(wanted_.tokens_per_expert.size()),
-        mask_(wanted_.token_rank_mask.size()) {
-    for (size_t i = 0; i < ids_.values.size(); ++i) {
-      wide_.data()[i] = ids_.values[i];
-      narrow_.data()[i] = static_cast<int32_t>(ids_.values[i]);
-    }
-  }
-  LayoutParams params(uint64_t seq) {
-    LayoutParams params;
-    params.topk_idx = ids_.narrow ? static_cast<const void*>(narrow_.data()) : wide_.data();
-    params.tokens_per_rank = ranks_.data();
-    params.tokens_per_node = nodes_.data();
-    params.tokens_per_expert = experts_.data();
-    params.token_rank_mask = mask_.data();
-    params.seq = seq;
-    params.idx_bytes = ids_.narrow ? 4 : 8;
-    params.tokens = ids_.shape.tokens;
-    params.top_k = ids_.shape.top_k;
-    params.experts = ids_.shape.experts;
-    params.ranks = ids_.shape.ranks;
-    params.ranks_per_node = ids_.shape.ranks_per_node;
-    return params;
-  }
-  void expect_right() const {
-    EXPECT_EQ(wanted_.tokens_per_rank, ranks_.values());
-    EXPECT_EQ(wanted_.tokens_per_node, nodes_.values());
-    EXPECT_EQ(wanted_.tokens_per_expert, experts_.values());
-    EXPECT_TRUE(wanted_.token_rank_mask == mask_.values()) << "token_rank_mask";
-  }
-
- private:
-  const Ids ids_;
-  const LayoutResult wanted_;
-  Array<int64_t> wide_;
-  Array<int32_t> narrow_;
-  Array<int32_t> ranks_, nodes_, experts_;
-  Array<uint8_t> mask_;
-};
-
-class ClientKernels : public testing::Test {
+class ClientKernels : public LocalKernelsTest {
  protected:
   void SetUp() override {
-    int count = 0;
-    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
-      GTEST_SKIP() << "no GPU";
-    }
-    ASSERT_EQ(cudaSuccess, cudaSetDevice(0));
-    ASSERT_EQ(cudaSuccess, cudaFree(nullptr));
-    ASSERT_TRUE(client::load_driver(&driver_).ok());
-    client::cuda::Context context = nullptr;
-    ASSERT_EQ(client::cuda::kSuccess, driver_.device_get(&device_, 0));
-    ASSERT_EQ(client::cuda::kSuccess, driver_.primary_retain(&context, device_));
-    ASSERT_EQ(client::cuda::kSuccess, driver_.stream_create(&own_stream_, client::cuda::kStreamNonBlocking));
-    const client::Status made = client::CudaKernels::create(&driver_, context, device_, own_stream_, &kernels_);
-    ASSERT_TRUE(made.ok()) << made.text;
+    LocalKernelsTest::SetUp();
     for (cudaStream_t& stream : streams_) {
-      ASSERT_EQ(cudaSuccess, cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+      if (kernels_ != nullptr) {
+        ASSERT_EQ(cudaSuccess, cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+      }
     }
   }
   void TearDown() override {
-    if (kernels_ == nullptr) {
-      return;
+    if (kernels_ != nullptr) {
+      EXPECT_EQ(cudaSuccess, cudaDeviceSynchronize());
+      for (cudaStream_t stream : streams_) {
+        cudaStreamDestroy(stream);
+      }
     }
-    EXPECT_EQ(cudaSuccess, cudaDeviceSynchronize());
-    kernels_.reset();
-    for (cudaStream_t stream : streams_) {
-      cudaStreamDestroy(stream);
-    }
-    driver_.stream_destroy(own_stream_);
-    driver_.primary_release(device_);
+    LocalKernelsTest::TearDown();
   }
   void launch(const LayoutParams& params, uint32_t slot, cudaStream_t stream) {
     client::LocalRecord* record = kernels_->record(slot);
@@ -157,10 +56,6 @@ class ClientKernels : public testing::Test {
     EXPECT_EQ(seq, word);
   }
 
-  client::cuda::Driver driver_;
-  client::cuda::Device device_ = 0;
-  client::cuda::Stream own_stream_ = nullptr;
-  std::unique_ptr<client::CudaKernels> kernels_;
   cudaStream_t streams_[4] = {};
   uint64_t seq_ = 0;
 };

@@ -51,9 +51,13 @@ void be_late() {
   }
 }
 
-/// Runs one operation on the GPUs and compares it with `host`, where the host kernels already ran.
-void run_and_compare(GpuGroup* group, const RandomCase& random_case, const std::vector<support::CombineInput>* rows,
-                     const std::vector<uint32_t>* in_rows, const GroupMemory& host, GroupMemory* gpu) {
+/// Runs one operation on the GPUs and compares it with what the host kernels made of it.
+void run_and_compare(GpuGroup* group, const CaseStep& step) {
+  const RandomCase& random_case = step.made;
+  const std::vector<support::CombineInput>* rows = step.rows;
+  const std::vector<uint32_t>* in_rows = step.in_rows;
+  const GroupMemory& host = step.host;
+  GroupMemory* gpu = step.gpu;
   const kernels::OpShape& shape = random_case.shape;
   std::vector<Request> requests;
   for (uint32_t r = 0; r < shape.ranks; ++r) {
@@ -103,64 +107,13 @@ void run_and_compare(GpuGroup* group, const RandomCase& random_case, const std::
   }
 }
 
-/// An id out of range or a row too few, in some cases.
-void spoil(RandomCase* random_case) {
-  for (uint32_t r = random_case->shape.ranks; r-- > 0;) {
-    auto& ids = random_case->inputs[r].topk_idx;
-    if (random_case->seed % 9 == 0 && !ids.empty()) {
-      ids[ids.size() / 2] = random_case->shape.experts + 3;
-      return;
-    }
-    if (random_case->seed % 9 == 1 && random_case->capacities[r] != 0) {
-      random_case->capacities[r] = 0;
-      return;
-    }
-  }
-}
-
-bool fails(const GroupMemory& memory) {
-  return std::any_of(memory.reports.begin(), memory.reports.end(),
-                     [](const kernels::OpReport& report) { return report.reason != 0; });
-}
-
-/// Dispatch, a cached dispatch (HT), and the combine with the same handle.
+/// All operations of a case, in a group of their own.
 void run_case(GpuGroup* group, RandomCase random_case) {
   SCOPED_TRACE(support::repro_line(random_case));
   spoil(&random_case);
   const base::Status created = group->create_group(random_case.shape);
   ASSERT_TRUE(created.is_ok()) << created.message();
-  auto handles = support::make_handles(random_case);
-  auto other_handles = support::make_handles(random_case);  // the GPU has its own; only the params want some
-  GroupMemory host = support::make_dispatch(random_case, &handles);
-  GroupMemory gpu = support::make_dispatch(random_case, &other_handles);
-  support::drive(support::Drive::kWhole, &host);
-  run_and_compare(group, random_case, nullptr, nullptr, host, &gpu);
-  if (fails(host)) {
-    const auto ends = support::reference_end(random_case.shape, random_case.inputs, random_case.capacities);
-    for (uint32_t r = 0; r < random_case.shape.ranks; ++r) {
-      const bool active = ((random_case.shape.active_ranks >> r) & 1) != 0;
-      EXPECT_EQ(active ? ends[r].reason : 0u, host.reports[r].reason);
-    }
-    group->destroy_group();
-    return;
-  }
-  if (random_case.shape.kind == OpKind::kDispatch) {
-    RandomCase cached = random_case;
-    cached.shape.cached = 1;
-    cached.shape.active_ranks = random_case.later_active;
-    support::refill_payload(random_case.seed, &cached);
-    GroupMemory cached_host = support::make_dispatch(cached, &handles);
-    GroupMemory cached_gpu = support::make_dispatch(cached, &other_handles);
-    support::drive(support::Drive::kWhole, &cached_host);
-    run_and_compare(group, cached, nullptr, nullptr, cached_host, &cached_gpu);
-  }
-  std::vector<uint32_t> in_rows;
-  const auto rows = make_rows(random_case, &in_rows);
-  const RandomCase combine = combine_of(random_case);
-  GroupMemory combine_host = support::make_combine(combine, &handles, rows, in_rows);
-  GroupMemory combine_gpu = support::make_combine(combine, &other_handles, rows, in_rows);
-  support::drive(support::Drive::kWhole, &combine_host);
-  run_and_compare(group, combine, &rows, &in_rows, combine_host, &combine_gpu);
+  run_steps(random_case, [group](const CaseStep& step) { run_and_compare(group, step); });
   group->destroy_group();
 }
 

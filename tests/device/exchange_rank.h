@@ -13,6 +13,7 @@
 
 #include "client/src/local_kernels/exchange_params.h"
 #include "proto/abi/exchange_v1.h"
+#include "tests/device/device_memory.h"
 
 namespace expertd::device_test {
 
@@ -26,35 +27,6 @@ inline constexpr uint64_t kLimitNs = 20'000'000'000;
 inline uint64_t slot_of(uint64_t seq) {
   return seq % kSlots;
 }
-
-/// Memory of the GPU, all zero.
-class Memory {
- public:
-  explicit Memory(size_t bytes) {
-    EXPECT_EQ(cudaSuccess, cudaMalloc(&data_, bytes));
-    EXPECT_EQ(cudaSuccess, cudaMemset(data_, 0, bytes));
-  }
-  ~Memory() { cudaFree(data_); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  template <typename T = char>
-  T* at(uint64_t offset = 0) const {
-    return reinterpret_cast<T*>(static_cast<char*>(data_) + offset);
-  }
-  template <typename T>
-  void put(const std::vector<T>& values) {
-    EXPECT_EQ(cudaSuccess, cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  template <typename T>
-  std::vector<T> get(size_t count, uint64_t offset = 0) const {
-    std::vector<T> values(count);
-    EXPECT_EQ(cudaSuccess, cudaMemcpy(values.data(), at(offset), count * sizeof(T), cudaMemcpyDeviceToHost));
-    return values;
-  }
-
- private:
-  void* data_ = nullptr;
-};
 
 struct Sizes {
   uint32_t max_tokens = 128;

@@ -81,39 +81,49 @@ class ProcessFaultUnderMps : public ProcessFault {
   Pair fresh_;   // processes of after the fault
 };
 
-// A call that was in flight in the daemon ends with GPU_LOST. One that was not issued yet may find the context of its
-// own process lost first, or the daemon gone.
+// One that was not issued yet may find the context of its own process lost first.
 void ProcessFaultUnderMps::expect_lost(FaultClient& client, const char* who) {
   const std::string end = client.answer(seconds(10)).value_or("no answer");
-  const bool named = end.rfind("failed GPU_LOST ", 0) == 0 || end.rfind("failed UNAVAILABLE ", 0) == 0 ||
-                     end.rfind("failed CUDA ", 0) == 0;
+  const bool named = end.rfind("failed GPU_LOST ", 0) == 0 || end.rfind("failed CUDA ", 0) == 0;
   EXPECT_TRUE(named) << who << ": " << end;
   std::printf("%s: %s\n", who, end.c_str());
 }
 
 void ProcessFaultUnderMps::fault() {
   constexpr int kExitTryAgain = 75;
-  constexpr double kExitMs = 1'000;
+  constexpr double kEndMs = 1'000;
   ASSERT_TRUE(start(parked_, "parked"));
   ASSERT_TRUE(is_ok(expect_ok(*parked_[1], "hold")) && is_ok(expect_ok(*parked_[1], "submit 600000")) &&
               is_ok(expect_ok(*parked_[0], "submit 600000")));
-  parked_[0]->send("wait 60000");
+  for (const auto& client : parked_) {
+    client->send("wait 60000");
+  }
   const uint64_t begin = support::monotonic_ns();
   const std::string error = pair_[1]->ask("illegal", seconds(10));
   const double seen_ms = support::elapsed_ms(begin);
   std::printf("the culprit: %s\n", error.c_str());
-  const int code = daemon_->wait_exit(seconds(5));
-  const double exit_ms = support::elapsed_ms(begin);
-  figure("illegal access under MPS, ms", {{"to the culprit's error", {seen_ms}},
-                                          {"to the end of the daemon", {exit_ms}},
-                                          {"between both", {exit_ms - seen_ms}}});
+  // A call in flight ends with the loss, on either GPU: the loop of one of them may be stuck in the driver.
+  for (size_t gpu = 0; gpu < 2; ++gpu) {
+    const std::string end = parked_[gpu]->answer(seconds(20)).value_or("no answer");
+    std::printf("figure a call in flight on GPU %zu when it was lost, %.0f ms after the access: %s\n", gpu,
+                support::elapsed_ms(begin), end.c_str());
+    EXPECT_EQ(end.rfind("failed GPU_LOST ", 0), 0u) << "GPU " << gpu << ": " << end;
+  }
+  const double told_ms = support::elapsed_ms(begin);
+  const int code = daemon_->wait_exit(seconds(30));
+  const double gone_ms = support::elapsed_ms(begin);
   EXPECT_EQ(code, kExitTryAgain);
-  EXPECT_LT(exit_ms - seen_ms, support::bound_ms(kExitMs));
   const std::string log = daemon_->log();
-  EXPECT_TRUE(log.find("GPU context lost") != std::string::npos || log.find("GPU_LOST") != std::string::npos);
-  const std::string end = parked_[0]->answer(seconds(10)).value_or("no answer");
-  std::printf("figure a call in flight when the GPU was lost: %s\n", end.c_str());
-  EXPECT_EQ(end.rfind("failed GPU_LOST ", 0), 0u) << end;
+  const size_t line = log.find("GPU context lost; the process ends for a restart");
+  ASSERT_NE(line, std::string::npos) << log;
+  // The daemon's own share. How long the driver then holds a process with contexts is not the daemon's to say.
+  const double own_ms = number_in(log.substr(line), "since_seen_ms");
+  figure("illegal access under MPS, ms", {{"to the culprit's error", {seen_ms}},
+                                          {"to the end of both calls in flight", {told_ms}},
+                                          {"seen by the daemon to its own end", {own_ms}},
+                                          {"to the process gone", {gone_ms}}});
+  EXPECT_GE(own_ms, 0);
+  EXPECT_LT(own_ms, support::bound_ms(kEndMs));
   for (const auto& neighbour : neighbours_) {
     expect_lost(*neighbour, "a neighbour");
   }

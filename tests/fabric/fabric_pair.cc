@@ -92,6 +92,16 @@ engine::Placement placement_of(uint32_t own_node, const std::vector<uint32_t>& r
   return placement;
 }
 
+fabric::GroupLink pair_link(uint32_t own_node, const std::vector<uint64_t>& node_ids) {
+  fabric::GroupLink link;
+  link.key = 0x5eed'0000'0000'0001;
+  link.epoch = 3;
+  link.placement = placement_of(own_node, {1, 1});
+  link.node_ids = node_ids;
+  link.devices = {{0}};
+  return link;
+}
+
 void World::create(const std::function<fabric::FabricOptions(uint32_t node)>& options) {
   for (uint32_t i = 0; i < nodes_.size(); ++i) {
     nodes_[i].bell = std::make_unique<Bell>();

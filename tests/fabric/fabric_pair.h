@@ -61,6 +61,9 @@ fabric::FabricOptions options_for(const std::string& transport, const std::strin
 /// `ranks` of each node, numbered node by node.
 engine::Placement placement_of(uint32_t own_node, const std::vector<uint32_t>& ranks);
 
+/// The group of two nodes with a rank each that the tests of two processes use.
+fabric::GroupLink pair_link(uint32_t own_node, const std::vector<uint64_t>& node_ids);
+
 class World {
  public:
   explicit World(std::vector<uint32_t> ranks) : ranks_(std::move(ranks)), nodes_(ranks_.size()) {}

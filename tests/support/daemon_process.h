@@ -40,6 +40,8 @@ class DaemonProcess {
   DaemonProcess(const DaemonProcess&) = delete;
   DaemonProcess& operator=(const DaemonProcess&) = delete;
 
+  /// From the next start on: another program of binary_directory() in place of the daemon.
+  void use_program(const std::string& name) { arguments_.front() = binary_directory() + "/" + name; }
   /// From the next start on: how long it may take, and whether it is process 1 of a pid namespace of its own.
   void set_start_limit(std::chrono::milliseconds limit) { start_limit_ = limit; }
   void use_own_pid_namespace() { own_pid_namespace_ = true; }

@@ -44,8 +44,8 @@ class ClientExecutor : public ClientSession {
     const expertd_exchange_shape shape = {1, 4, kHidden, kMaxTokens, kTopK};
     return expertd_exchange_layout_of(&shape).total_bytes;
   }
-  static uint64_t ht_bytes() {
-    const expertd_exchange_ht_shape shape = {1, 4, kHidden, kMaxTokens, kTopK};
+  static uint64_t ht_bytes(uint32_t ranks = 1) {
+    const expertd_exchange_ht_shape shape = {ranks, 4, kHidden, kMaxTokens, kTopK};
     return expertd_exchange_ht_layout_of(&shape).total_bytes;
   }
   expertd_status_t join(uint32_t executor = EXPERTD_GROUP_EXECUTOR_AUTO, uint32_t lanes = 0) {
@@ -122,6 +122,7 @@ class ClientExecutor : public ClientSession {
   FakeGpu gpu_;
   FakeKernels kernels_;
   expertd_group_t* group_ = nullptr;
+  size_t waits_seen_ = 0;
   size_t before_ = 0;  // operations that the daemon saw before the group
   char* memory_ = nullptr;
 };
@@ -185,6 +186,38 @@ TEST_F(ClientExecutor, HighThroughputGoesByTheRuleAndFollowsItsHandle) {
     EXPECT_EQ((row.together ? kCopy : 0) | kSplit, ht_dispatch(EXPERTD_ASYNC, nullptr, together));
     ASSERT_EQ(0, expertd_group_leave(group_).reason) << message();
   }
+}
+
+/// What its stream waits for of the other rank, as steps of the operation's sequence, in order.
+TEST_F(ClientExecutor, HighThroughputWaitsForRecordsBeforeItPlacesRowsAndForEveryChunk) {
+  v1::JoinGroupResponse granted;
+  granted.mutable_rule()->set_copies(EXPERTD_COPIES_HT);
+  granted.set_exchange_size(ht_bytes(2));
+  daemon_.grant(granted);
+  expertd_group_options_t options = group_options();
+  options.expert_parallel_size = 2;
+  ASSERT_EQ(0, expertd_group_join(session_, &options, &group_).reason) << message();
+  before_ = daemon_.seen().size();
+  const auto steps = [this] {
+    std::vector<uint64_t> waited;
+    const uint64_t seq = daemon_.seen().back().seq;
+    const auto waits = gpu_.waits();
+    for (size_t i = waits_seen_; i < waits.size(); ++i) {
+      if (waits[i].value / EXPERTD_HT_PROGRESS(1, 0) == seq) {
+        waited.push_back(waits[i].value % EXPERTD_HT_PROGRESS(1, 0));
+      }
+    }
+    waits_seen_ = waits.size();
+    return waited;
+  };
+  expertd_handle_t handle{};
+  using Steps = std::vector<uint64_t>;
+  EXPECT_EQ(kCopy, ht_dispatch(0, &handle));
+  EXPECT_EQ(steps(), (Steps{EXPERTD_HT_BESIDE, EXPERTD_HT_ALL, EXPERTD_HT_ALL}));
+  EXPECT_EQ(kCopy, ht_combine(0, handle));
+  EXPECT_EQ(steps(), (Steps{1, 2, EXPERTD_HT_CHUNKS, EXPERTD_HT_ALL}));
+  EXPECT_EQ(kCopy, ht_dispatch(0, nullptr, handle));
+  EXPECT_EQ(steps(), (Steps{EXPERTD_HT_ALL, EXPERTD_HT_ALL})) << "nothing travels beside the rows";
 }
 
 TEST_F(ClientExecutor, ThePlaceOfAHandleKeepsNothingOfItsEarlierDispatch) {

@@ -207,6 +207,17 @@ TEST_F(ClientRing, EndsWaitsWhenTheDaemonClosesTheSession) {
   submit();
   header()->session_flags = EXPERTD_SESSION_CLOSED;
   EXPECT_EQ(WaitEnd::kClosed, ring_->wait(1, deadline_after(kPatienceNs)));
+  EXPECT_EQ(EXPERTD_REASON_NONE, ring_->end_reason());
+}
+
+TEST_F(ClientRing, TellsWhyTheDaemonEndsAndTakesNoOtherNumberForAReason) {
+  open_sealed();
+  header()->end_reason = EXPERTD_REASON_GPU_LOST;
+  EXPECT_EQ(EXPERTD_REASON_GPU_LOST, ring_->end_reason());
+  for (const uint32_t nonsense : {9999U, 0x80000000U, UINT32_MAX}) {
+    header()->end_reason = nonsense;
+    EXPECT_EQ(EXPERTD_REASON_NONE, ring_->end_reason()) << nonsense;
+  }
 }
 
 }  // namespace

@@ -290,6 +290,41 @@ TEST_F(ClientSession, ReattachesAndRecreatesItsMemory) {
   EXPECT_EQ(0, expertd_event_wait(event, 0, nullptr).reason) << message();
 }
 
+TEST_F(ClientSession, EndsEveryCallWithTheReasonThatTheDaemonLeftBeforeItEnded) {
+  expertd_group_t* group = join();
+  ASSERT_NE(nullptr, group);
+  expertd_event_t event{};
+  daemon_.hold(true);
+  ASSERT_EQ(0, expertd_barrier(group, nullptr, 0, 0, &event).reason);
+  daemon_.header()->end_reason = EXPERTD_REASON_GPU_LOST;
+  daemon_.crash();
+  EXPECT_EQ(EXPERTD_REASON_GPU_LOST, expertd_event_wait(event, kPatienceNs, nullptr).reason) << message();
+  EXPECT_EQ(EXPERTD_REASON_GPU_LOST, expertd_session_state(session_).reason) << message();
+  void* data = nullptr;
+  EXPECT_EQ(EXPERTD_REASON_GPU_LOST, expertd_alloc(session_, 4096, &data).reason) << message();
+  expertd_event_t later{};
+  EXPECT_EQ(EXPERTD_REASON_GPU_LOST, expertd_barrier(group, nullptr, 0, 0, &later).reason) << message();
+  daemon_.hold(false);
+  ASSERT_EQ(0, expertd_reattach(session_, kPatienceNs).reason) << message();
+  EXPECT_EQ(0, expertd_session_state(session_).reason) << message();
+}
+
+TEST_F(ClientSession, EndsAWaitWithTheReasonBeforeTheEndOfTheLeaseAndMayReattachThen) {
+  expertd_group_t* group = join();
+  ASSERT_NE(nullptr, group);
+  expertd_event_t event{};
+  daemon_.hold(true);
+  ASSERT_EQ(0, expertd_barrier(group, nullptr, 0, 0, &event).reason);
+  daemon_.header()->end_reason = EXPERTD_REASON_GPU_LOST;
+  daemon_.header()->session_flags = EXPERTD_SESSION_CLOSED;
+  EXPECT_EQ(EXPERTD_REASON_GPU_LOST, expertd_event_wait(event, kPatienceNs, nullptr).reason) << message();
+  // Not BAD_STATE: the session is over, although the stand-in does not let go of it yet and takes nobody else.
+  EXPECT_EQ(EXPERTD_REASON_UNAVAILABLE, expertd_reattach(session_, 50'000'000).reason) << message();
+  daemon_.hold(false);
+  daemon_.crash();
+  EXPECT_EQ(0, expertd_reattach(session_, kPatienceNs).reason) << message();
+}
+
 TEST_F(ClientSession, KnowsNoBufferBehindTheWindowOfAGroupFromBefore) {
   expertd_group_t* group = join();
   DispatchTensors tensors;

@@ -252,6 +252,21 @@ TEST(HtPlan, TheClientTakesTheSameTokens) {
   }
 }
 
+TEST(HtPlan, ARankWithoutTokensHasWarpsForTheRecordsOfOthers) {
+  client::HtParams params;
+  params.row_bytes = 512;
+  params.capacity_rows = 4096;
+  client::set_ht_step(client::HtKernel::kMove, client::kHtPlace, &params);
+  EXPECT_EQ(client::ht_blocks(client::HtKernel::kMove, params), 2u);
+  params.record_bytes = 64;
+  EXPECT_EQ(client::ht_blocks(client::HtKernel::kMove, params),
+            4096 / (client::kHtRecordsAtOnce * client::kHtWarps) + 1);
+  params.capacity_rows = UINT32_MAX;
+  EXPECT_EQ(client::ht_blocks(client::HtKernel::kMove, params), client::kHtBlocksMax + 1);
+  params.step = 0;
+  EXPECT_EQ(client::ht_blocks(client::HtKernel::kMove, params), 1u);
+}
+
 TEST(HtPlan, RowsInFrontOfALimit) {
   EXPECT_EQ(ht_rows_inside(0, 10, 10), 10u);
   EXPECT_EQ(ht_rows_inside(4, 10, 10), 6u);

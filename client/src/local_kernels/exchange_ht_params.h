@@ -19,6 +19,8 @@ inline constexpr uint32_t kHtPartBytes = 2048;
 /// Of a sum, what a warp takes at a time: 16 bytes per lane.
 inline constexpr uint32_t kHtSumBytes = 512;
 inline constexpr uint32_t kHtBlocksMax = 2048;
+/// How many records a warp spreads, one behind the other, where the outputs are full.
+inline constexpr uint32_t kHtRecordsAtOnce = 4;
 
 enum class HtKernel : uint32_t { kRoute = 0, kMove = 1, kReduce = 2 };
 inline constexpr uint32_t kHtKernels = 3;
@@ -49,8 +51,9 @@ struct HtParams {
   uint32_t row_bytes = 16;
   uint32_t side_elements = 0;
   uint32_t side_element_bytes = 1;
-  uint32_t step = 0;         // piece of a dispatch, kHtPlace, or chunk of a combine
-  uint32_t first_token = 0;  // of the step
+  uint32_t record_bytes = 0;  // expertd_exchange_ht_record_bytes()
+  uint32_t step = 0;          // piece of a dispatch, kHtPlace, or chunk of a combine
+  uint32_t first_token = 0;   // of the step
   uint32_t step_tokens = 0;
   bool cached = false;
   bool zero_foreign = false;
@@ -96,7 +99,11 @@ inline uint32_t ht_blocks(HtKernel kernel, const HtParams& p) {
   }
   const uint64_t bytes = kernel == HtKernel::kMove ? p.row_bytes : 2 * p.hidden;
   const uint64_t part = kernel == HtKernel::kMove ? kHtPartBytes : kHtSumBytes;
-  const uint64_t blocks = (p.step_tokens * ((bytes + part - 1) / part) + kHtWarps - 1) / kHtWarps;
+  uint64_t warps = p.step_tokens * ((bytes + part - 1) / part);
+  if (kernel == HtKernel::kMove && p.step == kHtPlace && p.record_bytes != 0) {
+    warps = std::max<uint64_t>(warps, p.capacity_rows / kHtRecordsAtOnce);  // a rank without tokens has rows of others
+  }
+  const uint64_t blocks = (warps + kHtWarps - 1) / kHtWarps;
   // One more where rows stay: it writes what is beside them.
   return static_cast<uint32_t>(std::clamp<uint64_t>(blocks, 1, kHtBlocksMax)) + (p.step == kHtPlace ? 1 : 0);
 }

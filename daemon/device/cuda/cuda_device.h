@@ -61,6 +61,9 @@ class CudaDevice : public Device, public engine::DevicePort {
   /// What closes of memory hold launches back with.
   LaunchGate* gate() { return gpu_.view.gate; }
 
+  void watch_context(LossObserver* observer) override { loss_observer_ = observer; }
+  bool can_lose_context() const override { return true; }
+  void probe_context() override;
   base::DeviceIndex index() const override { return gpu_.view.index; }
   DeviceInfo info() const override;
   engine::DevicePort& port() override { return *this; }
@@ -225,6 +228,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   Pool pool_;
   ContextUse context_;
   std::atomic<bool> healthy_{true};
+  LossObserver* loss_observer_ = nullptr;
   std::atomic<uint64_t> window_bytes_{0};
   std::atomic<uint32_t> open_sessions_{0};
   std::atomic<uint32_t> lane_streams_{0};  // of the groups that are here

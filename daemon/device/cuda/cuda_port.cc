@@ -387,10 +387,16 @@ void CudaDevice::check_health() {
     return;
   }
   health_checked_ns_ = now;
+  probe_context();
+}
+
+/// Whoever sees it first tells, and does nothing with the driver before: the next call may not come back.
+void CudaDevice::probe_context() {
   const ScopedContext context(driver_, gpu_.view.context);
-  const CUresult state = driver_.cuStreamQuery(rescue_stream_);
-  if (!context.ok() || (state != CUDA_SUCCESS && state != CUDA_ERROR_NOT_READY)) {
-    healthy_.store(false, std::memory_order_relaxed);
+  const CUresult state = context.ok() ? driver_.cuStreamQuery(rescue_stream_) : CUDA_ERROR_INVALID_CONTEXT;
+  const bool alive = state == CUDA_SUCCESS || state == CUDA_ERROR_NOT_READY;
+  if (!alive && healthy_.exchange(false, std::memory_order_relaxed) && loss_observer_ != nullptr) {
+    loss_observer_->context_lost(gpu_.view.index);
   }
 }
 

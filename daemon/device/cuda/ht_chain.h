@@ -76,6 +76,10 @@ class CudaDevice::HtChain {
   bool is_dispatch() const { return shape_.kind == kernels::OpKind::kDispatch; }
   bool counts() const { return is_dispatch() && shape_.cached == 0; }
   uint64_t side_bytes() const { return uint64_t{shape_.side_elements} * shape_.side_element_bytes; }
+  /// Of a dispatch, what travels beside each row.
+  uint64_t record_bytes() const {
+    return expertd_exchange_ht_record_bytes(side_bytes(), shape_.top_k, shape_.cached != 0 ? 1 : 0);
+  }
   CUdeviceptr own_word(uint64_t offset) const;
   CUdeviceptr word_of(uint32_t rank, uint64_t offset) const;
   CUdeviceptr buffer_of(uint32_t rank) const;
@@ -83,19 +87,23 @@ class CudaDevice::HtChain {
   /// The tensor as this device sees it; 0 when it was not given. One without an address here clears `reachable_`.
   CUdeviceptr tensor(uint32_t rank, uint32_t index);
   bool copy(CUdeviceptr to, CUdeviceptr from, uint64_t bytes) {
+    led_ = led_ || bytes != 0;
     return bytes == 0 || driver_.cuMemcpyAsync(to, from, bytes, stream_) == CUDA_SUCCESS;
   }
   bool put_copy_first(CUstream stream) const;
+  /// Behind a copy of the same step, if need be one to the host.
+  bool send(ChainWords* words);
   Capacities capacities() const;
-  bool announce(uint32_t rank, uint32_t steps);
+  void announce(uint32_t steps, ChainWords* words) const;
+  bool tell(uint32_t verdict, ChainWords* words);
   bool tell_plan(const HtTable& table, uint32_t verdict);
   bool send_piece(const HtTable& table, const Capacities& capacities, uint32_t piece);
-  bool send_beside(const HtTable& table, const HtSpan& all, uint32_t rank);
+  bool send_records(const HtTable& table, const Capacities& capacities);
   bool send_dispatch(const HtTable& table, const Capacities& capacities);
   bool tell_rows(const HtTable& table, const Capacities& given, uint32_t verdict);
   bool send_chunk(const HtTable& table, uint64_t given, uint32_t chunk);
   bool send_combine(const HtTable& table, const Capacities& given);
-  bool end();
+  bool end(bool moved);
 
   const CudaDevice& device_;
   const Driver& driver_;
@@ -107,6 +115,7 @@ class CudaDevice::HtChain {
   HtGroup& ht_;
   const CUstream stream_;
   bool reachable_ = true;
+  bool led_ = false;  // a copy has just been put on the stream, and nothing but words behind it
 };
 
 }  // namespace expertd::device::cuda

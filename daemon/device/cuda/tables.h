@@ -32,9 +32,10 @@ constexpr uint32_t copy_entries(uint32_t ranks) {
 inline constexpr uint32_t kMaxPartsInFlight = kMaxArmedStreams * (kMaxStreamEntries / kEntriesPerPart);
 inline constexpr uint32_t kMaxGroupsPerDevice = 256;
 
-/// The same of a high throughput chain: for each rank and chunk of a combine two copies and a word.
+/// The same of a high throughput chain: for each rank of a combine three copies of rows, one of weights and a word
+/// behind each chunk; a dispatch has fewer.
 constexpr uint32_t ht_entries(uint32_t ranks) {
-  return 10 + 15 * ranks;
+  return 14 + 7 * ranks;
 }
 
 /// Fixed table from a 64-bit key to an object. find() from any thread, insert() and erase() by one thread at a time.

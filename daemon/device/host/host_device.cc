@@ -155,6 +155,7 @@ bool HostDevice::poll(engine::PartId part_id, engine::Outcome* outcome) {
     return false;
   }
   outcome->report = part->report();
+  outcome->peer_reason = part->peer_reason();
   outcome->executor = EXPERTD_COMPLETION_EXECUTOR_HOST;
   outcome->start_ns = part->start_ns();
   outcome->end_ns = base::now_ns();
@@ -178,16 +179,7 @@ void HostDevice::abort(engine::PartId part_id, uint32_t reason) {
 uint32_t HostDevice::missing(engine::PartId part_id, uint64_t* ranks) {
   HostPart* part = find(part_id);
   *ranks = 0;
-  if (part == nullptr || part->flags() == nullptr) {
-    return EXPERTD_MISSING_NONE;
-  }
-  const uint64_t routed = part->flags()->routed.load(std::memory_order_acquire);
-  if (routed != part->active()) {
-    *ranks = part->active() & ~routed;
-    return EXPERTD_MISSING_COUNTS;
-  }
-  *ranks = part->active() & ~part->flags()->moved.load(std::memory_order_acquire);
-  return EXPERTD_MISSING_ROWS;
+  return part == nullptr ? uint32_t{EXPERTD_MISSING_NONE} : part->missing(ranks);
 }
 
 void HostDevice::release_words(const engine::SlotWords& /*words*/, uint32_t /*reason*/) {}

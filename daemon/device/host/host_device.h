@@ -18,7 +18,7 @@ namespace expertd::device {
 
 class HostPart;
 
-class HostDevice final : public Device, public engine::DevicePort {
+class HostDevice : public Device, public engine::DevicePort {
  public:
   HostDevice(base::DeviceIndex index, uint32_t ordinal, HostGroupDirectory* groups, engine::WakePort* wake,
              uint64_t pool_max_bytes);

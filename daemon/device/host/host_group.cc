@@ -54,6 +54,7 @@ HostGroupTables::HostGroupTables(const engine::GroupShape& shape)
       matrix_ints_(matrix_ints_of(shape)),
       handle_ints_(handle_ints_of(shape)),
       counts_(allocate(matrix_ints_ * engine::kExchangePages)),
+      notices_(size_t{shape.ranks} * engine::kExchangePages),
       per_rank_(shape.ranks) {}
 
 HostGroupTables::Ints HostGroupTables::allocate(uint64_t ints) {
@@ -67,7 +68,7 @@ std::unique_ptr<HostGroupTables> HostGroupTables::create(const engine::GroupShap
 
 base::Status HostGroupTables::add_rank(uint32_t rank, uint32_t handle_limit) {
   const uint64_t handles = handles_that_fit(handle_bytes(), handle_limit);
-  RankTables tables{allocate(handles * handle_ints()), {}};
+  RankTables tables{allocate(handles * handle_ints()), {}, std::make_unique<NodeExchange>(ranks_)};
   if (tables.handles == nullptr) {
     return base::Status(EXPERTD_REASON_POOL_EXHAUSTED, "no memory for " + std::to_string(handles) + " handles of " +
                                                            std::to_string(handle_bytes()) + " bytes");

@@ -10,10 +10,12 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <vector>
 
 #include "daemon/base/status.h"
 #include "daemon/device/device.h"
+#include "daemon/device/host/node_exchange.h"
 #include "daemon/engine/ports.h"
 #include "daemon/kernels/op_params.h"
 
@@ -54,6 +56,11 @@ class HostGroupTables {
   kernels::Routing routing(uint32_t rank, uint32_t handle_index);
   /// What the handle is good for; null beyond the capacity. Lives until the rank leaves.
   HandleUse* use(uint32_t rank, uint32_t handle_index);
+  /// What the ranks of a group over several nodes tell each other of an operation, one per rank.
+  std::span<NodeNotice> notices(uint32_t page) { return {notices_.data() + size_t{page} * ranks_, ranks_}; }
+  /// Null when the rank is not here. Lives until it leaves.
+  NodeExchange* exchange(uint32_t rank) { return per_rank_[rank].exchange.get(); }
+  uint32_t experts() const { return experts_; }
   uint32_t handle_capacity(uint32_t rank) const { return static_cast<uint32_t>(per_rank_[rank].uses.size()); }
   uint64_t handle_bytes() const { return handle_ints() * sizeof(int32_t); }
 
@@ -66,6 +73,7 @@ class HostGroupTables {
   struct RankTables {
     Ints handles;
     std::vector<HandleUse> uses;  // one per handle; empty: the rank is not here
+    std::unique_ptr<NodeExchange> exchange;
   };
   explicit HostGroupTables(const engine::GroupShape& shape);
   static Ints allocate(uint64_t ints);
@@ -79,6 +87,7 @@ class HostGroupTables {
   uint64_t matrix_ints_;
   uint64_t handle_ints_;
   Ints counts_;
+  std::vector<NodeNotice> notices_;  // by page and rank
   std::vector<RankTables> per_rank_;
 };
 

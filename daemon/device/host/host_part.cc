@@ -32,6 +32,10 @@ void HostPart::begin(const engine::LaunchSpec& spec, base::DeviceIndex device, H
   start_ns_ = 0;
   arrived_ = 0;
   kept_ = nullptr;
+  exchange_ = nullptr;
+  refused_ = false;
+  stirred_ = false;
+  peer_reason_ = 0;
   report_ = kernels::OpReport{};
   broken_ = !prepare(spec, device, groups);
   size_slices();
@@ -43,6 +47,7 @@ bool HostPart::prepare(const engine::LaunchSpec& spec, base::DeviceIndex device,
   params_.shape.rank = spec.rank;
   flags_ = spec.flags;
   devices_ = spec.devices;
+  local_ = spec.active_ranks;
   const kernels::OpShape& shape = params_.shape;
   routes_ = is_dispatch(shape.kind) && shape.cached == 0;
   if (spec.group.value == 0) {
@@ -53,6 +58,9 @@ bool HostPart::prepare(const engine::LaunchSpec& spec, base::DeviceIndex device,
     return false;
   }
   params_.counts = tables->counts(spec.page);
+  if (spec.placement != nullptr && !prepare_exchange(spec, tables)) {
+    return false;
+  }
   if (shape.kind != kernels::OpKind::kBarrier) {
     kept_ = tables->use(spec.rank, spec.own->handle_index);
     if (kept_ == nullptr) {
@@ -61,7 +69,7 @@ bool HostPart::prepare(const engine::LaunchSpec& spec, base::DeviceIndex device,
     params_.routing = tables->routing(spec.rank, spec.own->handle_index);
     use_ = {spec.own->handle_generation, shape.tokens, shape.top_k, shape.expanded};
   }
-  if (routes_ && (spec.active_ranks & ((1ULL << spec.rank) - 1)) == 0) {
+  if (routes_ && (local_ & ((1ULL << spec.rank) - 1)) == 0) {
     tables->clear_inactive_rows(spec.page, spec.active_ranks);  // by the lowest rank, before its flag
   }
   for (uint32_t rank = 0; rank < spec.ranks; ++rank) {
@@ -69,6 +77,37 @@ bool HostPart::prepare(const engine::LaunchSpec& spec, base::DeviceIndex device,
     peers_[rank].counts = params_.counts;
   }
   return true;
+}
+
+bool HostPart::prepare_exchange(const engine::LaunchSpec& spec, HostGroupTables* tables) {
+  exchange_ = tables->exchange(spec.rank);
+  refused_ = spec.own->rejected_reason != 0;
+  if (refused_) {
+    // What the request asks for was never found good: the part only tells the others.
+    params_ = kernels::OpParams{};
+    params_.counts = tables->counts(spec.page);
+    params_.shape.kind = kernels::OpKind::kBarrier;
+    params_.shape.rank = spec.rank;
+    params_.shape.active_ranks = spec.active_ranks;
+    routes_ = false;
+  }
+  params_.shape.ranks = spec.ranks;
+  params_.shape.experts = tables->experts();
+  for (uint32_t rank = 0; rank < spec.ranks; ++rank) {
+    local_ &= spec.placement->is_local(rank) ? ~0ULL : ~(1ULL << rank);
+  }
+  node_.fabric = spec.fabric;
+  node_.placement = spec.placement;
+  node_.own = spec.own;
+  node_.number = spec.group_op;
+  node_.rank = spec.rank;
+  node_.active = spec.active_ranks;
+  node_.params = &params_;
+  node_.peers = peers_.data();
+  node_.notices = tables->notices(spec.page);
+  node_.flags = flags_;
+  node_.routes = routes_;
+  return exchange_ != nullptr && spec.fabric != nullptr;
 }
 
 void HostPart::size_slices() {
@@ -90,6 +129,9 @@ bool HostPart::takes_slices(Step step) {
 }
 
 bool HostPart::runs() const {
+  if (exchanges() && (step_ == Step::kAwaitRouted || step_ == Step::kMove || step_ == Step::kAwaitMoved)) {
+    return stirred_;  // else the fabric wakes the loop when something arrived or a buffer came back
+  }
   return step_ != Step::kFree && step_ != Step::kBehind && step_ != Step::kAwaitRouted && step_ != Step::kAwaitMoved;
 }
 
@@ -105,7 +147,15 @@ void HostPart::follow(engine::PartId next) {
   }
 }
 
+void HostPart::close_exchange() {
+  if (exchanges() && step_ != Step::kBehind && step_ != Step::kReady && step_ != Step::kStart) {
+    exchange_->close();
+  }
+  exchange_ = nullptr;
+}
+
 void HostPart::fail(uint32_t reason) {
+  close_exchange();
   report_ = kernels::OpReport{};
   report_.reason = reason;
   if (step_ != Step::kClear) {
@@ -133,12 +183,12 @@ bool HostPart::advance(engine::WakePort* wake) {
       route(wake);
       return false;
     case Step::kAwaitRouted:
-      return await_routed();
+      return await_routed(wake);
     case Step::kMove:
       move(wake);
       return false;
     case Step::kAwaitMoved:
-      await_moved();
+      await_moved(wake);
       return false;
     case Step::kFinish:
       return finish();
@@ -148,15 +198,14 @@ bool HostPart::advance(engine::WakePort* wake) {
   return true;
 }
 
-void HostPart::set_flag(std::atomic<uint64_t>& flag, engine::WakePort* wake) const {
-  const uint64_t bit = 1ULL << params_.shape.rank;
-  // Release publishes this rank's rows and counts; the acquires that see all bits are in await_routed and await_moved.
-  const uint64_t before = flag.fetch_or(bit, std::memory_order_seq_cst);
-  if ((before | bit) != active()) {
+void HostPart::set_flag(std::atomic<uint64_t>& flag, uint64_t bits, uint64_t wanted, engine::WakePort* wake) const {
+  // Release publishes these ranks' rows and counts; the acquires that see all bits are in await_routed and await_moved.
+  const uint64_t before = flag.fetch_or(bits, std::memory_order_seq_cst);
+  if ((before | bits) != wanted) {
     return;
   }
   for (uint32_t rank = 0; rank < base::kMaxLocalRanks; ++rank) {
-    if (rank != params_.shape.rank && (active() >> rank & 1) != 0) {
+    if (rank != params_.shape.rank && (local_ >> rank & 1) != 0) {
       wake->wake(devices_[rank]);
     }
   }
@@ -172,6 +221,13 @@ void HostPart::start(engine::WakePort* wake) {
     enter(Step::kCheckIds);
     return;
   }
+  if (exchanges()) {
+    step_ = Step::kAwaitRouted;  // so that whatever ends the part closes what is opened here
+    if (!exchange_->open(node_)) {
+      fail(EXPERTD_REASON_INTERNAL);
+      return;
+    }
+  }
   if (routes_) {
     *kept_ = HandleUse{};  // until this dispatch has succeeded nobody may go by the tables
     enter(Step::kRoute);
@@ -182,9 +238,31 @@ void HostPart::start(engine::WakePort* wake) {
     // failed left rows that were never numbered for its outputs.
     const uint32_t reason = *kept_ == use_ ? EXPERTD_REASON_NONE : EXPERTD_REASON_STALE_HANDLE;
     kernels::host::announce(params_, reason, use_.generation);
+  } else if (exchanges()) {
+    kernels::host::announce(params_, EXPERTD_REASON_NONE, 0);
   }
-  set_flag(flags_->routed, wake);
+  routed(wake);
+}
+
+// The own row of the matrix is there.
+void HostPart::routed(engine::WakePort* wake) {
+  if (exchanges()) {
+    exchange_->announce();
+  }
+  set_flag(flags_->routed, own_bit(), active(), wake);
   enter(Step::kAwaitRouted);
+}
+
+// A turn of what goes on with other nodes beside the step.
+void HostPart::turn_exchange(engine::WakePort* wake) {
+  if (!exchanges()) {
+    return;
+  }
+  stirred_ = exchange_->turn();
+  const uint64_t counted = exchange_->take_counted();
+  if (counted != 0) {
+    set_flag(flags_->routed, counted, active(), wake);
+  }
 }
 
 // The end of the next slice of a step over tokens.
@@ -216,8 +294,7 @@ void HostPart::route(engine::WakePort* wake) {
   kernels::host::route_range(params_, static_cast<uint32_t>(progress_), end);
   progress_ = end;
   if (end == params_.shape.tokens) {
-    set_flag(flags_->routed, wake);
-    enter(Step::kAwaitRouted);
+    routed(wake);
   }
 }
 
@@ -238,38 +315,67 @@ void HostPart::add_waits(uint64_t routed) {
 }
 
 // True for a barrier that ended.
-bool HostPart::await_routed() {
+bool HostPart::await_routed(engine::WakePort* wake) {
+  turn_exchange(wake);
   const uint64_t routed = flags_->routed.load(std::memory_order_acquire);  // pairs with set_flag
   add_waits(routed);
-  if (routed != active()) {
+  if (routed != active() || (exchanges() && !exchange_->announced())) {
+    return false;
+  }
+  if (exchanges() && !exchange_->decide({&report_, &peer_reason_})) {
+    close_exchange();
+    enter(Step::kClear);  // not even of the same kind may the ranks' operations be: nobody waits for anybody
     return false;
   }
   if (params_.shape.kind == kernels::OpKind::kBarrier) {
+    close_exchange();
     return true;
   }
   enter(Step::kMove);
   if ((!routes_ && kernels::host::check_announced(params_, &report_) != 0) ||
       kernels::host::check_matrix(params_, peers_.data(), &report_) != 0) {
     progress_ = params_.shape.tokens;  // nobody moves anything: all ranks see the same
+  } else if (exchanges()) {
+    exchange_->begin_moving();
   }
   return false;
 }
 
 void HostPart::move(engine::WakePort* wake) {
+  turn_exchange(wake);
+  if (exchanges()) {
+    if (report_.reason == 0 && !exchange_->moved(progress_)) {
+      stirred_ |= exchange_->move(&progress_, move_tokens_, &report_);
+    }
+    if (exchange_->moved(progress_)) {
+      set_flag(flags_->moved, own_bit(), local_, wake);
+      enter(Step::kAwaitMoved);
+    }
+    return;
+  }
   const uint32_t end = slice_end(move_tokens_);
   if (progress_ < end) {
     kernels::host::move_range(params_, peers_.data(), static_cast<uint32_t>(progress_), end, &report_);
     progress_ = end;
   }
   if (progress_ >= params_.shape.tokens) {
-    set_flag(flags_->moved, wake);
+    set_flag(flags_->moved, own_bit(), local_, wake);
     enter(Step::kAwaitMoved);
   }
 }
 
-void HostPart::await_moved() {
-  if (flags_->moved.load(std::memory_order_acquire) != active()) {  // pairs with set_flag
+void HostPart::await_moved(engine::WakePort* wake) {
+  turn_exchange(wake);
+  if (flags_->moved.load(std::memory_order_acquire) != local_ ||  // pairs with set_flag
+      (exchanges() && !exchange_->complete())) {
     return;
+  }
+  if (exchanges()) {
+    if (report_.reason == 0 && exchange_->bad_rank() >= 0) {
+      report_.reason = EXPERTD_REASON_INTERNAL;
+      report_.rank = exchange_->bad_rank();
+    }
+    close_exchange();
   }
   if (report_.reason != 0) {
     enter(Step::kClear);
@@ -278,6 +384,21 @@ void HostPart::await_moved() {
   kernels::host::finish_counts(params_, &report_);
   enter(Step::kFinish);
   progress_ = kernels::host::rows_to_clear(params_, report_).begin;
+}
+
+uint32_t HostPart::missing(uint64_t* ranks) const {
+  *ranks = 0;
+  if (flags_ == nullptr) {
+    return EXPERTD_MISSING_NONE;
+  }
+  const uint64_t routed = flags_->routed.load(std::memory_order_acquire);
+  if (routed != active()) {
+    *ranks = active() & ~routed;
+    return EXPERTD_MISSING_COUNTS;
+  }
+  *ranks = local_ & ~flags_->moved.load(std::memory_order_acquire);
+  *ranks |= exchanges() && exchange_->is_open() ? exchange_->missing() : 0;
+  return EXPERTD_MISSING_ROWS;
 }
 
 bool HostPart::finish() {

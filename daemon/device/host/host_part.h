@@ -53,26 +53,35 @@ class HostPart {
   bool small() const { return params_.shape.tokens <= route_tokens_ && params_.shape.tokens <= move_tokens_; }
   /// Whether it may advance without an event from outside.
   bool runs() const;
-  const engine::ExchangeFlags* flags() const { return flags_; }
+  /// What it waits for: expertd_missing and the ranks.
+  uint32_t missing(uint64_t* ranks) const;
   uint64_t active() const { return params_.shape.active_ranks; }
   uint64_t start_ns() const { return start_ns_; }
   const kernels::OpReport& report() const { return report_; }
+  uint32_t peer_reason() const { return peer_reason_; }
 
  private:
   bool prepare(const engine::LaunchSpec& spec, base::DeviceIndex device, HostGroupDirectory* groups);
+  bool prepare_exchange(const engine::LaunchSpec& spec, HostGroupTables* tables);
   void size_slices();
   void start(engine::WakePort* wake);
   bool check_ids();
   bool count_ids();
   void route(engine::WakePort* wake);
-  bool await_routed();
+  bool await_routed(engine::WakePort* wake);
+  void routed(engine::WakePort* wake);
+  void turn_exchange(engine::WakePort* wake);
+  void close_exchange();
+  bool exchanges() const { return exchange_ != nullptr; }
   void move(engine::WakePort* wake);
-  void await_moved();
+  void await_moved(engine::WakePort* wake);
   bool finish();
   bool clear();
   void enter(Step step);
   void add_waits(uint64_t routed);
-  void set_flag(std::atomic<uint64_t>& flag, engine::WakePort* wake) const;
+  /// Sets bits of the flag, and wakes the other ranks of the node when all of `wanted` are there.
+  void set_flag(std::atomic<uint64_t>& flag, uint64_t bits, uint64_t wanted, engine::WakePort* wake) const;
+  uint64_t own_bit() const { return 1ULL << params_.shape.rank; }
   uint32_t slice_end(uint32_t tokens) const;
 
   engine::PartId id_ = 0;
@@ -90,6 +99,12 @@ class HostPart {
   HandleUse* kept_ = nullptr;  // of the handle that the part leaves or uses
   HandleUse use_;              // what it must be, or becomes
   std::array<base::DeviceIndex, base::kMaxLocalRanks> devices_{};
+  uint64_t local_ = 0;                // active ranks of this node
+  NodeExchange* exchange_ = nullptr;  // of a group over several nodes; open from the start of the part to its end
+  NodePart node_;
+  bool refused_ = false;      // at admission, which all nodes are told
+  bool stirred_ = false;      // the last turn of the exchange moved something
+  uint32_t peer_reason_ = 0;  // with PEER_REJECTED
   kernels::OpParams params_;
   kernels::OpReport report_;
   std::array<kernels::PeerView, base::kMaxLocalRanks> peers_{};

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "daemon/kernels/host/host_ops.h"
+#include "daemon/kernels/host/node_ops.h"
 #include "daemon/kernels/host/tables.h"
 #include "proto/abi/expertd_reason.h"
 #include "proto/abi/ring_v1.h"
@@ -102,13 +103,13 @@ bool move_range(const OpParams& params, const PeerView* peers, uint32_t token_be
   switch (params.shape.kind) {
     case OpKind::kDispatch:
     case OpKind::kLlDispatch:
-      dispatch_range(params, peers, token_begin, end, report);
+      dispatch_range(params, peers, {token_begin, end}, nullptr, report);
       break;
     case OpKind::kCombine:
-      combine_range(params, peers, token_begin, end, report);
+      combine_range(params, peers, {token_begin, end}, nullptr, report);
       break;
     case OpKind::kLlCombine:
-      ll_combine_range(params, peers, token_begin, end, report);
+      ll_combine_range(params, peers, {token_begin, end}, nullptr, report);
       break;
     case OpKind::kBarrier:
     case OpKind::kLayout:

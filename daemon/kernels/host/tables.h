@@ -38,6 +38,16 @@ inline int64_t read_expert_id(const OpParams& params, size_t index) {
   return static_cast<const volatile int64_t*>(params.in.topk_idx)[index];
 }
 
+/// LL combine: the rows of a token's lanes, -1 for lanes that the caller's ids take away. Which expert a row belongs to
+/// is the handle's knowledge.
+inline void wanted_lane_rows(const OpParams& params, uint32_t token, int32_t* rows) {
+  const size_t first_lane = size_t{token} * params.shape.top_k;
+  for (uint32_t lane = 0; lane < params.shape.top_k; ++lane) {
+    const bool taken = params.in.topk_idx != nullptr && read_expert_id(params, first_lane + lane) < 0;
+    rows[lane] = taken ? -1 : params.routing.token_expert[first_lane + lane];
+  }
+}
+
 /// The matrix a dispatch goes by: that of the handle when cached.
 inline const int32_t* matrix_of(const OpParams& params) {
   return params.shape.cached != 0 ? params.routing.counts : params.counts;
@@ -95,13 +105,6 @@ inline uint64_t landed_row_bytes(const OpShape& shape) {
   }
   return shape.out_row_bytes + uint64_t{shape.side_elements} * shape.side_element_bytes;
 }
-
-void dispatch_range(const OpParams& params, const PeerView* peers, uint32_t token_begin, uint32_t token_end,
-                    OpReport* report);
-void combine_range(const OpParams& params, const PeerView* peers, uint32_t token_begin, uint32_t token_end,
-                   OpReport* report);
-void ll_combine_range(const OpParams& params, const PeerView* peers, uint32_t token_begin, uint32_t token_end,
-                      OpReport* report);
 
 /// Quantises one row of bf16 to `payload` [hidden] and one scale per 128 channels.
 void quantise_row(const uint16_t* row, uint32_t hidden, ScaleForm form, uint8_t* payload, float* scales);

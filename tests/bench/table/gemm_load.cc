@@ -90,13 +90,13 @@ void GemmLoad::loop() {
   }
 }
 
-double GemmLoad::slowdown() const {
-  const auto mean = [this](LoadPhase phase) {
-    const auto at = static_cast<size_t>(phase);
+double GemmLoad::slowdown(LoadPhase phase) const {
+  const auto mean = [this](LoadPhase of) {
+    const auto at = static_cast<size_t>(of);
     return counts_[at] == 0 ? 0.0 : times_ms_[at] / static_cast<double>(counts_[at]);
   };
   const double alone = mean(LoadPhase::kAlone);
-  return alone == 0 ? 0 : mean(LoadPhase::kOperations) / alone;
+  return alone == 0 ? 0 : mean(phase) / alone;
 }
 
 }  // namespace expertd::bench

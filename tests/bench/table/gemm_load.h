@@ -19,7 +19,8 @@ namespace expertd::bench {
 class Gemm;
 
 /// What else runs while a GEMM does, for the mean of its time.
-enum class LoadPhase : uint32_t { kOther, kAlone, kOperations };
+/// kMarks: everything of a timing but the operation (flush, gate, begin and end).
+enum class LoadPhase : uint32_t { kOther, kAlone, kOperations, kMarks };
 
 class GemmLoad {
  public:
@@ -35,11 +36,11 @@ class GemmLoad {
   void start();
   void set_phase(LoadPhase phase) { phase_.store(phase, std::memory_order_relaxed); }
   void stop();
-  /// Mean time of a GEMM with operations over the one alone; 0 where either was not seen.
-  double slowdown() const;
+  /// Mean time of a GEMM in a phase over the one alone; 0 where either was not seen.
+  double slowdown(LoadPhase phase) const;
 
  private:
-  static constexpr size_t kPhases = 3;
+  static constexpr size_t kPhases = 4;
   static constexpr size_t kInFlight = 3;
 
   void run();

@@ -367,7 +367,10 @@ void RankCase::measure(bool busy, RankFigures* figures) {
   iterate(busy, figures);
   load.stop();
   take_off_offset(figures);
-  figures->client_slowdown = busy ? tools().load->slowdown() : 0;
+  if (busy) {
+    figures->client_slowdown = tools().load->slowdown(LoadPhase::kOperations);
+    figures->client_slowdown_marks = tools().load->slowdown(LoadPhase::kMarks);
+  }
   figures->bytes = operation_->bytes();
   figures->compute_sms = overlap_ == nullptr ? 0 : overlap_->compute_sms();
   figures->measure_s = static_cast<double>(now_ns() - begin_ns) * 1e-9;
@@ -459,6 +462,10 @@ void RankCase::time_contenders(bool busy, RankFigures* figures) {
     for (const Contender& it : contenders_) {
       if (round >= (it.turns == 0 ? turns : it.turns) || (busy && it.idle_only)) {
         continue;
+      }
+      if (busy) {
+        const bool marks = it.times == &RankFigures::clock_offset_us || it.times == &RankFigures::local_wait_us;
+        tools().load->set_phase(marks ? LoadPhase::kMarks : LoadPhase::kOther);
       }
       const double us = time_us(timing(it.clock, it.start, it.per_timing), it.enqueue);
       (figures->*it.times).push_back(us / it.per_timing);

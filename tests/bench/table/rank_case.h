@@ -57,7 +57,8 @@ struct RankFigures {
   ctl::BenchBytes bytes;
   ctl::BenchExecution execution;  // of the operation that the row is of; of a pair and a layer, of their combine
   double client_slowdown = 0;
-  double daemon_cpu_ns = 0;  // of the leading rank alone
+  double client_slowdown_marks = 0;  // by what is timed around the operation
+  double daemon_cpu_ns = 0;          // of the leading rank alone
   double wall_ns = 0;
   Times single_us, serial_us, communication_us;  // of an overlap
   uint32_t compute_sms = 0;

@@ -158,6 +158,7 @@ json row_json(const TableRow& row) {
       {"replay_us", number(row.replay_us)},
       {"compute_us", number(row.compute_us)},
       {"client_slowdown", number(row.client_slowdown)},
+      {"client_slowdown_marks", number(row.client_slowdown_marks)},
       {"daemon_cpu_percent", number(row.daemon_cpu_percent)},
       {"iterations", row.times_us.size()},
       {"device", row.device},

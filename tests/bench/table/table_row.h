@@ -46,6 +46,7 @@ struct TableRow {
   uint32_t compute_sms = 0;
   double set_up_s = 0, measure_s = 0, verify_s = 0;  // where the table's time went; verifying is in the second
   double client_slowdown = 0;                        // of a busy client's own work; 0: not measured
+  double client_slowdown_marks = 0;                  // by what is timed around the operation alone
   double daemon_cpu_percent = 0;
   std::string device;
   bool verified = false;

@@ -211,6 +211,7 @@ TableRow TableRunner::Batch::finished_row(const TableCase& it, size_t client,
     row.link_bytes += static_cast<double>(rank.bytes.remote) / static_cast<double>(ranks.size());
     row.clock_offset_us = std::max(row.clock_offset_us, quantile_of(rank.clock_offset_us, 0.5));
     row.client_slowdown = std::max(row.client_slowdown, rank.client_slowdown);
+    row.client_slowdown_marks = std::max(row.client_slowdown_marks, rank.client_slowdown_marks);
   }
   row.executor = ctl::executor_name(execution.executor);
   row.sms = execution.sms;

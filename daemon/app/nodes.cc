@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "daemon/app/nodes.h"
+
+#include <algorithm>
+#include <chrono>
+#include <system_error>
+#include <utility>
+
+#include "daemon/base/clock.h"
+#include "daemon/base/log.h"
+#include "daemon/fabric/bootstrap/node_facts.h"
+
+namespace expertd::app {
+
+namespace {
+
+constexpr uint64_t kServerShutdownNs = 1'000'000'000;
+constexpr std::chrono::milliseconds kLook(20);
+
+std::string joined(const std::vector<std::string>& words) {
+  std::string text;
+  for (const std::string& word : words) {
+    text += (text.empty() ? "" : ",") + word;
+  }
+  return text;
+}
+
+std::vector<group::LaneAddress> lanes_of(const fabric::NodeIdentity& identity) {
+  std::vector<group::LaneAddress> lanes;
+  for (uint32_t lane = 0; lane < fabric::kLanes; ++lane) {
+    lanes.push_back({lane, identity.addresses[lane]});
+  }
+  return lanes;
+}
+
+fabric::NodeIdentity identity_of(const group::NodeIdentity& node) {
+  fabric::NodeIdentity identity;
+  identity.node_id = node.id;
+  identity.name = node.name;
+  for (const group::LaneAddress& lane : node.lanes) {
+    if (lane.lane < fabric::kLanes) {
+      identity.addresses[lane.lane] = lane.bytes;
+    }
+  }
+  return identity;
+}
+
+}  // namespace
+
+base::Result<std::unique_ptr<Nodes>> Nodes::create(const config::FabricConfig& config, engine::WakePort* wake,
+                                                   supervise::Beat* beat) {
+  std::unique_ptr<Nodes> nodes(new Nodes(config, beat));
+  base::Result<std::string> key = fabric::read_cluster_key(config.cluster_key_file);
+  if (!key.is_ok()) {
+    return key.status();
+  }
+  nodes->cluster_key_ = std::move(key).value();
+  nodes->identity_.name = fabric::node_name_or_host(config.node_name);
+  EXPERTD_RETURN_IF_ERROR(nodes->open_fabric(wake));
+  EXPERTD_RETURN_IF_ERROR(nodes->open_services());
+  return nodes;
+}
+
+Nodes::~Nodes() {
+  detach();
+  if (server_ != nullptr) {
+    server_->shutdown(base::now_ns() + kServerShutdownNs);
+  }
+  fabric_.reset();
+  beat_->retire();
+}
+
+base::Status Nodes::open_fabric(engine::WakePort* wake) {
+  fabric::FabricOptions options;
+  options.name = identity_.name;
+  for (fabric::LaneOptionList& lane : options.lanes) {
+    if (!config_.transports.empty()) {
+      lane.emplace_back("transports", joined(config_.transports));
+    }
+    if (!config_.devices.empty()) {
+      lane.emplace_back("devices", joined(config_.devices));
+    }
+  }
+  options.heartbeat.interval_ns = uint64_t{config_.heartbeat_ms} * 1'000'000;
+  options.heartbeat.misses = config_.heartbeat_misses;
+  base::Result<std::unique_ptr<fabric::Fabric>> created = fabric::Fabric::create(options, wake, this);
+  if (!created.is_ok()) {
+    return created.status().with_context("fabric");
+  }
+  fabric_ = std::move(created).value();
+  identity_.id = fabric_->identity().node_id;
+  identity_.lanes = lanes_of(fabric_->identity());
+  return base::Status::ok();
+}
+
+base::Status Nodes::open_services() {
+  fabric::PeerServerOptions server;
+  server.listen = config_.listen;
+  server.cluster_key = cluster_key_;
+  server.identity = identity_;
+  server.rendezvous.max_nodes = config_.max_nodes;
+  base::Result<std::unique_ptr<fabric::PeerServer>> served = fabric::PeerServer::create(server);
+  if (!served.is_ok()) {
+    return served.status();
+  }
+  server_ = std::move(served).value();
+  identity_.address = fabric::advertised_address(config_.advertise, config_.listen, server_->port());
+  return base::Status::ok();
+}
+
+base::Status Nodes::attach(session::SessionService* sessions) {
+  sessions_ = sessions;
+  fabric::RendezvousClientOptions options;
+  options.identity = identity_;
+  options.rendezvous = config_.rendezvous;
+  options.cluster_key = cluster_key_;
+  options.own_port = server_->port();
+  base::Result<std::unique_ptr<fabric::RendezvousClient>> client =
+      fabric::RendezvousClient::create(options, [this](bool hosting) { server_->set_hosting(hosting); });
+  if (!client.is_ok()) {
+    return client.status();
+  }
+  client_ = std::move(client).value();
+  sessions->use_nodes(client_.get(), this);
+  try {
+    teller_ = std::thread([this] { teller_main(); });
+  } catch (const std::system_error& error) {
+    return base::Status(EXPERTD_REASON_SYSTEM, std::string("starting the thread that tells of lost nodes: ") + error.what());
+  }
+  return base::Status::ok();
+}
+
+void Nodes::detach() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+    changed_.notify_all();
+  }
+  if (teller_.joinable()) {
+    teller_.join();
+  }
+  client_.reset();
+}
+
+fabric::RendezvousState Nodes::rendezvous() const {
+  return client_ == nullptr ? fabric::RendezvousState{} : client_->state();
+}
+
+base::Status Nodes::connect_all(const group::Placed& placed) {
+  for (const group::NodeIdentity& node : placed.nodes) {
+    if (node.id == identity_.id) {
+      continue;
+    }
+    const base::Status connected = fabric_->connect(identity_of(node));
+    if (!connected.is_ok()) {
+      return connected.with_context("node " + node.name + " at " + node.address);
+    }
+  }
+  return base::Status::ok();
+}
+
+// Nobody may send before every node has opened the group, so a node that does not answer is found out here.
+base::Status Nodes::wait_up(const group::Placed& placed, uint64_t deadline_ns) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (const group::NodeIdentity& node : placed.nodes) {
+    while (node.id != identity_.id) {
+      const auto peer = peers_.find(node.id);
+      if (peer != peers_.end() && peer->second) {
+        break;
+      }
+      if (stop_ || base::now_ns() >= deadline_ns) {
+        return base::Status(EXPERTD_REASON_PEER_LOST,
+                            "node " + node.name + " at " + node.address + " did not answer on the fabric");
+      }
+      changed_.wait_for(lock, kLook);
+    }
+  }
+  return base::Status::ok();
+}
+
+base::Result<std::shared_ptr<engine::FabricPort>> Nodes::open(const group::Placed& placed,
+                                                              const engine::GroupSettings& settings,
+                                                              uint64_t deadline_ns) {
+  EXPERTD_RETURN_IF_ERROR(connect_all(placed));
+  EXPERTD_RETURN_IF_ERROR(wait_up(placed, deadline_ns));
+  fabric::GroupLink link;
+  link.key = placed.key;
+  link.epoch = static_cast<uint32_t>(placed.epoch);
+  link.placement = *settings.placement;
+  for (const group::NodeIdentity& node : placed.nodes) {
+    link.node_ids.push_back(node.id);
+  }
+  for (const uint32_t rank : link.placement.ranks_of[link.placement.own_node]) {
+    link.devices.push_back(settings.shape.devices[rank]);
+  }
+  link.message_bytes = config_.message_bytes;
+  link.receive_buffers = config_.messages_per_peer;
+  base::Result<std::unique_ptr<engine::FabricPort>> port = fabric_->open_group(link);
+  if (!port.is_ok()) {
+    return port.status();
+  }
+  return std::shared_ptr<engine::FabricPort>(std::move(port).value());
+}
+
+void Nodes::post(const Event& event) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  events_.push_back(event);
+  changed_.notify_all();
+}
+
+void Nodes::node_up(uint64_t node_id, const std::string& name) {
+  base::log_info("node up", {{"node", name}});
+  const std::lock_guard<std::mutex> lock(mutex_);
+  peers_[node_id] = true;
+  changed_.notify_all();
+}
+
+void Nodes::node_lost(uint64_t node_id, const std::string& name, fabric::LossCause cause, const std::string& detail) {
+  base::log_warn("node lost", {{"node", name}, {"cause", fabric::loss_cause_name(cause)}, {"detail", detail}});
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    peers_.erase(node_id);
+  }
+  post(NodeLost{node_id});
+}
+
+void Nodes::teller_main() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (!stop_) {
+    if (events_.empty()) {
+      changed_.wait(lock);
+      continue;
+    }
+    const Event event = events_.front();
+    events_.pop_front();
+    lock.unlock();
+    if (const auto* gone = std::get_if<RankGone>(&event)) {
+      sessions_->remote_rank_gone(gone->group_key, gone->rank, gone->through);
+    } else {
+      sessions_->node_lost(std::get<NodeLost>(event).node_id);
+    }
+    lock.lock();
+  }
+}
+
+}  // namespace expertd::app

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// Nodes: what this daemon has to do with daemons of other nodes, put together: the fabric, the peer services and the way
+// to the rendezvous. Created by the composition root when fabric.enabled; sessions see it as their GroupFabric. What the
+// fabric tells of ranks and nodes that go is handed to the sessions by a thread of its own, because the fabric's may not
+// block.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <variant>
+
+#include "daemon/config/config.h"
+#include "daemon/fabric/bootstrap/peer_server.h"
+#include "daemon/fabric/bootstrap/rendezvous_client.h"
+#include "daemon/fabric/fabric.h"
+#include "daemon/session/service.h"
+#include "daemon/supervise/watchdog.h"
+
+namespace expertd::app {
+
+class Nodes final : public session::GroupFabric, private fabric::FabricObserver {
+ public:
+  /// Opens the fabric and the peer services; `wake` and `beat` outlive it.
+  static base::Result<std::unique_ptr<Nodes>> create(const config::FabricConfig& config, engine::WakePort* wake,
+                                                     supervise::Beat* beat);
+  ~Nodes() override;
+  Nodes(const Nodes&) = delete;
+  Nodes& operator=(const Nodes&) = delete;
+
+  /// Gives the sessions this node's rendezvous and fabric and begins to tell them of losses. Before the sessions start.
+  base::Status attach(session::SessionService* sessions);
+  /// No join is outstanding and no loss is told any more; the sessions may end. Groups may still be open.
+  void detach();
+
+  const std::string& address() const { return identity_.address; }
+  fabric::RendezvousState rendezvous() const;
+  base::Result<fabric::FabricSnapshot> snapshot() { return fabric_->snapshot(); }
+
+  uint64_t node_id() const override { return identity_.id; }
+  base::Result<std::shared_ptr<engine::FabricPort>> open(const group::Placed& placed,
+                                                         const engine::GroupSettings& settings,
+                                                         uint64_t deadline_ns) override;
+
+ private:
+  struct RankGone {
+    uint64_t group_key = 0;
+    uint32_t rank = 0;
+    uint64_t through = 0;
+  };
+  struct NodeLost {
+    uint64_t node_id = 0;
+  };
+  using Event = std::variant<RankGone, NodeLost>;
+
+  Nodes(const config::FabricConfig& config, supervise::Beat* beat) : config_(config), beat_(beat) {}
+  base::Status open_fabric(engine::WakePort* wake);
+  base::Status open_services();
+  base::Status connect_all(const group::Placed& placed);
+  base::Status wait_up(const group::Placed& placed, uint64_t deadline_ns);
+  void post(const Event& event);
+  void teller_main();
+
+  void node_up(uint64_t node_id, const std::string& name) override;
+  void node_lost(uint64_t node_id, const std::string& name, fabric::LossCause cause,
+                 const std::string& detail) override;
+  void beat(uint64_t now_ns) override { beat_->beat(now_ns); }
+
+  const config::FabricConfig config_;
+  supervise::Beat* beat_;
+  group::NodeIdentity identity_;
+  std::string cluster_key_;
+  session::SessionService* sessions_ = nullptr;
+  std::mutex mutex_;  // what follows, but for the parts themselves
+  std::condition_variable changed_;
+  std::deque<Event> events_;  // bounded by what is connected: one per lost node, one per rank that goes
+  std::map<uint64_t, bool> peers_;  // by node id: up, or lost
+  bool stop_ = false;
+  std::thread teller_;
+  std::unique_ptr<fabric::Fabric> fabric_;
+  std::unique_ptr<fabric::PeerServer> server_;
+  std::unique_ptr<fabric::RendezvousClient> client_;
+};
+
+}  // namespace expertd::app

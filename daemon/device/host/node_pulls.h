@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// NodePulls: a rank's combine as far as it concerns other nodes. Its tokens are taken in windows, two at a time: for
+// each the nodes are sent what to sum, and when all their sums are there the window's tokens are finished. A window is
+// such that what one node sends for it is one message, so no more than two messages per node are ever kept. Loop
+// thread.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "daemon/device/host/node_outbox.h"
+
+namespace expertd::device {
+
+class NodePulls {
+ public:
+  explicit NodePulls(uint32_t ranks);
+  void open(const NodeOp* op, NodeOutbox* outbox);
+  /// Keeps no arrival any more.
+  void close();
+  /// Before the first pull; capacities[r]: rows behind in_x of rank r.
+  void begin(std::span<const uint32_t> capacities);
+
+  /// Sends what can be sent, and finishes up to `tokens` tokens; adds to the report's bytes. False: nothing moved.
+  bool advance(uint32_t tokens, kernels::OpReport* report);
+  bool finished() const { return all_sent_ && in_flight_ == 0; }
+  /// Sums that arrived; kept until their window is finished. False: they are not what was asked for, and not kept.
+  bool take(const engine::Arrival& arrival, const kernels::host::MessageHead& head);
+  /// What the node owes is not waited for any more.
+  void give_up(uint32_t node);
+  /// Nodes whose sums are missing.
+  uint64_t missing_nodes() const;
+
+ private:
+  struct Asked {
+    uint32_t entries = 0;
+    engine::Arrival sums;  // data is null: not there
+  };
+  struct Window {
+    kernels::host::TokenRange tokens;
+    uint32_t done = 0;
+    uint64_t waits = 0;  // nodes
+    bool gathered = false;
+    std::vector<Asked> asked;  // per node
+  };
+  bool send_window(Window* window, kernels::OpReport* report);
+  bool send_pulls(Window* window, uint32_t node, engine::SendBuffer* buffer, kernels::OpReport* report);
+  bool finish_tokens(Window* window, uint32_t tokens, kernels::OpReport* report);
+  void release(Window* window);
+  bool fits(const Window& window, const Asked& asked, const kernels::host::Entries& entries) const;
+
+  const NodeOp* op_ = nullptr;
+  NodeOutbox* outbox_ = nullptr;
+  std::span<const uint32_t> capacities_;
+  kernels::host::MessageHead head_;
+  kernels::host::EntryLayout sums_;
+  uint32_t window_tokens_ = 1;
+  std::array<Window, 2> windows_;
+  uint32_t oldest_ = 0;
+  uint32_t in_flight_ = 0;    // whole windows
+  bool opening_ = false;      // the one behind them is sent to some nodes
+  uint32_t next_node_ = 0;    // of it
+  uint32_t sent_tokens_ = 0;  // of whole windows
+  bool all_sent_ = false;
+  uint64_t given_up_ = 0;                                       // nodes
+  std::vector<uint32_t> messages_;                              // sent, per node
+  std::vector<kernels::host::NodePartials::Message> partials_;  // of the oldest window
+  uint32_t partial_count_ = 0;
+};
+
+}  // namespace expertd::device
