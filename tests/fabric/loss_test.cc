@@ -148,6 +148,39 @@ TEST_P(FabricLoss, AKilledNodeGivesItsBuffersBack) {
   EXPECT_TRUE(node().bell->wait([&] { return world_.snapshot(0).groups_closing == 0; }));
 }
 
+// At whatever point of a message it dies, and whether it is taken in or waits for a buffer.
+TEST_P(FabricLoss, WhatAKilledNodeWasSendingIsLetGo) {
+  ASSERT_NO_FATAL_FAILURE(start({"flood"}));
+  for (int i = 0; i < 20; ++i) {
+    engine::Arrival arrival;
+    ASSERT_TRUE(receive(node(), 0, &arrival));
+    node().port->release(0, arrival);
+  }
+  (void)lost_after(SIGKILL);
+  node().port.reset();
+  EXPECT_TRUE(node().bell->wait([&] { return world_.snapshot(0).groups_closing == 0; }))
+      << "a receive of a lost node never ended";
+}
+
+TEST_P(FabricLoss, WhatAStoppedNodeWasSendingIsLetGo) {
+  ASSERT_NO_FATAL_FAILURE(start({"flood"}));
+  for (int i = 0; i < 20; ++i) {
+    engine::Arrival arrival;
+    ASSERT_TRUE(receive(node(), 0, &arrival));
+    node().port->release(0, arrival);
+  }
+  ASSERT_EQ(::kill(child_, SIGSTOP), 0);
+  // What had arrived is taken, so that receives begin of which the other side does its part no more.
+  engine::Arrival arrival;
+  while (receive(node(), 0, &arrival, std::chrono::milliseconds(50))) {
+    node().port->release(0, arrival);
+  }
+  (void)lost_after(SIGSTOP);
+  node().port.reset();
+  EXPECT_TRUE(node().bell->wait([&] { return world_.snapshot(0).groups_closing == 0; }))
+      << "a receive of a lost node never ended";
+}
+
 TEST_P(FabricLoss, AStoppedNodeIsToldWithin600Milliseconds) {
   ASSERT_NO_FATAL_FAILURE(start());
   const double after_ms = lost_after(SIGSTOP);
