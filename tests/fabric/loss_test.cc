@@ -85,8 +85,8 @@ class FabricLoss : public testing::TestWithParam<std::string> {
     uint64_t at_ns = base::now_ns();
     EXPECT_EQ(::kill(child_, signal), 0);
     if (signal == SIGKILL) {
-      // Shared memory looks for the process in /proc, where one that nobody reaped still is. How long the kernel takes to
-      // end it is not counted.
+      // Shared memory looks for the process in /proc, where one that nobody reaped still is. How long the kernel takes
+      // to end it is not counted.
       int status = 0;
       EXPECT_TRUE(support::reap_child(child_, &status, std::chrono::seconds(5)));
       child_ = -1;

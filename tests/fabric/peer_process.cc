@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// peer_process TRANSPORT [hold | flood]: a daemon's fabric alone, as node 1 of a group of two with one rank each. Writes
-// its identity, reads the other one, says "open", and sends back every message it gets; with `hold` it takes none and so
-// lets no more in, with `flood` it sends as many as it can. Ends with its standard input.
+// peer_process TRANSPORT [hold | flood]: a daemon's fabric alone, as node 1 of a group of two with one rank each.
+// Writes its identity, reads the other one, says "open", and sends back every message it gets; with `hold` it takes
+// none and so lets no more in, with `flood` it sends as many as it can. Ends with its standard input.
 #include <poll.h>
 
 #include <cstring>
