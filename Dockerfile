@@ -22,7 +22,7 @@ FROM ${RUNTIME_BASE} AS runtime
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
       libgrpc++1.51 libprotobuf32 libspdlog1.10 libprometheus-cpp-core1.0 libprometheus-cpp-pull1.0 \
-      libnghttp2-14 libtomlplusplus3 tini \
+      libnghttp2-14 libtomlplusplus3 libucx0 tini \
  && rm -rf /var/lib/apt/lists/* \
  && groupadd --gid 64646 expertd \
  && useradd --uid 64646 --gid 64646 --no-create-home --home-dir /run/expertd --shell /usr/sbin/nologin expertd \

@@ -8,6 +8,7 @@
 
 #include "daemon/base/clock.h"
 #include "daemon/base/log.h"
+#include "daemon/fabric/bootstrap/address.h"
 #include "daemon/fabric/bootstrap/node_facts.h"
 
 namespace expertd::app {
@@ -97,6 +98,11 @@ base::Status Nodes::open_services() {
   fabric::PeerServerOptions server;
   server.listen = config_.listen;
   server.cluster_key = cluster_key_;
+  // With a port that is chosen here the own address is known only afterwards; hello has none then.
+  const base::Result<fabric::HostPort> listen = fabric::parse_host_port(config_.listen);
+  if (listen.is_ok() && listen.value().port != 0) {
+    identity_.address = fabric::advertised_address(config_.advertise, config_.listen, listen.value().port);
+  }
   server.identity = identity_;
   server.rendezvous.max_nodes = config_.max_nodes;
   base::Result<std::unique_ptr<fabric::PeerServer>> served = fabric::PeerServer::create(server);
@@ -115,6 +121,7 @@ base::Status Nodes::attach(session::SessionService* sessions) {
   options.rendezvous = config_.rendezvous;
   options.cluster_key = cluster_key_;
   options.own_port = server_->port();
+  options.own_listen = config_.listen;
   base::Result<std::unique_ptr<fabric::RendezvousClient>> client =
       fabric::RendezvousClient::create(options, [this](bool hosting) { server_->set_hosting(hosting); });
   if (!client.is_ok()) {

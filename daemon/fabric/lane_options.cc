@@ -144,9 +144,10 @@ base::Result<std::vector<UcxSetting>> lane_settings(LaneKind lane, const LaneOpt
   if ((transports & kShared) != 0) {
     // Without it shared memory does not notice a dead peer, and an endpoint that must cannot be opened.
     settings.push_back({"UCX_POSIX_ERROR_HANDLING", "MM_ERROR_HANDLING", "y"});
-    // And it looks for a dead peer only so often, with one look into /proc per peer on this machine. One lane is enough.
+    // And it looks for a dead peer only so often, with one look into /proc per peer on this machine. One lane is
+    // enough.
     if (lane == LaneKind::kControl) {
-      settings.push_back({"UCX_KEEPALIVE_INTERVAL", "KEEPALIVE_INTERVAL", "10ms"});
+      settings.push_back({"UCX_KEEPALIVE_INTERVAL", "KEEPALIVE_INTERVAL", "25ms"});
     }
   }
   if ((transports & kTcp) != 0) {

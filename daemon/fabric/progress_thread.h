@@ -22,7 +22,7 @@ namespace expertd::fabric {
 class Progressed {
  public:
   virtual ~Progressed() = default;
-  /// True when something moved.
+  /// True when something moved that is worth spinning for what may follow.
   virtual bool run_once(uint64_t now_ns) = 0;
   /// Arms the event descriptors; false when there is something to do already.
   virtual bool prepare_sleep() = 0;

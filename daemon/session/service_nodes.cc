@@ -47,6 +47,14 @@ void SessionService::ask_rendezvous(const JoinRequest& request, uint64_t attempt
   join.group = request.name;
   join.rank = request.rank;
   join.config = request.config;
+  // Defaults of this node; another node's are another configuration.
+  if (join.config.first_op_timeout_ns == 0) {
+    join.config.first_op_timeout_ns =
+        join.config.op_timeout_ns != 0 ? join.config.op_timeout_ns : options_.first_op_timeout_ns;
+  }
+  if (join.config.op_timeout_ns == 0) {
+    join.config.op_timeout_ns = options_.op_timeout_ns;
+  }
   join.facts = {info.is_cuda, info.mps_active, info.kernels == "bulk"};
   join.attempt = attempt;
   join.timeout_ns = std::min(join_timeout_ns(request), group::kMaxJoinNs);

@@ -105,7 +105,8 @@ int run(const FloorOptions& options, bool as_json) {
   int status = 0;
   (void)::waitpid(child, &status, 0);
   if (!figures.is_ok() || status != 0) {
-    std::fprintf(stderr, "ucx_floor: %s\n", figures.is_ok() ? "the second process failed" : figures.status().message().c_str());
+    std::fprintf(stderr, "ucx_floor: %s\n",
+                 figures.is_ok() ? "the second process failed" : figures.status().message().c_str());
     return 1;
   }
   const Figures& all = figures.value();
@@ -138,7 +139,9 @@ int main(int count, char** arguments) {
   CLI::App app{"What UCX moves between two processes with the copies of the daemon's staged path"};
   app.add_option("--transports", options.transports, "as the lane option of that name")->capture_default_str();
   app.add_option("--devices", options.devices, "as the lane option of that name; none: all");
-  app.add_option("--message-bytes", options.message_bytes)->check(CLI::Range(1, 64 * 1024 * 1024))->capture_default_str();
+  app.add_option("--message-bytes", options.message_bytes)
+      ->check(CLI::Range(1, 64 * 1024 * 1024))
+      ->capture_default_str();
   app.add_option("--region-bytes", options.region_bytes, "walked through by the copies, at either side")
       ->capture_default_str();
   app.add_option("--buffers", options.buffers, "messages under way at either end")

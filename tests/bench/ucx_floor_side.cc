@@ -91,8 +91,7 @@ base::Status FloorSide::open_worker() {
   EXPERTD_RETURN_IF_ERROR(fabric::ucx_status("ucp_worker_create", ucp_worker_create(context_, &worker, &worker_)));
   const auto handle = [&](unsigned id, ucp_am_recv_callback_t callback, void* argument) {
     ucp_am_handler_param_t param{};
-    param.field_mask =
-        UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_CB | UCP_AM_HANDLER_PARAM_FIELD_ARG;
+    param.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_CB | UCP_AM_HANDLER_PARAM_FIELD_ARG;
     param.id = id;
     param.cb = callback;
     param.arg = argument;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a daemon gets that no daemon sends: counted by its cause, never delivered, and where only a broken daemon sends it,
-// the daemon it claims to be of is lost by name. Node 0 is the victim; a bare UCX program says it was node 1.
+// What a daemon gets that no daemon sends: counted by its cause, never delivered, and where only a broken daemon sends
+// it, the daemon it claims to be of is lost by name. Node 0 is the victim; a bare UCX program says it was node 1.
 #include <gtest/gtest.h>
 
 #include <cstring>
@@ -48,8 +48,7 @@ class FabricGarbage : public testing::Test {
     return sender_->send(fabric::kWireMessage, &header, sizeof(header), payload_, sizeof(payload_), flags);
   }
   bool counted(DropCause cause, uint64_t count) {
-    return world_.node(0).bell->wait(
-        [&] { return world_.snapshot(0).dropped[static_cast<uint32_t>(cause)] == count; });
+    return world_.node(0).bell->wait([&] { return world_.snapshot(0).dropped[static_cast<uint32_t>(cause)] == count; });
   }
   bool nothing_arrived() {
     engine::Arrival arrival;
@@ -140,23 +139,23 @@ struct BadField {
 
 class FabricGarbageField : public FabricGarbage, public testing::WithParamInterface<BadField> {};
 
-INSTANTIATE_TEST_SUITE_P(
-    Of, FabricGarbageField,
-    testing::Values(BadField{"lane", [](WireMessage* h) { h->lane = 1; }},
-                    BadField{"lane", [](WireMessage* h) { h->lane = 7; }, true},
-                    BadField{"kind", [](WireMessage* h) { h->kind = 0; }},
-                    BadField{"kind", [](WireMessage* h) { h->kind = 5; }, true},
-                    BadField{"source_rank", [](WireMessage* h) { h->source_rank = 0; }},
-                    BadField{"source_rank", [](WireMessage* h) { h->source_rank = 4'000'000'000; }},
-                    BadField{"targets", [](WireMessage* h) { h->targets = 0; }},
-                    BadField{"targets", [](WireMessage* h) { h->targets = 4; }, true},
-                    BadField{"targets", [](WireMessage* h) { h->targets = ~uint64_t{0}; }},
-                    BadField{"bytes", [](WireMessage* h) { h->bytes = 63; }},
-                    BadField{"bytes", [](WireMessage* h) { h->bytes = 4'000'000'000; }},
-                    BadField{"bytes", [](WireMessage* h) { h->bytes = 65; }, true},
-                    BadField{"credited", [](WireMessage* h) { h->credited = 0; }},
-                    BadField{"credited", [](WireMessage* h) { h->credited = 1; }, true}),
-    [](const auto& of) { return of.param.name + "_" + std::to_string(of.index); });
+INSTANTIATE_TEST_SUITE_P(Of, FabricGarbageField,
+                         testing::Values(BadField{"lane", [](WireMessage* h) { h->lane = 1; }},
+                                         BadField{"lane", [](WireMessage* h) { h->lane = 7; }, true},
+                                         BadField{"kind", [](WireMessage* h) { h->kind = 0; }},
+                                         BadField{"kind", [](WireMessage* h) { h->kind = 5; }, true},
+                                         BadField{"source_rank", [](WireMessage* h) { h->source_rank = 0; }},
+                                         BadField{"source_rank",
+                                                  [](WireMessage* h) { h->source_rank = 4'000'000'000; }},
+                                         BadField{"targets", [](WireMessage* h) { h->targets = 0; }},
+                                         BadField{"targets", [](WireMessage* h) { h->targets = 4; }, true},
+                                         BadField{"targets", [](WireMessage* h) { h->targets = ~uint64_t{0}; }},
+                                         BadField{"bytes", [](WireMessage* h) { h->bytes = 63; }},
+                                         BadField{"bytes", [](WireMessage* h) { h->bytes = 4'000'000'000; }},
+                                         BadField{"bytes", [](WireMessage* h) { h->bytes = 65; }, true},
+                                         BadField{"credited", [](WireMessage* h) { h->credited = 0; }},
+                                         BadField{"credited", [](WireMessage* h) { h->credited = 1; }, true}),
+                         [](const auto& of) { return of.param.name + "_" + std::to_string(of.index); });
 
 TEST_P(FabricGarbageField, CostsItsNodeTheConnection) {
   WireMessage header = good();
@@ -184,8 +183,7 @@ TEST_F(FabricGarbage, CreditsThatWereNeverGivenOutCostTheConnection) {
   header.group_key = good().group_key;
   header.epoch = good().epoch;
   header.credits = 1;
-  ASSERT_TRUE(
-      sender_->send(fabric::kWireCredit, &header, sizeof(header), nullptr, 0, UCP_AM_SEND_FLAG_EAGER));
+  ASSERT_TRUE(sender_->send(fabric::kWireCredit, &header, sizeof(header), nullptr, 0, UCP_AM_SEND_FLAG_EAGER));
   EXPECT_TRUE(counted(DropCause::kBadField, 1));
   EXPECT_TRUE(world_.node(0).bell->wait([&] { return !world_.node(0).bell->lost().empty(); }));
 }

@@ -85,8 +85,8 @@ class FabricLoss : public testing::TestWithParam<std::string> {
     uint64_t at_ns = base::now_ns();
     EXPECT_EQ(::kill(child_, signal), 0);
     if (signal == SIGKILL) {
-      // Shared memory looks for the process in /proc, where one that nobody reaped still is. How long the kernel takes to
-      // end it is not counted.
+      // Shared memory looks for the process in /proc, where one that nobody reaped still is. How long the kernel takes
+      // to end it is not counted.
       int status = 0;
       EXPECT_TRUE(support::reap_child(child_, &status, std::chrono::seconds(5)));
       child_ = -1;
@@ -146,6 +146,39 @@ TEST_P(FabricLoss, AKilledNodeGivesItsBuffersBack) {
   expect_all_buffers();
   node().port.reset();
   EXPECT_TRUE(node().bell->wait([&] { return world_.snapshot(0).groups_closing == 0; }));
+}
+
+// At whatever point of a message it dies, and whether it is taken in or waits for a buffer.
+TEST_P(FabricLoss, WhatAKilledNodeWasSendingIsLetGo) {
+  ASSERT_NO_FATAL_FAILURE(start({"flood"}));
+  for (int i = 0; i < 20; ++i) {
+    engine::Arrival arrival;
+    ASSERT_TRUE(receive(node(), 0, &arrival));
+    node().port->release(0, arrival);
+  }
+  (void)lost_after(SIGKILL);
+  node().port.reset();
+  EXPECT_TRUE(node().bell->wait([&] { return world_.snapshot(0).groups_closing == 0; }))
+      << "a receive of a lost node never ended";
+}
+
+TEST_P(FabricLoss, WhatAStoppedNodeWasSendingIsLetGo) {
+  ASSERT_NO_FATAL_FAILURE(start({"flood"}));
+  for (int i = 0; i < 20; ++i) {
+    engine::Arrival arrival;
+    ASSERT_TRUE(receive(node(), 0, &arrival));
+    node().port->release(0, arrival);
+  }
+  ASSERT_EQ(::kill(child_, SIGSTOP), 0);
+  // What had arrived is taken, so that receives begin of which the other side does its part no more.
+  engine::Arrival arrival;
+  while (receive(node(), 0, &arrival, std::chrono::milliseconds(50))) {
+    node().port->release(0, arrival);
+  }
+  (void)lost_after(SIGSTOP);
+  node().port.reset();
+  EXPECT_TRUE(node().bell->wait([&] { return world_.snapshot(0).groups_closing == 0; }))
+      << "a receive of a lost node never ended";
 }
 
 TEST_P(FabricLoss, AStoppedNodeIsToldWithin600Milliseconds) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// peer_process TRANSPORT [hold]: a daemon's fabric alone, as node 1 of a group of two with one rank each. Writes its
-// identity, reads the other one, says "open", and sends back every message it gets; with `hold` it keeps the first ones
-// and so lets no more in. Ends with its standard input.
+// peer_process TRANSPORT [hold | flood]: a daemon's fabric alone, as node 1 of a group of two with one rank each.
+// Writes its identity, reads the other one, says "open", and sends back every message it gets; with `hold` it takes
+// none and so lets no more in, with `flood` it sends as many as it can. Ends with its standard input.
 #include <poll.h>
 
 #include <cstring>
@@ -31,7 +31,17 @@ void send_back(Node& node, const engine::Arrival& arrival) {
   }
 }
 
-int run(const std::string& transport, bool hold) {
+void flood(Node& node) {
+  const engine::MessageHeader header{.kind = engine::MessageKind::kRows, .op = 1, .node = 0, .targets = 1};
+  while (!input_ended()) {
+    const engine::SendBuffer buffer = node.port->take(1, header.lane);
+    if (buffer.data != nullptr) {
+      node.port->send(1, buffer, header, buffer.capacity);
+    }
+  }
+}
+
+int run(const std::string& transport, const std::string& mode) {
   World world({1});
   world.create([&](uint32_t) { return options_for(transport, "child"); });
   Node& node = world.node(0);
@@ -52,13 +62,16 @@ int run(const std::string& transport, bool hold) {
   }
   node.port = std::move(port).value();
   std::cout << "open" << std::endl;
+  if (mode == "flood") {
+    flood(node);
+  }
   while (!input_ended()) {
     engine::Arrival arrival;
-    if (!hold && receive(node, 1, &arrival, std::chrono::milliseconds(10))) {
+    if (mode == "hold") {
+      (void)node.bell->wait(input_ended);
+    } else if (receive(node, 1, &arrival, std::chrono::milliseconds(10))) {
       send_back(node, arrival);
       node.port->release(1, arrival);
-    } else if (hold) {
-      (void)node.bell->wait(input_ended);
     }
   }
   return 0;
@@ -68,5 +81,5 @@ int run(const std::string& transport, bool hold) {
 }  // namespace expertd::fabric_test
 
 int main(int count, char** arguments) {
-  return count < 2 ? 64 : expertd::fabric_test::run(arguments[1], count > 2);
+  return count < 2 ? 64 : expertd::fabric_test::run(arguments[1], count > 2 ? arguments[2] : "");
 }

@@ -187,7 +187,8 @@ TEST_P(FabricPressure, AGroupThatClosesUnderLoadGivesItsMemoryBack) {
       EXPECT_TRUE(world.node(node).bell->wait([&] {
         const fabric::FabricSnapshot snapshot = world.snapshot(node);
         return snapshot.groups == 0 && snapshot.groups_closing == 0 && snapshot.memory_bytes == 0;
-      })) << "node " << node << " keeps memory of the group";
+      })) << "node "
+          << node << " keeps memory of the group";
       EXPECT_TRUE(world.node(node).bell->lost().empty());
     }
     ASSERT_NO_FATAL_FAILURE(world.open([&](fabric::GroupLink* link) { link->epoch = 2 + round; }));

@@ -39,9 +39,11 @@ Rows documented(const std::string& heading) {
   return rows;
 }
 
-#define EXPERTD_ROW(type, field) \
-  {                              \
-#field, { offsetof(type, field), sizeof(type::field) } \
+#define EXPERTD_ROW(type, field)                 \
+  {                                              \
+#field, {                                    \
+      offsetof(type, field), sizeof(type::field) \
+    }                                            \
   }
 
 TEST(FabricWire, HeadersLieAsDocumented) {
@@ -51,15 +53,15 @@ TEST(FabricWire, HeadersLieAsDocumented) {
   using fabric::WirePrefix;
   EXPECT_EQ(documented("Prefix"), (Rows{EXPERTD_ROW(WirePrefix, magic), EXPERTD_ROW(WirePrefix, version),
                                         EXPERTD_ROW(WirePrefix, type), EXPERTD_ROW(WirePrefix, source_node)}));
-  EXPECT_EQ(documented("Message"),
-            (Rows{EXPERTD_ROW(WireMessage, group_key), EXPERTD_ROW(WireMessage, epoch), EXPERTD_ROW(WireMessage, kind),
-                  EXPERTD_ROW(WireMessage, op), EXPERTD_ROW(WireMessage, targets),
-                  EXPERTD_ROW(WireMessage, source_rank), EXPERTD_ROW(WireMessage, entries),
-                  EXPERTD_ROW(WireMessage, sequence), EXPERTD_ROW(WireMessage, lane), EXPERTD_ROW(WireMessage, bytes),
-                  EXPERTD_ROW(WireMessage, credited)}));
-  EXPECT_EQ(documented("Credit"), (Rows{EXPERTD_ROW(WireCredit, group_key), EXPERTD_ROW(WireCredit, epoch),
-                                        EXPERTD_ROW(WireCredit, lane), EXPERTD_ROW(WireCredit, credits),
-                                        EXPERTD_ROW(WireCredit, reserved)}));
+  EXPECT_EQ(
+      documented("Message"),
+      (Rows{EXPERTD_ROW(WireMessage, group_key), EXPERTD_ROW(WireMessage, epoch), EXPERTD_ROW(WireMessage, kind),
+            EXPERTD_ROW(WireMessage, op), EXPERTD_ROW(WireMessage, targets), EXPERTD_ROW(WireMessage, source_rank),
+            EXPERTD_ROW(WireMessage, entries), EXPERTD_ROW(WireMessage, sequence), EXPERTD_ROW(WireMessage, lane),
+            EXPERTD_ROW(WireMessage, bytes), EXPERTD_ROW(WireMessage, credited)}));
+  EXPECT_EQ(documented("Credit"),
+            (Rows{EXPERTD_ROW(WireCredit, group_key), EXPERTD_ROW(WireCredit, epoch), EXPERTD_ROW(WireCredit, lane),
+                  EXPERTD_ROW(WireCredit, credits), EXPERTD_ROW(WireCredit, reserved)}));
   EXPECT_EQ(documented("Heartbeat"),
             (Rows{EXPERTD_ROW(WireHeartbeat, destination_node), EXPERTD_ROW(WireHeartbeat, signal),
                   EXPERTD_ROW(WireHeartbeat, reserved), EXPERTD_ROW(WireHeartbeat, sent_ns)}));
