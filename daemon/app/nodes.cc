@@ -100,8 +100,9 @@ base::Status Nodes::open_services() {
   server.cluster_key = cluster_key_;
   // With a port that is chosen here the own address is known only afterwards; hello has none then.
   const base::Result<fabric::HostPort> listen = fabric::parse_host_port(config_.listen);
-  if (listen.is_ok() && listen.value().port != 0) {
-    identity_.address = fabric::advertised_address(config_.advertise, config_.listen, listen.value().port);
+  if (listen.is_ok() && listen.value().port != "0") {
+    const auto port = static_cast<uint16_t>(std::stoul(listen.value().port));
+    identity_.address = fabric::advertised_address(config_.advertise, config_.listen, port);
   }
   server.identity = identity_;
   server.rendezvous.max_nodes = config_.max_nodes;
