@@ -14,9 +14,10 @@
 
 namespace expertd::device {
 
-/// Most bytes of a message of pulls, which whoever serves them keeps; and of the sums that come back.
-inline constexpr uint64_t kPullsBytes = uint64_t{8} * 1024;
-inline constexpr uint64_t kSumsBytes = uint64_t{64} * 1024;
+/// Most bytes of a message of pulls, which whoever serves them keeps, and of the sums that come back: some 16 rows of
+/// 7168 channels. Memory is there for two of each per rank and node, of which only what is used is ever touched.
+inline constexpr uint64_t kPullsBytes = uint64_t{16} * 1024;
+inline constexpr uint64_t kSumsBytes = uint64_t{256} * 1024;
 
 class NodePulls {
  public:
