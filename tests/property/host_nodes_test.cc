@@ -115,9 +115,7 @@ TEST(HostNodes, NobodyLeavesABarrierBeforeAllCame) {
     if (run.nodes == 0) {
       continue;
     }
-    run.world->change = [](uint32_t /*rank*/, engine::Request* request) {
-      request->shape.kind = OpKind::kBarrier;
-    };
+    run.world->change = [](uint32_t /*rank*/, engine::Request* request) { request->shape.kind = OpKind::kBarrier; };
     auto handles = make_handles(run.dispatch);
     GroupMemory memory = make_dispatch(run.dispatch, &handles);
     ASSERT_EQ(run.world->run(run.dispatch, run.settings, nullptr, &memory), "") << repro_line(run.dispatch);

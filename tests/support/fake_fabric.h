@@ -18,8 +18,8 @@ namespace expertd::test {
 
 struct FakeNetworkSettings {
   uint64_t message_bytes = 0;
-  uint32_t send_buffers = 1;   // per rank and lane
-  uint32_t receive_limit = 8;  // arrivals that a rank keeps before nothing more is delivered to it
+  uint32_t send_buffers = 1;     // per rank and lane
+  uint32_t receive_buffers = 1;  // messages of one node that another keeps before nothing more of it is delivered
 };
 
 class FakeNetwork {
@@ -133,6 +133,7 @@ class FakeNetwork {
       --ranks[rank].kept;
       if (--bodies[arrival.id].second == 0) {
         bodies[arrival.id].first.reset();  // whoever still reads it reads freed memory
+        --kept_of[arrival.header.node];
       }
     }
 
@@ -143,11 +144,11 @@ class FakeNetwork {
           targets.push_back(placement.ranks_of[placement.own_node][place]);
         }
       }
-      for (const uint32_t rank : targets) {
-        if (ranks[rank].kept >= network->settings_.receive_limit) {
-          return false;
-        }
+      uint32_t& link = kept_of[message->from];
+      if (link >= network->settings_.receive_buffers) {
+        return false;
       }
+      ++link;
       const size_t bytes = message->bytes.size();
       // Of exactly its size, so that sanitizers see what reads behind it.
       auto body = std::make_unique<std::byte[]>(bytes);
@@ -170,6 +171,7 @@ class FakeNetwork {
     FakeNetwork* network;
     engine::Placement placement;
     std::vector<Rank> ranks;
+    std::vector<uint32_t> kept_of = std::vector<uint32_t>(placement.nodes());  // messages per node
     std::deque<Buffer> buffers;
     std::deque<std::pair<std::unique_ptr<std::byte[]>, uint32_t>> bodies;  // with how many look at them
   };

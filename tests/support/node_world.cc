@@ -62,9 +62,7 @@ NodeWorld::NodeWorld(const support::RandomCase& random_case, uint32_t nodes, uin
   const uint64_t least = least_message_bytes(random_case, placements[0]);
   settings.message_bytes = least + random_.below(static_cast<uint32_t>(least) * 3);
   settings.send_buffers = random_.between(1, 3);
-  // Sums of two windows from every other node, pulls of two windows and counts of two operations from every rank
-  // served.
-  settings.receive_limit = 2 * (nodes - 1) + 4 * shape.ranks;
+  settings.receive_buffers = random_.between(1, 3);
   network = std::make_unique<FakeNetwork>(settings, std::move(placements), &random_);
   network->stirred = [this](uint32_t /*node*/, uint32_t rank) { awake_[rank] = true; };
   shape_.id = base::GroupId{7};

@@ -26,7 +26,7 @@ inline std::string fault(const char* what, uint64_t rank) {
 }
 
 inline bool same_bytes(const PoisonedBuffer& a, const PoisonedBuffer& b) {
-  return a.bytes() == b.bytes() && std::memcmp(a.as<uint8_t>(), b.as<uint8_t>(), a.bytes()) == 0;
+  return a.bytes() == b.bytes() && (a.bytes() == 0 || std::memcmp(a.as<uint8_t>(), b.as<uint8_t>(), a.bytes()) == 0);
 }
 
 inline bool same_end(const kernels::OpReport& a, const kernels::OpReport& b) {

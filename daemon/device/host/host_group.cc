@@ -68,7 +68,10 @@ std::unique_ptr<HostGroupTables> HostGroupTables::create(const engine::GroupShap
 
 base::Status HostGroupTables::add_rank(uint32_t rank, uint32_t handle_limit) {
   const uint64_t handles = handles_that_fit(handle_bytes(), handle_limit);
-  RankTables tables{allocate(handles * handle_ints()), {}, std::make_unique<NodeExchange>(ranks_)};
+  RankTables tables{allocate(handles * handle_ints()), {}, std::make_unique<NodeExchange>(ranks_, experts_)};
+  if (!tables.exchange->ok()) {
+    return base::Status(EXPERTD_REASON_POOL_EXHAUSTED, "no memory for what the rank keeps of other nodes' messages");
+  }
   if (tables.handles == nullptr) {
     return base::Status(EXPERTD_REASON_POOL_EXHAUSTED, "no memory for " + std::to_string(handles) + " handles of " +
                                                            std::to_string(handle_bytes()) + " bytes");

@@ -17,8 +17,8 @@ constexpr uint64_t kTurnBytes = uint64_t{512} * 1024;
 constexpr uint64_t kLeastCost = 1024;  // of an arrival
 }  // namespace
 
-NodeExchange::NodeExchange(uint32_t ranks)
-    : inbox_(ranks),
+NodeExchange::NodeExchange(uint32_t ranks, uint32_t experts)
+    : inbox_(ranks, counts_message_bytes(ranks, experts)),
       outbox_(ranks),
       pulls_(ranks),
       server_(ranks),
@@ -155,7 +155,7 @@ bool NodeExchange::from_a_member(const engine::MessageHeader& header) const {
   return op_.is_elsewhere(header.source_rank) && op_.placement->node_of[header.source_rank] == header.node;
 }
 
-// Either hands the arrival on to who keeps it, or releases it.
+// Nothing keeps the arrival: the fabric's buffers are shared by all ranks of the node.
 void NodeExchange::handle(const engine::Arrival& arrival) {
   const engine::MessageHeader& header = arrival.header;
   if (!from_a_member(header) || spoiled(header.source_rank)) {
@@ -163,7 +163,6 @@ void NodeExchange::handle(const engine::Arrival& arrival) {
     return;
   }
   bool good = false;
-  bool kept = false;
   host::MessageHead head;
   if (header.kind == engine::MessageKind::kCounts) {
     good = take_counts(arrival);
@@ -172,14 +171,12 @@ void NodeExchange::handle(const engine::Arrival& arrival) {
     if (header.kind == engine::MessageKind::kRows) {
       good = take_rows(arrival);
     } else if (header.kind == engine::MessageKind::kPulls) {
-      good = kept = op_.serves(header.source_rank) && server_.take(arrival, head);
+      good = op_.serves(header.source_rank) && server_.take(arrival, head);
     } else if (header.kind == engine::MessageKind::kSums) {
-      good = kept = combines() && pulls_.take(arrival, head);
+      good = combines() && pulls_.take(arrival, head);
     }
   }
-  if (!kept) {
-    inbox_.release(arrival);
-  }
+  inbox_.release(arrival);
   if (!good) {
     spoil(header.source_rank);
   }

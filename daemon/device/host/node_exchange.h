@@ -38,7 +38,9 @@ struct NodePart {
 
 class NodeExchange {
  public:
-  explicit NodeExchange(uint32_t ranks);
+  NodeExchange(uint32_t ranks, uint32_t experts);
+  /// False: there was no memory for what it keeps.
+  bool ok() const { return inbox_.ok() && pulls_.ok() && server_.ok(); }
 
   /// Takes the operation up and puts the own notice beside the matrix; false: the group's messages are too small for
   /// it.

@@ -1,58 +1,74 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "daemon/device/host/node_inbox.h"
 
-#include <algorithm>
-
 namespace expertd::device {
 
 namespace {
-// Of each other rank the counts of the next operation come early. More than that only when operations were aborted here
-// and not elsewhere; then what does not fit stays with the fabric until this rank has come further.
-constexpr uint32_t kWaitingPerRank = 4;
+// Of each other rank the counts of the next operation come early. More than that only when operations were aborted
+// there and not here; what has no place is lost then, and costs an operation its deadline.
+constexpr uint32_t kEarlyPerRank = 2;
 }  // namespace
 
-NodeInbox::NodeInbox(uint32_t ranks) : most_waiting_(ranks * kWaitingPerRank) {
-  waiting_.reserve(most_waiting_);
-}
+NodeInbox::NodeInbox(uint32_t ranks, uint64_t counts_bytes)
+    : early_(size_t{ranks} * kEarlyPerRank), memory_(early_.size(), counts_bytes) {}
 
 void NodeInbox::open(engine::FabricPort* fabric, uint32_t rank, uint64_t number) {
   fabric_ = fabric;
   rank_ = rank;
   number_ = number;
-  look_again_ = !waiting_.empty();
+  look_again_ = true;
 }
 
-bool NodeInbox::next_waiting(engine::Arrival* arrival) {
-  for (size_t i = 0; i < waiting_.size();) {
-    if (waiting_[i].header.op > number_) {
-      ++i;
+void NodeInbox::release(const engine::Arrival& arrival) {
+  if (!is_copy_) {
+    fabric_->release(rank_, arrival);
+  }
+}
+
+bool NodeInbox::next_early(engine::Arrival* arrival) {
+  for (engine::Arrival& early : early_) {
+    const uint64_t number = early.header.op;
+    if (number == 0 || number > number_) {
       continue;
     }
-    *arrival = waiting_[i];
-    waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(i));
-    if (arrival->header.op == number_) {
+    early.header.op = 0;
+    if (number == number_) {
+      *arrival = early;
+      arrival->header.op = number;
       return true;
     }
-    release(*arrival);
   }
   look_again_ = false;
   return false;
 }
 
+void NodeInbox::keep_early(engine::Arrival arrival) {
+  if (arrival.header.kind != engine::MessageKind::kCounts || arrival.header.op > number_ + engine::kExchangePages) {
+    return;
+  }
+  for (size_t place = 0; place < early_.size(); ++place) {
+    if (early_[place].header.op == 0) {
+      if (memory_.keep(place, &arrival)) {
+        early_[place] = arrival;
+      }
+      return;
+    }
+  }
+}
+
 bool NodeInbox::next(engine::Arrival* arrival) {
-  if (look_again_ && next_waiting(arrival)) {
+  is_copy_ = look_again_ && next_early(arrival);
+  if (is_copy_) {
     return true;
   }
-  while (waiting_.size() < most_waiting_ && fabric_->receive(rank_, arrival)) {
-    const uint64_t number = arrival->header.op;
-    if (number == number_) {
+  while (fabric_->receive(rank_, arrival)) {
+    if (arrival->header.op == number_) {
       return true;
     }
-    if (number > number_ && number <= number_ + engine::kExchangePages) {
-      waiting_.push_back(*arrival);
-    } else {
-      release(*arrival);
+    if (arrival->header.op > number_) {
+      keep_early(*arrival);
     }
+    release(*arrival);
   }
   return false;
 }

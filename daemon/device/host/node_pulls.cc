@@ -13,7 +13,7 @@ namespace {
 constexpr uint32_t kMostWindowTokens = 256;
 }  // namespace
 
-NodePulls::NodePulls(uint32_t ranks) : messages_(ranks), partials_(ranks) {
+NodePulls::NodePulls(uint32_t ranks) : memory_(uint64_t{ranks} * 2, kSumsBytes), messages_(ranks), partials_(ranks) {
   for (Window& window : windows_) {
     window.asked.resize(ranks);
   }
@@ -31,14 +31,6 @@ void NodePulls::open(const NodeOp* op, NodeOutbox* outbox) {
   std::fill(messages_.begin(), messages_.end(), 0);
 }
 
-void NodePulls::close() {
-  if (op_ != nullptr) {
-    release(&windows_[0]);
-    release(&windows_[1]);
-  }
-  op_ = nullptr;
-}
-
 void NodePulls::begin(std::span<const uint32_t> capacities) {
   const kernels::OpParams& params = *op_->params;
   capacities_ = capacities;
@@ -47,11 +39,11 @@ void NodePulls::begin(std::span<const uint32_t> capacities) {
   head_.flags = params.out.topk_weights != nullptr ? host::kMessageWeights : 0;
   head_.flags |= params.shape.order_last_lane != 0 ? host::kMessageLastLane : 0;
   sums_ = host::sums_layout(params.shape, head_);
-  uint32_t stride = sums_.stride;
+  uint64_t fitting = (std::min(op_->message_bytes, kSumsBytes) - sizeof(head_)) / sums_.stride;
   for (uint32_t node = 0; node < op_->placement->nodes(); ++node) {
-    stride = std::max(stride, host::pulls_layout(params.shape, op_->node_ranks(node)).stride);
+    const host::EntryLayout pulls = host::pulls_layout(params.shape, op_->node_ranks(node));
+    fitting = std::min(fitting, (std::min(op_->message_bytes, kPullsBytes) - sizeof(head_)) / pulls.stride);
   }
-  const uint64_t fitting = (op_->message_bytes - sizeof(head_)) / stride;
   window_tokens_ = static_cast<uint32_t>(std::clamp<uint64_t>(fitting, 1, kMostWindowTokens));
 }
 
@@ -109,7 +101,7 @@ bool NodePulls::send_pulls(Window* window, uint32_t node, engine::SendBuffer* bu
   const host::EntryLayout layout = host::pulls_layout(params.shape, op_->node_ranks(node));
   const bool last = window->tokens.end == params.shape.tokens;
   Asked& asked = window->asked[node];
-  asked.entries = 0;
+  asked = Asked{};
   uint64_t bytes = sizeof(head_);
   for (uint32_t token = window->tokens.begin; token < window->tokens.end; ++token) {
     const uint32_t rows = host::pack_pull(params, op_->nodes, node, capacities_, token, buffer->data + bytes);
@@ -159,20 +151,10 @@ bool NodePulls::finish_tokens(Window* window, uint32_t tokens, kernels::OpReport
   }
   window->done = range.end;
   if (window->done == window->tokens.end) {
-    release(window);
     oldest_ = (oldest_ + 1) % static_cast<uint32_t>(windows_.size());
     --in_flight_;
   }
   return true;
-}
-
-void NodePulls::release(Window* window) {
-  for (Asked& asked : window->asked) {
-    if (asked.sums.data != nullptr) {
-      op_->fabric->release(op_->rank, asked.sums);
-    }
-    asked = Asked{};
-  }
 }
 
 // Whether these can be the sums of what was asked for: as many, of tokens of the window in their order.
@@ -201,8 +183,12 @@ bool NodePulls::take(const engine::Arrival& arrival, const host::MessageHead& he
     Window& window = windows_[(oldest_ + i) % windows_.size()];
     Asked& asked = window.asked[node];
     if ((window.waits >> node & 1) != 0 && fits(window, asked, entries)) {
+      engine::Arrival sums = arrival;
+      if (!memory_.keep(uint64_t{(oldest_ + i) % 2} * partials_.size() + node, &sums)) {
+        return false;
+      }
       window.waits &= ~(uint64_t{1} << node);
-      asked.sums = arrival;
+      asked.sums = sums;
       return true;
     }
   }

@@ -1,31 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0
 // NodePulls: a rank's combine as far as it concerns other nodes. Its tokens are taken in windows, two at a time: for
 // each the nodes are sent what to sum, and when all their sums are there the window's tokens are finished. A window is
-// such that what one node sends for it is one message, so no more than two messages per node are ever kept. Loop
-// thread.
+// such that what one node sends for it is one message, so copies of no more than two messages per node are ever kept.
+// Loop thread.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <vector>
 
+#include "daemon/device/host/node_memory.h"
 #include "daemon/device/host/node_outbox.h"
 
 namespace expertd::device {
+
+/// Most bytes of a message of pulls, which whoever serves them keeps, and of the sums that come back: some 16 rows of
+/// 7168 channels. Memory is there for two of each per rank and node, of which only what is used is ever touched.
+inline constexpr uint64_t kPullsBytes = uint64_t{16} * 1024;
+inline constexpr uint64_t kSumsBytes = uint64_t{256} * 1024;
 
 class NodePulls {
  public:
   explicit NodePulls(uint32_t ranks);
   void open(const NodeOp* op, NodeOutbox* outbox);
-  /// Keeps no arrival any more.
-  void close();
+  bool ok() const { return memory_.ok(); }
+  void close() { op_ = nullptr; }
   /// Before the first pull; capacities[r]: rows behind in_x of rank r.
   void begin(std::span<const uint32_t> capacities);
 
   /// Sends what can be sent, and finishes up to `tokens` tokens; adds to the report's bytes. False: nothing moved.
   bool advance(uint32_t tokens, kernels::OpReport* report);
   bool finished() const { return all_sent_ && in_flight_ == 0; }
-  /// Sums that arrived; kept until their window is finished. False: they are not what was asked for, and not kept.
+  /// Sums that arrived, of which a copy is kept. False: they are not what was asked for.
   bool take(const engine::Arrival& arrival, const kernels::host::MessageHead& head);
   /// What the node owes is not waited for any more.
   void give_up(uint32_t node);
@@ -35,7 +41,7 @@ class NodePulls {
  private:
   struct Asked {
     uint32_t entries = 0;
-    engine::Arrival sums;  // data is null: not there
+    engine::Arrival sums;  // the copy; data is null: not there
   };
   struct Window {
     kernels::host::TokenRange tokens;
@@ -47,7 +53,6 @@ class NodePulls {
   bool send_window(Window* window, kernels::OpReport* report);
   bool send_pulls(Window* window, uint32_t node, engine::SendBuffer* buffer, kernels::OpReport* report);
   bool finish_tokens(Window* window, uint32_t tokens, kernels::OpReport* report);
-  void release(Window* window);
   bool fits(const Window& window, const Asked& asked, const kernels::host::Entries& entries) const;
 
   const NodeOp* op_ = nullptr;
@@ -57,6 +62,7 @@ class NodePulls {
   kernels::host::EntryLayout sums_;
   uint32_t window_tokens_ = 1;
   std::array<Window, 2> windows_;
+  NodeMemory memory_;  // per window and node
   uint32_t oldest_ = 0;
   uint32_t in_flight_ = 0;    // whole windows
   bool opening_ = false;      // the one behind them is sent to some nodes

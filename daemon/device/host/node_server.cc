@@ -4,11 +4,14 @@
 #include <algorithm>
 #include <cstring>
 
+#include "daemon/device/host/node_pulls.h"
+
 namespace expertd::device {
 
 namespace host = kernels::host;
 
-NodeServer::NodeServer(uint32_t ranks) : sources_(ranks), waiting_(size_t{ranks} * kPullsPerRank) {}
+NodeServer::NodeServer(uint32_t ranks)
+    : sources_(ranks), waiting_(size_t{ranks} * kPullsPerRank), memory_(waiting_.size(), kPullsBytes) {}
 
 void NodeServer::open(const NodeOp* op, NodeOutbox* outbox) {
   op_ = op;
@@ -32,7 +35,6 @@ void NodeServer::end_front() {
     sums_ = engine::SendBuffer{};
   }
   --sources_[waiting_[first_].header.source_rank].waiting;
-  op_->fabric->release(op_->rank, waiting_[first_]);
   first_ = (first_ + 1) % static_cast<uint32_t>(waiting_.size());
   --count_;
   done_ = 0;
@@ -51,8 +53,14 @@ bool NodeServer::take(const engine::Arrival& arrival, const host::MessageHead& h
       (head.last != 0 && source.messages != 0) || (head.last == 0 && entries == 0)) {
     return false;
   }
+  engine::Arrival copy = arrival;
+  const uint64_t place = uint64_t{arrival.header.source_rank} * kPullsPerRank + source.taken % kPullsPerRank;
+  if (!memory_.keep(place, &copy)) {
+    return false;
+  }
+  ++source.taken;
   source.messages = head.last != 0 ? head.last : source.messages;
-  waiting_[(first_ + count_) % waiting_.size()] = arrival;
+  waiting_[(first_ + count_) % waiting_.size()] = copy;
   ++count_;
   ++source.waiting;
   return true;

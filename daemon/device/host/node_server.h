@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// NodeServer: sums rows of this node for ranks of other nodes that combine. Their pulls wait here, at most two per rank
-// from an honest one, until there is a buffer for the sums. Loop thread of the serving rank; nothing allocates.
+// NodeServer: sums rows of this node for ranks of other nodes that combine. Copies of their pulls wait here, at most
+// two per rank from an honest one, until there is a buffer for the sums. Loop thread of the serving rank; nothing
+// allocates.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "daemon/device/host/node_memory.h"
 #include "daemon/device/host/node_outbox.h"
 
 namespace expertd::device {
@@ -14,10 +16,11 @@ class NodeServer {
  public:
   explicit NodeServer(uint32_t ranks);
   void open(const NodeOp* op, NodeOutbox* outbox);
-  /// Keeps no buffer and no arrival any more.
+  bool ok() const { return memory_.ok(); }
+  /// Keeps no buffer any more.
   void close();
 
-  /// Pulls that arrived; kept until they are served. False: no honest rank sends them, and they are not kept.
+  /// Pulls that arrived, of which a copy is kept. False: no honest rank sends them.
   bool take(const engine::Arrival& arrival, const kernels::host::MessageHead& head);
   /// Sums up to `entries` entries. False: nothing moved. A rank whose pulls were bad is left in `bad`.
   bool advance(uint32_t entries, int32_t* bad);
@@ -32,6 +35,7 @@ class NodeServer {
   static constexpr uint32_t kPullsPerRank = 2;  // windows of NodePulls
   struct Source {
     uint32_t waiting = 0;  // messages
+    uint32_t taken = 0;
     uint32_t served = 0;
     uint32_t messages = 0;  // in all; 0: not known yet
     bool given_up = false;
@@ -42,6 +46,7 @@ class NodeServer {
   NodeOutbox* outbox_ = nullptr;
   std::vector<Source> sources_;           // per rank
   std::vector<engine::Arrival> waiting_;  // a ring
+  NodeMemory memory_;                     // places of a rank's pulls, used in turn
   uint32_t first_ = 0;
   uint32_t count_ = 0;
   engine::SendBuffer sums_;  // of the front
