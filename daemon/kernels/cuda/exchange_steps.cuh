@@ -11,6 +11,7 @@
 
 #include "daemon/kernels/cuda/device_common.cuh"
 #include "daemon/kernels/cuda/launch.h"
+#include "daemon/kernels/cuda/timeline.cuh"
 #include "proto/abi/ring_v1.h"
 
 namespace expertd::kernels::cuda {
@@ -196,6 +197,7 @@ __device__ inline LastBlock end_step(const PartParams& p, bool worked) {
   __syncthreads();
   if (threadIdx.x == 0) {
     fence_sys();
+    stamp(Stamp::kFenced);
     before = atomicAdd(&p.words.state->blocks_done, worked ? 1u : 1u + kIdle);
     if (before % kIdle == gridDim.x - 1) {
       p.words.state->blocks_done = 0;

@@ -246,6 +246,7 @@ __device__ inline void finish_part(const PartParams& p, bool go, uint32_t reason
   }
   if (threadIdx.x == 0) {
     release_caller(p, go, reason);
+    stamp(Stamp::kReleased);
   }
   write_facts(p, go, reason);
 }

@@ -6,6 +6,7 @@
 #include "daemon/kernels/cuda/combine_rows.cuh"
 #include "daemon/kernels/cuda/finish_part.cuh"
 #include "daemon/kernels/cuda/launch_config.h"
+#include "daemon/kernels/cuda/timeline.cuh"
 
 namespace expertd::kernels::cuda {
 namespace {
@@ -243,6 +244,7 @@ __device__ void sum_rows(const PartParams& p, PullPipeline* pipeline, const char
   const uint32_t thread = threadIdx.x - 32;
   RingPlace token_place{kTokensAhead};
   RingPlace row_place{places};
+  bool first = true;
   for (;;) {
     barrier_wait(&pipeline->token_there[token_place.index], token_place.parity);
     const PulledToken& pulled = pipeline->tokens[token_place.index];
@@ -260,6 +262,10 @@ __device__ void sum_rows(const PartParams& p, PullPipeline* pipeline, const char
     }
     token_place.next();
     store_sums<kPieces>(p, token, sum);
+    if (first && threadIdx.x < 64) {
+      stamp(Stamp::kFirstRow);
+    }
+    first = false;
   }
 }
 
@@ -294,11 +300,13 @@ __device__ void pull_and_sum(const PartParams& p, char* rows, PullPipeline* pipe
   if (threadIdx.x < 32) {
     fence_copy_unit();
     const Loaded loaded = load_rows(p, pipeline, rows, places);
+    stamp(Stamp::kLastIssued);
     if (threadIdx.x == 0) {
       p.scratch.block_rows[blockIdx.x] = {loaded.local, loaded.remote};
     }
   } else {
     sum_rows<kPieces>(p, pipeline, rows, places);
+    stamp(Stamp::kRowsDone);
   }
 }
 
@@ -319,29 +327,45 @@ __global__ __launch_bounds__(kMostSumThreads + 32, 1) void link_combine(const __
   if (p.null_operation != 0) {
     return;
   }
+  if (threadIdx.x < 32 && entry == Entry::kWaits) {
+    stamp(Stamp::kStarted);
+  }
   bool gated = false;
   if (entry == Entry::kWaits) {
     gated = look_at_gate(p);
     open_part(p, gated);
+    if (blockIdx.x == 0 && threadIdx.x < 32) {
+      stamp(Stamp::kHandedOver);
+    }
   }
   const Passage passage = enters(p, SignalStep::kRouted, entry, gated);
   if (passage == Passage::kNot) {
     return;
+  }
+  if (threadIdx.x < 32) {
+    stamp(Stamp::kPassedRouted);
   }
   const bool works = passage == Passage::kRegular;
   if (works) {
     pull_and_sum<kPieces>(p, rows, &pipeline);
   }
   const LastBlock end = end_step(p, works);
+  if (threadIdx.x < 32) {
+    stamp(Stamp::kCountedIn);
+  }
   if (!end.last) {
     return;
   }
   add_block_rows(p);
   if (end.complete && threadIdx.x < 32) {
     announce(p, SignalStep::kMoved);
+    stamp(Stamp::kAnnounced);
   }
   const Passage moved = passes(p, SignalStep::kMoved, SignalStep::kMoved, false, Decider::kOneBlock);
   if (moved != Passage::kNot) {
+    if (threadIdx.x < 32) {
+      stamp(Stamp::kPassedMoved);
+    }
     finish_part(p, end.complete && moved == Passage::kRegular, EXPERTD_REASON_NONE, true);
   }
 #endif
@@ -369,6 +393,10 @@ cudaError_t launch_pieces(const PartParams& params, Entry entry, cudaStream_t st
 
 uint32_t link_combine_blocks(const PartParams& params) {
   return std::clamp(params.link_sms, 1u, std::min(params.multiprocessors, kMostLinkSms));
+}
+
+cudaError_t take_link_combine_timeline(Timeline* timeline) {
+  return take_timeline(timeline);
 }
 
 cudaError_t launch_link_combine(const PartParams& params, Entry entry, cudaStream_t stream) {

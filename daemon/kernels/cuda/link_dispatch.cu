@@ -7,6 +7,7 @@
 #include "daemon/kernels/cuda/launch_config.h"
 #include "daemon/kernels/cuda/link_route.cuh"
 #include "daemon/kernels/cuda/plan.cuh"
+#include "daemon/kernels/cuda/timeline.cuh"
 
 namespace expertd::kernels::cuda {
 namespace {
@@ -284,12 +285,17 @@ __device__ void move_tokens(const PartParams& p, const BlockWork& work, Place pl
     const uint32_t ranks = __ballot_sync(kFullWarp, row >= 0);
     if (ranks != 0) {
       move_token(p, token, ranks, row, &place);
+      if (token == work.first && threadIdx.x < 32) {
+        stamp(Stamp::kFirstRow);
+      }
     } else if (place.token == token) {
       drop_place(place);
       place.parity ^= 1;
     }
   }
+  stamp(Stamp::kLastIssued);
   bulk_wait_written();
+  stamp(Stamp::kRowsDone);
 }
 
 /// The rows of a block's tokens in the handle, absolute from now on; by its clerk, because other blocks may still be
@@ -344,6 +350,23 @@ __device__ void keep_books(const PartParams& p, const TokenSpan& span, bool work
   }
 }
 
+/// Announces this rank's rows, waits for the others' and ends the part. The last block; `complete`: all did their work.
+__device__ void end_dispatch(const PartParams& p, bool complete) {
+  if (complete && threadIdx.x < 32) {
+    announce(p, SignalStep::kMoved);
+    stamp(Stamp::kAnnounced);
+  }
+  const uint32_t reason = complete ? found_reason(p) : 0;
+  const Passage moved = passes(p, SignalStep::kMoved, SignalStep::kMoved, false, Decider::kOneBlock);
+  if (moved == Passage::kNot) {
+    return;
+  }
+  if (threadIdx.x < 32) {
+    stamp(Stamp::kPassedMoved);
+  }
+  finish_part(p, complete && moved == Passage::kRegular, reason, true);
+}
+
 #endif
 
 // link_dispatch. Grid: about link_sms blocks, one per multiprocessor, in clusters of up to 8 blocks; as many mover
@@ -361,6 +384,9 @@ __global__ __launch_bounds__(kBlockThreads, 1) void link_dispatch(const __grid_c
   __shared__ BlockShared shared;
   if (p.null_operation != 0) {
     return;
+  }
+  if (threadIdx.x < 32 && entry == Entry::kWaits) {
+    stamp(Stamp::kStarted);
   }
   if (threadIdx.x == 0) {
     shared.aborted = 0;
@@ -386,11 +412,15 @@ __global__ __launch_bounds__(kBlockThreads, 1) void link_dispatch(const __grid_c
   mover.place.token = kNoToken;
   if (moves && (entry == Entry::kWaits || was_left(p, SignalStep::kRouted))) {
     mover = prepare_mover(p, span, cluster.num_blocks(), places, shared.loaded);
+    stamp(Stamp::kPrefetching);
   }
   const Passage passage = enters(p, SignalStep::kRouted, entry, gated);
   if (passage == Passage::kNot) {
     drop_place(mover.place);
     return;
+  }
+  if (warp == 0) {
+    stamp(Stamp::kPassedRouted);
   }
   if (counts && entry == Entry::kBehindWait) {
     cluster.sync();  // no clerk adds to a block that has not cleared its counts
@@ -403,19 +433,15 @@ __global__ __launch_bounds__(kBlockThreads, 1) void link_dispatch(const __grid_c
   }
   if (warp == kBlockWarps - 1) {
     keep_books(p, span, works, &shared);
+    stamp(Stamp::kBooksKept);
   }
   __syncthreads();  // the clerk is through
   const LastBlock end = end_step(p, works && shared.aborted == 0);
-  if (!end.last) {
-    return;
+  if (warp == 0) {
+    stamp(Stamp::kCountedIn);
   }
-  if (end.complete && threadIdx.x < 32) {
-    announce(p, SignalStep::kMoved);
-  }
-  const uint32_t reason = end.complete ? found_reason(p) : 0;
-  const Passage moved = passes(p, SignalStep::kMoved, SignalStep::kMoved, false, Decider::kOneBlock);
-  if (moved != Passage::kNot) {
-    finish_part(p, end.complete && moved == Passage::kRegular, reason, true);
+  if (end.last) {
+    end_dispatch(p, end.complete);
   }
 #endif
 }
@@ -444,6 +470,10 @@ bool serves_link(const PartParams& params) {
 uint32_t link_dispatch_blocks(const PartParams& params) {
   const uint32_t cluster = blocks_per_cluster(params);
   return std::max(most_blocks(params) / cluster, 1u) * cluster;
+}
+
+cudaError_t take_link_dispatch_timeline(Timeline* timeline) {
+  return take_timeline(timeline);
 }
 
 cudaError_t launch_link_dispatch(const PartParams& params, Entry entry, cudaStream_t stream) {

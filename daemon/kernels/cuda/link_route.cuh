@@ -247,14 +247,24 @@ __device__ inline void route_cluster(const PartParams& p, const TokenSpan& whole
   __syncthreads();
   count_block(p, span, s, shared);
   __syncthreads();
+  if (threadIdx.x < 32) {
+    stamp(Stamp::kIdsCounted);
+  }
   tell_cluster(p, span, s, shared);
   cluster.sync();
+  if (threadIdx.x < 32) {
+    stamp(Stamp::kClusterMet);
+  }
   if (blockIdx.x == 0 && threadIdx.x < 32 && __shfl_sync(kFullWarp, gated ? 1 : 0, 0) == 0) {
     hand_over_rows(p, cluster.num_blocks(), *shared);
+    stamp(Stamp::kHandedOver);
   }
   number_block(p, span, cluster.block_rank(), *s, *shared);
   fence_copy_unit();
   __syncthreads();
+  if (threadIdx.x < 32) {
+    stamp(Stamp::kRouted);
+  }
 }
 
 /// The clerks' share of routing, in the blocks of the first cluster while rows move: the ids into the handle and the
