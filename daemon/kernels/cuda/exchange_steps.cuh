@@ -189,9 +189,28 @@ struct LastBlock {
   bool complete;
 };
 
-/// Counts this block as done with a step; everything that the others wrote is visible to the last one, which sets the
-/// counter back. `worked`: false for a block that an abort kept from its work. Whole block.
-__device__ inline LastBlock end_step(const PartParams& p, bool worked) {
+/// Tells every active rank that this rank's step `moved` is done; one thread, behind a fence for all that the flag
+/// announces. The times come last, because they are for statistics.
+__device__ inline void announce_moved_behind_fence(const PartParams& p) {
+#pragma unroll 1
+  for (uint32_t j = 0; j < p.op.shape.ranks; ++j) {
+    if (rank_active(p.op.shape, j)) {
+      st_relaxed_sys(&p.peers.pages[j]->moved[p.op.shape.rank], p.words.group_op);
+    }
+  }
+#pragma unroll 1
+  for (uint32_t j = 0; j < p.op.shape.ranks; ++j) {
+    if (rank_active(p.op.shape, j)) {
+      st_relaxed_sys(&p.peers.pages[j]->moved_time_ns[p.op.shape.rank], global_timer_ns());
+    }
+  }
+}
+
+/// Counts this block as done with moving rows. The last one announces `moved` if all did their work, by the thread that
+/// counted, so that one fence and no barrier is between the count and the flags; and it sets the counter back.
+/// Everything that the others wrote is visible to it. `worked`: false for a block that an abort kept from its work.
+/// Whole block.
+__device__ inline LastBlock end_moving(const PartParams& p, bool worked) {
   constexpr uint32_t kIdle = 1u << 16;  // above the number of blocks
   __shared__ uint32_t before;
   __syncthreads();
@@ -200,9 +219,13 @@ __device__ inline LastBlock end_step(const PartParams& p, bool worked) {
     stamp(Stamp::kFenced);
     before = atomicAdd(&p.words.state->blocks_done, worked ? 1u : 1u + kIdle);
     if (before % kIdle == gridDim.x - 1) {
+      fence_sys();  // for what all blocks wrote before they counted
+      if (before / kIdle == 0 && worked) {
+        announce_moved_behind_fence(p);
+        stamp(Stamp::kAnnounced);
+      }
       p.words.state->blocks_done = 0;
     }
-    fence_gpu();
   }
   __syncthreads();
   return {before % kIdle == gridDim.x - 1, before / kIdle == 0 && worked};

@@ -349,18 +349,14 @@ __global__ __launch_bounds__(kMostSumThreads + 32, 1) void link_combine(const __
   if (works) {
     pull_and_sum<kPieces>(p, rows, &pipeline);
   }
-  const LastBlock end = end_step(p, works);
+  const LastBlock end = end_moving(p, works);
   if (threadIdx.x < 32) {
     stamp(Stamp::kCountedIn);
   }
   if (!end.last) {
     return;
   }
-  add_block_rows(p);
-  if (end.complete && threadIdx.x < 32) {
-    announce(p, SignalStep::kMoved);
-    stamp(Stamp::kAnnounced);
-  }
+  add_block_rows(p);  // while the flags are under way
   const Passage moved = passes(p, SignalStep::kMoved, SignalStep::kMoved, false, Decider::kOneBlock);
   if (moved != Passage::kNot) {
     if (threadIdx.x < 32) {

@@ -350,12 +350,9 @@ __device__ void keep_books(const PartParams& p, const TokenSpan& span, bool work
   }
 }
 
-/// Announces this rank's rows, waits for the others' and ends the part. The last block; `complete`: all did their work.
+/// Waits for the others' rows and ends the part. The last block, when it has announced those of this rank; `complete`:
+/// all blocks did their work.
 __device__ void end_dispatch(const PartParams& p, bool complete) {
-  if (complete && threadIdx.x < 32) {
-    announce(p, SignalStep::kMoved);
-    stamp(Stamp::kAnnounced);
-  }
   const uint32_t reason = complete ? found_reason(p) : 0;
   const Passage moved = passes(p, SignalStep::kMoved, SignalStep::kMoved, false, Decider::kOneBlock);
   if (moved == Passage::kNot) {
@@ -436,7 +433,7 @@ __global__ __launch_bounds__(kBlockThreads, 1) void link_dispatch(const __grid_c
     stamp(Stamp::kBooksKept);
   }
   __syncthreads();  // the clerk is through
-  const LastBlock end = end_step(p, works && shared.aborted == 0);
+  const LastBlock end = end_moving(p, works && shared.aborted == 0);
   if (warp == 0) {
     stamp(Stamp::kCountedIn);
   }
