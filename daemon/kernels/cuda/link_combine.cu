@@ -59,21 +59,14 @@ struct RingPlace {
   __device__ void next() { advance(1); }
 };
 
-/// The row that a token has at the lane's rank as the handle has it, -1 for none. Nothing is done with it, so that
-/// whoever asks need not wait.
-__device__ int32_t row_in_handle(const PartParams& p, uint32_t token) {
+/// The row that a token has at the lane's rank; -1 where it has none that the rank gave.
+__device__ int32_t row_at_rank(const PartParams& p, uint32_t token) {
   const OpShape& shape = p.op.shape;
   const uint32_t lane = threadIdx.x & 31;
-  const bool asks = token < shape.tokens && lane < shape.ranks && rank_active(shape, lane);
-  return asks ? p.op.routing.token_rank[uint64_t{token} * shape.ranks + lane] : -1;
-}
-
-/// The same if the lane's rank gave it, else -1.
-__device__ int32_t given_row(const PartParams& p, int32_t row) {
-  const uint32_t lane = threadIdx.x & 31;
-  if (lane >= p.op.shape.ranks) {
+  if (token >= shape.tokens || lane >= shape.ranks || !rank_active(shape, lane)) {
     return -1;
   }
+  const int32_t row = p.op.routing.token_rank[uint64_t{token} * shape.ranks + lane];
   const PeerView& peer = p.peers.views[lane];
   return row >= 0 && peer.in_x != nullptr && static_cast<uint32_t>(row) < peer.in_rows ? row : -1;
 }
@@ -151,7 +144,7 @@ __device__ ClaimedRows read_claim(const PartParams& p, uint32_t first) {
   ClaimedRows claim;
 #pragma unroll
   for (uint32_t i = 0; i < kClaimTokens; ++i) {
-    claim.rows[i] = row_in_handle(p, first + i);
+    claim.rows[i] = row_at_rank(p, first + i);
   }
   return claim;
 }
@@ -171,8 +164,8 @@ __device__ Loaded load_rows(const PartParams& p, PullPipeline* pipeline, char* r
     claimed = claim_tokens(p);
 #pragma unroll
     for (uint32_t i = 0; i < kClaimTokens; ++i) {
-      const int32_t row = given_row(p, ahead.rows[i]);
-      ahead.rows[i] = row_in_handle(p, next + i);
+      const int32_t row = ahead.rows[i];
+      ahead.rows[i] = row_at_rank(p, next + i);
       if (first + i < shape.tokens) {
         start_token(p, first + i, row, pipeline, rows, &token_place, &row_place);
         const uint32_t ranks = __ballot_sync(kFullWarp, row >= 0);
