@@ -31,7 +31,10 @@ inline const bool kConnectionsAreSet = setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32
 /// One rank's memory on its GPU: a window, its host mirror and what lies where.
 class Arena {
  public:
-  void attach(device::Window window) { window_ = std::move(window); }
+  void attach(device::Window window, uint64_t bytes) {
+    window_ = std::move(window);
+    bytes_ = bytes;
+  }
   void reset() {
     mirror_.clear();
     outputs_.clear();
@@ -50,7 +53,7 @@ class Arena {
     return {&window_.memory->mapping(), at};
   }
   void upload(uint32_t device) {
-    ASSERT_LE(mirror_.size(), kArenaBytes);
+    ASSERT_LE(mirror_.size(), bytes_);
     ASSERT_EQ(cudaSuccess, cudaSetDevice(static_cast<int>(device)));  // the first device has index 0 here
     ASSERT_EQ(cudaSuccess, cudaMemcpy(window_.memory->mapping().base[device], mirror_.data(), mirror_.size(),
                                       cudaMemcpyHostToDevice));
@@ -72,6 +75,7 @@ class Arena {
 
  private:
   device::Window window_;
+  uint64_t bytes_ = 0;
   std::vector<uint8_t> mirror_;
   std::vector<std::pair<support::PoisonedBuffer*, size_t>> outputs_;
 };
@@ -87,21 +91,24 @@ class GpuGroup {
  public:
   static constexpr uint32_t kMostRanks = 4;
 
+  explicit GpuGroup(uint64_t arena_bytes = kArenaBytes, uint32_t most_ranks = kMostRanks)
+      : arena_bytes_(arena_bytes), most_ranks_(most_ranks) {}
+
   base::Status open(const device::cuda::CudaOptions& options) {
     auto created = device::cuda::create_cuda_devices(options);
     if (!created.is_ok()) {
       return created.status();
     }
     devices_ = std::move(created).value();
-    devices_.resize(std::min<size_t>(devices_.size(), kMostRanks));
+    devices_.resize(std::min<size_t>(devices_.size(), most_ranks_));
     arenas_.resize(devices_.size());
     for (uint32_t r = 0; r < devices_.size(); ++r) {
-      auto window = devices_[r]->create_window(kArenaBytes);
+      auto window = devices_[r]->create_window(arena_bytes_);
       auto session = devices_[r]->open_session({r + 1});
       if (!window.is_ok() || !session.is_ok()) {
         return window.is_ok() ? session.status() : window.status();
       }
-      arenas_[r].attach(std::move(window).value());
+      arenas_[r].attach(std::move(window).value(), arena_bytes_);
     }
     return make_bells();
   }
@@ -294,6 +301,8 @@ class GpuGroup {
     return base::Status::ok();
   }
 
+  uint64_t arena_bytes_;
+  uint32_t most_ranks_;
   std::vector<Bell> bells_;
   std::vector<std::unique_ptr<device::Device>> devices_;
   std::vector<Arena> arenas_;  // windows are given back before their devices

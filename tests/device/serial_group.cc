@@ -263,6 +263,23 @@ void SerialGroup::hear_counts(const CaseStep& step, uint32_t rank) {
   ranks_[rank]->matrix.put(matrix);
 }
 
+/// The words of a link dispatch that hold a source's rows for every rank, from the matrix that this rank heard.
+void SerialGroup::hear_rows(uint32_t rank, uint32_t source, SyncPage* page) {
+  // As kRowWordOpShift and kRowWordRejects of link_rows.cuh, which is for devices.
+  constexpr uint32_t kOpShift = 18;
+  constexpr uint64_t kRejects = uint64_t{1} << 17;
+  const OpShape& shape = params_[rank].op.shape;
+  if (aborted_ || shape.kind != OpKind::kDispatch || shape.cached != 0) {
+    return;
+  }
+  const uint32_t row = kernels::count_row_ints(shape.ranks, shape.experts);
+  const std::vector<int32_t> counts = ranks_[rank]->matrix.get<int32_t>(row, uint64_t{4} * source * row);
+  const uint64_t rejects = counts[shape.ranks + shape.experts] != 0 ? kRejects : 0;
+  for (uint32_t j = 0; j < shape.ranks; ++j) {
+    page->rows[source][j] = group_op_ << kOpShift | rejects | static_cast<uint32_t>(counts[j]);
+  }
+}
+
 void SerialGroup::hear(uint32_t rank, bool moved) {
   const Memory& memory = ranks_[rank]->page;
   SyncPage page = memory.get<SyncPage>(1)[0];
@@ -274,6 +291,7 @@ void SerialGroup::hear(uint32_t rank, bool moved) {
     page.routed[s] = page.counted[s] = value;
     page.moved[s] = moved ? value : page.moved[s];
     page.captured[s] = params_[rank].captured.number;
+    hear_rows(rank, s, &page);
   }
   ranks_[rank]->page.put(std::vector<SyncPage>{page});
 }

@@ -82,6 +82,7 @@ class SerialGroup {
   void hear_counts(const CaseStep& step, uint32_t rank);
   /// The words that the others write at rank's: of the first exchange, or of both.
   void hear(uint32_t rank, bool moved);
+  void hear_rows(uint32_t rank, uint32_t source, kernels::cuda::SyncPage* page);
   void expect_told(const CaseStep& step, uint32_t rank);
 
   /// Launches for one rank, waits for the end, and expects that all went well.

@@ -11,6 +11,7 @@
 
 #include "daemon/kernels/cuda/device_common.cuh"
 #include "daemon/kernels/cuda/launch.h"
+#include "daemon/kernels/cuda/timeline.cuh"
 #include "proto/abi/ring_v1.h"
 
 namespace expertd::kernels::cuda {
@@ -92,12 +93,11 @@ __device__ inline void open_part(const PartParams& p, bool gated) {
 /// or because the part was aborted.
 enum class Passage : uint32_t { kNot, kRegular, kAborted };
 
-/// Waits for the words of all other active ranks, and for the own one where `own_too`; kNot when `patience` cycles are
-/// over. One whole warp.
-__device__ inline Passage await_words(const PartParams& p, const uint64_t* words, bool own_too, int64_t patience) {
+/// Waits for the words of all other active ranks; kNot when `patience` cycles are over. One whole warp.
+__device__ inline Passage await_words(const PartParams& p, const uint64_t* words, int64_t patience) {
   const OpShape& shape = p.op.shape;
   const uint32_t s = threadIdx.x & 31;
-  const bool waits = s < shape.ranks && (own_too || s != shape.rank) && rank_active(shape, s);
+  const bool waits = s < shape.ranks && s != shape.rank && rank_active(shape, s);
   uint64_t word = waits ? 0 : p.words.group_op;
   const int64_t begin = clock64();
   for (;;) {
@@ -113,13 +113,10 @@ __device__ inline Passage await_words(const PartParams& p, const uint64_t* words
   }
 }
 
-/// The flags of a step. A dispatch that routes waits for its own rank's too: the rows that one block hands over stand
-/// in the matrix that all blocks read.
+/// The flags of a step.
 __device__ inline Passage await_flags(const PartParams& p, SignalStep step, int64_t patience) {
   const SyncPage* page = p.peers.pages[p.op.shape.rank];
-  const bool routed = step == SignalStep::kRouted;
-  const bool own_too = routed && p.op.shape.kind == OpKind::kDispatch && p.op.shape.cached == 0;
-  return await_words(p, routed ? page->routed : page->moved, own_too, patience);
+  return await_words(p, step == SignalStep::kRouted ? page->routed : page->moved, patience);
 }
 
 /// Who decides whether a kernel goes on: all its blocks together, or its only or last one.
@@ -143,15 +140,16 @@ __device__ inline uint64_t decide_passage(const PartParams& p, uint64_t* word, u
   return decided;
 }
 
-/// Waits for the flags of `step` and decides whether the kernel goes on; the decision is kept as that of `exchange`.
-/// `gated`: what thread 0 saw. Whole block, whose first warp waits.
-__device__ inline Passage passes(const PartParams& p, SignalStep step, SignalStep exchange, bool gated,
-                                 Decider decider) {
+/// Waits with `await(patience)` for what the ranks exchange and decides whether the kernel goes on; the decision is
+/// kept as that of `exchange`. `gated`: what thread 0 saw. Whole block, whose first warp waits.
+template <typename Await>
+__device__ inline Passage passes_by(const PartParams& p, SignalStep exchange, bool gated, Decider decider,
+                                    const Await& await) {
   __shared__ Passage passage;
   if (threadIdx.x < 32) {
     uint64_t* word = &p.words.state->passed[static_cast<uint32_t>(exchange)];
     const uint64_t seen = decider == Decider::kAllBlocks ? ld_relaxed_gpu(word) : 0;
-    Passage found = await_flags(p, step, kPatienceCycles);
+    Passage found = await(kPatienceCycles);
     uint64_t decided = 0;
     if (threadIdx.x == 0) {
       decided = decide_passage(p, word, seen, found != Passage::kNot, decider);
@@ -160,7 +158,7 @@ __device__ inline Passage passes(const PartParams& p, SignalStep step, SignalSte
     if (decided == kLeft) {
       found = Passage::kNot;
     } else if (found == Passage::kNot) {
-      found = await_flags(p, step, INT64_MAX);  // another block has seen them, so they are there
+      found = await(INT64_MAX);  // another block has seen it, so it is there
     }
     if (threadIdx.x == 0) {
       passage = gated && found != Passage::kNot ? Passage::kAborted : found;
@@ -168,6 +166,12 @@ __device__ inline Passage passes(const PartParams& p, SignalStep step, SignalSte
   }
   __syncthreads();
   return passage;
+}
+
+/// The same for the flags of `step`.
+__device__ inline Passage passes(const PartParams& p, SignalStep step, SignalStep exchange, bool gated,
+                                 Decider decider) {
+  return passes_by(p, exchange, gated, decider, [&](int64_t patience) { return await_flags(p, step, patience); });
 }
 
 /// Whether this block goes on past the exchange, as the kernel that waits itself or as the one behind the stream's
@@ -188,19 +192,43 @@ struct LastBlock {
   bool complete;
 };
 
-/// Counts this block as done with a step; everything that the others wrote is visible to the last one, which sets the
-/// counter back. `worked`: false for a block that an abort kept from its work. Whole block.
-__device__ inline LastBlock end_step(const PartParams& p, bool worked) {
+/// Tells every active rank that this rank's step `moved` is done; one thread, behind a fence for all that the flag
+/// announces. The times come last, because they are for statistics.
+__device__ inline void announce_moved_behind_fence(const PartParams& p) {
+#pragma unroll 1
+  for (uint32_t j = 0; j < p.op.shape.ranks; ++j) {
+    if (rank_active(p.op.shape, j)) {
+      st_relaxed_sys(&p.peers.pages[j]->moved[p.op.shape.rank], p.words.group_op);
+    }
+  }
+#pragma unroll 1
+  for (uint32_t j = 0; j < p.op.shape.ranks; ++j) {
+    if (rank_active(p.op.shape, j)) {
+      st_relaxed_sys(&p.peers.pages[j]->moved_time_ns[p.op.shape.rank], global_timer_ns());
+    }
+  }
+}
+
+/// Counts this block as done with moving rows. The last one announces `moved` if all did their work, by the thread that
+/// counted, so that one fence and no barrier is between the count and the flags; and it sets the counter back.
+/// Everything that the others wrote is visible to it. `worked`: false for a block that an abort kept from its work.
+/// Whole block.
+__device__ inline LastBlock end_moving(const PartParams& p, bool worked) {
   constexpr uint32_t kIdle = 1u << 16;  // above the number of blocks
   __shared__ uint32_t before;
   __syncthreads();
   if (threadIdx.x == 0) {
     fence_sys();
+    stamp(Stamp::kFenced);
     before = atomicAdd(&p.words.state->blocks_done, worked ? 1u : 1u + kIdle);
     if (before % kIdle == gridDim.x - 1) {
+      fence_sys();  // for what all blocks wrote before they counted
+      if (before / kIdle == 0 && worked) {
+        announce_moved_behind_fence(p);
+        stamp(Stamp::kAnnounced);
+      }
       p.words.state->blocks_done = 0;
     }
-    fence_gpu();
   }
   __syncthreads();
   return {before % kIdle == gridDim.x - 1, before / kIdle == 0 && worked};

@@ -189,12 +189,14 @@ __device__ inline void write_report(const PartParams& p, uint32_t reason) {
   }
 }
 
-/// Lets the caller's stream go on, by one thread, after all outputs were written. An aborted part's words are left to
-/// the rescue stream, which first puts the doorbell and the exchange words in order.
+/// Lets the caller's stream go on, by one thread, after all outputs were written. Both words go at once, so that none
+/// waits for the other. An aborted part's words are left to the rescue stream, which first puts the doorbell and the
+/// exchange words in order.
 __device__ inline void release_caller(const PartParams& p, bool go, uint32_t reason) {
   if (go && p.words.completion != nullptr) {
-    st_relaxed_sys(p.words.result, reason);
-    st_release_sys(p.words.completion, p.words.seq);
+    static_assert(EXPERTD_RESULT_WORD_OFFSET(0) == EXPERTD_COMPLETION_WORD_OFFSET(0) + 8);
+    fence_sys();
+    st_pair_relaxed_sys(p.words.completion, p.words.seq, reason);
   }
 }
 
@@ -246,6 +248,7 @@ __device__ inline void finish_part(const PartParams& p, bool go, uint32_t reason
   }
   if (threadIdx.x == 0) {
     release_caller(p, go, reason);
+    stamp(Stamp::kReleased);
   }
   write_facts(p, go, reason);
 }

@@ -6,6 +6,7 @@
 #include "daemon/kernels/cuda/combine_rows.cuh"
 #include "daemon/kernels/cuda/finish_part.cuh"
 #include "daemon/kernels/cuda/launch_config.h"
+#include "daemon/kernels/cuda/timeline.cuh"
 
 namespace expertd::kernels::cuda {
 namespace {
@@ -124,35 +125,47 @@ __device__ void start_token(const PartParams& p, uint32_t token, int32_t row, Pu
 }
 
 /// The next tokens for this block, in order over all blocks: multiprocessors differ in how far they are from the links,
-/// so that equal shares would end 12 us apart. Whole warp.
+/// so that equal shares would end 12 us apart. The first two claims of every block are its own without asking. Whole
+/// warp.
 __device__ uint32_t claim_tokens(const PartParams& p) {
   uint32_t first = 0;
   if ((threadIdx.x & 31) == 0) {
-    first = atomicAdd(&p.words.state->claimed_tokens, kClaimTokens);
+    first = 2 * gridDim.x * kClaimTokens + atomicAdd(&p.words.state->claimed_tokens, kClaimTokens);
   }
   return first;
 }
 
-/// The loading warp. Claims and row numbers are on their way while the tokens before are loaded.
-__device__ Loaded load_rows(const PartParams& p, PullPipeline* pipeline, char* rows, uint32_t places) {
+/// Row numbers of the tokens of one claim, at the lane's rank.
+struct ClaimedRows {
+  int32_t rows[kClaimTokens];
+};
+
+__device__ ClaimedRows read_claim(const PartParams& p, uint32_t first) {
+  ClaimedRows claim;
+#pragma unroll
+  for (uint32_t i = 0; i < kClaimTokens; ++i) {
+    claim.rows[i] = row_at_rank(p, first + i);
+  }
+  return claim;
+}
+
+/// The loading warp. Claims and row numbers are on their way while the tokens before are loaded; `ahead` are those of
+/// the first claim.
+__device__ Loaded load_rows(const PartParams& p, PullPipeline* pipeline, char* rows, uint32_t places,
+                            ClaimedRows ahead) {
   const OpShape& shape = p.op.shape;
   RingPlace token_place{kTokensAhead};
   RingPlace row_place{places};
   Loaded loaded;
-  uint32_t first = __shfl_sync(kFullWarp, claim_tokens(p), 0);
-  uint32_t claimed = claim_tokens(p);
-  int32_t ahead[kClaimTokens];
-#pragma unroll
-  for (uint32_t i = 0; i < kClaimTokens; ++i) {
-    ahead[i] = row_at_rank(p, first + i);
-  }
+  uint32_t first = blockIdx.x * kClaimTokens;
+  uint32_t claimed = (gridDim.x + blockIdx.x) * kClaimTokens;
   while (first < shape.tokens) {
     const uint32_t next = __shfl_sync(kFullWarp, claimed, 0);
     claimed = claim_tokens(p);
 #pragma unroll
     for (uint32_t i = 0; i < kClaimTokens; ++i) {
-      const int32_t row = ahead[i];
-      ahead[i] = row_at_rank(p, next + i);
+      const int32_t row = ahead.rows[i];
+      ahead.rows[i] = row_at_rank(p, next + i);
       if (first + i < shape.tokens) {
         start_token(p, first + i, row, pipeline, rows, &token_place, &row_place);
         const uint32_t ranks = __ballot_sync(kFullWarp, row >= 0);
@@ -243,6 +256,7 @@ __device__ void sum_rows(const PartParams& p, PullPipeline* pipeline, const char
   const uint32_t thread = threadIdx.x - 32;
   RingPlace token_place{kTokensAhead};
   RingPlace row_place{places};
+  bool first = true;
   for (;;) {
     barrier_wait(&pipeline->token_there[token_place.index], token_place.parity);
     const PulledToken& pulled = pipeline->tokens[token_place.index];
@@ -260,6 +274,10 @@ __device__ void sum_rows(const PartParams& p, PullPipeline* pipeline, const char
     }
     token_place.next();
     store_sums<kPieces>(p, token, sum);
+    if (first && threadIdx.x < 64) {
+      stamp(Stamp::kFirstRow);
+    }
+    first = false;
   }
 }
 
@@ -278,27 +296,35 @@ __device__ void add_block_rows(const PartParams& p) {
   __syncthreads();
 }
 
-template <uint32_t kPieces>
-__device__ void pull_and_sum(const PartParams& p, char* rows, PullPipeline* pipeline) {
-  const uint32_t places = bulk_rows(p.op.shape.hidden * 2);
+/// What the block needs before it pulls and what no other rank has to give: its barriers, which the exchange's barrier
+/// of the block makes known, and the loading warp's first row numbers. Nothing is claimed and no copy started, so a
+/// block may leave after it. Whole block.
+__device__ ClaimedRows prepare_pull(const PartParams& p, PullPipeline* pipeline) {
   const uint32_t sum_warps = blockDim.x / 32 - 1;
   if (threadIdx.x < kTokensAhead) {
     barrier_init(&pipeline->token_there[threadIdx.x], 1);
     barrier_init(&pipeline->token_free[threadIdx.x], sum_warps);
   }
-  if (threadIdx.x < places) {
+  if (threadIdx.x < bulk_rows(p.op.shape.hidden * 2)) {
     barrier_init(&pipeline->row_there[threadIdx.x], 1);
     barrier_init(&pipeline->row_free[threadIdx.x], sum_warps);
   }
-  __syncthreads();
+  return threadIdx.x < 32 ? read_claim(p, blockIdx.x * kClaimTokens) : ClaimedRows{};
+}
+
+template <uint32_t kPieces>
+__device__ void pull_and_sum(const PartParams& p, char* rows, PullPipeline* pipeline, const ClaimedRows& first) {
+  const uint32_t places = bulk_rows(p.op.shape.hidden * 2);
   if (threadIdx.x < 32) {
     fence_copy_unit();
-    const Loaded loaded = load_rows(p, pipeline, rows, places);
+    const Loaded loaded = load_rows(p, pipeline, rows, places, first);
+    stamp(Stamp::kLastIssued);
     if (threadIdx.x == 0) {
       p.scratch.block_rows[blockIdx.x] = {loaded.local, loaded.remote};
     }
   } else {
     sum_rows<kPieces>(p, pipeline, rows, places);
+    stamp(Stamp::kRowsDone);
   }
 }
 
@@ -306,10 +332,10 @@ __device__ void pull_and_sum(const PartParams& p, char* rows, PullPipeline* pipe
 
 // link_combine. Grid: at most link_sms blocks, one per multiprocessor, which claim tokens two by two. As the kernel
 // that waits it announces `routed` first (this rank's rows may be read) and waits for the others'; else it runs behind
-// the stream's wait. Warp 0 reads the handle's row numbers ahead and lets the copy unit load each token's rows, one per
-// rank, into as many places as shared memory has; the other warps add them in float32 in rank order, round once and
-// store. The last block announces `moved`, waits for the others' and ends the part. Bytes per token: H * 2 per rank
-// that has a row, read; H * 2 written. Bound: the links, at the rate of reads.
+// the stream's wait. Warp 0 reads the handle's row numbers ahead, the first before the exchange, and lets the copy unit
+// load each token's rows, one per rank, into as many places as shared memory has; the other warps add them in float32
+// in rank order, round once and store. The last block announces `moved`, waits for the others' and ends the part. Bytes
+// per token: H * 2 per rank that has a row, read; H * 2 written. Bound: the links, at the rate of reads.
 template <uint32_t kPieces>
 __global__ __launch_bounds__(kMostSumThreads + 32, 1) void link_combine(const __grid_constant__ PartParams p,
                                                                         Entry entry) {
@@ -319,29 +345,42 @@ __global__ __launch_bounds__(kMostSumThreads + 32, 1) void link_combine(const __
   if (p.null_operation != 0) {
     return;
   }
+  if (threadIdx.x < 32 && entry == Entry::kWaits) {
+    stamp(Stamp::kStarted);
+  }
   bool gated = false;
   if (entry == Entry::kWaits) {
     gated = look_at_gate(p);
     open_part(p, gated);
+    if (blockIdx.x == 0 && threadIdx.x < 32) {
+      stamp(Stamp::kHandedOver);
+    }
   }
+  const ClaimedRows first = prepare_pull(p, &pipeline);
   const Passage passage = enters(p, SignalStep::kRouted, entry, gated);
   if (passage == Passage::kNot) {
     return;
   }
+  if (threadIdx.x < 32) {
+    stamp(Stamp::kPassedRouted);
+  }
   const bool works = passage == Passage::kRegular;
   if (works) {
-    pull_and_sum<kPieces>(p, rows, &pipeline);
+    pull_and_sum<kPieces>(p, rows, &pipeline, first);
   }
-  const LastBlock end = end_step(p, works);
+  const LastBlock end = end_moving(p, works);
+  if (threadIdx.x < 32) {
+    stamp(Stamp::kCountedIn);
+  }
   if (!end.last) {
     return;
   }
-  add_block_rows(p);
-  if (end.complete && threadIdx.x < 32) {
-    announce(p, SignalStep::kMoved);
-  }
+  add_block_rows(p);  // while the flags are under way
   const Passage moved = passes(p, SignalStep::kMoved, SignalStep::kMoved, false, Decider::kOneBlock);
   if (moved != Passage::kNot) {
+    if (threadIdx.x < 32) {
+      stamp(Stamp::kPassedMoved);
+    }
     finish_part(p, end.complete && moved == Passage::kRegular, EXPERTD_REASON_NONE, true);
   }
 #endif
@@ -369,6 +408,10 @@ cudaError_t launch_pieces(const PartParams& params, Entry entry, cudaStream_t st
 
 uint32_t link_combine_blocks(const PartParams& params) {
   return std::clamp(params.link_sms, 1u, std::min(params.multiprocessors, kMostLinkSms));
+}
+
+cudaError_t take_link_combine_timeline(Timeline* timeline) {
+  return take_timeline(timeline);
 }
 
 cudaError_t launch_link_combine(const PartParams& params, Entry entry, cudaStream_t stream) {

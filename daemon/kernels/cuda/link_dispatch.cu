@@ -5,302 +5,22 @@
 
 #include "daemon/kernels/cuda/finish_part.cuh"
 #include "daemon/kernels/cuda/launch_config.h"
-#include "daemon/kernels/cuda/link_route.cuh"
+#include "daemon/kernels/cuda/link_move.cuh"
 #include "daemon/kernels/cuda/plan.cuh"
 
 namespace expertd::kernels::cuda {
 namespace {
 
-constexpr uint32_t kBlockThreads = 1024;
-constexpr uint32_t kBlockWarps = kBlockThreads / 32;
-constexpr uint32_t kMostMovers = kBlockWarps - 1;  // beside the clerk
-constexpr uint32_t kNoToken = 0xffffffffu;
-
-/// Bytes of a side row when it can be moved by the copy unit wherever it lies; 0: by threads.
-__host__ __device__ constexpr uint32_t side_bytes(const OpShape& shape) {
-  const uint32_t bytes = shape.side_elements * shape.side_element_bytes;
-  return bytes % 16 == 0 ? bytes : 0;
-}
-
-/// Shared memory of one row in flight: the row and its side row.
-__host__ __device__ constexpr uint32_t place_bytes(const OpShape& shape) {
-  return bulk_row_stride(shape.row_bytes) + bulk_row_stride(side_bytes(shape));
-}
-
-/// Warps of a block that move rows: as many as rows fit into its shared memory.
-__host__ __device__ constexpr uint32_t movers_of(const OpShape& shape) {
-  const uint32_t fit = kBulkSharedBytes / place_bytes(shape);
-  return fit < kMostMovers ? fit : kMostMovers;
-}
-
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-
-/// What every mover knows of the plan: lane j holds that of rank j.
-struct MoverPlan {
-  int32_t base = 0;    // the first of this rank's rows there: those of lower sources
-  uint32_t total = 0;  // rows that it receives
-  bool moves = false;  // the operation moves rows: every rank finds the same
-};
-
-__device__ const int32_t* plan_matrix(const PartParams& p) {
-  return p.op.shape.cached != 0 ? p.op.routing.counts : p.op.counts;
-}
-
-/// The first of this rank's rows at the lane's rank, and the decision that plan.cuh words. Whole warp.
-__device__ MoverPlan plan_of_warp(const PartParams& p) {
-  const OpShape& shape = p.op.shape;
-  const uint32_t lane = threadIdx.x & 31;
-  const uint32_t row = matrix_row_ints(shape);
-  const int32_t* matrix = plan_matrix(p);
-  const bool active = lane < shape.ranks && rank_active(shape, lane);
-  int64_t total = 0;
-  int64_t before = 0;
-  for (uint32_t s = 0; lane < shape.ranks && s < shape.ranks; ++s) {
-    before = s == shape.rank ? total : before;
-    total += matrix[uint64_t{s} * row + lane];
-  }
-  const bool rejected = active && shape.cached == 0 && matrix[uint64_t{lane} * row + count_columns(shape)] != 0;
-  const bool over = active && total > static_cast<int64_t>(p.peers.views[lane].capacity_rows);
-  return {shape.cached != 0 ? 0 : static_cast<int32_t>(before), static_cast<uint32_t>(total),
-          __any_sync(kFullWarp, rejected || over) == 0};
-}
-
-/// Which rows a block moves: those for this rank or those for the others, or both, of the tokens of its part of the
-/// cluster. Clusters with the same work take the tokens in turns.
-struct BlockWork {
-  uint64_t ranks;  // bit per destination
-  uint32_t first;  // of the block's tokens, for its first mover
-  uint32_t end;
-  uint32_t step;
-};
-
-/// One cluster moves the rows that stay, the others those that leave: a multiprocessor whose copy unit waits for a link
-/// would hold up the rows that need none. With one cluster every block does both.
-__device__ BlockWork work_of_block(const PartParams& p, const TokenSpan& span, uint32_t blocks, uint32_t movers) {
-  const uint32_t clusters = gridDim.x / blocks;
-  const uint32_t cluster = blockIdx.x / blocks;
-  const uint64_t active = p.op.shape.active_ranks;
-  const uint64_t own = uint64_t{1} << p.op.shape.rank;
-  const uint32_t end = span.first + span.tokens;
-  const uint32_t warp = threadIdx.x / 32;
-  if (clusters == 1 || active == own) {
-    return {active, span.first + cluster * movers + warp, end, clusters * movers};
-  }
-  if (cluster == 0) {
-    return {own, span.first + warp, end, movers};
-  }
-  return {active & ~own, span.first + (cluster - 1) * movers + warp, end, (clusters - 1) * movers};
-}
-
-/// Lane k's index and weight of the token that is moved.
-struct LaneMeta {
-  int64_t expert = -1;
-  float weight = 0.0f;
-};
-
-__device__ LaneMeta load_meta(const PartParams& p, uint32_t token) {
-  const OpShape& shape = p.op.shape;
-  const uint32_t k = threadIdx.x & 31;
-  LaneMeta meta;
-  if (k < shape.top_k && shape.cached == 0) {
-    const uint64_t at = uint64_t{token} * shape.top_k + k;
-    if (p.op.in.topk_idx != nullptr) {
-      meta.expert = load_id(p.op.in.topk_idx, shape.topk_idx_bytes, at);
-    }
-    if (p.op.in.topk_weights != nullptr) {
-      meta.weight = p.op.in.topk_weights[at];
-    }
-  }
-  return meta;
-}
-
-/// Index, weight and source token of one row at `rank`. Whole warp.
-__device__ void store_meta(const PartParams& p, uint32_t token, uint32_t rank, uint64_t row, const LaneMeta& meta) {
-  const OpShape& shape = p.op.shape;
-  const PeerView& peer = p.peers.views[rank];
-  const uint32_t k = threadIdx.x & 31;
-  if (k == 0 && peer.out_src_info != nullptr) {
-    peer.out_src_info[row] = static_cast<int32_t>(token);
-  }
-  if (k >= shape.top_k) {
-    return;
-  }
-  const int64_t first = static_cast<int64_t>(rank) * shape.local_experts;
-  const bool local = meta.expert >= first && meta.expert < first + shape.local_experts;
-  const uint64_t at = row * shape.top_k + k;
-  if (peer.out_topk_idx != nullptr) {
-    store_id(peer.out_topk_idx, shape.topk_idx_bytes, at, local ? meta.expert - first : -1);
-  }
-  if (peer.out_topk_weights != nullptr && p.op.in.topk_weights != nullptr) {
-    peer.out_topk_weights[at] = !local && shape.zero_foreign_weights != 0 ? 0.0f : meta.weight;
-  }
-}
-
-/// Whether the copy unit may load this rank's side rows: whole rows of 16-byte pieces.
-__device__ bool side_in_bulk(const PartParams& p) {
-  const OpShape& shape = p.op.shape;
-  return side_bytes(shape) != 0 && p.op.in.side != nullptr && shape.side_element_stride == shape.side_element_bytes &&
-         shape.side_row_stride % 16 == 0 && reinterpret_cast<uintptr_t>(p.op.in.side) % 16 == 0;
-}
-
-/// The side row of one token to one rank by threads, whatever its strides. Whole warp.
-__device__ void copy_side(const PartParams& p, uint32_t token, uint32_t rank, uint64_t row) {
-  const OpShape& shape = p.op.shape;
-  const uint32_t bytes = shape.side_element_bytes;
-  const char* in = static_cast<const char*>(p.op.in.side) + static_cast<int64_t>(token) * shape.side_row_stride;
-  char* out = static_cast<char*>(p.peers.views[rank].out_side) + row * shape.side_elements * bytes;
-  for (uint32_t i = threadIdx.x & 31; i < shape.side_elements; i += 32) {
-    const char* from = in + static_cast<int64_t>(i) * shape.side_element_stride;
-    char* to = out + uint64_t{i} * bytes;
-    if (bytes == 4) {
-      *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
-    } else if (bytes == 2) {
-      *reinterpret_cast<uint16_t*>(to) = *reinterpret_cast<const uint16_t*>(from);
-    } else {
-      *to = *from;
-    }
-  }
-}
-
-/// A mover's own place in shared memory and its barrier.
-struct Place {
-  char* row;
-  char* side;
-  uint64_t* loaded;
-  bool bulk_side;  // the side row goes through the place too
-  uint32_t parity = 0;
-  uint32_t token = kNoToken;  // whose loads were started before the exchange
-};
-
-/// Starts the loads of one token into the place; one lane.
-__device__ void load_place(const PartParams& p, uint32_t token, const Place& place) {
-  const OpShape& shape = p.op.shape;
-  const uint32_t beside = place.bulk_side ? side_bytes(shape) : 0;
-  bulk_wait_read();  // the stores of the token before have left the place
-  barrier_expect(place.loaded, shape.row_bytes + beside);
-  bulk_load(place.row, static_cast<const char*>(p.op.in.x) + uint64_t{token} * shape.row_bytes, shape.row_bytes,
-            place.loaded);
-  if (place.bulk_side) {
-    bulk_load(place.side, static_cast<const char*>(p.op.in.side) + static_cast<int64_t>(token) * shape.side_row_stride,
-              beside, place.loaded);
-  }
-}
-
-/// Starts the stores of a loaded place to one row of one rank; one lane. A side tensor that begins off 16 bytes is left
-/// to threads.
-__device__ void store_place(const PartParams& p, uint32_t rank, uint64_t row, const Place& place) {
-  const OpShape& shape = p.op.shape;
-  const PeerView& peer = p.peers.views[rank];
-  bulk_store(static_cast<char*>(peer.out_x) + row * shape.row_bytes, place.row, shape.row_bytes);
-  if (place.bulk_side && peer.out_side != nullptr && reinterpret_cast<uintptr_t>(peer.out_side) % 16 == 0) {
-    bulk_store(static_cast<char*>(peer.out_side) + row * side_bytes(shape), place.side, side_bytes(shape));
-  }
-}
-
-/// One token from the input through shared memory into its row at every rank of `ranks`. `row`: the lane's. Whole warp.
-__device__ void move_token(const PartParams& p, uint32_t token, uint32_t ranks, int32_t row, Place* place) {
-  const OpShape& shape = p.op.shape;
-  const uint32_t lane = threadIdx.x & 31;
-  if (lane == 0 && place->token != token) {
-    load_place(p, token, *place);
-  }
-  const LaneMeta meta = load_meta(p, token);
-  if (lane == 0) {
-    barrier_wait(place->loaded, place->parity);
-  }
-  place->parity ^= 1;
-  for (uint32_t left = ranks; left != 0; left &= left - 1) {
-    const uint32_t rank = __ffs(static_cast<int>(left)) - 1;
-    const auto at = static_cast<uint64_t>(__shfl_sync(kFullWarp, row, static_cast<int>(rank)));
-    if (lane == 0) {
-      store_place(p, rank, at, *place);
-    }
-    const void* side = p.peers.views[rank].out_side;
-    const bool in_place = place->bulk_side && reinterpret_cast<uintptr_t>(side) % 16 == 0;
-    if (p.op.in.side != nullptr && side != nullptr && !in_place) {
-      copy_side(p, token, rank, at);
-    }
-    if (shape.cached == 0) {
-      store_meta(p, token, rank, at, meta);
-    }
-  }
-  if (lane == 0) {
-    bulk_commit();
-  }
-}
-
-/// What one warp has to do after the exchange.
-struct Mover {
-  BlockWork work;
-  Place place;
-};
-
-/// Makes a mover's place and starts the loads of its first token, which depend on no other rank. Whole warp.
-__device__ Mover prepare_mover(const PartParams& p, const TokenSpan& span, uint32_t cluster_blocks, char* places,
-                               uint64_t* loaded) {
-  const uint32_t warp = threadIdx.x / 32;
-  char* row = places + warp * place_bytes(p.op.shape);
-  Mover mover{work_of_block(p, span, cluster_blocks, movers_of(p.op.shape)),
-              {row, row + bulk_row_stride(p.op.shape.row_bytes), &loaded[warp], side_in_bulk(p)}};
-  const bool loads = mover.work.first < mover.work.end && p.op.in.x != nullptr;
-  if ((threadIdx.x & 31) == 0) {
-    barrier_init(mover.place.loaded, 1);
-    if (loads) {
-      load_place(p, mover.work.first, mover.place);
-    }
-  }
-  __syncwarp();
-  mover.place.token = loads ? mover.work.first : kNoToken;
-  return mover;
-}
-
-/// Waits for loads that were started and are not wanted: nothing may arrive in a place when its block has ended.
-__device__ void drop_place(const Place& place) {
-  if (place.token != kNoToken && (threadIdx.x & 31) == 0) {
-    barrier_wait(place.loaded, 0);
-  }
-}
-
-/// All tokens of one mover. Lane j knows the row at rank j, read one token ahead.
-__device__ void move_tokens(const PartParams& p, const BlockWork& work, Place place) {
-  const OpShape& shape = p.op.shape;
-  const uint32_t lane = threadIdx.x & 31;
-  const int32_t* table = shape.cached != 0 ? p.op.routing.token_rank : p.scratch.rows;
-  const bool mine = ((work.ranks >> lane) & 1) != 0 && lane < shape.ranks && p.peers.views[lane].out_x != nullptr;
-  const uint32_t limit = mine ? p.peers.views[lane].capacity_rows : 0;
-  const auto number_of = [&](uint32_t token) {
-    return mine && token < work.end ? table[uint64_t{token} * shape.ranks + lane] : -1;
-  };
-  int32_t next = number_of(work.first);
-  const MoverPlan plan = plan_of_warp(p);
-  if (!plan.moves || place.token == kNoToken) {
-    drop_place(place);
-    return;
-  }
-  for (uint32_t token = work.first; token < work.end; token += work.step) {
-    const int32_t number = next;
-    next = number_of(token + work.step);
-    const int32_t row = number < 0 || static_cast<uint32_t>(number + plan.base) >= limit ? -1 : number + plan.base;
-    const uint32_t ranks = __ballot_sync(kFullWarp, row >= 0);
-    if (ranks != 0) {
-      move_token(p, token, ranks, row, &place);
-    } else if (place.token == token) {
-      drop_place(place);
-      place.parity ^= 1;
-    }
-  }
-  bulk_wait_written();
-}
 
 /// The rows of a block's tokens in the handle, absolute from now on; by its clerk, because other blocks may still be
 /// numbering theirs.
-__device__ void keep_rows(const PartParams& p, const TokenSpan& span) {
+__device__ void keep_rows(const PartParams& p, const TokenSpan& span, const RowCounts& rows) {
   const OpShape& shape = p.op.shape;
-  const uint32_t row = matrix_row_ints(shape);
   for (uint32_t j = 0; j < shape.ranks; ++j) {
     int32_t base = 0;
     for (uint32_t s = 0; s < shape.rank; ++s) {
-      base += p.op.counts[uint64_t{s} * row + j];
+      base += rows_of(p, rows, s, j);
     }
     for (uint32_t t = threadIdx.x & 31; t < span.tokens; t += 32) {
       const uint64_t at = uint64_t{span.first + t} * shape.ranks + j;
@@ -313,6 +33,7 @@ __device__ void keep_rows(const PartParams& p, const TokenSpan& span) {
 /// A block's shared memory beside the rows.
 struct BlockShared {
   ClusterShared cluster;
+  RowCounts rows;
   uint64_t loaded[kMostMovers];
   uint32_t aborted;  // the clerk found the part aborted, so the block has not done its work
 };
@@ -324,14 +45,14 @@ __device__ void keep_books(const PartParams& p, const TokenSpan& span, bool work
   const uint32_t lane = threadIdx.x & 31;
   const bool counts = shape.cached == 0 && blockIdx.x < cooperative_groups::this_cluster().num_blocks();
   if (counts && works && p.refused_reason == 0) {
-    keep_rows(p, span);
+    keep_rows(p, span, shared->rows);
   }
   const Passage counted = counts ? count_experts(p, span, works, &shared->cluster) : Passage::kNot;
   if (!works || counted == Passage::kAborted) {
     shared->aborted = 1;
     return;
   }
-  const MoverPlan plan = plan_of_warp(p);
+  const MoverPlan plan = plan_of_warp(p, shared->rows);
   if (shape.cached == 0 && shape.worst_tokens != 0 && plan.moves) {
     const uint32_t received = __shfl_sync(kFullWarp, plan.total, static_cast<int>(shape.rank));
     clear_rows(p, received, shape.capacity_rows, {blockIdx.x * 32 + lane, gridDim.x * 32});
@@ -344,23 +65,63 @@ __device__ void keep_books(const PartParams& p, const TokenSpan& span, bool work
   }
 }
 
+/// Begins the part as the kernel that waits: routes, or announces at once where the handle has the routing. Whether
+/// the part was aborted before. Whole block.
+__device__ bool open_dispatch(const PartParams& p, const TokenSpan& span, TokenRouting* routing,
+                              ClusterShared* shared) {
+  if (p.op.shape.cached != 0) {
+    const bool gated = look_at_gate(p);
+    open_part(p, gated);
+    return gated;
+  }
+  const auto cluster = cooperative_groups::this_cluster();
+  const bool gated = route_cluster(p, span, routing, shared);
+  if (blockIdx.x == 0 && threadIdx.x / 32 == kBlockWarps - 1 && !gated) {
+    hand_over_matrix(p, cluster.num_blocks(), *shared);
+  }
+  return gated;
+}
+
+/// Past the first exchange, with the rows of all ranks where the handle does not have them. Whole block.
+__device__ Passage enters_dispatch(const PartParams& p, Entry entry, bool gated, BlockShared* shared) {
+  return p.op.shape.cached != 0 ? enters(p, SignalStep::kRouted, entry, gated)
+                                : enters_with_rows(p, entry, gated, &shared->rows);
+}
+
+/// Waits for the others' rows and ends the part. The last block, when it has announced those of this rank; `complete`:
+/// all blocks did their work.
+__device__ void end_dispatch(const PartParams& p, bool complete) {
+  const uint32_t reason = complete ? found_reason(p) : 0;
+  const Passage moved = passes(p, SignalStep::kMoved, SignalStep::kMoved, false, Decider::kOneBlock);
+  if (moved == Passage::kNot) {
+    return;
+  }
+  if (threadIdx.x < 32) {
+    stamp(Stamp::kPassedMoved);
+  }
+  finish_part(p, complete && moved == Passage::kRegular, reason, true);
+}
+
 #endif
 
 // link_dispatch. Grid: about link_sms blocks, one per multiprocessor, in clusters of up to 8 blocks; as many mover
 // warps as rows fit into a block's shared memory, and a clerk. As the kernel that waits: every cluster routes all
-// tokens for itself (link_route.cuh: K * 4 or 8 bytes read per token), the first one hands over the counts and
-// announces `routed`, which also tells that this rank's outputs may be written; then all wait for the others'. Behind
-// the stream's wait the routing stands in scratch. A mover takes one token after the other: the copy unit loads row and
-// side row while the lanes read ids and weights, then stores both to the token's row at every rank. The clerks write
-// the plan and the handle. The last block announces `moved` (this rank's rows are there), waits for the others' and
-// ends the part. Bytes per token: row + side read; row + side + K * (id + 4) + 4 written per rank. Bound: the links, at
-// the rate of writes.
+// tokens for itself (link_route.cuh: K * 4 or 8 bytes read per token), the first one hands over the counts, which also
+// tell that this rank's outputs may be written, and behind them the matrix and `routed`; then all wait for the others'
+// counts (link_rows.cuh). Behind the stream's wait the routing stands in scratch. A mover takes one token after the
+// other: the copy unit loads row and side row while the lanes read ids and weights of the next, then stores both to the
+// token's row at every rank. The clerks write the plan and the handle. The last block announces `moved` (this rank's
+// rows are there), waits for the others' and ends the part. Bytes per token: row + side read; row + side + K * (id + 4)
+// + 4 written per rank. Bound: the links, at the rate of writes.
 __global__ __launch_bounds__(kBlockThreads, 1) void link_dispatch(const __grid_constant__ PartParams p, Entry entry) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) char places[];
   __shared__ BlockShared shared;
   if (p.null_operation != 0) {
     return;
+  }
+  if (threadIdx.x < 32 && entry == Entry::kWaits) {
+    stamp(Stamp::kStarted);
   }
   if (threadIdx.x == 0) {
     shared.aborted = 0;
@@ -371,51 +132,45 @@ __global__ __launch_bounds__(kBlockThreads, 1) void link_dispatch(const __grid_c
   if (counts) {
     clear_experts(p.op.shape, &shared.cluster);
   }
-  bool gated = false;
-  if (entry == Entry::kWaits) {
-    gated = look_at_gate(p);
-    if (p.op.shape.cached != 0) {
-      open_part(p, gated);
-    } else {
-      route_cluster(p, span, gated, reinterpret_cast<TokenRouting*>(places), &shared.cluster);
-    }
-  }
   const uint32_t warp = threadIdx.x / 32;
   const bool moves = warp < movers_of(p.op.shape);  // other warps only help to route, and the last one is the clerk
+  const bool gated =
+      entry == Entry::kWaits && open_dispatch(p, span, reinterpret_cast<TokenRouting*>(places), &shared.cluster);
   Mover mover{};
   mover.place.token = kNoToken;
   if (moves && (entry == Entry::kWaits || was_left(p, SignalStep::kRouted))) {
     mover = prepare_mover(p, span, cluster.num_blocks(), places, shared.loaded);
+    stamp(Stamp::kPrefetching);
   }
-  const Passage passage = enters(p, SignalStep::kRouted, entry, gated);
+  mover.row = moves ? row_number(p, mover.work, mover.work.first) : -1;
+  const Passage passage = enters_dispatch(p, entry, gated, &shared);
   if (passage == Passage::kNot) {
     drop_place(mover.place);
     return;
+  }
+  if (warp == 0) {
+    stamp(Stamp::kPassedRouted);
   }
   if (counts && entry == Entry::kBehindWait) {
     cluster.sync();  // no clerk adds to a block that has not cleared its counts
   }
   const bool works = passage == Passage::kRegular;
   if (works && moves) {
-    move_tokens(p, mover.work, mover.place);
+    move_tokens(p, mover, shared.rows);
   } else {
     drop_place(mover.place);
   }
   if (warp == kBlockWarps - 1) {
     keep_books(p, span, works, &shared);
+    stamp(Stamp::kBooksKept);
   }
   __syncthreads();  // the clerk is through
-  const LastBlock end = end_step(p, works && shared.aborted == 0);
-  if (!end.last) {
-    return;
+  const LastBlock end = end_moving(p, works && shared.aborted == 0);
+  if (warp == 0) {
+    stamp(Stamp::kCountedIn);
   }
-  if (end.complete && threadIdx.x < 32) {
-    announce(p, SignalStep::kMoved);
-  }
-  const uint32_t reason = end.complete ? found_reason(p) : 0;
-  const Passage moved = passes(p, SignalStep::kMoved, SignalStep::kMoved, false, Decider::kOneBlock);
-  if (moved != Passage::kNot) {
-    finish_part(p, end.complete && moved == Passage::kRegular, reason, true);
+  if (end.last) {
+    end_dispatch(p, end.complete);
   }
 #endif
 }
@@ -444,6 +199,10 @@ bool serves_link(const PartParams& params) {
 uint32_t link_dispatch_blocks(const PartParams& params) {
   const uint32_t cluster = blocks_per_cluster(params);
   return std::max(most_blocks(params) / cluster, 1u) * cluster;
+}
+
+cudaError_t take_link_dispatch_timeline(Timeline* timeline) {
+  return take_timeline(timeline);
 }
 
 cudaError_t launch_link_dispatch(const PartParams& params, Entry entry, cudaStream_t stream) {

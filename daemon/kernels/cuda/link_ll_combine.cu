@@ -42,6 +42,10 @@ uint32_t link_ll_combine_blocks(const PartParams& params) {
   return params.null_operation != 0 ? 1 : combine_blocks(params);
 }
 
+cudaError_t take_link_ll_combine_timeline(Timeline* timeline) {
+  return take_timeline(timeline);
+}
+
 cudaError_t launch_link_ll_combine(const PartParams& params, LowLatencyEntry entry, cudaStream_t stream) {
   const bool null = params.null_operation != 0;
   const bool many = params.table_top_k > kRowsAtOnce;

@@ -46,6 +46,10 @@ uint32_t link_ll_dispatch_blocks(const PartParams& params) {
   return params.null_operation != 0 ? 1 : dispatch_blocks(params);
 }
 
+cudaError_t take_link_ll_dispatch_timeline(Timeline* timeline) {
+  return take_timeline(timeline);
+}
+
 cudaError_t launch_link_ll_dispatch(const PartParams& params, Entry entry, cudaStream_t stream) {
   const bool null = params.null_operation != 0;
   if (null) {

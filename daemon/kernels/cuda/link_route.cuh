@@ -7,7 +7,7 @@
 
 #include <cooperative_groups.h>
 
-#include "daemon/kernels/cuda/exchange_steps.cuh"
+#include "daemon/kernels/cuda/link_rows.cuh"
 #include "proto/abi/expertd_reason.h"
 
 namespace expertd::kernels::cuda {
@@ -20,7 +20,8 @@ inline constexpr uint32_t kMostTokenWarps = kMostSpanTokens / 32 + 32;
 inline constexpr uint32_t kNoError = 0xffffffffu;
 inline constexpr uint32_t kIdsAtOnce = 8;
 
-/// A block's routing in shared memory, which the rows that move take over afterwards.
+/// A block's routing in shared memory, which the rows that move take over afterwards: loads of rows that began before
+/// would hold up the ids by 2 us.
 struct TokenRouting {
   uint16_t before[kMostTokenWarps][base::kMaxGpuRanks];  // rows of the warp at the rank; then of those before it
   uint16_t bits[kMostTokenWarps * 32];                   // ranks that the token goes to
@@ -33,6 +34,7 @@ struct ClusterShared {
   int32_t block_rows[kMostClusterBlocks][base::kMaxGpuRanks];  // of every block at every rank
   uint32_t block_errors[kMostClusterBlocks];                   // first bad (token, lane) of every block
   uint32_t error;                                              // of this block
+  uint32_t gated;                                              // this block found the part aborted before it began
   int32_t experts[base::kMaxExperts];  // rows per expert: of this block, in the first one of all
   uint64_t experts_there;              // barrier in the first block: all clerks have added
 };
@@ -196,8 +198,35 @@ __device__ inline CountError count_error(const PartParams& p, uint32_t blocks, c
   return {EXPERTD_REASON_EXPERT_OUT_OF_RANGE, static_cast<uint64_t>(id)};
 }
 
-/// Rows per rank and error into the lane's rank's matrix, and `routed` behind them. One whole warp.
+/// This rank's rows at rank j.
+__device__ inline int32_t own_rows(uint32_t j, uint32_t blocks, const ClusterShared& shared) {
+  int32_t rows = 0;
+  for (uint32_t b = 0; b < blocks; ++b) {
+    rows += shared.block_rows[b][j];
+  }
+  return rows;
+}
+
+/// Rows per rank as words of their own (link_rows.cuh) to the lane's rank. One whole warp.
 __device__ inline void hand_over_rows(const PartParams& p, uint32_t blocks, const ClusterShared& shared) {
+  const OpShape& shape = p.op.shape;
+  const uint32_t lane = threadIdx.x & 31;
+  bool rejects = p.refused_reason != 0;
+  for (uint32_t b = 0; b < blocks; ++b) {
+    rejects = rejects || shared.block_errors[b] != kNoError;
+  }
+  const auto rows = static_cast<uint32_t>(lane < shape.ranks ? own_rows(lane, blocks, shared) : 0);
+  for (uint32_t j = 0; j < shape.ranks; ++j) {
+    const uint32_t there = __shfl_sync(kFullWarp, rows, static_cast<int>(j));
+    if (lane < shape.ranks && rank_active(shape, lane)) {
+      st_relaxed_sys(&p.peers.pages[lane]->rows[shape.rank][j], row_word(p, there, rejects));
+    }
+  }
+}
+
+/// Rows per rank and error into the lane's rank's matrix, and `routed` behind them. One whole warp of the first block,
+/// behind route_cluster().
+__device__ inline void hand_over_matrix(const PartParams& p, uint32_t blocks, const ClusterShared& shared) {
   const OpShape& shape = p.op.shape;
   const uint32_t lane = threadIdx.x & 31;
   const uint32_t row = matrix_row_ints(shape);
@@ -212,11 +241,7 @@ __device__ inline void hand_over_rows(const PartParams& p, uint32_t blocks, cons
   }
   int32_t* counts = p.peers.views[lane].counts + uint64_t{shape.rank} * row;
   for (uint32_t j = 0; j < shape.ranks; ++j) {
-    int32_t rows = 0;
-    for (uint32_t b = 0; b < blocks; ++b) {
-      rows += shared.block_rows[b][j];
-    }
-    counts[j] = rows;
+    counts[j] = own_rows(j, blocks, shared);
   }
   const CountError error = count_error(p, blocks, shared);
   counts += count_columns(shape);
@@ -228,33 +253,52 @@ __device__ inline void hand_over_rows(const PartParams& p, uint32_t blocks, cons
 }
 
 /// Routes the tokens of this cluster's blocks, which are all of the rank's; one warp of the first block of all hands
-/// the rows over. Afterwards the block's own rows stand in scratch and its shared memory is free for rows. `gated`:
-/// what thread 0 saw. Whole block; a gated one meets the others all the same, because they may have looked before the
-/// part was aborted.
-__device__ inline void route_cluster(const PartParams& p, const TokenSpan& whole, bool gated, TokenRouting* s,
+/// the rows over. Afterwards the block's own rows stand in scratch and its shared memory is free for rows. The gate is
+/// read beside the first ids; whether it was closed. Whole block; a gated one meets the others all the same, because
+/// they may have looked before the part was aborted.
+__device__ inline bool route_cluster(const PartParams& p, const TokenSpan& whole, TokenRouting* s,
                                      ClusterShared* shared) {
   const auto cluster = cooperative_groups::this_cluster();
   TokenSpan span = whole;
   if (p.refused_reason != 0) {
     span.tokens = span.rounds = 0;
   }
+  uint64_t begin_ns = 0;
+  uint64_t aborted = 0;
   if (threadIdx.x == 0) {
+    begin_ns = global_timer_ns();
+    aborted = ld_relaxed_sys(&p.words.state->aborted_part);
     shared->error = kNoError;
-    if (!gated) {
-      mark_start(p);
-    }
   }
   __syncthreads();
   count_block(p, span, s, shared);
+  if (threadIdx.x == 0) {
+    shared->gated = aborted == p.words.part ? 1 : 0;
+    if (blockIdx.x == 0 && aborted != p.words.part) {
+      mark_start_at(p, begin_ns);
+    }
+  }
   __syncthreads();
+  const bool gated = shared->gated != 0;
+  if (threadIdx.x < 32) {
+    stamp(Stamp::kIdsCounted);
+  }
   tell_cluster(p, span, s, shared);
   cluster.sync();
-  if (blockIdx.x == 0 && threadIdx.x < 32 && __shfl_sync(kFullWarp, gated ? 1 : 0, 0) == 0) {
+  if (threadIdx.x < 32) {
+    stamp(Stamp::kClusterMet);
+  }
+  if (blockIdx.x == 0 && threadIdx.x < 32 && !gated) {
     hand_over_rows(p, cluster.num_blocks(), *shared);
+    stamp(Stamp::kHandedOver);
   }
   number_block(p, span, cluster.block_rank(), *s, *shared);
   fence_copy_unit();
   __syncthreads();
+  if (threadIdx.x < 32) {
+    stamp(Stamp::kRouted);
+  }
+  return gated;
 }
 
 /// The clerks' share of routing, in the blocks of the first cluster while rows move: the ids into the handle and the
@@ -312,7 +356,7 @@ __device__ inline Passage count_experts(const PartParams& p, const TokenSpan& sp
     st_release_sys(&p.peers.pages[lane]->counted[shape.rank], p.words.group_op);
   }
   // Unbounded but for an abort: who announced `routed` counts without waiting for anybody.
-  return await_words(p, p.peers.pages[shape.rank]->counted, false, INT64_MAX);
+  return await_words(p, p.peers.pages[shape.rank]->counted, INT64_MAX);
 }
 
 /// Makes a block of the first cluster ready for its clerk. Whole block, before the first cluster barrier of the kernel

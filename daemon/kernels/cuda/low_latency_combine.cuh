@@ -342,6 +342,7 @@ __device__ __forceinline__ bool pass_routed(const PartParams& p, bool waits) {
   for (uint32_t step = 0; step < 2; ++step) {
     if (arrival == Arrival::kCame) {
       sum_tokens<kMany>(p, static_cast<Sums>(step), team_crew(p));
+      stamp(step == 0 ? Stamp::kRowsDone : Stamp::kOwnSums);
     }
     if (step == 0) {
       if (blockIdx.x == 0 && threadIdx.x < 32) {
@@ -360,8 +361,12 @@ __device__ __forceinline__ void run_ll_combine(const PartParams& p, LowLatencyEn
   const bool last = entry == LowLatencyEntry::kBehindMoved;
   const SignalStep before = last ? SignalStep::kMoved : SignalStep::kRouted;
   if (entry == LowLatencyEntry::kWaits) {
+    if (threadIdx.x < 32) {
+      stamp(Stamp::kStarted);
+    }
     if (blockIdx.x == 0 && threadIdx.x < 32) {
       open_exchange(p);
+      stamp(Stamp::kHandedOver);
     }
     fetch_own_tables(p, team_crew(p));
   } else if (!was_left(p, before)) {

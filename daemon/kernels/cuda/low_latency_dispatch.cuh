@@ -139,6 +139,9 @@ __device__ bool send_rows(const PartParams& p, Crew warps) {
 /// Everything before the exchange; the last block announces it. Whole block.
 __device__ void send_tokens(const PartParams& p, void* shared) {
   const uint64_t begin_ns = global_timer_ns();
+  if (threadIdx.x < 32) {
+    stamp(Stamp::kStarted);
+  }
   const uint32_t routing = route_blocks(p, grid_blocks(p));
   bool gated = false;
   if (blockIdx.x < routing) {
@@ -146,8 +149,10 @@ __device__ void send_tokens(const PartParams& p, void* shared) {
     if (!gated && blockIdx.x == 0 && threadIdx.x < 32) {
       stamp_step(p, SignalStep::kMoved);
     }
+    stamp(Stamp::kRouted);
   } else {
     gated = !send_rows(p, warps_behind(p, routing));
+    stamp(Stamp::kRowsDone);
   }
   send_block(p, gated);
   if (blockIdx.x == 0 && !gated) {

@@ -282,6 +282,9 @@ __device__ inline bool route_tokens(const PartParams& p, uint32_t blocks, const 
   if (__syncthreads_or(aborted == p.words.part ? 1 : 0) != 0) {
     return false;
   }
+  if (threadIdx.x < 32) {
+    stamp(Stamp::kIdsCounted);
+  }
   int32_t pending[kColumnsPerThread] = {};
   count_earlier(p, range.begin, earlier, s);
   number_lanes(p, range, id, pending, s);

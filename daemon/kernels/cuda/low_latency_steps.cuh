@@ -92,8 +92,10 @@ __device__ inline void send_block(const PartParams& p, bool gated) {
     return;
   }
   fence_sys();  // behind the barrier, so for the stores of the whole block
+  stamp(Stamp::kFenced);
   const uint32_t before = atomicAdd(&p.words.state->blocks_done, any_gated ? kAbortedBlock + 1 : 1);
   if (before % kAbortedBlock != grid_blocks(p) - 1) {
+    stamp(Stamp::kCountedIn);
     return;
   }
   if (!any_gated && before == grid_blocks(p) - 1) {
@@ -108,6 +110,7 @@ __device__ inline void send_block(const PartParams& p, bool gated) {
         st_relaxed_sys(&p.peers.pages[j]->moved[p.op.shape.rank], p.words.group_op);
       }
     }
+    stamp(Stamp::kAnnounced);
   }
   p.words.state->blocks_done = 0;
 }
@@ -156,6 +159,7 @@ __device__ inline Arrival wait_for_all(const PartParams& p, SignalStep step, boo
     if (threadIdx.x == 0) {
       arrival = waits || seen != Arrival::kLate ? seen : Arrival::kAborted;
     }
+    stamp(step == SignalStep::kRouted ? Stamp::kPassedRouted : Stamp::kPassedMoved);
   }
   __syncthreads();
   return arrival;
@@ -239,6 +243,9 @@ enum class Ending : uint32_t { kGood, kFailed, kAborted };
 __device__ inline void end_block(const PartParams& p, Ending ending) {
   __shared__ uint32_t counted;
   __syncthreads();
+  if (threadIdx.x < 32) {
+    stamp(Stamp::kFinished);
+  }
   if (threadIdx.x == 0) {
     fence_gpu();
     const uint32_t mine =
@@ -249,6 +256,7 @@ __device__ inline void end_block(const PartParams& p, Ending ending) {
       fence_sys();  // for what all blocks wrote before they counted
       if (all == grid_blocks(p) && p.op.out.wait_stats == nullptr) {
         release_at_once(p, EXPERTD_REASON_NONE);
+        stamp(Stamp::kReleased);
       }
       p.words.state->finish_blocks = 0;
     }

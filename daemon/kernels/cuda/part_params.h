@@ -26,8 +26,10 @@ struct SyncPage {
   uint64_t moved_time_ns[base::kMaxGpuRanks];
   uint64_t counted[base::kMaxGpuRanks];   // link dispatch: the rank's rows per expert are in the matrix too
   uint64_t captured[base::kMaxGpuRanks];  // number of the captured operation
+  // Link dispatch, by source and destination: the source's rows for the destination (link_rows.cuh).
+  uint64_t rows[base::kMaxGpuRanks][base::kMaxGpuRanks];
 };
-static_assert(sizeof(SyncPage) == 768);
+static_assert(sizeof(SyncPage) == 768 + 2048);
 
 /// Words of one part in device memory. They carry part numbers, so that nothing of an earlier part has to be reset.
 struct PartState {
