@@ -205,7 +205,8 @@ std::vector<std::pair<std::shared_ptr<engine::GroupShared>, std::shared_ptr<cons
   std::vector<std::pair<std::shared_ptr<engine::GroupShared>, std::shared_ptr<const Placed>>> groups;
   const std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& [id, formed] : formed_) {
-    if (std::shared_ptr<engine::GroupShared> shared = formed.shared.lock(); shared != nullptr && shared->spans_nodes()) {
+    if (std::shared_ptr<engine::GroupShared> shared = formed.shared.lock();
+        shared != nullptr && shared->spans_nodes()) {
       groups.emplace_back(std::move(shared), formed.placed);
     }
   }
@@ -241,7 +242,8 @@ std::unique_ptr<Formation> Directory::form(const std::string& name, Pending&& pe
   }
   formation->shared = std::make_shared<engine::GroupShared>(settings);
   std::erase_if(formed_, [](const auto& entry) { return entry.second.shared.expired(); });
-  formed_[settings.shape.id.value] = {name, config, formation->shared, formation->shared->local_ranks(), std::move(placed), {}};
+  formed_[settings.shape.id.value] = {
+      name, config, formation->shared, formation->shared->local_ranks(), std::move(placed), {}};
   return formation;
 }
 

@@ -162,7 +162,8 @@ void SessionService::tell_gone(const engine::GroupShared& group, uint32_t rank) 
 
 void SessionService::remote_rank_gone(uint64_t group_key, uint32_t rank, uint64_t through) {
   for (const auto& [shared, placed] : directory_.spanning()) {
-    if (shared->settings().group_key == group_key && rank < shared->ranks() && (shared->local_ranks() >> rank & 1) == 0) {
+    if (shared->settings().group_key == group_key && rank < shared->ranks() &&
+        (shared->local_ranks() >> rank & 1) == 0) {
       shared->set_lost(rank, through);
       wake_group(*shared);
     }
