@@ -133,7 +133,8 @@ base::Status Nodes::attach(session::SessionService* sessions) {
   try {
     teller_ = std::thread([this] { teller_main(); });
   } catch (const std::system_error& error) {
-    return base::Status(EXPERTD_REASON_SYSTEM, std::string("starting the thread that tells of lost nodes: ") + error.what());
+    return base::Status(EXPERTD_REASON_SYSTEM,
+                        std::string("starting the thread that tells of lost nodes: ") + error.what());
   }
   return base::Status::ok();
 }

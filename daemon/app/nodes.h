@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Nodes: what this daemon has to do with daemons of other nodes, put together: the fabric, the peer services and the way
-// to the rendezvous. Created by the composition root when fabric.enabled; sessions see it as their GroupFabric. What the
-// fabric tells of ranks and nodes that go is handed to the sessions by a thread of its own, because the fabric's may not
-// block.
+// Nodes: what this daemon has to do with daemons of other nodes, put together: the fabric, the peer services and the
+// way to the rendezvous. Created by the composition root when fabric.enabled; sessions see it as their GroupFabric.
+// What the fabric tells of ranks and nodes that go is handed to the sessions by a thread of its own, because the
+// fabric's may not block.
 #pragma once
 
 #include <condition_variable>
@@ -68,6 +68,9 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   void node_up(uint64_t node_id, const std::string& name) override;
   void node_lost(uint64_t node_id, const std::string& name, fabric::LossCause cause,
                  const std::string& detail) override;
+  void rank_gone(uint64_t group_key, uint32_t rank, uint64_t through) override {
+    post(RankGone{group_key, rank, through});
+  }
   void beat(uint64_t now_ns) override { beat_->beat(now_ns); }
 
   const config::FabricConfig config_;
@@ -77,7 +80,7 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   session::SessionService* sessions_ = nullptr;
   std::mutex mutex_;  // what follows, but for the parts themselves
   std::condition_variable changed_;
-  std::deque<Event> events_;  // bounded by what is connected: one per lost node, one per rank that goes
+  std::deque<Event> events_;        // bounded by what is connected: one per lost node, one per rank that goes
   std::map<uint64_t, bool> peers_;  // by node id: up, or lost
   bool stop_ = false;
   std::thread teller_;
