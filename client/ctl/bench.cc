@@ -42,7 +42,8 @@ void add_options(CLI::App* app, Typed* typed, BenchOptions* options) {
   app->add_option("--socket", options->socket,
                   "The daemon's attach socket; default $EXPERTD_SOCKET or the installed one")
       ->type_name("PATH");
-  app->add_option("--devices", typed->devices, "One rank each: host:N, gpu:N or UUIDs, separated by commas; NAME@SOCKET is one of another daemon")
+  app->add_option("--devices", typed->devices,
+                  "One rank each: host:N, gpu:N or UUIDs, separated by commas; NAME@SOCKET is one of another daemon")
       ->capture_default_str()
       ->type_name("LIST");
   app->add_option("--mode", typed->mode, "normal (dispatch, combine), inference (low latency) or both")

@@ -13,7 +13,8 @@ namespace {
 
 /// Of the whole output, both shifted by one: 1 - 2<a,b> / (<a,a> + <b,b>).
 constexpr double kRelativeErrorMax = 1e-5;
-/// Of one element, of the sum of the sizes of its terms: a bf16 rounding per rank and one of the result, doubled.
+/// Of one element, of the sum of the sizes of its terms: a bf16 rounding per rank or per daemon or both, and one of the
+/// result, each of at most 2^-9.
 constexpr float kElementErrorMax = 0x1p-7f;
 
 void check_token(const BenchCheck& check, uint64_t token, std::span<const uint16_t> got,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tolerant check of a low latency combine: every element against the weighted sum in float32, and the whole output.
-// Belongs to a rank's thread.
+// The tolerant check of a combine, of low latency or over several daemons: every element against the weighted sum in
+// float32, and the whole output. Belongs to a rank's thread.
 #pragma once
 
 #include <cstdint>
