@@ -266,7 +266,8 @@ void Combine::verify(const expertd_op_result_t&) {
   if (exact) {
     check_.untouched("combined_x", combined_x_, tokens, 1);
   } else {
-    check_weighted_sums(check_, combined_x_, tokens, [this](uint64_t token) { return terms_of(token); });
+    check_weighted_sums(
+        check_, combined_x_, tokens, [this](uint64_t token) { return terms_of(token); }, kBenchRoundingsOverDaemons);
   }
   verify_weights(weights);
 }
