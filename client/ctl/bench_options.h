@@ -40,6 +40,15 @@ struct BenchOptions {
   const std::string& socket_of(uint32_t rank) const {
     return rank < sockets.size() && !sockets[rank].empty() ? sockets[rank] : socket;
   }
+  /// Ranks of several daemons: sums of a combine are rounded once more on each, and come in another order.
+  bool spans_daemons() const {
+    for (uint32_t rank = 1; rank < devices.size(); ++rank) {
+      if (socket_of(rank) != socket_of(0)) {
+        return true;
+      }
+    }
+    return false;
+  }
   bool normal = true;
   bool inference = true;
   uint32_t tokens = 4096;

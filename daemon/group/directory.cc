@@ -45,10 +45,14 @@ session::ErrorDetail Directory::check_place(const session::JoinRequest& request,
     const std::shared_ptr<engine::GroupShared> shared = formed.shared.lock();
     const bool whole = shared != nullptr && shared->lost() == 0 && formed.present == shared->local_ranks();
     if (formed.name == request.name && whole) {
-      return refused(
-          EXPERTD_REASON_DUPLICATE_RANK,
-          "rank " + std::to_string(request.rank) + " of group \"" + request.name + "\" is taken; the group is complete",
-          rank);
+      const Placed* placed = formed.placed.get();
+      const bool elsewhere = placed != nullptr && request.rank < placed->ranks.size();
+      const std::string where =
+          elsewhere ? " by node \"" + placed->nodes[placed->ranks[request.rank].node].name + "\"" : "";
+      return refused(EXPERTD_REASON_DUPLICATE_RANK,
+                     "rank " + std::to_string(request.rank) + " of group \"" + request.name + "\" is taken" + where +
+                         "; the group is complete",
+                     rank);
     }
   }
   if (pending == nullptr) {
