@@ -129,6 +129,10 @@ Reply<v1::GetCountersResponse> DaemonClient::counters() {
   return parts_->call(&v1::Control::Stub::GetCounters, v1::GetCountersRequest());
 }
 
+Reply<v1::ListPeersResponse> DaemonClient::peers() {
+  return parts_->call(&v1::Control::Stub::ListPeers, v1::ListPeersRequest());
+}
+
 Reply<v1::DrainResponse> DaemonClient::drain(uint64_t timeout_ns) {
   v1::DrainRequest request;
   request.set_timeout_ns(timeout_ns);

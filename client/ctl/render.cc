@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "client/ctl/format.h"
+#include "client/ctl/render_nodes.h"
 #include "proto/abi/ring_v1.h"
 
 namespace expertd::ctl {
@@ -207,6 +208,7 @@ std::string status_text(const v1::GetStatusResponse& status) {
   if (!status.schedule().empty()) {
     out += ", schedule " + status.schedule();
   }
+  out += "\n  " + fabric_line(status.fabric());
   out += "\n\n" + (status.devices().empty() ? "no devices\n" : devices_text(status) + "\n" + memory_text(status));
   out += "\n" + (status.groups().empty() ? "no groups\n" : groups_text(status));
   return out;
@@ -236,7 +238,8 @@ json status_json(const v1::GetStatusResponse& status) {
           {"cuda_build", status.cuda_build()},
           {"cuda_driver", status.cuda_driver()},
           {"devices", std::move(devices)},
-          {"groups", std::move(groups)}};
+          {"groups", std::move(groups)},
+          {"fabric", fabric_json(status.fabric())}};
 }
 
 std::string sessions_text(const v1::ListSessionsResponse& sessions) {

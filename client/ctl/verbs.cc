@@ -10,6 +10,7 @@
 #include "client/ctl/exit_codes.h"
 #include "client/ctl/format.h"
 #include "client/ctl/render.h"
+#include "client/ctl/render_nodes.h"
 
 namespace expertd::ctl {
 
@@ -95,6 +96,18 @@ Action add_sessions(CLI::App&, const Context& context) {
       return report(context, reply.error);
     }
     print(context, sessions_json(reply.value), sessions_text(reply.value));
+    return kExitOk;
+  };
+}
+
+Action add_peers(CLI::App&, const Context& context) {
+  return [&context] {
+    DaemonClient daemon(context.socket, context.timeout_ns);
+    const Reply<v1::ListPeersResponse> reply = daemon.peers();
+    if (!reply.ok) {
+      return report(context, reply.error);
+    }
+    print(context, peers_json(reply.value), peers_text(reply.value));
     return kExitOk;
   };
 }

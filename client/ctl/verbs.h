@@ -10,6 +10,7 @@ namespace expertd::ctl {
 Action add_status(CLI::App& verb, const Context& context);
 Action add_health(CLI::App& verb, const Context& context);
 Action add_sessions(CLI::App& verb, const Context& context);
+Action add_peers(CLI::App& verb, const Context& context);
 Action add_top(CLI::App& verb, const Context& context);
 Action add_drain(CLI::App& verb, const Context& context);
 Action add_log_level(CLI::App& verb, const Context& context);

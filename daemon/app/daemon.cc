@@ -208,9 +208,10 @@ base::Status Daemon::start_services() {
   facts.schedule = engine::policy_name(policy_of(config.engine.schedule));
   facts.cuda_build = cuda_build_;
   facts.cuda_driver = cuda_driver_;
-  view_ = std::make_unique<OperatorView>(facts, sessions_.get(), blocks_, [this](uint64_t timeout_ns) {
-    drain_requested_ns_.store(timeout_ns + 1, std::memory_order_release);
-  });
+  view_ = std::make_unique<OperatorView>(
+      facts, sessions_.get(), blocks_,
+      [this](uint64_t timeout_ns) { drain_requested_ns_.store(timeout_ns + 1, std::memory_order_release); },
+      [this] { return nodes_ == nullptr ? NodeFacts{} : nodes_->facts(); });
   if (config.metrics.enabled) {
     metrics::CollectorOptions collector;
     collector.address = config.metrics.address;

@@ -17,6 +17,7 @@ namespace {
 
 constexpr uint64_t kServerShutdownNs = 1'000'000'000;
 constexpr std::chrono::milliseconds kLook(20);
+constexpr size_t kAddresses = size_t{4} * fabric::kMaxNodes;
 
 std::string joined(const std::vector<std::string>& words) {
   std::string text;
@@ -128,7 +129,10 @@ base::Status Nodes::attach(session::SessionService* sessions) {
   if (!client.is_ok()) {
     return client.status();
   }
-  client_ = std::move(client).value();
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    client_ = std::move(client).value();
+  }
   sessions->use_nodes(client_.get(), this);
   try {
     teller_ = std::thread([this] { teller_main(); });
@@ -148,11 +152,41 @@ void Nodes::detach() {
   if (teller_.joinable()) {
     teller_.join();
   }
-  client_.reset();
+  std::unique_ptr<fabric::RendezvousClient> client;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    client.swap(client_);
+  }
 }
 
-fabric::RendezvousState Nodes::rendezvous() const {
-  return client_ == nullptr ? fabric::RendezvousState{} : client_->state();
+NodeFacts Nodes::facts() {
+  NodeFacts facts;
+  facts.enabled = true;
+  facts.name = identity_.name;
+  facts.id = identity_.id;
+  facts.address = identity_.address;
+  facts.transports = config_.transports.empty() ? "auto" : joined(config_.transports);
+  facts.hosting = server_->hosting();
+  facts.now_ns = base::now_ns();
+  base::Result<fabric::FabricSnapshot> snapshot = fabric_->snapshot();
+  facts.answered = snapshot.status();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (snapshot.is_ok()) {
+    last_ = std::move(snapshot).value();
+  }
+  facts.fabric = last_;
+  facts.addresses = addresses_;
+  facts.rendezvous = client_ == nullptr ? fabric::RendezvousState{} : client_->state();
+  return facts;
+}
+
+void Nodes::keep_address(const group::NodeIdentity& node) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (addresses_.size() >= kAddresses && !addresses_.contains(node.id)) {
+    // Nodes that were restarted often: those that are still there are told of again with the next group.
+    addresses_.clear();
+  }
+  addresses_[node.id] = node.address;
 }
 
 base::Status Nodes::connect_all(const group::Placed& placed) {
@@ -164,6 +198,7 @@ base::Status Nodes::connect_all(const group::Placed& placed) {
     if (!connected.is_ok()) {
       return connected.with_context("node " + node.name + " at " + node.address);
     }
+    keep_address(node);
   }
   return base::Status::ok();
 }

@@ -14,6 +14,7 @@
 #include <thread>
 #include <variant>
 
+#include "daemon/app/node_view.h"
 #include "daemon/config/config.h"
 #include "daemon/fabric/bootstrap/peer_server.h"
 #include "daemon/fabric/bootstrap/rendezvous_client.h"
@@ -38,8 +39,8 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   void detach();
 
   const std::string& address() const { return identity_.address; }
-  fabric::RendezvousState rendezvous() const;
-  base::Result<fabric::FabricSnapshot> snapshot() { return fabric_->snapshot(); }
+  /// For status and metrics, any thread; waits for the fabric thread, not for long.
+  NodeFacts facts();
 
   uint64_t node_id() const override { return identity_.id; }
   base::Result<std::shared_ptr<engine::FabricPort>> open(const group::Placed& placed,
@@ -62,6 +63,7 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   base::Status open_services();
   base::Status connect_all(const group::Placed& placed);
   base::Status wait_up(const group::Placed& placed, uint64_t deadline_ns);
+  void keep_address(const group::NodeIdentity& node);
   void post(const Event& event);
   void teller_main();
 
@@ -82,6 +84,8 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   std::condition_variable changed_;
   std::deque<Event> events_;        // bounded by what is connected: one per lost node, one per rank that goes
   std::map<uint64_t, bool> peers_;  // by node id: up, or lost
+  std::map<uint64_t, std::string> addresses_;  // by node id; at most kAddresses
+  fabric::FabricSnapshot last_;  // what the fabric last told: counters must not fall when it does not answer
   bool stop_ = false;
   std::thread teller_;
   std::unique_ptr<fabric::Fabric> fabric_;

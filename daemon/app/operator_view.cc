@@ -33,6 +33,7 @@ session::StatusSnapshot OperatorView::status() {
   status.schedule = facts_.schedule;
   status.cuda_build = facts_.cuda_build;
   status.cuda_driver = facts_.cuda_driver;
+  status.fabric = fabric_status(nodes_());
   return status;
 }
 
@@ -50,6 +51,14 @@ std::vector<session::OpCounterSnapshot> OperatorView::counters() {
     }
   }
   return rows;
+}
+
+base::Result<session::PeersSnapshot> OperatorView::peers() {
+  const NodeFacts facts = nodes_();
+  if (!facts.answered.is_ok()) {
+    return facts.answered;
+  }
+  return peers_snapshot(facts);
 }
 
 uint32_t OperatorView::drain(uint64_t timeout_ns) {

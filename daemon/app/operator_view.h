@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 
+#include "daemon/app/node_view.h"
 #include "daemon/metrics/blocks.h"
 #include "daemon/metrics/collector.h"
 #include "daemon/session/service.h"
@@ -30,11 +31,12 @@ struct ViewFacts {
 class OperatorView final : public session::OperatorApi, public metrics::GaugeSource {
  public:
   OperatorView(ViewFacts facts, session::SessionService* sessions, std::shared_ptr<metrics::Blocks> blocks,
-               std::function<void(uint64_t timeout_ns)> start_drain)
+               std::function<void(uint64_t timeout_ns)> start_drain, std::function<NodeFacts()> nodes)
       : facts_(std::move(facts)),
         sessions_(sessions),
         blocks_(std::move(blocks)),
-        start_drain_(std::move(start_drain)) {}
+        start_drain_(std::move(start_drain)),
+        nodes_(std::move(nodes)) {}
 
   void set_state(State state) { state_.store(state, std::memory_order_release); }
   State state() const { return state_.load(std::memory_order_acquire); }
@@ -45,6 +47,7 @@ class OperatorView final : public session::OperatorApi, public metrics::GaugeSou
   session::StatusSnapshot status() override;
   std::vector<session::SessionSnapshot> sessions() override;
   std::vector<session::OpCounterSnapshot> counters() override;
+  base::Result<session::PeersSnapshot> peers() override;
   uint32_t drain(uint64_t timeout_ns) override;
   base::Result<std::string> set_log_level(const std::string& level) override;
   metrics::Gauges gauges() override;
@@ -54,6 +57,7 @@ class OperatorView final : public session::OperatorApi, public metrics::GaugeSou
   session::SessionService* sessions_;
   std::shared_ptr<metrics::Blocks> blocks_;
   std::function<void(uint64_t timeout_ns)> start_drain_;
+  std::function<NodeFacts()> nodes_;
   std::string metrics_address_;
   std::atomic<State> state_{State::kStarting};
   std::atomic<bool> config_loaded_{true};  // without a configuration there is no view

@@ -2,6 +2,8 @@
 #include "daemon/control/convert.h"
 
 #include <algorithm>
+#include <array>
+#include <cstdio>
 #include <string_view>
 #include <utility>
 
@@ -107,6 +109,56 @@ void put_session(const session::SessionSnapshot& session, v1::SessionStatus* mes
   message->set_p50_ns(session.p50_ns);
   message->set_p99_ns(session.p99_ns);
   message->set_state(session.state);
+}
+
+std::string hex(uint64_t value) {
+  std::array<char, 17> text{};
+  std::snprintf(text.data(), text.size(), "%016llx", static_cast<unsigned long long>(value));
+  return text.data();
+}
+
+void put_fabric(const session::FabricStatusSnapshot& fabric, v1::FabricStatus* message) {
+  message->set_enabled(fabric.enabled);
+  if (!fabric.enabled) {
+    return;
+  }
+  message->set_backend(fabric.backend);
+  message->set_transports(shown(fabric.transports));
+  message->set_node(shown(fabric.node));
+  message->set_node_id(hex(fabric.node_id));
+  message->set_address(shown(fabric.address));
+  message->set_rendezvous_address(shown(fabric.rendezvous_address));
+  message->set_rendezvous_node(shown(fabric.rendezvous_node));
+  message->set_rendezvous_cause(shown(fabric.rendezvous_cause));
+  message->set_rendezvous_hosting(fabric.rendezvous_hosting);
+  message->set_peers_connecting(fabric.peers_connecting);
+  message->set_peers_up(fabric.peers_up);
+  message->set_peers_lost(fabric.peers_lost);
+  message->set_groups(fabric.groups);
+  message->set_memory_bytes(fabric.memory_bytes);
+  message->set_cause(shown(fabric.cause));
+}
+
+void put_peer(const session::PeerSnapshot& peer, v1::PeerStatus* message) {
+  message->set_name(shown(peer.name));
+  message->set_node_id(hex(peer.node_id));
+  message->set_address(shown(peer.address));
+  message->set_state(peer.state);
+  message->set_cause(peer.cause);
+  message->set_detail(shown(peer.detail));
+  message->set_rtt_ns(peer.rtt_ns);
+  message->set_heard_ago_ns(peer.heard_ago_ns);
+  message->set_sends_failed(peer.sends_failed);
+  for (const session::PeerLaneSnapshot& from : peer.lanes) {
+    v1::PeerLane* const lane = message->add_lanes();
+    lane->set_lane(from.lane);
+    lane->set_sent_messages(from.sent_messages);
+    lane->set_sent_bytes(from.sent_bytes);
+    lane->set_received_messages(from.received_messages);
+    lane->set_received_bytes(from.received_bytes);
+    lane->set_in_flight(from.in_flight);
+    lane->set_deferred(from.deferred);
+  }
 }
 
 }  // namespace
@@ -258,6 +310,7 @@ void to_proto(const session::StatusSnapshot& snapshot, const ProcessFacts& proce
   message->set_cuda_build(snapshot.cuda_build);
   message->set_cuda_driver(snapshot.cuda_driver);
   message->set_resident_bytes(process.resident_bytes);
+  put_fabric(snapshot.fabric, message->mutable_fabric());
 }
 
 void to_proto(const std::vector<session::SessionSnapshot>& sessions, v1::ListSessionsResponse* message) {
@@ -279,6 +332,14 @@ void to_proto(const std::vector<session::OpCounterSnapshot>& counters, uint64_t 
     op->set_local_bytes(counter.local_bytes);
     op->set_remote_bytes(counter.remote_bytes);
     op->set_duration_ns(counter.duration_ns);
+  }
+}
+
+void to_proto(const session::PeersSnapshot& peers, v1::ListPeersResponse* message) {
+  message->set_enabled(peers.enabled);
+  message->set_node(shown(peers.node));
+  for (const session::PeerSnapshot& peer : peers.peers) {
+    put_peer(peer, message->add_peers());
   }
 }
 

@@ -61,6 +61,8 @@ void to_proto(const std::vector<session::SessionSnapshot>& sessions, v1::ListSes
 void to_proto(const std::vector<session::OpCounterSnapshot>& counters, uint64_t now_ns,
               v1::GetCountersResponse* message);
 
+void to_proto(const session::PeersSnapshot& peers, v1::ListPeersResponse* message);
+
 /// "normal", "inference", "auto" or "unspecified".
 std::string group_mode_name(session::GroupMode mode);
 

@@ -78,6 +78,17 @@ class OperatorService final : public v1::Control::CallbackService {
     });
   }
 
+  grpc::ServerUnaryReactor* ListPeers(grpc::CallbackServerContext* context, const v1::ListPeersRequest* request,
+                                      v1::ListPeersResponse* response) override {
+    return run(context, *request, response, Right::kLook, [this](const Caller&, const auto&, auto* out) {
+      const base::Result<session::PeersSnapshot> peers = api_.peers();
+      if (peers.is_ok()) {
+        to_proto(peers.value(), out);
+      }
+      return peers.status();
+    });
+  }
+
  private:
   enum class Right { kLook, kAct };
 

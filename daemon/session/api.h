@@ -170,6 +170,56 @@ struct SessionSnapshot {
   std::string state;
 };
 
+/// What the daemon has to do with daemons of other nodes; all empty where it is not enabled.
+struct FabricStatusSnapshot {
+  bool enabled = false;
+  std::string backend;
+  std::string transports;
+  std::string node;
+  uint64_t node_id = 0;
+  std::string address;
+  std::string rendezvous_address;  // empty: none is known; rendezvous_cause says why
+  std::string rendezvous_node;
+  std::string rendezvous_cause;
+  bool rendezvous_hosting = false;  // by this daemon
+  uint32_t peers_connecting = 0;
+  uint32_t peers_up = 0;
+  uint32_t peers_lost = 0;
+  uint32_t groups = 0;
+  uint64_t memory_bytes = 0;
+  std::string cause;  // why the fabric did not answer; the counts are then those of its last answer
+};
+
+struct PeerLaneSnapshot {
+  std::string lane;
+  uint64_t sent_messages = 0;
+  uint64_t sent_bytes = 0;
+  uint64_t received_messages = 0;
+  uint64_t received_bytes = 0;
+  uint64_t in_flight = 0;
+  uint64_t deferred = 0;
+};
+
+/// The daemon of another node.
+struct PeerSnapshot {
+  std::string name;
+  uint64_t node_id = 0;
+  std::string address;  // empty: not known
+  std::string state;    // connecting, up, lost
+  std::string cause;    // of a lost one
+  std::string detail;
+  uint64_t rtt_ns = 0;  // of the last heartbeat; 0: none yet
+  uint64_t heard_ago_ns = 0;
+  uint64_t sends_failed = 0;
+  std::vector<PeerLaneSnapshot> lanes;
+};
+
+struct PeersSnapshot {
+  bool enabled = false;  // fabric.enabled
+  std::string node;      // name of this one
+  std::vector<PeerSnapshot> peers;
+};
+
 struct StatusSnapshot {
   std::string version;
   std::string state;  // starting, ready, degraded, draining
@@ -183,6 +233,7 @@ struct StatusSnapshot {
   std::string schedule;  // engine.schedule
   std::string cuda_build;
   std::string cuda_driver;
+  FabricStatusSnapshot fabric;
 };
 
 struct OpCounterSnapshot {
@@ -203,6 +254,8 @@ class OperatorApi {
   virtual StatusSnapshot status() = 0;
   virtual std::vector<SessionSnapshot> sessions() = 0;
   virtual std::vector<OpCounterSnapshot> counters() = 0;
+  /// The error is of a fabric that does not answer.
+  virtual base::Result<PeersSnapshot> peers() = 0;
   /// Starts the drain (main does the rest); returns the number of sessions told.
   virtual uint32_t drain(uint64_t timeout_ns) = 0;
   /// Returns the previous level, or CONFIG_BAD_VALUE.

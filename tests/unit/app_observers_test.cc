@@ -134,12 +134,14 @@ class OperatorViewTest : public ::testing::Test {
   metrics::DeviceGauges device_gauges() { return view().gauges().devices.at(0); }
   OperatorView& view() {
     if (view_ == nullptr) {
-      view_ = std::make_unique<OperatorView>(facts_, &sessions_, std::make_shared<metrics::Blocks>(), [](uint64_t) {});
+      view_ = std::make_unique<OperatorView>(
+          facts_, &sessions_, std::make_shared<metrics::Blocks>(), [](uint64_t) {}, [this] { return nodes_; });
     }
     return *view_;
   }
 
   ViewFacts facts_;
+  NodeFacts nodes_;
   ToldDevice device_;
   metrics::ProcessCounters counters_;
   SessionLog log_{&counters_};

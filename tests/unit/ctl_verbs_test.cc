@@ -84,6 +84,17 @@ class FakeDaemon final : public session::OperatorApi {
              .remote_bytes = 0,
              .duration_ns = ops * 25'000}};
   }
+  base::Result<session::PeersSnapshot> peers() override {
+    if (fabric_stuck) {
+      return base::Status(EXPERTD_REASON_TIMEOUT, "the fabric thread did not answer");
+    }
+    session::PeersSnapshot out;
+    out.enabled = true;
+    out.peers.resize(1);
+    out.peers[0].name = "node \xff b";
+    out.peers[0].state = "up";
+    return out;
+  }
   uint32_t drain(uint64_t timeout_ns) override {
     drain_timeout_ns = timeout_ns;
     return 1;
@@ -92,6 +103,7 @@ class FakeDaemon final : public session::OperatorApi {
 
   uint64_t ops = 0;
   uint64_t drain_timeout_ns = 0;
+  bool fabric_stuck = false;
 };
 
 int remember_arguments(int argc, char** argv);
@@ -102,10 +114,9 @@ int remember_arguments(int argc, char** argv) {
 }
 
 const Verb kVerbs[] = {
-    {"status", "", add_status},     {"health", "", add_health},
-    {"sessions", "", add_sessions}, {"top", "", add_top},
-    {"drain", "", add_drain},       {"log-level", "", add_log_level},
-    {"doctor", "", add_doctor},     {"own", "", pass_through(remember_arguments)},
+    {"status", "", add_status}, {"health", "", add_health}, {"sessions", "", add_sessions},
+    {"top", "", add_top},       {"drain", "", add_drain},   {"log-level", "", add_log_level},
+    {"peers", "", add_peers},   {"doctor", "", add_doctor}, {"own", "", pass_through(remember_arguments)},
 };
 
 struct Output {
@@ -168,6 +179,15 @@ TEST_F(CtlVerbs, StatusForPeopleAndPrograms) {
 TEST_F(CtlVerbs, SessionsSurviveOddBytes) {
   EXPECT_NE(run({"sessions"}, socket()).out.find("48.0 µs"), std::string::npos);
   EXPECT_EQ(run({"sessions", "--json"}, socket()).json()["sessions"][0]["p99_ns"], 48'000);
+}
+
+TEST_F(CtlVerbs, PeersOrWhyTheyAreNotKnown) {
+  EXPECT_NE(run({"peers"}, socket()).out.find("node ? b"), std::string::npos);
+  EXPECT_EQ(run({"peers", "--json"}, socket()).json()["peers"][0]["state"], "up");
+  daemon_.fabric_stuck = true;
+  const Output stuck = run({"peers", "--json"}, socket());
+  EXPECT_EQ(stuck.code, kExitInternal);
+  EXPECT_EQ(stuck.json()["reason"], "TIMEOUT");
 }
 
 TEST_F(CtlVerbs, HealthTellsServingFromReady) {
@@ -235,6 +255,7 @@ TEST(CtlCli, DeadDaemonIsSaidSo) {
                                                                                     {"health"},
                                                                                     {"health", "--ready"},
                                                                                     {"sessions"},
+                                                                                    {"peers"},
                                                                                     {"top", "--once"},
                                                                                     {"drain"},
                                                                                     {"log-level", "info"}}) {

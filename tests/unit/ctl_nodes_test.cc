@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+// From what the fabric tells to what operators read: facts of this node, messages, tables and JSON.
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include "client/ctl/render.h"
+#include "client/ctl/render_nodes.h"
+#include "daemon/app/node_view.h"
+#include "daemon/control/convert.h"
+
+namespace expertd::ctl {
+namespace {
+
+app::NodeFacts three_peers() {
+  app::NodeFacts facts;
+  facts.enabled = true;
+  facts.name = "node-a";
+  facts.id = 0xa1;
+  facts.address = "10.0.0.1:9465";
+  facts.transports = "tcp";
+  facts.rendezvous.address = "10.0.0.9:9465";
+  facts.rendezvous.node = "node-z";
+  facts.addresses[2] = "10.0.0.2:9465";
+  facts.now_ns = 5'000'000'000;
+  facts.fabric.groups = 2;
+  facts.fabric.peers.resize(3);
+  facts.fabric.peers[0] = {.node_id = 3,
+                           .name = "node-c",
+                           .state = fabric::PeerState::kLost,
+                           .cause = fabric::LossCause::kSilent,
+                           .detail = "no sign of life for 512 ms",
+                           .heard_ns = 1'000'000'000};
+  facts.fabric.peers[1] = {.node_id = 2,
+                           .name = "node-b",
+                           .state = fabric::PeerState::kUp,
+                           .rtt_ns = 42'000,
+                           .heard_ns = 4'950'000'000,
+                           .sends_failed = 1};
+  facts.fabric.peers[1].lanes[static_cast<size_t>(engine::FabricLane::kLatency)] = {.sent_messages = 1500,
+                                                                                    .sent_bytes = 3ULL << 20,
+                                                                                    .received_messages = 7,
+                                                                                    .received_bytes = 9,
+                                                                                    .in_flight = 2,
+                                                                                    .deferred = 4};
+  facts.fabric.peers[2] = {.node_id = 4, .name = "node-d", .heard_ns = 6'000'000'000};
+  return facts;
+}
+
+v1::FabricStatus status_of(const app::NodeFacts& facts) {
+  session::StatusSnapshot snapshot;
+  snapshot.fabric = app::fabric_status(facts);
+  v1::GetStatusResponse message;
+  control::to_proto(snapshot, {}, &message);
+  return message.fabric();
+}
+
+v1::ListPeersResponse peers_of(const app::NodeFacts& facts) {
+  v1::ListPeersResponse message;
+  control::to_proto(app::peers_snapshot(facts), &message);
+  return message;
+}
+
+TEST(NodesView, StatusHasOneLineForTheFabric) {
+  const v1::FabricStatus fabric = status_of(three_peers());
+  EXPECT_EQ(fabric_line(fabric),
+            "fabric staged over tcp, node node-a at 10.0.0.1:9465, rendezvous 10.0.0.9:9465 on node-z, peers 1 up "
+            "1 connecting 1 LOST, groups over nodes 2");
+  const nlohmann::json json = fabric_json(fabric);
+  EXPECT_EQ(json["node_id"], "00000000000000a1");
+  EXPECT_EQ(json["peers_lost"], 1);
+  EXPECT_EQ(json["rendezvous_hosting"], false);
+  v1::GetStatusResponse status;
+  *status.mutable_fabric() = fabric;
+  EXPECT_NE(status_text(status).find("\n  fabric staged over tcp"), std::string::npos) << status_text(status);
+  EXPECT_EQ(status_json(status)["fabric"]["groups"], 2);
+}
+
+TEST(NodesView, WhatTheFabricLacksIsSaid) {
+  app::NodeFacts facts = three_peers();
+  facts.rendezvous = {};
+  facts.rendezvous.cause = "node-z: connection refused";
+  facts.answered = base::Status(EXPERTD_REASON_TIMEOUT, "the fabric thread did not answer");
+  const std::string line = fabric_line(status_of(facts));
+  EXPECT_NE(line.find("NO RENDEZVOUS (node-z: connection refused)"), std::string::npos) << line;
+  EXPECT_NE(line.find("DOES NOT ANSWER (the fabric thread did not answer)"), std::string::npos) << line;
+  facts.hosting = true;
+  EXPECT_NE(fabric_line(status_of(facts)).find("rendezvous hosted here"), std::string::npos);
+}
+
+TEST(NodesView, WithoutAFabricItIsSaidToBeOff) {
+  const v1::FabricStatus fabric = status_of({});
+  EXPECT_NE(fabric_line(fabric).find("off (fabric.enabled = false)"), std::string::npos) << fabric_line(fabric);
+  EXPECT_EQ(fabric_json(fabric), (nlohmann::json{{"enabled", false}}));
+  EXPECT_NE(peers_text(peers_of({})).find("off (fabric.enabled = false)"), std::string::npos);
+  EXPECT_EQ(peers_json(peers_of({}))["enabled"], false);
+}
+
+TEST(NodesView, PeersAreShownByNameWithWhatCameOfThem) {
+  const nlohmann::json json = peers_json(peers_of(three_peers()));
+  ASSERT_EQ(json["peers"].size(), 3U);
+  const nlohmann::json& up = json["peers"][0];
+  EXPECT_EQ(up["name"], "node-b");
+  EXPECT_EQ(up["node_id"], "0000000000000002");
+  EXPECT_EQ(up["address"], "10.0.0.2:9465");
+  EXPECT_EQ(up["state"], "up");
+  EXPECT_EQ(up["cause"], "");
+  EXPECT_EQ(up["rtt_ns"], 42'000);
+  EXPECT_EQ(up["heard_ago_ns"], 50'000'000);
+  EXPECT_EQ(up["sends_failed"], 1);
+  ASSERT_EQ(up["lanes"].size(), 2U);
+  EXPECT_EQ(up["lanes"][0]["lane"], "latency");
+  EXPECT_EQ(up["lanes"][0]["sent_messages"], 1500);
+  EXPECT_EQ(up["lanes"][0]["sent_bytes"], 3 << 20);
+  EXPECT_EQ(up["lanes"][0]["received_messages"], 7);
+  EXPECT_EQ(up["lanes"][0]["received_bytes"], 9);
+  EXPECT_EQ(up["lanes"][0]["in_flight"], 2);
+  EXPECT_EQ(up["lanes"][0]["deferred"], 4);
+  const nlohmann::json& lost = json["peers"][1];
+  EXPECT_EQ(lost["state"], "lost");
+  EXPECT_EQ(lost["cause"], "silent");
+  EXPECT_EQ(lost["heard_ago_ns"], 4'000'000'000);
+  EXPECT_EQ(json["peers"][2]["state"], "connecting");
+  EXPECT_EQ(json["peers"][2]["heard_ago_ns"], 0) << "heard after the look began";
+}
+
+TEST(NodesView, ThePeersTableHasARowPerLane) {
+  const std::string text = peers_text(peers_of(three_peers()));
+  EXPECT_NE(text.find("1.5 k / 3.0 MiB"), std::string::npos) << text;
+  EXPECT_NE(text.find("50.0 ms ago"), std::string::npos) << text;
+  EXPECT_NE(text.find("silent: no sign of life for 512 ms"), std::string::npos) << text;
+  EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 7) << text;
+  app::NodeFacts alone = three_peers();
+  alone.fabric.peers.clear();
+  EXPECT_EQ(peers_text(peers_of(alone)), "no peers: node node-a has joined no group with another node\n");
+}
+
+}  // namespace
+}  // namespace expertd::ctl
