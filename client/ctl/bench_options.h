@@ -32,6 +32,14 @@ struct BenchShape {
   uint64_t worst_rows() const { return uint64_t{ranks} * tokens; }
 };
 
+/// Group-limited routing: experts in `count` groups of equal size, of which a token takes `per_token`.
+struct BenchExpertGroups {
+  uint32_t count = 1;  // at most 64
+  uint32_t per_token = 1;
+
+  bool limited() const { return per_token < count; }
+};
+
 struct BenchOptions {
   std::string socket;                // empty: the client's default
   std::vector<std::string> devices;  // as the client names them; one rank each
@@ -49,6 +57,8 @@ struct BenchOptions {
     }
     return false;
   }
+  /// Names "OPERATION FLAGS" of the rows that run; empty: all.
+  std::vector<std::string> only;
   bool normal = true;
   bool inference = true;
   uint32_t tokens = 4096;
@@ -56,6 +66,7 @@ struct BenchOptions {
   uint32_t hidden = 7168;
   uint32_t experts = 256;
   uint32_t top_k = 8;
+  BenchExpertGroups expert_groups;
   uint32_t iterations = 200;  // at least 2: the first and the last are verified
   uint32_t warmup = 10;
   uint64_t seed = 1;
