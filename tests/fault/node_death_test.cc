@@ -205,6 +205,47 @@ TEST_F(NodeDeath, AClientThatIsKilledIsLostOnTheOtherNodeAtOnce) {
   ASSERT_TRUE(tell(all(), "rounds 20"));
 }
 
+/// The parts of a node start when all of its ranks have submitted, so the other node misses the messages of all of them
+/// and names the lowest; which of them is late is known on its own node.
+TEST_F(NodeDeath, AClientThatIsStoppedEndsOperationsAtTheirDeadlineOnBothNodes) {
+  ASSERT_NO_FATAL_FAILURE(attach({0, 1}));
+  ASSERT_TRUE(join(all(), "late"));
+  ASSERT_TRUE(tell(all(), "rounds 5"));
+  client(3).pause();
+  const uint64_t begin = monotonic_ns();
+  for (const uint32_t rank : {0U, 1U, 2U}) {
+    client(rank).send("barrier 300");
+  }
+  for (const uint32_t rank : {0U, 1U, 2U}) {
+    const std::string end = client(rank).answer().value_or("nothing");
+    EXPECT_EQ(end.compare(0, 14, "failed TIMEOUT"), 0) << "rank " << rank << ": " << end;
+    EXPECT_GE(number_in(end, "rank"), rank == 2 ? 3 : 2) << end;
+  }
+  std::printf("a stopped client, operations of 300 ms: ended after %.0f ms\n", elapsed_ms(begin));
+  EXPECT_GE(elapsed_ms(begin), 299);
+  EXPECT_LT(elapsed_ms(begin), worst_bound_ms(500));
+  client(3).resume();
+  ASSERT_TRUE(tell(all(), "leave"));
+  ASSERT_TRUE(join(all(), "late"));
+  ASSERT_TRUE(tell(all(), "rounds 20"));
+}
+
+TEST_F(NodeDeath, ADaemonThatIsToldToEndSaysSoToTheOthers) {
+  ASSERT_NO_FATAL_FAILURE(attach({0, 1}));
+  ASSERT_TRUE(join(all(), "end"));
+  ASSERT_TRUE(loop(all()));
+  cluster_.node(1).terminate();
+  EXPECT_EQ(cluster_.node(1).wait_exit(seconds(20)), 0);
+  const uint64_t ended = monotonic_ns();
+  const double end_ms = expect_lost({0, 1}, {2, 3}, ended);
+  std::printf("exit of a daemon to PEER_LOST on the other: %.1f ms\n", end_ms);
+  EXPECT_LT(end_ms, worst_bound_ms(kKilledMs));
+  for (const uint32_t rank : {2U, 3U}) {
+    const std::string end = client(rank).answer().value_or("nothing");
+    EXPECT_EQ(end.compare(0, 7, "failed "), 0) << end;
+  }
+}
+
 /// Three daemons, of which the first hosts the rendezvous and nothing else.
 class RendezvousDeath : public NodeDeath {
  protected:
