@@ -2,6 +2,7 @@
 // High throughput combine in its forms. The rows that experts return are inputs of their own, not what was dispatched,
 // so that a wrong dispatch does not hide in a right combine.
 #include <algorithm>
+#include <functional>
 #include <utility>
 
 #include "client/ctl/bench_numerics.h"
@@ -49,10 +50,12 @@ class Combine final : public BenchOperation {
   void find_places();
   void expected_row(uint64_t token, std::span<uint16_t> row, std::span<float> weights) const;
   void add_rank(uint32_t rank, uint64_t token, std::span<float> sum, std::span<float> weights) const;
+  void add_node(uint32_t node, uint64_t token, std::span<float> sum, std::span<float> weights) const;
 
   const BenchCase case_;
   const CombineForm form_;
   const uint32_t alignment_;
+  const std::vector<uint32_t> node_of_;  // per rank
   BenchCheck check_;
   BenchInput input_;
   std::unique_ptr<BenchRouting> routing_;
@@ -66,6 +69,7 @@ Combine::Combine(const BenchCase& it, const CombineForm& form)
     : case_(it),
       form_(form),
       alignment_(form.expanded ? expanded_alignment(it.shape) : 1),
+      node_of_(it.options.node_of()),
       check_(it.name, it.rank->index()),
       input_(it.input(0)) {
   const BenchShape& shape = it.shape;
@@ -203,6 +207,21 @@ void Combine::add_rank(uint32_t rank, uint64_t token, std::span<float> sum, std:
   }
 }
 
+/// What another node adds: its ranks' rows, summed there and rounded once, because they cross as one row.
+void Combine::add_node(uint32_t node, uint64_t token, std::span<float> sum, std::span<float> weights) const {
+  std::vector<float> partial(sum.size(), 0.0f);
+  std::vector<float> partial_weights(weights.size(), 0.0f);
+  for (uint32_t rank = 0; rank < case_.shape.ranks; ++rank) {
+    if (node_of_[rank] == node) {
+      add_rank(rank, token, partial, partial_weights);
+    }
+  }
+  for (size_t i = 0; i < sum.size(); ++i) {
+    sum[i] += bf16_to_float(float_to_bf16(partial[i]));
+  }
+  std::transform(weights.begin(), weights.end(), partial_weights.begin(), weights.begin(), std::plus<>());
+}
+
 void Combine::expected_row(uint64_t token, std::span<uint16_t> row, std::span<float> weights) const {
   std::vector<float> sum(case_.shape.hidden, 0.0f);
   std::fill(weights.begin(), weights.end(), 0.0f);
@@ -215,8 +234,17 @@ void Combine::expected_row(uint64_t token, std::span<uint16_t> row, std::span<fl
       }
     }
   }
+  const uint32_t own_node = node_of_[own];
   for (uint32_t rank = 0; rank < case_.shape.ranks; ++rank) {
-    add_rank(rank, token, sum, weights);
+    if (node_of_[rank] == own_node) {
+      add_rank(rank, token, sum, weights);
+    }
+  }
+  const uint32_t nodes = *std::max_element(node_of_.begin(), node_of_.end()) + 1;
+  for (uint32_t node = 0; node < nodes; ++node) {
+    if (node != own_node) {
+      add_node(node, token, sum, weights);
+    }
   }
   std::transform(sum.begin(), sum.end(), row.begin(), float_to_bf16);
 }

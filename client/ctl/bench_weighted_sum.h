@@ -18,9 +18,15 @@ struct BenchTerm {
   std::vector<uint16_t> row;  // bf16
 };
 
+/// How often a term may be rounded to bf16 on its way: as its rank's sum and as the result; between nodes also as its
+/// node's sum.
+inline constexpr uint32_t kRoundingsOnOneNode = 2;
+inline constexpr uint32_t kRoundingsAcrossNodes = 3;
+
 /// Throws Failure unless rows [0, tokens) of `combined` are the sums of what `terms_of(token)` says and the row behind
 /// them is untouched.
 void check_weighted_sums(const BenchCheck& check, const BenchTensor& combined, uint64_t tokens,
-                         const std::function<std::vector<BenchTerm>(uint64_t)>& terms_of);
+                         const std::function<std::vector<BenchTerm>(uint64_t)>& terms_of,
+                         uint32_t roundings = kRoundingsOnOneNode);
 
 }  // namespace expertd::ctl
