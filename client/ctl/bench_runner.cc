@@ -181,20 +181,6 @@ BenchMeasured merge(const BenchOptions& options, const BenchRowSpec& spec, const
   return row;
 }
 
-/// Ranks of one socket sit on one node.
-std::vector<uint32_t> nodes_of(const BenchOptions& options) {
-  std::vector<std::string> sockets;
-  std::vector<uint32_t> node_of;
-  for (uint32_t rank = 0; rank < options.devices.size(); ++rank) {
-    auto at = std::find(sockets.begin(), sockets.end(), options.socket_of(rank));
-    if (at == sockets.end()) {
-      at = sockets.insert(sockets.end(), options.socket_of(rank));
-    }
-    node_of.push_back(static_cast<uint32_t>(at - sockets.begin()));
-  }
-  return node_of;
-}
-
 BenchGroup Run::group_of(bool low_latency, const std::vector<uint32_t>& node_of) const {
   const std::vector<uint64_t>& joins = joins_ns_[low_latency ? 1 : 0];
   const BenchRouting routing(options_.shape(low_latency), BenchInput(options_.seed, 0, options_.expert_groups));
@@ -215,7 +201,7 @@ BenchResult Run::run() {
   }
   BenchResult result;
   result.devices = devices_;
-  const std::vector<uint32_t> node_of = nodes_of(options_);
+  const std::vector<uint32_t> node_of = options_.node_of();
   result.nodes = *std::max_element(node_of.begin(), node_of.end()) + 1;
   for (const bool low_latency : {false, true}) {
     if (low_latency ? options_.inference : options_.normal) {
