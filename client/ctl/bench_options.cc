@@ -18,9 +18,4 @@ std::vector<uint32_t> BenchOptions::node_of() const {
   return nodes;
 }
 
-bool BenchOptions::several_nodes() const {
-  const std::vector<uint32_t> nodes = node_of();
-  return std::any_of(nodes.begin(), nodes.end(), [](uint32_t node) { return node != 0; });
-}
-
 }  // namespace expertd::ctl

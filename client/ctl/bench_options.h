@@ -79,7 +79,6 @@ struct BenchOptions {
 
   /// Per rank, ranks of one daemon being on one node; nodes are numbered by their lowest rank.
   std::vector<uint32_t> node_of() const;
-  bool several_nodes() const;
 
   BenchShape shape(bool low_latency) const {
     return {static_cast<uint32_t>(devices.size()), experts, hidden, top_k, low_latency ? low_latency_tokens : tokens};
