@@ -119,7 +119,7 @@ TEST_P(Nodes, LowLatencyRoundsFollowEachOther) {
 
 class NodesAtRandom : public Nodes {};
 INSTANTIATE_TEST_SUITE_P(Of, NodesAtRandom, ::testing::Values(Layout{2, 0}, Layout{4, 0}),
-                         [](const auto& of) { return std::to_string(of.param.nodes); });
+                         [](const auto& of) { return std::to_string(of.param.nodes) + "Daemons"; });
 
 void Nodes::run_random(OpKind kind, uint32_t cases) {
   uint32_t number = 0;
