@@ -24,6 +24,7 @@ from table import print_table
 HERE = Path(__file__).resolve().parent
 NODE_COUNTS = (2, 4, 8, 16, 32, 64)
 FEW_ITERATIONS = 2  # the least that bench takes
+BARRIERS = 20
 TOP_K = 8
 IDLE_SECONDS = 2.0
 SAMPLE_SECONDS = 0.5
@@ -51,7 +52,8 @@ class Case:
     def __init__(self, arguments, nodes, ranks_per_node):
         hidden, tokens, ll_tokens, iterations = SHAPES.get(nodes, SHAPES[64])
         if ranks_per_node > 1:
-            hidden, tokens, ll_tokens = min(hidden, 2048), max(8, tokens // 2), max(8, ll_tokens // 2)
+            hidden, tokens, ll_tokens = min(hidden, 1024), max(8, tokens // 2), max(8, ll_tokens // 2)
+            iterations = 4
         if nodes * ranks_per_node > 64:
             hidden = 128
         self.nodes = nodes
@@ -242,6 +244,7 @@ def routings_of(case, operation):
 def measure(case):
     """Rows of one cluster, one per operation and routing."""
     say(f"{case.nodes} nodes x {case.ranks_per_node} ranks, hidden {case.hidden}: starting")
+    load_before = os.getloadavg()[0]  # others' work: on a quiet machine below 1 for the first case
     with Cluster(case.nodes, case) as cluster:
         before = settled_memory(cluster.daemons)
         say(f"  ready in {max(daemon.start_s for daemon in cluster.daemons):.2f} s")
@@ -254,8 +257,10 @@ def measure(case):
                 say(f"  {mode}: group in {joins[mode]:.3f} s, {document['verified']} outputs verified")
         kept = settled_memory(cluster.daemons)
         idle = idle_rates(cluster.daemons)
+        barrier = bench(case, cluster, "normal", ["barrier -", "dispatch bf16 exact"], BARRIERS, "uniform")["rows"][0]
         facts = daemon_facts(case, cluster, before, sampler.most, idle)
         peers = case.nodes - 1
+        facts["barrier_us"] = barrier["p50_us"]
         facts["kept_per_peer_mib"] = mean([(kept[i]["VmRSS"] - before[i]["VmRSS"]) / 1024 / peers for i in kept])
         rows = []
         for operation in OPERATIONS:
@@ -265,7 +270,7 @@ def measure(case):
                     f"bound {row['bound_bytes_per_token']:.0f}, p50 {row['p50_us']:.0f} us")
                 rows.append({
                     "nodes": case.nodes, "ranks": case.ranks, "hidden": case.hidden, "top_k": TOP_K,
-                    "experts": case.experts, "heartbeat_ms": case.heartbeat_ms, "join_s": joins[operation.mode],
+                    "experts": case.experts, "heartbeat_ms": case.heartbeat_ms, "load_before": load_before, "join_s": joins[operation.mode],
                     **row, **facts,
                 })
         return rows
@@ -290,6 +295,12 @@ def refuse_one_more(arguments):
 def refusal_text(text):
     begin = text.find('"error": "')
     return text if begin < 0 else text[begin + 10 : text.find('",', begin)]
+
+
+def hold_ratios(arguments, rows):
+    for row in rows if arguments.ratio_max else ():
+        if row["ratio"] is not None and row["ratio"] > arguments.ratio_max:
+            raise Failed(f"{row['operation']} {row['flags']}: {row['ratio']:.3f} times the bound, more than {arguments.ratio_max}")
 
 
 def load(path):
@@ -328,6 +339,7 @@ def parse(argv):
     parser.add_argument("--hidden", type=int, help="channels; default by the number of nodes")
     parser.add_argument("--tokens", type=int, help="tokens per rank in normal mode")
     parser.add_argument("--ll-tokens", type=int, help="tokens per rank in inference mode")
+    parser.add_argument("--ratio-max", type=float, help="fail where an operation sends more than so many times the bound")
     parser.add_argument("--seconds", type=int, default=120, help="longest time of one run of expertctl bench")
     parser.add_argument("--file", type=Path, default=HERE / "results" / "loopback.json", help="where rows are kept")
     parser.add_argument("--table", action="store_true", help="print the table of the file and end")
@@ -349,8 +361,10 @@ def main(argv):
         if arguments.resume and (case.nodes, case.ranks) in done:
             continue
         try:
-            take_rows(document, case, measure(case))
+            rows = measure(case)
+            take_rows(document, case, rows)
             store(arguments.file, document)
+            hold_ratios(arguments, rows)
         except Failed as failed:
             failures += 1
             say(f"scale: {case.nodes} nodes x {case.ranks_per_node} ranks: {failed}")
