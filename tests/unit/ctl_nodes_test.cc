@@ -34,6 +34,7 @@ app::NodeFacts three_peers() {
   facts.fabric.peers[1] = {.node_id = 2,
                            .name = "node-b",
                            .state = fabric::PeerState::kUp,
+                           .detail = {},
                            .rtt_ns = 42'000,
                            .heard_ns = 4'950'000'000,
                            .sends_failed = 1};
@@ -43,7 +44,7 @@ app::NodeFacts three_peers() {
                                                                                     .received_bytes = 9,
                                                                                     .in_flight = 2,
                                                                                     .deferred = 4};
-  facts.fabric.peers[2] = {.node_id = 4, .name = "node-d", .heard_ns = 6'000'000'000};
+  facts.fabric.peers[2] = {.node_id = 4, .name = "node-d", .detail = {}, .heard_ns = 6'000'000'000};
   return facts;
 }
 
