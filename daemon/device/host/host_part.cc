@@ -2,6 +2,7 @@
 #include "daemon/device/host/host_part.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "daemon/base/clock.h"
 #include "daemon/device/part_params.h"
@@ -36,6 +37,9 @@ void HostPart::begin(const engine::LaunchSpec& spec, base::DeviceIndex device, H
   refused_ = false;
   stirred_ = false;
   peer_reason_ = 0;
+  announced_ns_ = 0;
+  seen_ = 0;
+  exchanged_ = engine::Exchanged{};
   report_ = kernels::OpReport{};
   broken_ = !prepare(spec, device, groups);
   size_slices();
@@ -250,6 +254,7 @@ void HostPart::routed(engine::WakePort* wake) {
     exchange_->announce();
   }
   set_flag(flags_->routed, own_bit(), active(), wake);
+  announced_ns_ = base::now_ns();
   enter(Step::kAwaitRouted);
 }
 
@@ -314,11 +319,27 @@ void HostPart::add_waits(uint64_t routed) {
   arrived_ = routed;
 }
 
+// Whose counts come last held the part up; with all there at the first look it was the own rank that came last.
+void HostPart::note_arrivals(uint64_t routed) {
+  if (exchanged_.last_rank >= 0) {
+    return;
+  }
+  const uint64_t fresh = routed & ~seen_;
+  if (routed != active()) {
+    seen_ = routed;
+    return;
+  }
+  const bool waited = seen_ != 0 && fresh != 0;
+  exchanged_.last_rank = waited ? std::countr_zero(fresh) : static_cast<int32_t>(params_.shape.rank);
+  exchanged_.waited_ns = waited ? base::now_ns() - announced_ns_ : 0;
+}
+
 // True for a barrier that ended.
 bool HostPart::await_routed(engine::WakePort* wake) {
   turn_exchange(wake);
   const uint64_t routed = flags_->routed.load(std::memory_order_acquire);  // pairs with set_flag
   add_waits(routed);
+  note_arrivals(routed);
   if (routed != active() || (exchanges() && !exchange_->announced())) {
     return false;
   }
@@ -371,6 +392,7 @@ void HostPart::await_moved(engine::WakePort* wake) {
     return;
   }
   if (exchanges()) {
+    exchanged_.fabric_bytes = exchange_->fabric_bytes();
     if (report_.reason == 0 && exchange_->bad_rank() >= 0) {
       report_.reason = EXPERTD_REASON_INTERNAL;
       report_.rank = exchange_->bad_rank();

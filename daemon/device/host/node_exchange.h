@@ -69,6 +69,8 @@ class NodeExchange {
   bool complete();
   /// Ranks of other nodes that this one waits for once all counts are there.
   uint64_t missing() const;
+  /// Rows of the own tokens for ranks of other nodes, or pulled from there.
+  uint64_t fabric_bytes() const { return landed_bytes_ + pulls_.pulled_bytes(); }
   /// The rank that sent something bad; -1: none.
   int32_t bad_rank() const { return bad_rank_; }
 
@@ -100,6 +102,7 @@ class NodeExchange {
   bool moving_ = false;
   bool flushed_ = false;
   uint64_t counted_ = 0;  // ranks whose counts arrived and were not taken yet
+  uint64_t landed_bytes_ = 0;
   int32_t bad_rank_ = -1;
   uint64_t spoiled_ = 0;              // ranks
   std::vector<uint64_t> spread_;      // rows that arrived, per rank
