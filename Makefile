@@ -7,6 +7,7 @@ SHELL := /bin/bash
 PREFIX ?= /usr/local
 DESTDIR ?=
 BUILD_TYPE ?= RelWithDebInfo
+NODES ?= 1
 
 .PHONY: help build demo check soak tidy format install clean packages
 
@@ -21,8 +22,8 @@ packages:
 build: packages ## build the daemon, the client library and expertctl into build/
 	@deploy/dev/build build -DCMAKE_BUILD_TYPE=$(BUILD_TYPE) -- expertd_programs
 
-demo: build ## run dispatch and combine through a real daemon and compare every output
-	@EXPERTD_BIN_DIR="$${EXPERTD_BIN_DIR:-$(CURDIR)/build/bin}" deploy/demo
+demo: build ## run dispatch and combine through a real daemon and compare every output; NODES=2: through two that exchange
+	@NODES="$(NODES)" EXPERTD_BIN_DIR="$${EXPERTD_BIN_DIR:-$(CURDIR)/build/bin}" deploy/demo
 
 check: ## every check and test; what CI runs
 	@deploy/dev/install-packages build check

@@ -35,6 +35,7 @@ struct Typed {
   std::string mode = "both";
   std::string timeout = "60s";
   bool quick = false;
+  std::optional<uint32_t> expert_groups, groups_per_token;
   std::optional<uint32_t> tokens, hidden, experts, top_k, low_latency_tokens, iterations, warmup;
 };
 
@@ -42,7 +43,8 @@ void add_options(CLI::App* app, Typed* typed, BenchOptions* options) {
   app->add_option("--socket", options->socket,
                   "The daemon's attach socket; default $EXPERTD_SOCKET or the installed one")
       ->type_name("PATH");
-  app->add_option("--devices", typed->devices, "One rank each: host:N, gpu:N or UUIDs, separated by commas; NAME@SOCKET is one of another daemon")
+  app->add_option("--devices", typed->devices,
+                  "One rank each: host:N, gpu:N or UUIDs, separated by commas; NAME@SOCKET is one of another daemon")
       ->capture_default_str()
       ->type_name("LIST");
   app->add_option("--mode", typed->mode, "normal (dispatch, combine), inference (low latency) or both")
@@ -57,8 +59,14 @@ void add_options(CLI::App* app, Typed* typed, BenchOptions* options) {
   number("--hidden", &typed->hidden, 128, "Channels, a multiple of 128; default 7168, quick 1024");
   number("--experts", &typed->experts, 1, "Experts, a multiple of the ranks; default 256, quick 32");
   number("--top-k", &typed->top_k, 1, "Experts of a token; default 8, quick 4");
+  number("--expert-groups", &typed->expert_groups, 1,
+         "Group-limited routing: groups of experts, at most 64; default 1");
+  number("--groups-per-token", &typed->groups_per_token, 1, "Of these a token uses as many; default all");
   number("--iterations", &typed->iterations, 2, "Timed iterations; default 200, on host devices 30, quick 20");
   number("--warmup", &typed->warmup, 0, "Iterations before; default 10, quick 3");
+  app->add_option("--only", options->only,
+                  "Run this row alone, as the table names it: \"combine bf16\"; may be repeated")
+      ->type_name("ROW");
   app->add_option("--seed", options->seed, "Of all inputs")->capture_default_str()->type_name("N");
   app->add_option("--timeout", typed->timeout, "Of attaching, joining and each operation")
       ->capture_default_str()
@@ -113,6 +121,31 @@ void settle(const Typed& typed, BenchOptions* options) {
   require(options->hidden % 128 == 0, "--hidden " + std::to_string(options->hidden) + " is no multiple of 128");
 }
 
+/// Group-limited routing, and that something is left to run.
+void settle_rows(const Typed& typed, BenchOptions* options) {
+  BenchExpertGroups& groups = options->expert_groups;
+  groups.count = typed.expert_groups.value_or(1);
+  groups.per_token = typed.groups_per_token.value_or(groups.count);
+  require(groups.count <= 64 && options->experts % groups.count == 0,
+          "--expert-groups " + std::to_string(groups.count) + " is more than 64 or does not divide the " +
+              std::to_string(options->experts) + " experts");
+  require(groups.per_token <= groups.count && options->top_k <= options->experts / groups.count * groups.per_token,
+          "--groups-per-token " + std::to_string(groups.per_token) +
+              " is more than the groups, or leaves fewer experts than --top-k " + std::to_string(options->top_k));
+  std::string known;
+  for (const bool low_latency : {false, true}) {
+    BenchOptions all = *options;
+    all.only.clear();
+    for (const BenchRowSpec& row : rows_of_mode(all, low_latency)) {
+      known += "\n  " + row.operation + " " + row.flags;
+    }
+  }
+  for (const std::string& row : options->only) {
+    require((known + "\n").find("\n  " + row + "\n") != std::string::npos,
+            "--only \"" + row + "\" is no row of the modes asked for; these are:" + known);
+  }
+}
+
 void print_plan(const BenchOptions& options) {
   std::vector<BenchPlan> plans;
   BenchRank rank(options, 0);
@@ -157,6 +190,7 @@ int run_bench(int argc, char** argv) {
     add_options(&app, &typed, &options);
     app.parse(argc, argv);
     settle(typed, &options);
+    settle_rows(typed, &options);
     options.plan ? print_plan(options) : run(options);
     return kExitOk;
   } catch (const CLI::Success& asked) {  // --help

@@ -30,7 +30,8 @@ void fill(uint64_t key, uint64_t kept, uint64_t set, std::span<uint8_t> out) {
 
 }  // namespace
 
-BenchInput::BenchInput(uint64_t seed, uint32_t iteration) : base_(mix(mix(seed + kGolden) + iteration)) {}
+BenchInput::BenchInput(uint64_t seed, uint32_t iteration, const BenchExpertGroups& groups)
+    : base_(mix(mix(seed + kGolden) + iteration)), groups_(groups) {}
 
 uint64_t BenchInput::key(BenchStream stream, uint64_t owner, uint64_t row) const {
   return mix(mix(mix(base_ + static_cast<uint64_t>(stream)) + owner * kGolden) + row * kGolden);
@@ -50,17 +51,35 @@ float BenchInput::weight(BenchStream stream, uint64_t owner, uint64_t row, uint6
   return static_cast<float>(bits + 1) * 0x1p-24f;
 }
 
+uint64_t BenchInput::groups_of(uint64_t start) const {
+  if (!groups_.limited()) {
+    return ~uint64_t{0};
+  }
+  uint64_t chosen = 0;
+  uint64_t draw = 0;
+  for (uint32_t picked = 0; picked < groups_.per_token;) {
+    const uint64_t high = mix(mix(start) + ++draw * kGolden) >> 32;
+    const uint64_t bit = uint64_t{1} << ((high * groups_.count) >> 32);
+    picked += (chosen & bit) == 0 ? 1 : 0;
+    chosen |= bit;
+  }
+  return chosen;
+}
+
 void BenchInput::experts_of(uint64_t owner, uint64_t token, uint64_t tokens, uint32_t experts,
                             std::span<int32_t> out) const {
   const uint64_t start = key(BenchStream::kRouting, owner, token);
+  const uint64_t groups = groups_of(start);
+  const uint32_t per_group = experts / groups_.count;
   uint64_t draw = 0;
   for (size_t lane = 0; lane < out.size(); ++lane) {
     int32_t expert = -1;
     do {
       const uint64_t high = mix(start + ++draw * kGolden) >> 32;
       expert = static_cast<int32_t>((high * experts) >> 32);
-    } while (std::find(out.begin(), out.begin() + static_cast<std::ptrdiff_t>(lane), expert) !=
-             out.begin() + static_cast<std::ptrdiff_t>(lane));
+    } while ((groups >> (static_cast<uint32_t>(expert) / per_group) & 1) == 0 ||
+             std::find(out.begin(), out.begin() + static_cast<std::ptrdiff_t>(lane), expert) !=
+                 out.begin() + static_cast<std::ptrdiff_t>(lane));
     out[lane] = expert;
   }
   if (tokens > 1 && token + 1 == tokens) {

@@ -134,7 +134,9 @@ std::vector<BenchTerm> LowLatencyCombine::terms_of(uint64_t token) const {
 }
 
 void LowLatencyCombine::verify(const expertd_op_result_t&) {
-  check_weighted_sums(check_, combined_x_, case_.shape.tokens, [this](uint64_t token) { return terms_of(token); });
+  check_weighted_sums(
+      check_, combined_x_, case_.shape.tokens, [this](uint64_t token) { return terms_of(token); },
+      case_.options.spans_daemons() ? kBenchRoundingsOverDaemons : kBenchRoundings);
 }
 
 BenchBytes LowLatencyCombine::bytes() const {

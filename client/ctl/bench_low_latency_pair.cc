@@ -112,7 +112,9 @@ std::vector<BenchTerm> LowLatencyPair::terms_of(uint64_t token) const {
 
 void LowLatencyPair::verify(const expertd_op_result_t& result) {
   dispatch_->verify(case_.captured ? result : case_.rank->wait(dispatched_, "dispatch of " + case_.name));
-  check_weighted_sums(check_, combined_x_, case_.shape.tokens, [this](uint64_t token) { return terms_of(token); });
+  check_weighted_sums(
+      check_, combined_x_, case_.shape.tokens, [this](uint64_t token) { return terms_of(token); },
+      case_.options.spans_daemons() ? kBenchRoundingsOverDaemons : kBenchRoundings);
 }
 
 BenchBytes LowLatencyPair::bytes() const {

@@ -65,7 +65,7 @@ struct BenchCase {
   /// Issued into a CUDA graph: events stand for every replay and cannot be waited for, and there are no results.
   bool captured = false;
 
-  BenchInput input(uint32_t iteration) const { return BenchInput(options.seed, iteration); }
+  BenchInput input(uint32_t iteration) const { return BenchInput(options.seed, iteration, options.expert_groups); }
   /// The iterations with inputs of their own: the first, whose inputs all but the last use, and the last.
   std::vector<uint32_t> verified_iterations() const { return {0, options.iterations - 1}; }
 };

@@ -32,6 +32,14 @@ struct BenchShape {
   uint64_t worst_rows() const { return uint64_t{ranks} * tokens; }
 };
 
+/// Group-limited routing: experts in `count` groups of equal size, of which a token takes `per_token`.
+struct BenchExpertGroups {
+  uint32_t count = 1;  // at most 64
+  uint32_t per_token = 1;
+
+  bool limited() const { return per_token < count; }
+};
+
 struct BenchOptions {
   std::string socket;                // empty: the client's default
   std::vector<std::string> devices;  // as the client names them; one rank each
@@ -40,6 +48,17 @@ struct BenchOptions {
   const std::string& socket_of(uint32_t rank) const {
     return rank < sockets.size() && !sockets[rank].empty() ? sockets[rank] : socket;
   }
+  /// Ranks of several daemons: sums of a combine are rounded once more on each, and come in another order.
+  bool spans_daemons() const {
+    for (uint32_t rank = 1; rank < devices.size(); ++rank) {
+      if (socket_of(rank) != socket_of(0)) {
+        return true;
+      }
+    }
+    return false;
+  }
+  /// Names "OPERATION FLAGS" of the rows that run; empty: all.
+  std::vector<std::string> only;
   bool normal = true;
   bool inference = true;
   uint32_t tokens = 4096;
@@ -47,6 +66,7 @@ struct BenchOptions {
   uint32_t hidden = 7168;
   uint32_t experts = 256;
   uint32_t top_k = 8;
+  BenchExpertGroups expert_groups;
   uint32_t iterations = 200;  // at least 2: the first and the last are verified
   uint32_t warmup = 10;
   uint64_t seed = 1;
@@ -56,6 +76,9 @@ struct BenchOptions {
   bool plan = false;
   bool json = false;
   std::string json_file;
+
+  /// Per rank, ranks of one daemon being on one node; nodes are numbered by their lowest rank.
+  std::vector<uint32_t> node_of() const;
 
   BenchShape shape(bool low_latency) const {
     return {static_cast<uint32_t>(devices.size()), experts, hidden, top_k, low_latency ? low_latency_tokens : tokens};

@@ -13,10 +13,11 @@ struct BenchAborted {};
 
 class BenchRendezvous {
  public:
-  explicit BenchRendezvous(uint32_t parties) : parties_(parties) {}
+  explicit BenchRendezvous(uint32_t parties)
+      : parties_(parties), polls_(parties <= std::thread::hardware_concurrency() ? kPolls : 0) {}
 
   /// Returns on all ranks at about the same time: a short wait polls, because a wake-up of the kernel would be
-  /// measured.
+  /// measured. More ranks than processors only take these from each other by polling, and from daemons beside them.
   void meet() {
     const uint32_t round = round_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == parties_) {
@@ -28,7 +29,7 @@ class BenchRendezvous {
     if (aborted_.load(std::memory_order_acquire)) {
       throw BenchAborted{};
     }
-    for (uint32_t poll = 0; poll < kPolls && round_.load(std::memory_order_acquire) == round; ++poll) {
+    for (uint32_t poll = 0; poll < polls_ && round_.load(std::memory_order_acquire) == round; ++poll) {
       std::this_thread::yield();
     }
     round_.wait(round, std::memory_order_acquire);
@@ -47,6 +48,7 @@ class BenchRendezvous {
   static constexpr uint32_t kPolls = 20000;
 
   const uint32_t parties_;
+  const uint32_t polls_;
   std::atomic<uint32_t> arrived_ = 0;
   std::atomic<uint32_t> round_ = 0;
   std::atomic<bool> aborted_ = false;

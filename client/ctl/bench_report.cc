@@ -20,6 +20,7 @@ using nlohmann::json;
 constexpr double kMedian = 0.5;
 constexpr double kTail = 0.99;
 constexpr double kNsPerUs = 1e3;
+constexpr double kNsPerS = 1e9;
 
 std::string fixed(double value, int digits) {
   char text[64];
@@ -40,6 +41,15 @@ std::string utc_now() {
   char text[32];
   std::strftime(text, sizeof(text), "%Y-%m-%dT%H:%M:%SZ", &parts);
   return text;
+}
+
+json group_json(const BenchGroup& group) {
+  return {
+      {"mode", group.mode},
+      {"join_s", static_cast<double>(group.join_ns) / kNsPerS},
+      {"crossings_per_token",
+       {{"nodes", group.crossings.nodes}, {"ranks", group.crossings.ranks}, {"lanes", group.crossings.lanes}}},
+  };
 }
 
 json row_json(const BenchMeasured& row) {
@@ -92,12 +102,20 @@ std::string bench_json(const BenchOptions& options, const BenchResult& result) {
   for (const BenchMeasured& row : result.rows) {
     rows.push_back(row_json(row));
   }
+  json groups = json::array();
+  for (const BenchGroup& group : result.groups) {
+    groups.push_back(group_json(group));
+  }
   const json document = {
       {"versions", {{"client", expertd_version()}, {"expertctl", EXPERTD_VERSION}}},
       {"date", utc_now()},
       {"seed", options.seed},
       {"devices", result.devices},
       {"ranks", result.devices.size()},
+      {"nodes", result.nodes},
+      {"groups", groups},
+      {"expert_groups", options.expert_groups.count},
+      {"groups_per_token", options.expert_groups.per_token},
       {"hidden", options.hidden},
       {"experts", options.experts},
       {"top_k", options.top_k},

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "client/ctl/bench_routing.h"
 
+#include <algorithm>
 #include <span>
 
 namespace expertd::ctl {
@@ -22,6 +23,32 @@ bool BenchRouting::delivered(uint64_t source, uint64_t token, uint32_t rank) con
     }
   }
   return false;
+}
+
+BenchCrossings BenchRouting::crossings(const std::vector<uint32_t>& node_of) const {
+  BenchCrossings sum;
+  std::vector<int32_t> ranks;
+  for (uint64_t source = 0; source < shape_.ranks; ++source) {
+    for (uint64_t token = 0; token < shape_.tokens; ++token) {
+      ranks.clear();
+      for (uint32_t lane = 0; lane < shape_.top_k; ++lane) {
+        const int32_t to = this->rank(source, token, lane);
+        if (to >= 0 && node_of[static_cast<size_t>(to)] != node_of[source]) {
+          ranks.push_back(to);
+        }
+      }
+      sum.lanes += static_cast<double>(ranks.size());
+      std::sort(ranks.begin(), ranks.end());
+      ranks.erase(std::unique(ranks.begin(), ranks.end()), ranks.end());
+      sum.ranks += static_cast<double>(ranks.size());
+      std::transform(ranks.begin(), ranks.end(), ranks.begin(),
+                     [&](int32_t to) { return static_cast<int32_t>(node_of[static_cast<size_t>(to)]); });
+      std::sort(ranks.begin(), ranks.end());
+      sum.nodes += static_cast<double>(std::unique(ranks.begin(), ranks.end()) - ranks.begin());
+    }
+  }
+  const auto tokens = static_cast<double>(shape_.worst_rows());
+  return {sum.nodes / tokens, sum.ranks / tokens, sum.lanes / tokens};
 }
 
 std::vector<BenchRow> BenchRouting::plain_rows(uint32_t rank) const {

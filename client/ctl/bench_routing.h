@@ -19,6 +19,13 @@ struct BenchRow {
   int32_t expert = -1;  // global
 };
 
+/// Per token, the mean over all tokens of all ranks: places on other nodes that its row is for.
+struct BenchCrossings {
+  double nodes = 0;  // the least that can cross: one row per (token, node)
+  double ranks = 0;  // one row per (token, rank)
+  double lanes = 0;  // one row per (token, expert)
+};
+
 class BenchRouting {
  public:
   BenchRouting(const BenchShape& shape, const BenchInput& input);
@@ -34,6 +41,9 @@ class BenchRouting {
     return id < 0 ? -1 : id / static_cast<int32_t>(shape_.local_experts());
   }
   bool delivered(uint64_t source, uint64_t token, uint32_t rank) const;
+
+  /// What crosses to nodes other than the source's, with `node_of` naming each rank's node.
+  BenchCrossings crossings(const std::vector<uint32_t>& node_of) const;
 
   /// Rows of a plain dispatch at a rank.
   std::vector<BenchRow> plain_rows(uint32_t rank) const;

@@ -37,7 +37,8 @@ class Run {
       : options_(options),
         ranks_(options.devices.size()),
         rendezvous_(static_cast<uint32_t>(ranks_)),
-        devices_(ranks_) {
+        devices_(ranks_),
+        joins_ns_(2, std::vector<uint64_t>(ranks_)) {
     for (const bool low_latency : {false, true}) {
       const auto rows = rows_of_mode(options, low_latency);
       specs_.insert(specs_.end(), rows.begin(), rows.end());
@@ -51,6 +52,7 @@ class Run {
   void rank_thread(uint32_t index);
   void rank_work(uint32_t index);
   void run_mode(BenchRank* rank, bool low_latency);
+  BenchGroup group_of(bool low_latency, const std::vector<uint32_t>& node_of) const;
   void run_row(BenchRank* rank, size_t row);
   uint64_t time_one(BenchRank* rank, BenchOperation* operation, const std::string& name, expertd_op_result_t* result);
   void fail(const Failure& failure);
@@ -61,6 +63,7 @@ class Run {
   std::vector<BenchRowSpec> specs_;
   std::vector<std::vector<RankRow>> found_;  // [row][rank], each written by its rank
   std::vector<std::string> devices_;
+  std::vector<std::vector<uint64_t>> joins_ns_;  // [low latency][rank], each written by its rank
   std::mutex mutex_;
   std::optional<Failure> failure_;  // under mutex_: the first
 };
@@ -98,7 +101,10 @@ void Run::rank_work(uint32_t index) {
 
 void Run::run_mode(BenchRank* rank, bool low_latency) {
   const std::string name = "bench-" + std::to_string(getpid()) + (low_latency ? "-inference" : "-normal");
+  rendezvous_.meet();
+  const uint64_t begin = now_ns();
   rank->join(name, options_.shape(low_latency), low_latency);
+  joins_ns_[low_latency ? 1 : 0][rank->index()] = now_ns() - begin;
   for (size_t row = 0; row < specs_.size(); ++row) {
     if (specs_[row].low_latency == low_latency) {
       run_row(rank, row);
@@ -175,6 +181,13 @@ BenchMeasured merge(const BenchOptions& options, const BenchRowSpec& spec, const
   return row;
 }
 
+BenchGroup Run::group_of(bool low_latency, const std::vector<uint32_t>& node_of) const {
+  const std::vector<uint64_t>& joins = joins_ns_[low_latency ? 1 : 0];
+  const BenchRouting routing(options_.shape(low_latency), BenchInput(options_.seed, 0, options_.expert_groups));
+  return {low_latency ? "inference" : "normal", *std::max_element(joins.begin(), joins.end()),
+          routing.crossings(node_of)};
+}
+
 BenchResult Run::run() {
   std::vector<std::thread> threads;
   for (uint32_t index = 0; index < ranks_; ++index) {
@@ -188,6 +201,13 @@ BenchResult Run::run() {
   }
   BenchResult result;
   result.devices = devices_;
+  const std::vector<uint32_t> node_of = options_.node_of();
+  result.nodes = *std::max_element(node_of.begin(), node_of.end()) + 1;
+  for (const bool low_latency : {false, true}) {
+    if (low_latency ? options_.inference : options_.normal) {
+      result.groups.push_back(group_of(low_latency, node_of));
+    }
+  }
   for (size_t row = 0; row < specs_.size(); ++row) {
     result.rows.push_back(merge(options_, specs_[row], found_[row]));
     result.verified += result.rows.back().verified;
@@ -215,6 +235,11 @@ std::vector<BenchRowSpec> rows_of_mode(const BenchOptions& options, bool low_lat
                                       : std::vector{dispatch_rows(shape), combine_rows(shape)}) {
     rows.insert(rows.end(), more.begin(), more.end());
   }
+  std::erase_if(rows, [&](const BenchRowSpec& row) {
+    const std::string name = row.operation + " " + row.flags;
+    return !options.only.empty() && std::none_of(options.only.begin(), options.only.end(),
+                                                 [&](const std::string& text) { return name == text; });
+  });
   return rows;
 }
 

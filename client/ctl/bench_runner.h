@@ -9,6 +9,7 @@
 
 #include "client/ctl/bench_operation.h"
 #include "client/ctl/bench_options.h"
+#include "client/ctl/bench_routing.h"
 
 namespace expertd::ctl {
 
@@ -28,8 +29,17 @@ struct BenchMeasured {
   uint64_t time_ns(double quantile) const;
 };
 
+/// The group of one mode.
+struct BenchGroup {
+  std::string mode;          // "normal" or "inference"
+  uint64_t join_ns = 0;      // of the slowest rank, from where all have met
+  BenchCrossings crossings;  // of the inputs of all but the last iteration
+};
+
 struct BenchResult {
   std::vector<std::string> devices;  // per rank, as the daemon names them
+  uint32_t nodes = 0;                // daemons, by their sockets
+  std::vector<BenchGroup> groups;
   std::vector<BenchMeasured> rows;
   uint64_t verified = 0;
 };

@@ -7,6 +7,7 @@
 
 #include "client/ctl/bench.h"
 #include "client/ctl/cli.h"
+#include "client/ctl/plan.h"
 #include "client/ctl/verbs.h"
 
 int main(int argc, char** argv) {
@@ -23,6 +24,8 @@ int main(int argc, char** argv) {
       {"drain", "Stop taking sessions, let operations end, then end the daemon", add_drain},
       {"log-level", "Change what the daemon logs, until its restart", add_log_level},
       {"doctor", "Check this node; works without the daemon", add_doctor},
+      {"plan", "Predict times and efficiency over many nodes from figures of links; works without the daemon",
+       add_plan},
       {"bench", "Run, time and verify every operation through the daemon", pass_through(run_bench)},
   };
   return run_cli({argc, argv, std::cout, std::cerr, isatty(STDOUT_FILENO) == 1}, verbs);

@@ -70,6 +70,9 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   void node_up(uint64_t node_id, const std::string& name) override;
   void node_lost(uint64_t node_id, const std::string& name, fabric::LossCause cause,
                  const std::string& detail) override;
+  void rank_gone(uint64_t group_key, uint32_t rank, uint64_t through) override {
+    post(RankGone{group_key, rank, through});
+  }
   void beat(uint64_t now_ns) override { beat_->beat(now_ns); }
 
   const config::FabricConfig config_;

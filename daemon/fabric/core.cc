@@ -323,6 +323,8 @@ bool Core::incoming(const Incoming& message) {
       return take_credit(message, from);
     case kWireHeartbeat:
       return take_heartbeat(message, from);
+    case kWireGone:
+      return take_gone(message, from);
   }
   return drop(DropCause::kMalformed);
 }
@@ -380,6 +382,27 @@ bool Core::take_credit(const Incoming& message, Peer* from) {
   }
   if (!group->credit(node, header) || lane_of(static_cast<engine::FabricLane>(header.lane)) != message.lane) {
     return drop(DropCause::kBadField, from, "credits that were never given out");
+  }
+  return false;
+}
+
+bool Core::take_gone(const Incoming& message, Peer* from) {
+  WireGone header;
+  if (message.header_bytes != sizeof(header) || message.bytes != 0 || message.lane != LaneKind::kControl) {
+    return drop(DropCause::kMalformed, from, "the header's size");
+  }
+  std::memcpy(&header, message.header, sizeof(header));
+  uint32_t node = 0;
+  DropCause cause = DropCause::kUnknownGroup;
+  GroupChannel* group = group_of(header.group_key, header.epoch, from, &node, &cause);
+  if (group == nullptr) {
+    return drop(cause);
+  }
+  if (!group->hear_gone(node, header)) {
+    return drop(DropCause::kBadField, from, "a rank that is gone already, or is not its own");
+  }
+  if (setting_.observer != nullptr) {
+    setting_.observer->rank_gone(header.group_key, header.rank, header.through);
   }
   return false;
 }

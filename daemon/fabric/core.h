@@ -36,6 +36,7 @@ class Core final : public Progressed, public IncomingSink {
   base::Status disconnect(uint64_t node_id);
   base::Status open(std::unique_ptr<GroupChannel>* channel);
   void close(GroupChannel* channel);
+  void tell_gone(GroupChannel* channel, uint32_t rank, uint64_t through) { channel->tell_gone(rank, through); }
   FabricSnapshot snapshot() const;
 
   bool run_once(uint64_t now_ns) override;
@@ -54,6 +55,7 @@ class Core final : public Progressed, public IncomingSink {
   GroupChannel* group_of(uint64_t key, uint32_t epoch, const Peer* from, uint32_t* node, DropCause* cause);
   bool take_message(const Incoming& message, Peer* from);
   bool take_credit(const Incoming& message, Peer* from);
+  bool take_gone(const Incoming& message, Peer* from);
   bool take_heartbeat(const Incoming& message, Peer* from);
   Peer* find_peer(uint64_t node_id) const;
   void tend_peers(uint64_t now_ns);

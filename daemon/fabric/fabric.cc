@@ -74,6 +74,12 @@ class Fabric::Port final : public engine::FabricPort {
   void drop(uint32_t rank, const engine::SendBuffer& buffer) override { channel_->drop(rank, buffer); }
   bool receive(uint32_t rank, engine::Arrival* arrival) override { return channel_->receive(rank, arrival); }
   void release(uint32_t rank, const engine::Arrival& arrival) override { channel_->release(rank, arrival); }
+  void tell_gone(uint32_t rank, uint64_t through) override {
+    const base::Status told = state_->thread.run([&] { state_->core.tell_gone(channel_, rank, through); });
+    if (!told.is_ok()) {
+      base::log_error("other nodes are not told of a rank that is gone", {{"error", told.message()}});
+    }
+  }
 
  private:
   State* state_;

@@ -62,6 +62,10 @@ class GroupChannel final : public engine::FabricPort {
               const char** detail);
   /// False: more credits than were ever given out, or no such lane.
   bool credit(uint32_t node, const WireCredit& header);
+  /// Tells every other node that a local rank is gone, as soon as there is room; once per rank.
+  void tell_gone(uint32_t rank, uint64_t through);
+  /// A rank of `node` is gone. False: it is no rank of it, or was gone already.
+  bool hear_gone(uint32_t node, const WireGone& header);
   /// Advances everything that can be advanced; true when something moved.
   bool run_once();
   /// Whether a rank has left something that run_once() would take.
@@ -120,6 +124,14 @@ class GroupChannel final : public engine::FabricPort {
     bool under_way = false;
     WireCredit header;
   };
+  /// What one other node is still to be told of local ranks that are gone; one message at a time is under way.
+  struct GoneLink {
+    GroupChannel* channel = nullptr;
+    Peer* peer = nullptr;
+    uint64_t waiting = 0;  // bit per local rank, by its place
+    bool under_way = false;
+    WireGone header;
+  };
   /// One lane between this group's parts on two nodes. Fabric thread.
   struct PeerLink {
     explicit PeerLink(uint32_t most_deferred) : deferred(most_deferred), deferred_max(most_deferred) {}
@@ -165,10 +177,14 @@ class GroupChannel final : public engine::FabricPort {
   void deliver(ReceiveSlot& slot);
   void give_back(ReceiveSlot& slot);
   void send_credit(PeerLink& to, CreditSlot& slot);
+  bool send_gone();
+  void send_gone(GoneLink& to);
+  bool gone_told() const;
   void wake_rank(uint32_t rank_index) { wake_ |= uint64_t{1} << rank_index; }
   void wake_ranks();
   static void on_sent(void* request, ucs_status_t status, void* slot);
   static void on_received(void* request, ucs_status_t status, size_t bytes, void* slot);
+  static void on_gone_sent(void* request, ucs_status_t status, void* link);
   static void on_credit_sent(void* request, ucs_status_t status, void* slot);
 
   const GroupLink link_;
@@ -189,7 +205,11 @@ class GroupChannel final : public engine::FabricPort {
   uint32_t receives_in_flight_ = 0;
   uint32_t credits_in_flight_ = 0;
   uint32_t deferred_ = 0;
-  uint64_t wake_ = 0;  // local ranks to wake at the end of the turn
+  std::vector<GoneLink> gone_links_;                      // per node, without a peer for the own one
+  std::array<uint64_t, base::kMaxLocalRanks> through_{};  // of local ranks that are gone, by their place
+  uint64_t gone_ = 0;                                     // local ranks, by their place
+  std::vector<bool> gone_elsewhere_;                      // by rank: of other nodes
+  uint64_t wake_ = 0;                                     // local ranks to wake at the end of the turn
   bool closing_ = false;
 };
 

@@ -26,6 +26,12 @@ void GroupChannel::use_peers(std::vector<Peer*> peers) {
       ++peer->groups;
     }
   }
+  gone_elsewhere_.resize(link_.placement.ranks());
+  gone_links_.resize(peers_.size());
+  for (size_t node = 0; node < peers_.size(); ++node) {
+    gone_links_[node].channel = this;
+    gone_links_[node].peer = peers_[node];
+  }
 }
 
 const char* GroupChannel::bad_field(uint32_t node, const WireMessage& header, const Incoming& incoming) const {
@@ -109,6 +115,7 @@ bool GroupChannel::run_once() {
   moved |= start_deferred();
   moved |= end_receives();  // those that were there at once
   moved |= send_credits();
+  moved |= send_gone();
   wake_ranks();
   return moved;
 }
@@ -371,7 +378,8 @@ void GroupChannel::begin_close() {
 }
 
 bool GroupChannel::drained() const {
-  return closing_ && sends_in_flight_ == 0 && receives_in_flight_ == 0 && credits_in_flight_ == 0 && !has_work();
+  return closing_ && sends_in_flight_ == 0 && receives_in_flight_ == 0 && credits_in_flight_ == 0 && gone_told() &&
+         !has_work();
 }
 
 void GroupChannel::wake_ranks() {

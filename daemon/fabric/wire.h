@@ -16,8 +16,8 @@ inline constexpr uint32_t kWireMagic = 0x46505845;  // "EXPF"
 inline constexpr uint16_t kWireVersion = 1;
 
 /// Ids of the active messages, one per struct below.
-enum WireType : uint16_t { kWireMessage = 1, kWireCredit = 2, kWireHeartbeat = 3 };
-inline constexpr uint16_t kWireTypes = 3;
+enum WireType : uint16_t { kWireMessage = 1, kWireCredit = 2, kWireHeartbeat = 3, kWireGone = 4 };
+inline constexpr uint16_t kWireTypes = 4;
 
 struct WirePrefix {
   uint32_t magic = kWireMagic;
@@ -63,6 +63,15 @@ struct WireHeartbeat {
   uint64_t sent_ns = 0;  // of the ping's sender's clock; a pong returns it
 };
 
+/// On the control lane: a rank of the sender takes no part in operations behind `through`.
+struct WireGone {
+  WirePrefix prefix{.type = kWireGone};
+  uint64_t group_key = 0;
+  uint32_t epoch = 0;
+  uint32_t rank = 0;
+  uint64_t through = 0;  // all messages of it and of the operations before have been submitted
+};
+
 static_assert(sizeof(WirePrefix) == 16 && offsetof(WirePrefix, source_node) == 8);
 static_assert(sizeof(WireMessage) == 72, "a change of size or meaning is a new kWireVersion");
 static_assert(offsetof(WireMessage, group_key) == 16 && offsetof(WireMessage, epoch) == 24);
@@ -77,5 +86,8 @@ static_assert(offsetof(WireCredit, lane) == 28 && offsetof(WireCredit, credits) 
 static_assert(sizeof(WireHeartbeat) == 40, "a change of size or meaning is a new kWireVersion");
 static_assert(offsetof(WireHeartbeat, destination_node) == 16 && offsetof(WireHeartbeat, signal) == 24);
 static_assert(offsetof(WireHeartbeat, sent_ns) == 32);
+static_assert(sizeof(WireGone) == 40, "a change of size or meaning is a new kWireVersion");
+static_assert(offsetof(WireGone, group_key) == 16 && offsetof(WireGone, epoch) == 24);
+static_assert(offsetof(WireGone, rank) == 28 && offsetof(WireGone, through) == 32);
 
 }  // namespace expertd::fabric

@@ -45,10 +45,14 @@ session::ErrorDetail Directory::check_place(const session::JoinRequest& request,
     const std::shared_ptr<engine::GroupShared> shared = formed.shared.lock();
     const bool whole = shared != nullptr && shared->lost() == 0 && formed.present == shared->local_ranks();
     if (formed.name == request.name && whole) {
-      return refused(
-          EXPERTD_REASON_DUPLICATE_RANK,
-          "rank " + std::to_string(request.rank) + " of group \"" + request.name + "\" is taken; the group is complete",
-          rank);
+      const Placed* placed = formed.placed.get();
+      const bool elsewhere = placed != nullptr && request.rank < placed->ranks.size();
+      const std::string where =
+          elsewhere ? " by node \"" + placed->nodes[placed->ranks[request.rank].node].name + "\"" : "";
+      return refused(EXPERTD_REASON_DUPLICATE_RANK,
+                     "rank " + std::to_string(request.rank) + " of group \"" + request.name + "\" is taken" + where +
+                         "; the group is complete",
+                     rank);
     }
   }
   if (pending == nullptr) {
@@ -205,7 +209,8 @@ std::vector<std::pair<std::shared_ptr<engine::GroupShared>, std::shared_ptr<cons
   std::vector<std::pair<std::shared_ptr<engine::GroupShared>, std::shared_ptr<const Placed>>> groups;
   const std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& [id, formed] : formed_) {
-    if (std::shared_ptr<engine::GroupShared> shared = formed.shared.lock(); shared != nullptr && shared->spans_nodes()) {
+    if (std::shared_ptr<engine::GroupShared> shared = formed.shared.lock();
+        shared != nullptr && shared->spans_nodes()) {
       groups.emplace_back(std::move(shared), formed.placed);
     }
   }
@@ -241,7 +246,8 @@ std::unique_ptr<Formation> Directory::form(const std::string& name, Pending&& pe
   }
   formation->shared = std::make_shared<engine::GroupShared>(settings);
   std::erase_if(formed_, [](const auto& entry) { return entry.second.shared.expired(); });
-  formed_[settings.shape.id.value] = {name, config, formation->shared, formation->shared->local_ranks(), std::move(placed), {}};
+  formed_[settings.shape.id.value] = {
+      name, config, formation->shared, formation->shared->local_ranks(), std::move(placed), {}};
   return formation;
 }
 

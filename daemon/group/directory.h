@@ -46,8 +46,8 @@ struct Formation {
   std::string name;
   session::GroupConfig config;
   std::shared_ptr<engine::GroupShared> shared;
-  std::vector<Member> members;             // of this node
-  std::shared_ptr<const Placed> placed;    // null: nobody but this node knows of it
+  std::vector<Member> members;           // of this node
+  std::shared_ptr<const Placed> placed;  // null: nobody but this node knows of it
 };
 
 struct Defaults {

@@ -18,8 +18,8 @@ class GroupFabric {
   /// This node's identity in placements.
   virtual uint64_t node_id() const = 0;
   /// Connects to the placement's nodes, as far as they are not connected yet, and opens this node's part of the group.
-  /// It closes with the last reference; what is under way then is ended first. Blocks, at most until deadline_ns. A node
-  /// that cannot be reached is named.
+  /// It closes with the last reference; what is under way then is ended first. Blocks, at most until deadline_ns. A
+  /// node that cannot be reached is named.
   virtual base::Result<std::shared_ptr<engine::FabricPort>> open(const group::Placed& placed,
                                                                  const engine::GroupSettings& settings,
                                                                  uint64_t deadline_ns) = 0;

@@ -173,8 +173,8 @@ class SessionService final : public SessionApi, public AttachApi {
   std::condition_variable housekeeper_signal_;
   std::map<uint64_t, SessionRef> sessions_;
   std::deque<std::unique_ptr<group::Formation>> formations_;  // complete groups to set up; each has a join of a session
-  std::deque<Placement> placements_;  // answers of the rendezvous to joins that wait here
-  std::deque<Formed> formed_;         // groups whose other nodes have reported
+  std::deque<Placement> placements_;                          // answers of the rendezvous to joins that wait here
+  std::deque<Formed> formed_;                                 // groups whose other nodes have reported
   std::deque<SessionRef> ended_;  // waiting for their last operations; bounded by max_sessions
   uint64_t next_session_ = 1;
   bool draining_ = false;

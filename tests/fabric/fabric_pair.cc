@@ -28,6 +28,12 @@ void Bell::node_lost(uint64_t node_id, const std::string& /*name*/, fabric::Loss
   rung_.notify_all();
 }
 
+void Bell::rank_gone(uint64_t group_key, uint32_t rank, uint64_t through) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  gone_.push_back({group_key, rank, through});
+  rung_.notify_all();
+}
+
 void Bell::beat(uint64_t /*now_ns*/) {
   const std::lock_guard<std::mutex> lock(mutex_);
   ++beats_;
@@ -54,6 +60,11 @@ std::vector<uint64_t> Bell::up() {
 std::vector<Bell::Loss> Bell::lost() {
   const std::lock_guard<std::mutex> lock(mutex_);
   return lost_;
+}
+
+std::vector<Bell::Gone> Bell::gone() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return gone_;
 }
 
 uint64_t Bell::beats() {

@@ -24,6 +24,7 @@ class Bell final : public engine::WakePort, public fabric::FabricObserver {
   void node_up(uint64_t node_id, const std::string& name) override;
   void node_lost(uint64_t node_id, const std::string& name, fabric::LossCause cause,
                  const std::string& detail) override;
+  void rank_gone(uint64_t group_key, uint32_t rank, uint64_t through) override;
   void beat(uint64_t now_ns) override;
 
   /// True once `ready` is, which is looked at after every ring and every few milliseconds.
@@ -35,6 +36,13 @@ class Bell final : public engine::WakePort, public fabric::FabricObserver {
     std::string detail;
     uint64_t at_ns = 0;
   };
+  struct Gone {
+    uint64_t group_key = 0;
+    uint32_t rank = 0;
+    uint64_t through = 0;
+    friend bool operator==(const Gone&, const Gone&) = default;
+  };
+  std::vector<Gone> gone();
   std::vector<uint64_t> up();
   std::vector<Loss> lost();
   uint64_t beats();
@@ -45,6 +53,7 @@ class Bell final : public engine::WakePort, public fabric::FabricObserver {
   std::condition_variable rung_;
   std::vector<uint64_t> up_;
   std::vector<Loss> lost_;
+  std::vector<Gone> gone_;
   uint64_t beats_ = 0;
   uint64_t wakes_ = 0;
 };

@@ -188,6 +188,44 @@ TEST_F(FabricGarbage, CreditsThatWereNeverGivenOutCostTheConnection) {
   EXPECT_TRUE(world_.node(0).bell->wait([&] { return !world_.node(0).bell->lost().empty(); }));
 }
 
+TEST_F(FabricGarbage, ARankThatIsGoneAgainOrIsNotItsOwnCostsTheConnection) {
+  fabric::WireGone header;
+  header.prefix.source_node = good().prefix.source_node;
+  header.group_key = good().group_key;
+  header.epoch = good().epoch + 1;
+  header.rank = 2;
+  header.through = 5;
+  RawSender control(world_.node(0).fabric->identity().addresses[0]);
+  ASSERT_TRUE(control.ready());
+  const auto send_gone = [&] {
+    return control.send(fabric::kWireGone, &header, sizeof(header), nullptr, 0, UCP_AM_SEND_FLAG_EAGER);
+  };
+  ASSERT_TRUE(send_gone());
+  EXPECT_TRUE(counted(DropCause::kEpoch, 1));
+  EXPECT_TRUE(world_.node(0).bell->gone().empty()) << "of another epoch";
+  header.epoch = good().epoch;
+  ASSERT_TRUE(send_gone());
+  EXPECT_TRUE(world_.node(0).bell->wait([&] { return world_.node(0).bell->gone().size() == 1; }));
+  EXPECT_TRUE(world_.node(0).bell->lost().empty());
+  ASSERT_TRUE(send_gone());
+  EXPECT_TRUE(counted(DropCause::kBadField, 1));
+  EXPECT_TRUE(world_.node(0).bell->wait([&] { return !world_.node(0).bell->lost().empty(); }));
+  EXPECT_EQ(world_.node(0).bell->gone().size(), 1U);
+}
+
+TEST_F(FabricGarbage, ARankOfAnotherNodeCannotBeGone) {
+  fabric::WireGone header;
+  header.prefix.source_node = good().prefix.source_node;
+  header.group_key = good().group_key;
+  header.epoch = good().epoch;
+  header.rank = 0;
+  RawSender control(world_.node(0).fabric->identity().addresses[0]);
+  ASSERT_TRUE(control.ready());
+  ASSERT_TRUE(control.send(fabric::kWireGone, &header, sizeof(header), nullptr, 0, UCP_AM_SEND_FLAG_EAGER));
+  EXPECT_TRUE(counted(DropCause::kBadField, 1));
+  EXPECT_TRUE(world_.node(0).bell->gone().empty());
+}
+
 TEST_F(FabricGarbage, AHeartbeatForAnotherIncarnationIsNoSignOfLife) {
   fabric::WireHeartbeat header;
   header.prefix.source_node = good().prefix.source_node;

@@ -65,6 +65,9 @@ TEST(FabricWire, HeadersLieAsDocumented) {
   EXPECT_EQ(documented("Heartbeat"),
             (Rows{EXPERTD_ROW(WireHeartbeat, destination_node), EXPERTD_ROW(WireHeartbeat, signal),
                   EXPERTD_ROW(WireHeartbeat, reserved), EXPERTD_ROW(WireHeartbeat, sent_ns)}));
+  using fabric::WireGone;
+  EXPECT_EQ(documented("Gone"), (Rows{EXPERTD_ROW(WireGone, group_key), EXPERTD_ROW(WireGone, epoch),
+                                      EXPERTD_ROW(WireGone, rank), EXPERTD_ROW(WireGone, through)}));
 }
 
 #undef EXPERTD_ROW

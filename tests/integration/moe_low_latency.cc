@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Low latency runs: dispatch against the reference in any permitted order, combine within its bound.
+// Low latency runs: dispatch against the reference in any permitted order, combine within its bound, over several nodes
+// within theirs.
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <memory>
 
 #include "tests/integration/moe_case.h"
 #include "tests/integration/moe_memory.h"
+#include "tests/support/combine_bound.h"
 
 namespace expertd::support {
 namespace {
@@ -62,9 +65,15 @@ class LowLatencyRun {
       }
     }
     run_active([&](Rank& rank) { combine(rank); });
+    return compare_combined();
+  }
+
+ private:
+  std::string compare_combined() const {
     const auto lanes = lane_rows(case_);
     const auto sums = reference_ll_combine(case_.shape, case_.inputs, lanes, LlSum::kOfRanks);
     const auto plain = reference_ll_combine(case_.shape, case_.inputs, lanes, LlSum::kOfLanes);
+    const auto of_nodes = sums_of_nodes(lanes);
     for (uint32_t rank = 0; rank < group_->ranks(); ++rank) {
       const Outputs& out = outputs_[rank];
       if (!active(rank)) {
@@ -74,14 +83,49 @@ class LowLatencyRun {
         return "combine of rank " + std::to_string(rank) + ": " + describe(out.combined_end.outcome);
       }
       const std::vector<uint16_t> combined(out.combined, out.combined + sums[rank].size());
-      if (std::string found = compare_ll_combine(sums[rank], plain[rank], combined); !found.empty()) {
+      std::string found = of_nodes.empty() ? compare_ll_combine(sums[rank], plain[rank], combined)
+                                           : compare_nodes(rank, sums[rank], of_nodes, combined);
+      if (!found.empty()) {
         return "rank " + std::to_string(rank) + ": " + found;
       }
     }
     return {};
   }
 
- private:
+  /// What each node's experts alone make of the tokens of every rank; nothing where all ranks are on one.
+  std::vector<std::vector<std::vector<float>>> sums_of_nodes(const std::vector<std::vector<uint16_t>>& lanes) const {
+    std::vector<std::vector<std::vector<float>>> sums;
+    for (uint32_t node = 0; group_->nodes() > 1 && node < group_->nodes(); ++node) {
+      std::vector<RankInput> inputs = case_.inputs;
+      for (RankInput& input : inputs) {
+        for (int64_t& id : input.topk_idx) {
+          const auto owner = static_cast<uint64_t>(std::max<int64_t>(id, 0)) / case_.shape.local_experts;
+          id = group_->node_of()[owner] == node ? id : -1;
+        }
+      }
+      sums.push_back(reference_ll_combine(case_.shape, inputs, lanes, LlSum::kOfRanks));
+    }
+    return sums;
+  }
+
+  std::string compare_nodes(uint32_t rank, const std::vector<float>& sums,
+                            const std::vector<std::vector<std::vector<float>>>& of_nodes,
+                            const std::vector<uint16_t>& combined) const {
+    for (size_t at = 0; at < sums.size(); ++at) {
+      float elsewhere = 0;
+      for (uint32_t node = 0; node < of_nodes.size(); ++node) {
+        elsewhere += node == group_->node_of()[rank] ? 0 : std::abs(of_nodes[node][rank][at]);
+      }
+      const float got = reference_bf16_to_float(combined[at]);
+      const float wanted = reference_bf16_to_float(reference_float_to_bf16(sums[at]));
+      if (!(std::abs(got - wanted) <= nodes_combine_bound(elsewhere, got, wanted))) {
+        return "combined element " + std::to_string(at) + " is " + std::to_string(got) + ", not " +
+               std::to_string(wanted);
+      }
+    }
+    return {};
+  }
+
   bool active(uint32_t rank) const { return (case_.shape.active_ranks >> rank & 1) != 0; }
   void run_active(const std::function<void(Rank&)>& body) {
     group_->run([&](Rank& rank) {

@@ -51,19 +51,27 @@ class RankArena {
       return nullptr;
     }
     if (!registered_) {
-      heap_.push_back(std::make_unique<char[]>(bytes));
-      return heap_.back().get();
+      return from_heap(bytes);
     }
     const size_t rounded = (bytes + 127) / 128 * 128;
     if (rounded > left_) {
+      left_ = 0;
+      next_ = static_cast<char*>(session_->alloc_bytes(std::max(rounded, kChunk)));
+      if (next_ == nullptr) {
+        return from_heap(bytes);  // the session has ended, which the operation will tell
+      }
       left_ = std::max(rounded, kChunk);
-      next_ = static_cast<char*>(session_->alloc_bytes(left_));
       chunks_.push_back(next_);
     }
     char* place = next_;
     next_ += rounded;
     left_ -= rounded;
     return place;
+  }
+
+  void* from_heap(size_t bytes) {
+    heap_.push_back(std::make_unique<char[]>(bytes));
+    return heap_.back().get();
   }
 
   ClientSession* session_;

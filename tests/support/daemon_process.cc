@@ -116,18 +116,26 @@ DaemonProcess::~DaemonProcess() {
 }
 
 bool DaemonProcess::start() {
-  std::filesystem::remove(directory_.file("stderr"));
-  metrics_port_ = 0;
-  note_wait("the start of the daemon");
-  ChildOptions options;
-  options.arguments = arguments_;
-  options.own_pid_namespace = own_pid_namespace_;
-  pid_ = spawn(options, directory_.file("stdout"), directory_.file("stderr"));
-  const bool up = wait_until([this] { return !running() || ready(); }, start_limit_) && running();
+  launch();
+  const bool up = wait_ready();
   if (!up) {
     std::fprintf(stderr, "the daemon did not start:\n%s\n", log().c_str());
   }
   return up;
+}
+
+void DaemonProcess::launch() {
+  std::filesystem::remove(directory_.file("stderr"));
+  metrics_port_ = 0;
+  ChildOptions options;
+  options.arguments = arguments_;
+  options.own_pid_namespace = own_pid_namespace_;
+  pid_ = spawn(options, directory_.file("stdout"), directory_.file("stderr"));
+}
+
+bool DaemonProcess::wait_ready() {
+  note_wait("the start of the daemon");
+  return wait_until([this] { return !running() || ready(); }, start_limit_) && running();
 }
 
 bool DaemonProcess::ready() {

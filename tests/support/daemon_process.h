@@ -47,6 +47,9 @@ class DaemonProcess {
   void use_own_pid_namespace() { own_pid_namespace_ = true; }
   /// Starts it (again, in the same directory) and returns when it answers; false with the log when it does not.
   bool start();
+  /// start() in two parts, so that several can start at once: begins it; then waits, and says nothing when it failed.
+  void launch();
+  bool wait_ready();
   /// SIGTERM, then its exit code; -1 when it does not end in time.
   int stop(std::chrono::milliseconds limit = std::chrono::seconds(10));
   /// SIGTERM alone; wait_exit() for its end.

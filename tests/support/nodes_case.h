@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "daemon/kernels/numerics.h"
+#include "tests/support/combine_bound.h"
 #include "tests/support/node_world.h"
 #include "tests/support/random_case_host.h"
 
@@ -214,9 +215,7 @@ struct NodesCase {
     }
     const float got = value_of(op.many.ranks[rank].x, at);
     const float wanted = value_of(op.one.ranks[rank].x, at);
-    // Rounding costs at most 2^-8 of what is rounded: here each other node's sum and the two results. The order of the
-    // float32 sums is another one, too, which shows where rows cancel each other.
-    const float bound = (elsewhere + std::abs(got) + std::abs(wanted)) * 0x1p-8f + 0x1p-14f;
+    const float bound = nodes_combine_bound(elsewhere, got, wanted);
     return std::abs(got - wanted) <= bound ? ""
                                            : fault("channel", rank) + " at " + std::to_string(at) + ": " +
                                                  std::to_string(got) + ", not " + std::to_string(wanted);
@@ -239,7 +238,8 @@ struct NodesCase {
         }
       }
       for (size_t at = 0; at < got.out_topk_weights.bytes() / 4; ++at) {
-        if (std::abs(got.out_topk_weights.as<float>()[at] - wanted.out_topk_weights.as<float>()[at]) > 1e-5f) {
+        if (std::abs(got.out_topk_weights.as<float>()[at] - wanted.out_topk_weights.as<float>()[at]) >
+            kNodesWeightBound) {
           return fault("weights", rank);
         }
       }

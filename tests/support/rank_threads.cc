@@ -107,6 +107,10 @@ RankGroup::RankGroup(const std::vector<Seat>& seats, const std::string& name, co
   for (uint32_t index = 0; index < ranks; ++index) {
     ranks_.push_back(std::make_unique<Rank>());
     ranks_[index]->rank = index;
+    const auto same = std::find_if(seats.begin(), seats.begin() + index,
+                                   [&](const Seat& seat) { return seat.socket == seats[index].socket; });
+    const bool known = same != seats.begin() + index;
+    node_of_.push_back(known ? node_of_[static_cast<size_t>(same - seats.begin())] : nodes_++);
   }
   run([&](Rank& rank) {
     const Seat& seat = seats[rank.rank];

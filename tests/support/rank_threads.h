@@ -98,6 +98,9 @@ class RankGroup {
   /// The first failure of attaching or joining.
   std::string failure() const;
   uint32_t ranks() const { return static_cast<uint32_t>(ranks_.size()); }
+  /// Per rank the node it is on, that is its daemon: from 0, in the order of their lowest rank.
+  const std::vector<uint32_t>& node_of() const { return node_of_; }
+  uint32_t nodes() const { return nodes_; }
   Rank& rank(uint32_t index) { return *ranks_[index]; }
   /// Every rank on its own thread.
   void run(const std::function<void(Rank&)>& body);
@@ -106,6 +109,8 @@ class RankGroup {
 
  private:
   std::vector<std::unique_ptr<Rank>> ranks_;
+  std::vector<uint32_t> node_of_;
+  uint32_t nodes_ = 0;
 };
 
 }  // namespace expertd::support

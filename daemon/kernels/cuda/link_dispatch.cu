@@ -104,21 +104,25 @@ __device__ void end_dispatch(const PartParams& p, bool complete) {
 
 #endif
 
-// link_dispatch. Grid: about link_sms blocks, one per multiprocessor, in clusters of up to 8 blocks; as many mover
-// warps as rows fit into a block's shared memory, and a clerk. As the kernel that waits: every cluster routes all
-// tokens for itself (link_route.cuh: K * 4 or 8 bytes read per token), the first one hands over the counts, which also
-// tell that this rank's outputs may be written, and behind them the matrix and `routed`; then all wait for the others'
-// counts (link_rows.cuh). Behind the stream's wait the routing stands in scratch. A mover takes one token after the
-// other: the copy unit loads row and side row while the lanes read ids and weights of the next, then stores both to the
-// token's row at every rank. The clerks write the plan and the handle. The last block announces `moved` (this rank's
-// rows are there), waits for the others' and ends the part. Bytes per token: row + side read; row + side + K * (id + 4)
-// + 4 written per rank. Bound: the links, at the rate of writes.
+// link_dispatch. Grid: about link_sms blocks, one per multiprocessor, in clusters of up to 8 blocks, whose barrier says
+// when they may write each other's shared memory (link_route.cuh); as many mover warps as rows fit into a block's
+// shared memory, and a clerk. As the kernel that waits: every cluster routes all tokens for itself (link_route.cuh: K *
+// 4 or 8 bytes read per token), the first one hands over the counts, which also tell that this rank's outputs may be
+// written, and behind them the matrix and `routed`; then all wait for the others' counts (link_rows.cuh). Behind the
+// stream's wait the routing stands in scratch. A mover takes one token after the other: the copy unit loads row and
+// side row while the lanes read ids and weights of the next, then stores both to the token's row at every rank. The
+// clerks write the plan and the handle. The last block announces `moved` (this rank's rows are there), waits for the
+// others' and ends the part. Bytes per token: row + side read; row + side + K * (id + 4) + 4 written per rank. Bound:
+// the links, at the rate of writes.
 __global__ __launch_bounds__(kBlockThreads, 1) void link_dispatch(const __grid_constant__ PartParams p, Entry entry) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) char places[];
   __shared__ BlockShared shared;
   if (p.null_operation != 0) {
     return;
+  }
+  if (entry == Entry::kWaits && p.op.shape.cached == 0) {
+    cluster_arrive_relaxed();  // this block has started
   }
   if (threadIdx.x < 32 && entry == Entry::kWaits) {
     stamp(Stamp::kStarted);
@@ -133,7 +137,8 @@ __global__ __launch_bounds__(kBlockThreads, 1) void link_dispatch(const __grid_c
     clear_experts(p.op.shape, &shared.cluster);
   }
   const uint32_t warp = threadIdx.x / 32;
-  const bool moves = warp < movers_of(p.op.shape);  // other warps only help to route, and the last one is the clerk
+  const bool moves = warp < movers_of(p.op.shape);  // other warps only help to route
+  const bool clerk = warp == kBlockWarps - 1;
   const bool gated =
       entry == Entry::kWaits && open_dispatch(p, span, reinterpret_cast<TokenRouting*>(places), &shared.cluster);
   Mover mover{};
@@ -154,15 +159,20 @@ __global__ __launch_bounds__(kBlockThreads, 1) void link_dispatch(const __grid_c
   if (counts && entry == Entry::kBehindWait) {
     cluster.sync();  // no clerk adds to a block that has not cleared its counts
   }
+  if (counts && !clerk) {
+    cluster_arrive_relaxed();  // only clerks write into other blocks from here on
+  }
   const bool works = passage == Passage::kRegular;
   if (works && moves) {
     move_tokens(p, mover, shared.rows);
   } else {
     drop_place(mover.place);
   }
-  if (warp == kBlockWarps - 1) {
+  if (clerk) {
     keep_books(p, span, works, &shared);
     stamp(Stamp::kBooksKept);
+  } else if (counts) {
+    cluster_wait();  // all clerks have added, so none needs this block any more
   }
   __syncthreads();  // the clerk is through
   const LastBlock end = end_moving(p, works && shared.aborted == 0);

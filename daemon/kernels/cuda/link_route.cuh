@@ -3,6 +3,14 @@
 // order. What the others must know to place their rows (rows per rank, errors) is handed over at once; the rows per
 // expert, which only tables and reports want, are counted by the clerks while rows move. Device code only, for sm_90;
 // included by the kernel's .cu file; no state. Definitions: daemon/kernels/README.md.
+//
+// Shared memory of other blocks is written twice, and exists only while its block runs. The barrier of the cluster says
+// when, in three phases, each of which all threads of its blocks enter. (1) Every cluster: from the kernel's first
+// instructions to tell_cluster(), so that every block has started; each has routed meanwhile, so nobody waits. (2)
+// Every cluster: behind tell_cluster(), for what it told. (3) The first cluster, past the first exchange: clerks arrive
+// when they have added to the first block, the other threads at once, because they reach into no block; all wait before
+// they end. Nothing is written into another block behind that. The kernel behind the stream's wait has no (1), and for
+// (2) meets in the first cluster alone, so that all counts are cleared. One with the routing of a handle has none.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -36,7 +44,6 @@ struct ClusterShared {
   uint32_t error;                                              // of this block
   uint32_t gated;                                              // this block found the part aborted before it began
   int32_t experts[base::kMaxExperts];  // rows per expert: of this block, in the first one of all
-  uint64_t experts_there;              // barrier in the first block: all clerks have added
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -142,6 +149,7 @@ __device__ inline int32_t scan_warps(uint32_t entries, uint32_t rank, TokenRouti
 }
 
 /// Tells every block of the cluster this block's rows at each rank and its error: a warp per rank, a lane per block.
+/// All of them have started.
 __device__ inline void tell_cluster(const PartParams& p, const TokenSpan& span, TokenRouting* s,
                                     ClusterShared* shared) {
   const auto cluster = cooperative_groups::this_cluster();
@@ -254,8 +262,8 @@ __device__ inline void hand_over_matrix(const PartParams& p, uint32_t blocks, co
 
 /// Routes the tokens of this cluster's blocks, which are all of the rank's; one warp of the first block of all hands
 /// the rows over. Afterwards the block's own rows stand in scratch and its shared memory is free for rows. The gate is
-/// read beside the first ids; whether it was closed. Whole block; a gated one meets the others all the same, because
-/// they may have looked before the part was aborted.
+/// read beside the first ids; whether it was closed. Whole block, which has arrived at the cluster's barrier; a gated
+/// one meets the others all the same, because they may have looked before the part was aborted.
 __device__ inline bool route_cluster(const PartParams& p, const TokenSpan& whole, TokenRouting* s,
                                      ClusterShared* shared) {
   const auto cluster = cooperative_groups::this_cluster();
@@ -283,6 +291,7 @@ __device__ inline bool route_cluster(const PartParams& p, const TokenSpan& whole
   if (threadIdx.x < 32) {
     stamp(Stamp::kIdsCounted);
   }
+  cluster_wait();  // their shared memory is there; they began when this block did, so they came long ago
   tell_cluster(p, span, s, shared);
   cluster.sync();
   if (threadIdx.x < 32) {
@@ -304,7 +313,8 @@ __device__ inline bool route_cluster(const PartParams& p, const TokenSpan& whole
 /// The clerks' share of routing, in the blocks of the first cluster while rows move: the ids into the handle and the
 /// rows per expert, which the first block's clerk hands over, announces as `counted` and waits for from the others.
 /// There kRegular when the whole matrix is there, kAborted when the part was aborted meanwhile; kNot in the other
-/// blocks. One whole warp per block, which clear_experts() has made ready.
+/// blocks. One whole warp per block, which clear_experts() has made ready; the block's other warps arrive at the
+/// cluster's barrier themselves.
 __device__ inline Passage count_experts(const PartParams& p, const TokenSpan& span, bool works, ClusterShared* shared) {
   const auto cluster = cooperative_groups::this_cluster();
   const OpShape& shape = p.op.shape;
@@ -337,11 +347,11 @@ __device__ inline Passage count_experts(const PartParams& p, const TokenSpan& sp
       atomicAdd(&all->experts[e], shared->experts[e]);
     }
   }
-  barrier_arrive_at(&shared->experts_there, 0);
+  cluster_arrive();
+  cluster_wait();  // all clerks have added
   if (cluster.block_rank() != 0) {
     return Passage::kNot;
   }
-  barrier_wait_cluster(&shared->experts_there, 0);
   if (!works) {
     return Passage::kAborted;
   }
@@ -359,14 +369,10 @@ __device__ inline Passage count_experts(const PartParams& p, const TokenSpan& sp
   return await_words(p, p.peers.pages[shape.rank]->counted, INT64_MAX);
 }
 
-/// Makes a block of the first cluster ready for its clerk. Whole block, before the first cluster barrier of the kernel
-/// or where no routing comes before.
+/// Makes a block of the first cluster ready for its clerk. Whole block, before the cluster meets.
 __device__ inline void clear_experts(const OpShape& shape, ClusterShared* shared) {
   for (uint32_t e = threadIdx.x; e < shape.experts; e += blockDim.x) {
     shared->experts[e] = 0;
-  }
-  if (threadIdx.x == 0) {
-    barrier_init(&shared->experts_there, 32 * cooperative_groups::this_cluster().num_blocks());
   }
 }
 

@@ -151,33 +151,22 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
   }
 }
 
-/// Arrives at the barrier that lies at the same place in the shared memory of another block of the cluster, behind what
-/// this thread wrote there.
-__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t block) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(block)
-      : "memory");
+/// Arrives at the barrier of the cluster, once per phase and by every thread of all its blocks; cluster_wait() is to
+/// follow before the next. What this thread did before is visible behind that wait. Threads of one block may do so in
+/// different places.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
 
-/// Waits for the end of a phase that other blocks of the cluster arrive at; what they wrote before is visible.
-__device__ __forceinline__ void barrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
-  uint32_t done = 0;
-  while (done == 0) {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-  }
+/// The same where nothing that this thread did is to be seen by others, without the fence: it only tells that the
+/// thread has come here.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+
+/// Waits until all threads of the cluster have arrived.
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
 /// Starts a copy into shared memory; its bytes count against the barrier. All addresses and bytes: multiples of 16.

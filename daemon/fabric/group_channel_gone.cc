@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// Ranks that are gone: what other nodes are told of this node's, and what is heard of theirs. Fabric thread.
+#include <algorithm>
+#include <bit>
+#include <string>
+
+#include "daemon/fabric/group_channel.h"
+
+namespace expertd::fabric {
+
+void GroupChannel::tell_gone(uint32_t rank, uint64_t through) {
+  const uint32_t place = link_.placement.index_of[rank];
+  const uint64_t bit = uint64_t{1} << place;
+  if ((gone_ & bit) != 0) {
+    return;  // it left and then its session ended
+  }
+  gone_ |= bit;
+  through_[place] = through;
+  for (GoneLink& link : gone_links_) {
+    link.waiting |= link.peer != nullptr ? bit : 0;
+  }
+}
+
+bool GroupChannel::hear_gone(uint32_t node, const WireGone& header) {
+  const engine::Placement& placement = link_.placement;
+  if (header.rank >= placement.ranks() || placement.node_of[header.rank] != node || gone_elsewhere_[header.rank]) {
+    return false;
+  }
+  gone_elsewhere_[header.rank] = true;
+  return true;
+}
+
+bool GroupChannel::send_gone() {
+  bool moved = false;
+  for (GoneLink& link : gone_links_) {
+    if (link.peer == nullptr || link.peer->lost()) {
+      link.waiting = 0;  // who is lost hears nothing
+    }
+    while (link.waiting != 0 && !link.under_way && !link.peer->failed()) {
+      send_gone(link);
+      moved = true;
+    }
+  }
+  return moved;
+}
+
+void GroupChannel::send_gone(GoneLink& to) {
+  const auto place = static_cast<uint32_t>(std::countr_zero(to.waiting));
+  to.waiting &= to.waiting - 1;
+  to.header = WireGone{};
+  to.header.prefix.source_node = surroundings_.own_node_id;
+  to.header.group_key = link_.key;
+  to.header.epoch = link_.epoch;
+  to.header.rank = link_.placement.ranks_of[link_.placement.own_node][place];
+  to.header.through = through_[place];
+  ucp_request_param_t param{};
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_FLAGS;
+  param.flags = UCP_AM_SEND_FLAG_EAGER;
+  param.cb.send = on_gone_sent;
+  param.user_data = &to;
+  const ucs_status_ptr_t sent = ucp_am_send_nbx(to.peer->endpoint(LaneKind::kControl), kWireGone, &to.header,
+                                                sizeof(to.header), nullptr, 0, &param);
+  if (UCS_PTR_IS_PTR(sent)) {
+    to.under_way = true;
+  } else if (UCS_PTR_IS_ERR(sent)) {
+    // The other side would wait for the rank until its deadlines.
+    to.peer->fail(LossCause::kTransport,
+                  std::string("a rank's end could not be sent to it: ") + ucs_status_string(UCS_PTR_STATUS(sent)));
+  }
+}
+
+void GroupChannel::on_gone_sent(void* request, ucs_status_t status, void* link) {
+  GoneLink& of = *static_cast<GoneLink*>(link);
+  of.under_way = false;
+  if (status != UCS_OK) {
+    of.peer->fail(LossCause::kTransport,
+                  std::string("a rank's end could not be sent to it: ") + ucs_status_string(status));
+  }
+  ucp_request_free(request);
+}
+
+bool GroupChannel::gone_told() const {
+  return std::none_of(gone_links_.begin(), gone_links_.end(),
+                      [](const GoneLink& link) { return link.under_way || link.waiting != 0; });
+}
+
+}  // namespace expertd::fabric

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// Daemons of several nodes on this machine: real processes that reach each other over loopback TCP and form groups
+// together. The first hosts the rendezvous. Processes end with the object; one thread; tests only.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "tests/support/daemon_process.h"
+#include "tests/support/rank_threads.h"
+
+namespace expertd::support {
+
+class DaemonCluster {
+ public:
+  /// `devices` host devices each; `flags` go to every daemon.
+  explicit DaemonCluster(uint32_t nodes, uint32_t devices = 2, std::vector<std::string> flags = {});
+
+  /// Starts all at once; with other ports when somebody took one of these meanwhile. False with their logs.
+  bool start();
+
+  uint32_t nodes() const { return static_cast<uint32_t>(nodes_.size()); }
+  DaemonProcess& node(uint32_t index) { return *nodes_[index]; }
+  /// "n1" is node 0.
+  static std::string name(uint32_t index) { return "n" + std::to_string(index + 1); }
+  /// "127.0.0.1:PORT", where other daemons reach it.
+  const std::string& address(uint32_t index) const { return addresses_[index]; }
+
+  /// `ranks` devices of each of the first `nodes` daemons (0: of all), in the order of nodes; those of another group
+  /// at the same time begin at another device.
+  std::vector<Seat> seats(uint32_t ranks, uint32_t nodes = 0, uint32_t first_device = 0) const;
+
+ private:
+  void make();
+
+  const uint32_t devices_;
+  const std::vector<std::string> flags_;
+  std::vector<std::unique_ptr<DaemonProcess>> nodes_;
+  std::vector<std::string> addresses_;
+};
+
+}  // namespace expertd::support
