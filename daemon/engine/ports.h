@@ -110,6 +110,8 @@ struct Outcome {
 struct ExchangeFlags {
   std::atomic<uint64_t> routed{0};
   std::atomic<uint64_t> moved{0};
+  /// When the counts of each rank in `routed` were there, base::now_ns clock; written before its bit. For people alone.
+  std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> routed_ns{};
 };
 
 /// Everything a device needs for its rank's part. `requests[r]` is rank r's Request (null for inactive ranks); the

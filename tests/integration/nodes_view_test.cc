@@ -133,7 +133,7 @@ TEST_F(NodesView, MetricsCountWhatCrosses) {
 TEST_F(NodesView, SlowestNamesTheRankThatIsAlwaysLate) {
   constexpr uint32_t kRounds = 20;
   constexpr uint32_t kLate = 3;
-  constexpr uint64_t kLateNs = 5'000'000;
+  constexpr uint64_t kLateNs = 20'000'000;  // more than a busy machine makes of the others
   RankGroup group(seats(), "held");
   ASSERT_TRUE(group.ok()) << group.failure();
   std::atomic<uint32_t> issued{0};
@@ -169,8 +169,11 @@ TEST_F(NodesView, SlowestNamesTheRankThatIsAlwaysLate) {
     EXPECT_EQ(rank["group"], "held");
     EXPECT_EQ(rank["node"], "node-b") << slowest;
     EXPECT_GT(rank["p50_ns"], kLateNs / 2) << slowest;
+    ASSERT_GE(slowest["nodes"].size(), 1U) << slowest;
+    EXPECT_EQ(slowest["nodes"][0]["name"], "node-b") << slowest;
+    EXPECT_GT(slowest["nodes"][0]["share"], 0.5) << slowest;
     // The first node sees the counts of both ranks of the second come together, once the late one has issued.
-    EXPECT_TRUE(daemon == &first_ || (rank["rank"] == kLate && rank["share"] > 0.8)) << slowest;
+    EXPECT_TRUE(daemon == &first_ || (rank["rank"] == kLate && rank["share"] > 0.5)) << slowest;
   }
 }
 

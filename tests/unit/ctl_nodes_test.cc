@@ -199,20 +199,42 @@ v1::ListWaitsResponse message_of(const session::WaitsSnapshot& waits) {
   return message;
 }
 
-TEST(Slowest, TheLastOfMostOperationsComesFirst) {
-  const std::vector<SlowRank> ranks = slow_ranks(message_of(waits_of_two_nodes()));
+TEST(Slowest, WhoWasWaitedForLongestComesFirst) {
+  session::WaitsSnapshot waits = waits_of_two_nodes();
+  for (uint64_t number = 5; number <= 14; ++number) {  // more often the last, and by a hair
+    waits.waits.push_back(
+        {.group = {5}, .number = number, .op = "dispatch", .rank = 1, .last_rank = 0, .waited_ns = 2'000});
+  }
+  const Slowest slowest = slowest_of(message_of(waits));
+  const std::vector<SlowRank>& ranks = slowest.ranks;
   ASSERT_EQ(ranks.size(), 2U);
   EXPECT_EQ(ranks[0].group, "decode");
   EXPECT_EQ(ranks[0].rank, 1U);
   EXPECT_EQ(ranks[0].node, "node-b");
   EXPECT_EQ(ranks[0].last, 3U);
-  EXPECT_EQ(ranks[0].seen, 4U);
-  EXPECT_DOUBLE_EQ(ranks[0].share(), 0.75);
+  EXPECT_EQ(ranks[0].seen, 14U);
+  EXPECT_EQ(ranks[0].held_ns, 60'000U);
+  EXPECT_DOUBLE_EQ(ranks[0].share, 0.75);
   EXPECT_EQ(ranks[0].waits, 3U);
   EXPECT_EQ(ranks[0].p50_ns, 20'000U);
   EXPECT_EQ(ranks[0].p99_ns, 30'000U);
   EXPECT_EQ(ranks[1].rank, 0U);
-  EXPECT_EQ(ranks[1].waits, 0U) << "it did not wait for itself";
+  EXPECT_EQ(ranks[1].last, 11U);
+  EXPECT_EQ(ranks[1].waits, 10U) << "it did not wait for itself";
+  ASSERT_EQ(slowest.nodes.size(), 2U);
+  EXPECT_EQ(slowest.nodes[0].name, "node-b");
+  EXPECT_DOUBLE_EQ(slowest.nodes[0].share, 0.75);
+  ASSERT_EQ(slowest.lanes.size(), 2U);
+  EXPECT_EQ(slowest.lanes[0].name, "latency");
+  EXPECT_EQ(slowest.lanes[1].held_ns, 20'000U);
+}
+
+TEST(Slowest, AGroupOfOneNodeHasNeitherNodesNorLanes) {
+  session::WaitsSnapshot waits = waits_of_two_nodes();
+  waits.groups[0].rank_nodes.clear();
+  const Slowest slowest = slowest_of(message_of(waits));
+  EXPECT_EQ(slowest.ranks.size(), 2U);
+  EXPECT_TRUE(slowest.nodes.empty() && slowest.lanes.empty());
 }
 
 TEST(Slowest, OfAnOperationTheLongestWaitCounts) {
@@ -221,19 +243,20 @@ TEST(Slowest, OfAnOperationTheLongestWaitCounts) {
   waits.waits.push_back({.group = {5}, .number = 2, .op = "ll_dispatch", .rank = 2, .last_rank = 0, .waited_ns = 100});
   waits.waits.push_back(
       {.group = {5}, .number = 1, .op = "ll_dispatch", .rank = 2, .last_rank = 3, .waited_ns = 90'000});
-  const std::vector<SlowRank> ranks = slow_ranks(message_of(waits));
+  const std::vector<SlowRank> ranks = slowest_of(message_of(waits)).ranks;
   ASSERT_EQ(ranks.size(), 3U);
-  EXPECT_EQ(ranks[0].rank, 1U);
-  EXPECT_EQ(ranks[0].last, 2U);
-  EXPECT_EQ(ranks[0].seen, 4U);
-  EXPECT_EQ(ranks[2].rank, 3U);
-  EXPECT_EQ(ranks[2].p50_ns, 90'000U);
+  EXPECT_EQ(ranks[0].rank, 3U);
+  EXPECT_EQ(ranks[0].p50_ns, 90'000U);
+  EXPECT_EQ(ranks[1].rank, 1U);
+  EXPECT_EQ(ranks[1].last, 2U);
+  EXPECT_EQ(ranks[1].seen, 4U);
+  EXPECT_EQ(ranks[2].rank, 0U);
 }
 
 TEST(Slowest, WhatIsNotSeenIsSaid) {
   session::WaitsSnapshot waits = waits_of_two_nodes();
   const std::string all = slowest_text(message_of(waits));
-  EXPECT_NE(all.find("75 %"), std::string::npos) << all;
+  EXPECT_NE(all.find("By node: node-b 100 %\n"), std::string::npos) << all;
   EXPECT_NE(all.find("20.0 µs"), std::string::npos) << all;
   EXPECT_EQ(all.find("GPUs"), std::string::npos) << all;
   EXPECT_EQ(slowest_json(message_of(waits))["submissions_alone"], false);

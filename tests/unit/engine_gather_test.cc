@@ -62,13 +62,15 @@ TEST(EngineGather, TellsTheDeviceWhoTakesPart) {
 
 TEST(EngineGather, TellsWhoSubmittedLastAndForHowLongTheOthersWaited) {
   FakeGroup group(3);
-  group[0].submit();
-  group[2].submit();
+  engine::Request request = plain_request();
+  group[0].submit(request);
+  group[2].submit(request);
   ASSERT_TRUE(group.settle(1));
-  group[1].submit();
-  ASSERT_TRUE(group.settle(50));
+  request.admit_ns = 50;
+  group[1].submit(request);
+  ASSERT_TRUE(group.settle(90));  // the loops' own delay is no waiting for others
   group.finish_all();
-  ASSERT_TRUE(group.settle(60));
+  ASSERT_TRUE(group.settle(100));
   for (uint32_t rank = 0; rank < 3; ++rank) {
     const engine::HeldUp& held = group[rank].observer.last_held_up;
     EXPECT_EQ(held.group.value, 7U);

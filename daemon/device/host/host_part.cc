@@ -37,8 +37,6 @@ void HostPart::begin(const engine::LaunchSpec& spec, base::DeviceIndex device, H
   refused_ = false;
   stirred_ = false;
   peer_reason_ = 0;
-  announced_ns_ = 0;
-  seen_ = 0;
   exchanged_ = engine::Exchanged{};
   report_ = kernels::OpReport{};
   broken_ = !prepare(spec, device, groups);
@@ -253,8 +251,9 @@ void HostPart::routed(engine::WakePort* wake) {
   if (exchanges()) {
     exchange_->announce();
   }
+  // Published with the own bit.
+  flags_->routed_ns[params_.shape.rank].store(base::now_ns(), std::memory_order_relaxed);
   set_flag(flags_->routed, own_bit(), active(), wake);
-  announced_ns_ = base::now_ns();
   enter(Step::kAwaitRouted);
 }
 
@@ -319,19 +318,23 @@ void HostPart::add_waits(uint64_t routed) {
   arrived_ = routed;
 }
 
-// Whose counts come last held the part up; with all there at the first look it was the own rank that came last.
-void HostPart::note_arrivals(uint64_t routed) {
-  if (exchanged_.last_rank >= 0) {
-    return;
+// Whose counts came last held the part up. By when they came and not by what each look found: between two looks this
+// loop may have slept, since only the last rank wakes it, or may not have run.
+void HostPart::note_last() {
+  const uint32_t own = params_.shape.rank;
+  const uint64_t own_ns = flags_->routed_ns[own].load(std::memory_order_relaxed);  // ordered by the look at `routed`
+  uint32_t last = own;
+  uint64_t last_ns = own_ns;
+  for (uint64_t ranks = active(); ranks != 0; ranks &= ranks - 1) {
+    const auto rank = static_cast<uint32_t>(std::countr_zero(ranks));
+    const uint64_t routed_ns = flags_->routed_ns[rank].load(std::memory_order_relaxed);
+    if (routed_ns > last_ns) {
+      last = rank;
+      last_ns = routed_ns;
+    }
   }
-  const uint64_t fresh = routed & ~seen_;
-  if (routed != active()) {
-    seen_ = routed;
-    return;
-  }
-  const bool waited = seen_ != 0 && fresh != 0;
-  exchanged_.last_rank = waited ? std::countr_zero(fresh) : static_cast<int32_t>(params_.shape.rank);
-  exchanged_.waited_ns = waited ? base::now_ns() - announced_ns_ : 0;
+  exchanged_.last_rank = static_cast<int32_t>(last);
+  exchanged_.waited_ns = last_ns - own_ns;
 }
 
 // True for a barrier that ended.
@@ -339,10 +342,10 @@ bool HostPart::await_routed(engine::WakePort* wake) {
   turn_exchange(wake);
   const uint64_t routed = flags_->routed.load(std::memory_order_acquire);  // pairs with set_flag
   add_waits(routed);
-  note_arrivals(routed);
   if (routed != active() || (exchanges() && !exchange_->announced())) {
     return false;
   }
+  note_last();
   if (exchanges() && !exchange_->decide({&report_, &peer_reason_})) {
     close_exchange();
     enter(Step::kClear);  // not even of the same kind may the ranks' operations be: nobody waits for anybody

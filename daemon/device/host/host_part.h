@@ -80,7 +80,7 @@ class HostPart {
   bool clear();
   void enter(Step step);
   void add_waits(uint64_t routed);
-  void note_arrivals(uint64_t routed);
+  void note_last();
   /// Sets bits of the flag, and wakes the other ranks of the node when all of `wanted` are there.
   void set_flag(std::atomic<uint64_t>& flag, uint64_t bits, uint64_t wanted, engine::WakePort* wake) const;
   uint64_t own_bit() const { return 1ULL << params_.shape.rank; }
@@ -104,11 +104,9 @@ class HostPart {
   uint64_t local_ = 0;                // active ranks of this node
   NodeExchange* exchange_ = nullptr;  // of a group over several nodes; open from the start of the part to its end
   NodePart node_;
-  bool refused_ = false;       // at admission, which all nodes are told
-  bool stirred_ = false;       // the last turn of the exchange moved something
-  uint32_t peer_reason_ = 0;   // with PEER_REJECTED
-  uint64_t announced_ns_ = 0;  // when the own counts were there
-  uint64_t seen_ = 0;          // ranks whose counts were there at the last look
+  bool refused_ = false;      // at admission, which all nodes are told
+  bool stirred_ = false;      // the last turn of the exchange moved something
+  uint32_t peer_reason_ = 0;  // with PEER_REJECTED
   engine::Exchanged exchanged_;
   kernels::OpParams params_;
   kernels::OpReport report_;

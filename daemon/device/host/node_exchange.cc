@@ -208,6 +208,7 @@ bool NodeExchange::take_counts(const engine::Arrival& arrival) {
     notice = notices_[op_.rank];
     notice.reason = EXPERTD_REASON_INTERNAL;
   }
+  flags_->routed_ns[source].store(arrival.arrived_ns, std::memory_order_relaxed);  // published with its bit
   counted_ |= uint64_t{1} << source;
   return good;
 }

@@ -32,7 +32,7 @@ struct NodePart {
   kernels::OpParams* params = nullptr;  // of the own rank; counts is the matrix of the operation's page
   kernels::PeerView* peers = nullptr;   // of all ranks; what is known of those elsewhere is entered by decide()
   std::span<NodeNotice> notices;        // of the operation's page, one per rank
-  const engine::ExchangeFlags* flags = nullptr;
+  engine::ExchangeFlags* flags = nullptr;
   bool routes = false;  // the whole row of the matrix goes with the notice
 };
 
@@ -92,7 +92,7 @@ class NodeExchange {
   kernels::OpParams* params_ = nullptr;
   kernels::PeerView* peers_ = nullptr;
   std::span<NodeNotice> notices_;
-  const engine::ExchangeFlags* flags_ = nullptr;
+  engine::ExchangeFlags* flags_ = nullptr;
   NodeInbox inbox_;
   NodeOutbox outbox_;
   NodePulls pulls_;
