@@ -67,6 +67,7 @@ bool NodeExchange::open(const NodePart& part) {
   moving_ = false;
   flushed_ = false;
   counted_ = 0;
+  landed_bytes_ = 0;
   bad_rank_ = -1;
   spoiled_ = 0;
   std::fill(spread_.begin(), spread_.end(), 0);
@@ -207,6 +208,7 @@ bool NodeExchange::take_counts(const engine::Arrival& arrival) {
     notice = notices_[op_.rank];
     notice.reason = EXPERTD_REASON_INTERNAL;
   }
+  flags_->routed_ns[source].store(arrival.arrived_ns, std::memory_order_relaxed);  // published with its bit
   counted_ |= uint64_t{1} << source;
   return good;
 }
@@ -294,7 +296,9 @@ bool NodeExchange::move(uint64_t* progress, uint32_t tokens, kernels::OpReport* 
   const auto begin = static_cast<uint32_t>(*progress);
   const uint64_t landing = outbox_.landing_rows();
   *progress = host::dispatch_range(*params_, peers_, {begin, std::min(all, begin + tokens)}, &outbox_, report);
-  report->remote_bytes += (outbox_.landing_rows() - landing) * host::landed_row_bytes(params_->shape);
+  const uint64_t landed_bytes = (outbox_.landing_rows() - landing) * host::landed_row_bytes(params_->shape);
+  report->remote_bytes += landed_bytes;
+  landed_bytes_ += landed_bytes;
   if (*progress == all) {
     outbox_.flush();
     flushed_ = true;

@@ -24,6 +24,7 @@ void NodePulls::open(const NodeOp* op, NodeOutbox* outbox) {
   outbox_ = outbox;
   oldest_ = 0;
   in_flight_ = 0;
+  pulled_bytes_ = 0;
   opening_ = false;
   sent_tokens_ = 0;
   all_sent_ = true;
@@ -106,6 +107,7 @@ bool NodePulls::send_pulls(Window* window, uint32_t node, engine::SendBuffer* bu
   for (uint32_t token = window->tokens.begin; token < window->tokens.end; ++token) {
     const uint32_t rows = host::pack_pull(params, op_->nodes, node, capacities_, token, buffer->data + bytes);
     report->remote_bytes += uint64_t{rows} * params.shape.hidden * 2;
+    pulled_bytes_ += uint64_t{rows} * params.shape.hidden * 2;
     asked.entries += rows != 0 ? 1 : 0;
     bytes += rows != 0 ? layout.stride : 0;
   }

@@ -30,6 +30,8 @@ class NodePulls {
 
   /// Sends what can be sent, and finishes up to `tokens` tokens; adds to the report's bytes. False: nothing moved.
   bool advance(uint32_t tokens, kernels::OpReport* report);
+  /// Rows of other nodes that were asked for.
+  uint64_t pulled_bytes() const { return pulled_bytes_; }
   bool finished() const { return all_sent_ && in_flight_ == 0; }
   /// Sums that arrived, of which a copy is kept. False: they are not what was asked for.
   bool take(const engine::Arrival& arrival, const kernels::MessageHead& head);
@@ -59,6 +61,7 @@ class NodePulls {
   NodeOutbox* outbox_ = nullptr;
   std::span<const uint32_t> capacities_;
   kernels::MessageHead head_;
+  uint64_t pulled_bytes_ = 0;
   kernels::EntryLayout sums_;
   uint32_t window_tokens_ = 1;
   std::array<Window, 2> windows_;
