@@ -154,6 +154,7 @@ struct GroupShape {
   /// destroyed. Null: all ranks are on this node.
   const Placement* placement = nullptr;
   FabricPort* fabric = nullptr;
+  const std::atomic<uint64_t>* lost = nullptr;  // ranks, as bits
 };
 
 /// A part in flight on a device, numbered by the device; 0 is never used.

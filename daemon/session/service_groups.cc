@@ -302,6 +302,7 @@ base::Status SessionService::form_member(const group::Formation& formation, cons
   shape.session = member.session;
   shape.placement = settings.placement.get();
   shape.fabric = settings.fabric.get();
+  shape.lost = formation.shared->lost_word();
   EXPERTD_RETURN_IF_ERROR(session->place.device->create_group(shape, options_.handles_per_session));
   {
     const std::lock_guard<std::mutex> lock(session->mutex);

@@ -73,6 +73,41 @@ TEST_F(ProcessNodes, RoundsInFlightTogether) {
   EXPECT_TRUE(all_ok(both(), "rounds 50 4", seconds(60)));
 }
 
+// A client's graph rings, and the loops run what crosses nodes; each replay is checked.
+TEST_F(ProcessNodes, CapturedOperationsReplay) {
+  if (machine().host) {
+    GTEST_SKIP() << "host devices capture nothing";
+  }
+  ASSERT_TRUE(all_ok(both(), "join captured # 2 captured"));
+  ASSERT_TRUE(all_ok(both(), "capture", seconds(60)));
+  for (int seed = 1; seed <= 3; ++seed) {
+    EXPECT_TRUE(all_ok(both(), "replay " + std::to_string(seed) + " 40", seconds(60))) << "seed " << seed;
+  }
+  EXPECT_TRUE(all_ok(both(), "replay 9 5 200000", seconds(60)));  // with pauses
+  first_->send("replay-time");
+  second_->send("replay-time");
+  const std::string time = first_->answer(seconds(60)).value_or("no answer");
+  EXPECT_TRUE(is_ok(time)) << time;
+  EXPECT_TRUE(is_ok(second_->answer(seconds(60)).value_or("no answer")));
+  figure("captured over nodes", {{"pair_us", {number_in(time, "pair_us")}}});
+  EXPECT_TRUE(all_ok(both(), "rounds 10 2", seconds(60)));
+  EXPECT_TRUE(all_ok(both(), "leave"));
+}
+
+TEST_F(ProcessNodes, APeerThatIsKilledEndsReplays) {
+  if (machine().host) {
+    GTEST_SKIP() << "host devices capture nothing";
+  }
+  ASSERT_TRUE(all_ok(both(), "join killed # 2 captured"));
+  ASSERT_TRUE(all_ok(both(), "capture", seconds(60)));
+  ASSERT_TRUE(all_ok(both(), "replay 1 5", seconds(60)));
+  second_->signal_kill();
+  // The stream goes on, and the daemon says why.
+  EXPECT_TRUE(is_ok(expect_ok(*first_, "replay-alone")));
+  EXPECT_NE(cluster_->node(0).log().find("captured operations of the group end"), std::string::npos)
+      << cluster_->node(0).log();
+}
+
 TEST_F(ProcessNodes, APeerThatIsKilledEndsTheOperation) {
   ASSERT_TRUE(all_ok(both(), "join killed # 2 ll"));
   EXPECT_TRUE(all_ok(both(), "loop 4", seconds(60)));

@@ -436,7 +436,8 @@ base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t 
   entry->relay_ranks = relayed.value();
   entry->linked = is_linked(shape);
   entry->shape.low_latency = shape.low_latency && entry->linked;
-  if (shape.capture_lanes != 0 && !entry->shape.low_latency) {
+  const bool captures = entry->shape.low_latency || (shape.placement != nullptr && shape.low_latency);
+  if (shape.capture_lanes != 0 && !captures) {
     return base::Status(EXPERTD_REASON_UNSUPPORTED,
                         "capture_lanes = " + std::to_string(shape.capture_lanes) +
                             ": operations are captured between GPUs that reach each other and have the bulk-copy "
@@ -444,9 +445,10 @@ base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t 
   }
   entry->layout = group_layout(entry->shape, handle_limit);
   EXPERTD_RETURN_IF_ERROR(allocate_tables(entry.get()));
-  EXPERTD_RETURN_IF_ERROR(create_lanes(entry.get()));
-  EXPERTD_RETURN_IF_ERROR(allocate_exchange(shape, entry.get()));
   EXPERTD_RETURN_IF_ERROR(allocate_nodes(shape, entry.get()));
+  EXPERTD_RETURN_IF_ERROR(create_lanes(entry.get()));
+  share_inboxes(entry.get());
+  EXPERTD_RETURN_IF_ERROR(allocate_exchange(shape, entry.get()));
   if (!take_progress(entry.get())) {
     give_back_words(*entry);
     keep_ht_pinned(entry.get());

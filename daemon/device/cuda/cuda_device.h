@@ -151,6 +151,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   void give_back_words(const GroupEntry& entry);
   base::Status allocate_exchange(const engine::GroupShape& shape, GroupEntry* entry);
   base::Status allocate_nodes(const engine::GroupShape& shape, GroupEntry* entry);
+  static void share_inboxes(GroupEntry* entry);
   base::Status warm_up(CUstream stream);
 
   Part* take_part();
@@ -223,6 +224,22 @@ class CudaDevice : public Device, public engine::DevicePort {
   // Groups over several nodes (node_parts.cc, node_chain.cc).
   class NodeChain;
   bool is_exchanging(base::GroupId group) const;
+  // Captured operations over nodes (node_lanes.cc).
+  base::Status create_node_lane(SessionEntry* session, uint32_t index, uint32_t words, GroupEntry* entry);
+  bool open_capture(const engine::LaunchSpec& spec, Part* part);
+  static void keep_capture(Part* part, uint32_t lane);
+  static void break_node_lane(NodeLane* lane, uint32_t reason);
+  bool arm_node_lane(NodeLane* lane);
+  Part part_of(const GroupEntry& group, const NodeLane& lane) const;
+  bool start_replay(GroupEntry* group, NodeLane* lane, uint64_t entry, uint64_t now_ns);
+  bool abort_replay(GroupEntry* group, NodeLane* lane);
+  bool release_replay(GroupEntry* group, NodeLane* lane);
+  void note_replay(NodeLane* lane, uint64_t now_ns) const;
+  bool turn_replay(GroupEntry* group, NodeLane* lane, uint64_t now_ns, bool* moved);
+  bool turn_arm(GroupEntry* group, NodeLane* lane, uint64_t now_ns, bool* moved);
+  bool tend_node_lane(GroupEntry* group, NodeLane* lane, uint64_t now_ns, uint32_t peers_broken);
+  static bool end_node_lane(NodeLane* lane);
+  void forget_node_lane(NodeLane* lane);
   bool launch_nodes(const engine::LaunchSpec& spec, Part* part);
   bool open_nodes(const engine::LaunchSpec& spec, Part* part);
   void advance_nodes(Part* part);
@@ -273,7 +290,8 @@ class CudaDevice : public Device, public engine::DevicePort {
   uint32_t parts_in_flight_ = 0;
   bool launch_refused_ = false;  // nobody wakes the loop when a close that held launches back is over
   uint64_t next_part_ = 1;
-  bool capturing_ = false;  // a group has capture lanes
+  bool capturing_ = false;       // a group has capture lanes
+  bool node_lanes_ = false;      // and one over several nodes does
   uint64_t health_checked_ns_ = 0;
 };
 

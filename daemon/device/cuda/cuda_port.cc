@@ -364,14 +364,13 @@ uint32_t CudaDevice::missing(engine::PartId id, uint64_t* ranks) {
     *ranks = uint64_t{1} << part.rank;
     return EXPERTD_MISSING_DOORBELL;
   }
-  if (part.nodes && missing_nodes(part, ranks) == EXPERTD_MISSING_COUNTS) {
-    return EXPERTD_MISSING_COUNTS;
+  if (part.nodes) {
+    return missing_nodes(part, ranks);
   }
-  const uint64_t missing_rows = *ranks;
   uint64_t unrouted = 0;
-  uint64_t unmoved = missing_rows;
+  uint64_t unmoved = 0;
   for (uint32_t s = 0; s < part.ranks; ++s) {
-    if (((part.flag_ranks >> s) & 1) == 0) {
+    if (((part.active_ranks >> s) & 1) == 0) {
       continue;
     }
     const Registry::GroupTable* table = registry_->groups[part.devices[s].value].load(std::memory_order_acquire);

@@ -62,7 +62,7 @@ bool CudaDevice::NodeChain::begin() {
 bool CudaDevice::NodeChain::turn(bool* moved) {
   *moved |= retire();
   *moved |= receive();
-  if (nodes_.stage == Stage::kRouting && load_word(group_.host_progress->routed) >= nodes_.op.number) {
+  if (nodes_.stage == Stage::kRouting && load_word(nodes_.facts()->progress.routed) >= part_.group_op) {
     nodes_.stage = Stage::kCounting;
     *moved = true;
   }
@@ -215,6 +215,16 @@ bool CudaDevice::NodeChain::take_counts(const engine::Arrival& arrival) {
   return good;
 }
 
+/// What another rank of this node has for operations in this order; null when it is not there.
+const NodeGroup* CudaDevice::NodeChain::local_peer(uint32_t rank) const {
+  const GroupEntry* peer = device_.find_peer(nodes_.spec, rank);
+  if (peer == nullptr || nodes_.lane == 0) {
+    return peer == nullptr ? nullptr : peer->nodes.get();
+  }
+  const NodeLane* lane = peer->node_lanes[nodes_.lane - 1].get();
+  return lane == nullptr ? nullptr : lane->nodes.get();
+}
+
 uint64_t CudaDevice::NodeChain::missing_counts() const {
   uint64_t missing = 0;
   for (uint32_t rank = 0; rank < nodes_.ranks; ++rank) {
@@ -223,8 +233,8 @@ uint64_t CudaDevice::NodeChain::missing_counts() const {
     }
     bool there = (nodes_.counted >> rank & 1) != 0;
     if (nodes_.op.placement->is_local(rank)) {
-      const GroupEntry* peer = device_.find_peer(nodes_.spec, rank);
-      there = peer != nullptr && load_word(peer->host_progress->routed) >= nodes_.op.number;
+      const NodeGroup* peer = local_peer(rank);
+      there = peer != nullptr && load_word(peer->facts()->progress.routed) >= part_.group_op;
     }
     missing |= uint64_t{there ? 0U : 1U} << rank;
   }
@@ -246,7 +256,27 @@ bool CudaDevice::NodeChain::decide() {
   }
   kernels::OpShape shape = shape_;
   shape.rank = part_.rank;
-  return notices_agree(nodes_.notices, shape, {&nodes_.report, &nodes_.peer_reason});
+  return notices_agree(nodes_.notices, shape, {&nodes_.report, &nodes_.peer_reason}) &&
+         (nodes_.capture_number == 0 || replays_agree());
+}
+
+/// Whether all ranks replay the same captured operation. A notice without a Reason says in its value which it is.
+bool CudaDevice::NodeChain::replays_agree() {
+  for (uint32_t rank = 0; rank < nodes_.ranks; ++rank) {
+    uint64_t replayed = nodes_.capture_number;
+    if (nodes_.op.is_elsewhere(rank)) {
+      replayed = static_cast<uint64_t>(nodes_.notices[rank].value);
+    } else if (nodes_.op.takes_part(rank) && rank != part_.rank) {
+      // Written before the rank's routed flag, which has been seen.
+      replayed = local_peer(rank)->replays[part_.group_op % 2].load(std::memory_order_acquire);
+    }
+    if (replayed != nodes_.capture_number) {
+      nodes_.report.reason = EXPERTD_REASON_OP_MISMATCH;
+      nodes_.report.rank = static_cast<int32_t>(rank);
+      return false;
+    }
+  }
+  return true;
 }
 
 /// The rows that came over the fabric stand beside those that this node's ranks wrote.
@@ -427,6 +457,18 @@ uint64_t CudaDevice::NodeChain::missing_rows() const {
     }
   }
   return missing;
+}
+
+uint64_t CudaDevice::NodeChain::unmoved() const {
+  uint64_t ranks = 0;
+  for (uint32_t rank = 0; rank < nodes_.ranks; ++rank) {
+    if (nodes_.op.takes_part(rank) && nodes_.op.placement->is_local(rank)) {
+      const NodeGroup* peer = local_peer(rank);
+      const bool moved = peer != nullptr && load_word(peer->facts()->progress.moved) >= part_.group_op;
+      ranks |= uint64_t{moved ? 0U : 1U} << rank;
+    }
+  }
+  return ranks;
 }
 
 void CudaDevice::NodeChain::drop() {

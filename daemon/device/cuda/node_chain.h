@@ -26,14 +26,14 @@ namespace expertd::device::cuda {
 
 class CudaDevice::NodeChain {
  public:
-  NodeChain(const CudaDevice& device, const Part& part)
+  /// `nodes`: of the group's calls, or of a capture lane; `stream`: where the chain goes.
+  NodeChain(const CudaDevice& device, const Part& part, NodeGroup* nodes, CUstream stream)
       : device_(device),
         driver_(device.driver_),
         part_(part),
-        group_(*part.group),
-        nodes_(*part.group->nodes),
+        nodes_(*nodes),
         shape_(nodes_.params.op.shape),
-        stream_(part.session->stream) {}
+        stream_(stream) {}
 
   /// The first piece. The parameters are in the NodeGroup.
   bool begin();
@@ -48,6 +48,8 @@ class CudaDevice::NodeChain {
   /// Ranks of other nodes whose counts, or rows or sums, are missing.
   uint64_t missing_counts() const;
   uint64_t missing_rows() const;
+  /// Ranks of this node whose rows for the others of it are not there.
+  uint64_t unmoved() const;
 
  private:
   using Stage = NodeGroup::Stage;
@@ -66,6 +68,8 @@ class CudaDevice::NodeChain {
   bool take_counts(const engine::Arrival& arrival);
   bool counts_are_there() const;
   bool decide();
+  bool replays_agree();
+  const NodeGroup* local_peer(uint32_t rank) const;
   bool begin_moving();
   bool put_rows();
   bool end();
@@ -108,7 +112,6 @@ class CudaDevice::NodeChain {
   const CudaDevice& device_;
   const Driver& driver_;
   const Part& part_;
-  const GroupEntry& group_;
   NodeGroup& nodes_;
   const kernels::OpShape& shape_;
   const CUstream stream_;

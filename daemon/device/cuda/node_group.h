@@ -5,6 +5,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -27,6 +28,7 @@ inline constexpr uint32_t kWaitingRows = 64;
 
 /// In pinned memory, written by the stream and read by the loop behind `ticks`.
 struct alignas(128) NodeFacts {
+  kernels::cuda::Progress progress{};  // of the own rank; read by the loops of this node's other ranks
   uint64_t ticks = 0;        // launches that ended, counted since the group began
   uint32_t plan_reason = 0;  // of the plan of a dispatch
   uint32_t unused = 0;
@@ -136,6 +138,10 @@ struct NodeGroup {
   NodeOutbox outbox;
   std::vector<NodeNotice> notices;   // per rank
   std::vector<NodeSource> sources;   // per rank
+  uint32_t lane = 0;                 // of captured operations, plus one; 0: of the group's calls. Fixed
+  uint64_t capture_number = 0;       // of the captured operation that is replayed; 0: none
+  /// The same for the loops of this node's other ranks, by the parity of the replay's number.
+  std::array<std::atomic<uint64_t>, 2> replays{};
   bool notice_only = false;          // a rank of this node was refused, or it is a barrier: nothing moves
   uint64_t counts_for = 0;           // nodes that have not been sent the counts
   uint64_t counted = 0;              // ranks of other nodes whose counts are here

@@ -25,10 +25,6 @@ base::Status CudaDevice::allocate_nodes(const engine::GroupShape& shape, GroupEn
   if (shape.placement == nullptr) {
     return base::Status::ok();
   }
-  if (shape.capture_lanes != 0) {
-    return base::Status(EXPERTD_REASON_UNSUPPORTED, "capture_lanes = " + std::to_string(shape.capture_lanes) +
-                                                        ": operations of groups over several nodes are not captured");
-  }
   if (entry->relay_ranks != 0) {
     return base::Status(EXPERTD_REASON_UNSUPPORTED,
                         "a group over several nodes needs GPUs that reach each other on each of them");
@@ -54,6 +50,14 @@ bool CudaDevice::open_nodes(const engine::LaunchSpec& spec, Part* part) {
     nodes.notice_only = nodes.notice_only || (here && spec.requests[rank]->rejected_reason != 0);
   }
   part->flag_ranks = local;
+  if (spec.own->captured) {
+    if (!nodes.notice_only && !open_capture(spec, part)) {
+      return false;
+    }
+    nodes.notice_only = true;
+    part->waits_doorbell = false;
+    part->words.flag_page = nullptr;
+  }
   engine::Request barrier = *spec.own;
   if (nodes.notice_only) {
     barrier.shape = {};
@@ -68,6 +72,7 @@ bool CudaDevice::open_nodes(const engine::LaunchSpec& spec, Part* part) {
     return false;
   }
   kernels::OpShape& shape = nodes.params.op.shape;
+  nodes.params.words.progress = &nodes.device_facts()->progress;
   nodes.op = NodeOp{};
   nodes.op.fabric = spec.fabric;
   nodes.op.placement = spec.placement;
@@ -106,10 +111,26 @@ base::Status CudaDevice::share_host_memory(void* data, uint64_t bytes) {
   return base::Status::ok();
 }
 
+/// One rank has one queue of messages and operations in several orders.
+void CudaDevice::share_inboxes(GroupEntry* entry) {
+  if (entry->nodes == nullptr) {
+    return;
+  }
+  std::vector<NodeInbox*> inboxes{&entry->nodes->inbox};
+  for (const std::unique_ptr<NodeLane>& lane : entry->node_lanes) {
+    if (lane != nullptr) {
+      inboxes.push_back(&lane->nodes->inbox);
+    }
+  }
+  for (NodeInbox* inbox : inboxes) {
+    inbox->share(inboxes, entry->shape.fabric, entry->shape.rank);
+  }
+}
+
 bool CudaDevice::launch_nodes(const engine::LaunchSpec& spec, Part* part) {
   NodeGroup* nodes = part->group->nodes.get();
   part->page = part->group->sync_page(spec.page);
-  if (nodes == nullptr || spec.fabric == nullptr || spec.own->captured || !open_nodes(spec, part)) {
+  if (nodes == nullptr || spec.fabric == nullptr || !open_nodes(spec, part)) {
     part->page = nullptr;
     fail_launch(part, EXPERTD_REASON_UNSUPPORTED);
     return true;
@@ -123,7 +144,7 @@ bool CudaDevice::launch_nodes(const engine::LaunchSpec& spec, Part* part) {
   ++ht_open_;
   ht_spin_until_ns_ = part->launch_ns + kSpinNs;
   const ScopedContext context(driver_, gpu_.view.context);
-  if (!NodeChain(*this, *part).begin()) {
+  if (!NodeChain(*this, *part, part->group->nodes.get(), part->session->stream).begin()) {
     close_nodes(part);
     part->chain_broken = true;
     fail_launch(part, EXPERTD_REASON_CUDA);
@@ -134,7 +155,7 @@ bool CudaDevice::launch_nodes(const engine::LaunchSpec& spec, Part* part) {
 /// Goes on with the chain; a part that is not to run ends with the Reason that the notices gave.
 void CudaDevice::advance_nodes(Part* part) {
   const ScopedContext context(driver_, gpu_.view.context);
-  NodeChain chain(*this, *part);
+  NodeChain chain(*this, *part, part->group->nodes.get(), part->session->stream);
   bool moved = false;
   const bool enqueued = chain.turn(&moved);
   if (moved) {
@@ -148,6 +169,10 @@ void CudaDevice::advance_nodes(Part* part) {
   }
   if (!chain.is_through()) {
     return;
+  }
+  const engine::Request& own = *part->group->nodes->spec.own;
+  if (own.captured && part->group->nodes->report.reason == 0) {
+    keep_capture(part, own.capture_lane);
   }
   if (part->group->nodes->report.reason != 0) {
     part->end_reason = part->group->nodes->report.reason;
@@ -168,24 +193,29 @@ void CudaDevice::close_nodes(Part* part) {
   part->nodes_open = false;
   part->session->open_part = 0;
   --ht_open_;
-  part->chain_broken = !NodeChain(*this, *part).close() || part->chain_broken;
+  part->chain_broken = !NodeChain(*this, *part, part->group->nodes.get(), part->session->stream).close() || part->chain_broken;
 }
 
 /// Behind the last kernel of the part.
 void CudaDevice::drop_nodes(const Part& part) {
   if (part.nodes && part.group->nodes->is_open()) {
-    NodeChain(*this, part).drop();
+    NodeChain(*this, part, part.group->nodes.get(), part.session->stream).drop();
   }
 }
 
 uint32_t CudaDevice::missing_nodes(const Part& part, uint64_t* ranks) const {
-  const NodeChain chain(*this, part);
+  const NodeChain chain(*this, part, part.group->nodes.get(), part.session->stream);
   if (part.group->nodes->stage == NodeGroup::Stage::kMoving) {
     *ranks = chain.missing_rows();
+    *ranks |= *ranks == 0 ? chain.unmoved() : 0;
     return *ranks == 0 ? EXPERTD_MISSING_NONE : EXPERTD_MISSING_ROWS;
   }
   *ranks = part.group->nodes->is_open() ? chain.missing_counts() : 0;
-  return *ranks == 0 ? EXPERTD_MISSING_NONE : EXPERTD_MISSING_COUNTS;
+  if (*ranks != 0) {
+    return EXPERTD_MISSING_COUNTS;
+  }
+  *ranks = chain.unmoved();
+  return *ranks == 0 ? EXPERTD_MISSING_NONE : EXPERTD_MISSING_ROWS;
 }
 
 }  // namespace expertd::device::cuda
