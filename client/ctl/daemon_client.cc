@@ -133,6 +133,12 @@ Reply<v1::ListPeersResponse> DaemonClient::peers() {
   return parts_->call(&v1::Control::Stub::ListPeers, v1::ListPeersRequest());
 }
 
+Reply<v1::ListWaitsResponse> DaemonClient::waits(uint32_t last) {
+  v1::ListWaitsRequest request;
+  request.set_last(last);
+  return parts_->call(&v1::Control::Stub::ListWaits, request);
+}
+
 Reply<v1::DrainResponse> DaemonClient::drain(uint64_t timeout_ns) {
   v1::DrainRequest request;
   request.set_timeout_ns(timeout_ns);

@@ -91,4 +91,30 @@ session::PeersSnapshot peers_snapshot(const NodeFacts& facts) {
   return peers;
 }
 
+metrics::FabricGauges fabric_gauges(const NodeFacts& facts) {
+  static_assert(metrics::kPeerFailureNames.size() == fabric::kLossCauses);
+  static_assert(metrics::kDropNames.size() == fabric::kDropCauses);
+  static_assert(metrics::kLaneNames.size() == engine::kFabricLanes);
+  static_assert(metrics::kRttBoundsNs == fabric::kRttBoundsNs);
+  metrics::FabricGauges gauges;
+  gauges.enabled = facts.enabled;
+  gauges.backend = kFabricBackend;
+  gauges.transports = facts.transports;
+  gauges.rendezvous_up = facts.hosting || !facts.rendezvous.address.empty();
+  gauges.groups = facts.fabric.groups;
+  for (const fabric::PeerSnapshot& peer : facts.fabric.peers) {
+    ++gauges.peers[static_cast<size_t>(peer.state)];
+  }
+  gauges.failures = facts.fabric.lost;
+  gauges.dropped = facts.fabric.dropped;
+  for (uint32_t lane = 0; lane < engine::kFabricLanes; ++lane) {
+    const fabric::LaneTraffic& traffic = facts.fabric.traffic[lane];
+    gauges.lanes[lane] = {traffic.sent_messages,  traffic.sent_bytes, traffic.received_messages,
+                          traffic.received_bytes, traffic.in_flight,  traffic.deferred};
+  }
+  gauges.rtt = facts.fabric.rtt.buckets;
+  gauges.rtt_sum_ns = facts.fabric.rtt.sum_ns;
+  return gauges;
+}
+
 }  // namespace expertd::app

@@ -15,6 +15,10 @@ namespace expertd::app {
 
 namespace {
 
+// Of groups on GPUs: times fabric.message_bytes, and send buffers of a rank.
+constexpr uint64_t kGpuMessages = 4;
+constexpr uint32_t kGpuSendBuffers = 8;
+
 constexpr uint64_t kServerShutdownNs = 1'000'000'000;
 constexpr std::chrono::milliseconds kLook(20);
 constexpr size_t kAddresses = size_t{4} * fabric::kMaxNodes;
@@ -50,7 +54,7 @@ fabric::NodeIdentity identity_of(const group::NodeIdentity& node) {
 }  // namespace
 
 base::Result<std::unique_ptr<Nodes>> Nodes::create(const config::FabricConfig& config, engine::WakePort* wake,
-                                                   supervise::Beat* beat) {
+                                                   supervise::Beat* beat, device::Device* gpu) {
   std::unique_ptr<Nodes> nodes(new Nodes(config, beat));
   base::Result<std::string> key = fabric::read_cluster_key(config.cluster_key_file);
   if (!key.is_ok()) {
@@ -58,7 +62,7 @@ base::Result<std::unique_ptr<Nodes>> Nodes::create(const config::FabricConfig& c
   }
   nodes->cluster_key_ = std::move(key).value();
   nodes->identity_.name = fabric::node_name_or_host(config.node_name);
-  EXPERTD_RETURN_IF_ERROR(nodes->open_fabric(wake));
+  EXPERTD_RETURN_IF_ERROR(nodes->open_fabric(wake, gpu));
   EXPERTD_RETURN_IF_ERROR(nodes->open_services());
   return nodes;
 }
@@ -72,8 +76,12 @@ Nodes::~Nodes() {
   beat_->retire();
 }
 
-base::Status Nodes::open_fabric(engine::WakePort* wake) {
+base::Status Nodes::open_fabric(engine::WakePort* wake, device::Device* gpu) {
   fabric::FabricOptions options;
+  if (gpu != nullptr) {
+    memory_ = std::make_unique<FabricMemory>(gpu);
+    options.memory = memory_.get();
+  }
   options.name = identity_.name;
   for (fabric::LaneOptionList& lane : options.lanes) {
     if (!config_.transports.empty()) {
@@ -239,6 +247,12 @@ base::Result<std::shared_ptr<engine::FabricPort>> Nodes::open(const group::Place
   }
   link.message_bytes = config_.message_bytes;
   link.receive_buffers = config_.messages_per_peer;
+  if (placed.ranks.front().facts.cuda) {
+    // Launches of a few microseconds fill and empty them, and each needs one of every node.
+    const auto others = static_cast<uint32_t>(placed.nodes.size() - 1);
+    link.message_bytes = std::min(link.message_bytes * kGpuMessages, fabric::kMaxMessageBytes);
+    link.send_buffers = std::min(std::max(kGpuSendBuffers, 2 * others), fabric::kMaxBuffersPerLane);
+  }
   base::Result<std::unique_ptr<engine::FabricPort>> port = fabric_->open_group(link);
   if (!port.is_ok()) {
     return port.status();

@@ -48,6 +48,7 @@ class OperatorView final : public session::OperatorApi, public metrics::GaugeSou
   std::vector<session::SessionSnapshot> sessions() override;
   std::vector<session::OpCounterSnapshot> counters() override;
   base::Result<session::PeersSnapshot> peers() override;
+  session::WaitsSnapshot waits(uint32_t last) override;
   uint32_t drain(uint64_t timeout_ns) override;
   base::Result<std::string> set_log_level(const std::string& level) override;
   metrics::Gauges gauges() override;

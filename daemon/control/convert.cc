@@ -343,6 +343,28 @@ void to_proto(const session::PeersSnapshot& peers, v1::ListPeersResponse* messag
   }
 }
 
+void to_proto(const session::WaitsSnapshot& waits, v1::ListWaitsResponse* message) {
+  message->set_node(shown(waits.node));
+  for (const session::GroupSnapshot& from : waits.groups) {
+    v1::GroupRanks* const group = message->add_groups();
+    group->set_id(from.id.value);
+    group->set_name(shown(from.name));
+    for (const std::string& node : from.rank_nodes) {
+      group->add_rank_nodes(shown(node));
+    }
+  }
+  for (const session::WaitSnapshot& from : waits.waits) {
+    v1::OperationWait* const wait = message->add_waits();
+    wait->set_group_id(from.group.value);
+    wait->set_number(from.number);
+    wait->set_op(from.op);
+    wait->set_rank(from.rank);
+    wait->set_last_rank(from.last_rank);
+    wait->set_waited_ns(from.waited_ns);
+    wait->set_counts(from.counts);
+  }
+}
+
 std::string group_mode_name(session::GroupMode mode) {
   switch (mode) {
     case session::GroupMode::kNormal:

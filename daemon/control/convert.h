@@ -62,6 +62,7 @@ void to_proto(const std::vector<session::OpCounterSnapshot>& counters, uint64_t 
               v1::GetCountersResponse* message);
 
 void to_proto(const session::PeersSnapshot& peers, v1::ListPeersResponse* message);
+void to_proto(const session::WaitsSnapshot& waits, v1::ListWaitsResponse* message);
 
 /// "normal", "inference", "auto" or "unspecified".
 std::string group_mode_name(session::GroupMode mode);

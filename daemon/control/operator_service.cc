@@ -89,6 +89,14 @@ class OperatorService final : public v1::Control::CallbackService {
     });
   }
 
+  grpc::ServerUnaryReactor* ListWaits(grpc::CallbackServerContext* context, const v1::ListWaitsRequest* request,
+                                      v1::ListWaitsResponse* response) override {
+    return run(context, *request, response, Right::kLook, [this](const Caller&, const auto& message, auto* out) {
+      to_proto(api_.waits(message.last()), out);
+      return base::Status::ok();
+    });
+  }
+
  private:
   enum class Right { kLook, kAct };
 

@@ -88,6 +88,8 @@ void Engine::submit(EngineSession* session, uint32_t slot, RankState* rank) {
   op.outcome.launch_ns = 0;
   op.outcome.start_ns = 0;
   op.outcome.end_ns = 0;
+  op.outcome.exchanged = Exchanged{};
+  op.agreed_ns = 0;
   session->order_[session->tail_ % EXPERTD_RING_SLOTS_MAX] = slot;
   ++session->tail_;
   ++outstanding_;
@@ -220,7 +222,10 @@ bool Engine::advance_agreed(EngineSession& session, Op& op, uint64_t now_ns) {
     wake_group(group);
     return true;
   }
-  op.ticket = op.ticket != 0 ? op.ticket : ++tickets_;
+  if (op.ticket == 0) {
+    op.ticket = ++tickets_;
+    op.agreed_ns = now_ns;
+  }
   return false;
 }
 
@@ -358,7 +363,35 @@ void Engine::finish_unlaunched(EngineSession& session, Op& op, uint64_t now_ns) 
   complete(session, op, now_ns);
 }
 
+// Before the rank releases the operation, whose entry then may become another's.
+HeldUp Engine::held_up(const Op& op) {
+  HeldUp held;
+  if (op.rank == nullptr || op.part == 0 || op.request.captured) {
+    return held;
+  }
+  const GroupShared& group = *op.rank->group;
+  const Exchanged& exchanged = op.outcome.exchanged;
+  held.group = group.settings().shape.id;
+  held.rank = op.rank->rank;
+  held.last_rank = group.last_to_post(op.number);
+  // By when the last one submitted, not by when this loop saw it, whose own delays hold nobody responsible. A rank that
+  // ran ahead may have written a later time.
+  const uint64_t until_ns = std::min(group.last_posted_ns(op.number), op.agreed_ns);
+  held.waited_ns = until_ns > op.request.admit_ns ? until_ns - op.request.admit_ns : 0;
+  held.counts = exchanged.last_rank >= 0;
+  held.fabric_bytes = exchanged.fabric_bytes;
+  if (held.last_rank == static_cast<int32_t>(held.rank)) {
+    held.waited_ns = 0;
+  }
+  if (held.counts && (held.last_rank < 0 || exchanged.waited_ns > held.waited_ns)) {
+    held.last_rank = exchanged.last_rank;
+    held.waited_ns = exchanged.waited_ns;
+  }
+  return held;
+}
+
 void Engine::complete(EngineSession& session, Op& op, uint64_t now_ns) {
+  const HeldUp held = held_up(op);
   expertd_completion completion{};
   completion.rank = -1;
   // A refused request of a group over several nodes has a part, which tells the others.
@@ -411,7 +444,7 @@ void Engine::complete(EngineSession& session, Op& op, uint64_t now_ns) {
   --outstanding_;
   if (!session.closing_) {
     session.completions_->complete(op.request, completion);
-    observer_->completed(device_, op.request, completion);
+    observer_->completed(device_, op.request, completion, held);
   }
 }
 

@@ -69,7 +69,8 @@ struct Arrival {
   MessageHeader header;
   const std::byte* data = nullptr;
   uint64_t bytes = 0;
-  uint32_t id = 0;  // for release()
+  uint64_t arrived_ns = 0;  // base::now_ns clock: when it was whole, however late the rank looks
+  uint32_t id = 0;          // for release()
 };
 
 /// The fabric as one group on this node sees it. Each function is called by the loop thread of `rank`, a local rank.

@@ -83,7 +83,18 @@ void GroupShared::change_excluded(uint64_t exclude, uint64_t readmit) {
 void GroupShared::post(uint64_t number, uint32_t rank, const Request* request) {
   OpEntry& op = entry(number);
   op.requests[rank] = request;
+  op.last_posted_ns.store(request->admit_ns, std::memory_order_relaxed);
+  op.last_posted.store(number << 8 | rank, std::memory_order_relaxed);  // published by the store below
   op.posted[rank].store(submitted(number), std::memory_order_seq_cst);  // also publishes the request to who decides
+}
+
+int32_t GroupShared::last_to_post(uint64_t number) const {
+  const uint64_t last = entry(number).last_posted.load(std::memory_order_relaxed);
+  return last >> 8 == number ? static_cast<int32_t>(last & 0xff) : -1;
+}
+
+uint64_t GroupShared::last_posted_ns(uint64_t number) const {
+  return entry(number).last_posted_ns.load(std::memory_order_relaxed);
 }
 
 Verdict GroupShared::verdict_of(uint64_t number) const {

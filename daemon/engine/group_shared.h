@@ -45,6 +45,9 @@ struct OpEntry {
   /// 2n: rank r submitted operation n; requests[r] was written before (release/acquire pair). 2n + 1: it withdrew from
   /// operation n since. Grows only, so a rank whose word is beyond 2n takes no part in n, whoever decides about it.
   std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> posted{};
+  /// Who submitted last, (number << 8) | rank: for people, and for nothing that is decided.
+  std::atomic<uint64_t> last_posted{0};
+  std::atomic<uint64_t> last_posted_ns{0};  // when, base::now_ns clock; likewise
   /// released[r] == n: rank r will not read this entry for operation n again.
   std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> released{};
   std::array<const Request*, base::kMaxLocalRanks> requests{};
@@ -118,6 +121,11 @@ class GroupShared {
 
   /// Rank `rank` submits operation `number`. Only by that rank's loop thread, in order.
   void post(uint64_t number, uint32_t rank, const Request* request);
+  /// Of the ranks of this node the one that submitted `number` last; -1: not known, since one that ran ahead has the
+  /// entry. Before the caller releases the operation.
+  int32_t last_to_post(uint64_t number) const;
+  /// When that was, as far as admission knows; of two that submit at once it may be the other's.
+  uint64_t last_posted_ns(uint64_t number) const;
   /// Decides what can be decided about `number`; returns the verdict. `changed` is set when the loops of the other
   /// ranks must be woken: for the one caller that decided, and for one that seemed to be deciding for a moment.
   Verdict try_decide(uint64_t number, bool* changed);

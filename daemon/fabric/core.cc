@@ -211,6 +211,9 @@ bool Core::forget_closed() {
     Peer& peer = *peers_[i];
     const bool gone = peer.lost() && peer.closed() && peer.groups == 0;
     if (gone && (peers_.size() > 2 * kMaxNodes || find_peer(peer.node_id()) != &peer)) {
+      for (uint32_t lane = 0; lane < engine::kFabricLanes; ++lane) {
+        forgotten_[lane] += peer.traffic()[lane];
+      }
       peers_.erase(peers_.begin() + static_cast<std::ptrdiff_t>(i));
       moved = true;
     } else {
@@ -417,6 +420,9 @@ bool Core::take_heartbeat(const Incoming& message, Peer* from) {
     return drop(DropCause::kBadField, from, "the signal");
   }
   const bool first = from->heard(header, base::now_ns());
+  if (header.signal == kSignalPong && from->rtt_ns() != 0) {
+    rtt_.observe(from->rtt_ns());
+  }
   attention_ = true;  // an answer is due
   if (first) {
     base::log_info("a node is up", {{"node", from->name()}, {"node_id", hex(from->node_id())}});
@@ -428,8 +434,11 @@ bool Core::take_heartbeat(const Incoming& message, Peer* from) {
 }
 
 FabricSnapshot Core::snapshot() const {
-  FabricSnapshot snapshot{.peers = {}, .dropped = dropped_, .lost = lost_};
+  FabricSnapshot snapshot{.peers = {}, .dropped = dropped_, .lost = lost_, .traffic = forgotten_, .rtt = rtt_};
   for (const std::unique_ptr<Peer>& peer : peers_) {
+    for (uint32_t lane = 0; lane < engine::kFabricLanes; ++lane) {
+      snapshot.traffic[lane] += peer->traffic()[lane];
+    }
     if (find_peer(peer->node_id()) == peer.get()) {
       snapshot.peers.push_back(peer->snapshot());
     }

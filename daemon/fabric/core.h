@@ -73,6 +73,8 @@ class Core final : public Progressed, public IncomingSink {
   uint64_t next_ns_ = 0;                                     // when a peer wants tending
   std::array<uint64_t, kDropCauses> dropped_{};
   std::array<uint64_t, kLossCauses> lost_{};
+  std::array<LaneTraffic, engine::kFabricLanes> forgotten_{};  // with peers that are in the list no more
+  RttHistogram rtt_;
   uint64_t turns_ = 0;
   bool stopping_ = false;
   bool said_bye_ = false;

@@ -231,6 +231,7 @@ bool GroupChannel::receive(uint32_t rank, engine::Arrival* arrival) {
                      .sequence = slot.header.sequence};
   arrival->data = slot.data;
   arrival->bytes = slot.header.bytes;
+  arrival->arrived_ns = slot.arrived_ns;
   arrival->id = id;
   return true;
 }

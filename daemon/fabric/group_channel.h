@@ -113,6 +113,7 @@ class GroupChannel final : public engine::FabricPort {
     std::byte* data = nullptr;
     uint32_t holders = 0;  // ranks that have not released it; fabric thread
     ucs_status_t status = UCS_OK;
+    uint64_t arrived_ns = 0;
     WireMessage header;
   };
   struct Deferred {

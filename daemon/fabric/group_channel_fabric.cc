@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstring>
 
+#include "daemon/base/clock.h"
 #include "daemon/fabric/group_channel.h"
 
 namespace expertd::fabric {
@@ -295,6 +296,7 @@ void GroupChannel::deliver(ReceiveSlot& slot) {
   LaneTraffic& traffic = slot.from->peer->traffic(slot.from->lane);
   ++traffic.received_messages;
   traffic.received_bytes += slot.header.bytes;
+  slot.arrived_ns = base::now_ns();
   slot.holders = static_cast<uint32_t>(std::popcount(slot.header.targets));
   for (uint64_t targets = slot.header.targets; targets != 0; targets &= targets - 1) {
     const uint32_t index = static_cast<uint32_t>(std::countr_zero(targets));

@@ -340,7 +340,11 @@ std::vector<session::GroupSnapshot> Directory::snapshot() const {
                       .joined = formed.present,
                       .lost = shared->lost(),
                       .ops = shared->launched_ops(),
-                      .executor = formed.executor});
+                      .executor = formed.executor,
+                      .rank_nodes = {}});
+    for (size_t rank = 0; formed.placed != nullptr && rank < formed.placed->ranks.size(); ++rank) {
+      groups.back().rank_nodes.push_back(formed.placed->nodes[formed.placed->ranks[rank].node].name);
+    }
   }
   return groups;
 }

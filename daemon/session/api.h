@@ -147,7 +147,25 @@ struct GroupSnapshot {
   uint64_t joined = 0;
   uint64_t lost = 0;
   uint64_t ops = 0;
-  std::string executor;  // rule_text(), or "host"
+  std::string executor;                 // rule_text(), or "host"
+  std::vector<std::string> rank_nodes;  // per rank the name of its node; empty: all are on this one
+};
+
+/// For whom one operation waited, as one of its ranks saw it.
+struct WaitSnapshot {
+  base::GroupId group;
+  uint64_t number = 0;
+  std::string op;
+  uint32_t rank = 0;
+  uint32_t last_rank = 0;
+  uint64_t waited_ns = 0;
+  bool counts = false;  // arrivals of counts were seen, and not submissions alone
+};
+
+struct WaitsSnapshot {
+  std::string node;                   // of this daemon; empty without a fabric
+  std::vector<GroupSnapshot> groups;  // that are there now
+  std::vector<WaitSnapshot> waits;    // of these groups
 };
 
 struct SessionSnapshot {
@@ -256,6 +274,8 @@ class OperatorApi {
   virtual std::vector<OpCounterSnapshot> counters() = 0;
   /// The error is of a fabric that does not answer.
   virtual base::Result<PeersSnapshot> peers() = 0;
+  /// Of each device the last operations of groups, at most `last`; 0: all that are kept.
+  virtual WaitsSnapshot waits(uint32_t last) = 0;
   /// Starts the drain (main does the rest); returns the number of sessions told.
   virtual uint32_t drain(uint64_t timeout_ns) = 0;
   /// Returns the previous level, or CONFIG_BAD_VALUE.

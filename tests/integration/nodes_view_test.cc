@@ -5,6 +5,7 @@
 #include <netinet/in.h>
 #include <sys/socket.h>
 
+#include <atomic>
 #include <nlohmann/json.hpp>
 
 #include "daemon/base/fd.h"
@@ -94,6 +95,86 @@ TEST_F(NodesView, PeersAreSeenFromTheFirstGroupToTheirLoss) {
   const json lost = ctl("peers", first_)["peers"][0];
   EXPECT_NE(lost["cause"], "");
   EXPECT_NE(lost["detail"], "");
+}
+
+TEST_F(NodesView, MetricsCountWhatCrosses) {
+  for (const DaemonProcess* daemon : {&first_, &second_}) {
+    EXPECT_EQ(daemon->metric("expertd_fabric_backend_info{backend=\"staged\""), 1);
+    EXPECT_EQ(daemon->metric("expertd_fabric_messages_total"), 0);
+    EXPECT_EQ(daemon->metric("expertd_fabric_peers"), 0);
+    EXPECT_TRUE(daemon->metric_becomes("expertd_rendezvous_up", 1));
+  }
+  Wish wish;
+  wish.ranks = 4;
+  const RandomCase random_case = make_case(kernels::OpKind::kDispatch, wish);
+  RankGroup group(seats(), "counted", [&](expertd_group_options_t* options) { configure(random_case, options); });
+  ASSERT_TRUE(group.ok()) << group.failure();
+  EXPECT_EQ(run_high_throughput(&group, random_case, Place::kRegistered), "");
+  for (const DaemonProcess* daemon : {&first_, &second_}) {
+    EXPECT_EQ(daemon->metric("expertd_fabric_peers{state=\"up\"}"), 1);
+    EXPECT_EQ(daemon->metric("expertd_groups_spanning"), 1);
+    EXPECT_GT(daemon->metric("expertd_fabric_messages_total{lane=\"throughput\",direction=\"sent\"}"), 0);
+    EXPECT_GT(daemon->metric("expertd_fabric_bytes_total{lane=\"throughput\",direction=\"received\"}"), 0);
+    EXPECT_GT(daemon->metric("expertd_op_bytes_total{op=\"dispatch\",gpu=\"host\",path=\"fabric\"}"), 0);
+    EXPECT_GT(daemon->metric("expertd_op_bytes_total{op=\"combine\",gpu=\"host\",path=\"fabric\"}"), 0);
+    EXPECT_TRUE(
+        wait_until([&] { return daemon->metric("expertd_fabric_heartbeat_rtt_seconds_count") > 0; }, seconds(10)));
+    // Signs of life of a daemon that connected first are of a node not known yet; nothing else is dropped.
+    const std::string dropped = "expertd_fabric_dropped_total";
+    EXPECT_EQ(daemon->metric(dropped), daemon->metric(dropped + "{cause=\"unknown_node\"}"));
+  }
+  second_.kill();
+  EXPECT_TRUE(first_.metric_becomes("expertd_fabric_peers{state=\"lost\"}", 1));
+  EXPECT_EQ(first_.metric("expertd_fabric_peer_failures_total"), 1);
+  EXPECT_GT(first_.metric("expertd_fabric_bytes_total"), 0) << "what went to a lost peer went";
+}
+
+// A rank of the other node issues after all others every time; both nodes say so.
+TEST_F(NodesView, SlowestNamesTheRankThatIsAlwaysLate) {
+  constexpr uint32_t kRounds = 20;
+  constexpr uint32_t kLate = 3;
+  constexpr uint64_t kLateNs = 20'000'000;  // more than a busy machine makes of the others
+  RankGroup group(seats(), "held");
+  ASSERT_TRUE(group.ok()) << group.failure();
+  std::atomic<uint32_t> issued{0};
+  for (uint32_t round = 1; round <= kRounds; ++round) {
+    group.run([&](Rank& rank) {
+      uint64_t begin_ns = 0;
+      EXPECT_TRUE(wait_until(
+          [&] {
+            const bool others = rank.rank != kLate || issued.load() == round * 3;
+            begin_ns = others && begin_ns == 0 ? monotonic_ns() : begin_ns;
+            return others && (rank.rank != kLate || monotonic_ns() - begin_ns > kLateNs);
+          },
+          seconds(10)));
+      expertd_event_t event{};
+      EXPECT_TRUE(outcome_of(expertd_barrier(rank.group, nullptr, 0, 0, &event)).ok()) << expertd_last_message();
+      issued += rank.rank == kLate ? 0 : 1;
+      EXPECT_TRUE(finish(event).outcome.ok()) << expertd_last_message();
+    });
+  }
+  for (const DaemonProcess* daemon : {&first_, &second_}) {
+    // The daemon keeps it just after the client has seen the operation end.
+    json slowest;
+    EXPECT_TRUE(wait_until(
+        [&] {
+          slowest = ctl("slowest", *daemon);
+          return !slowest["ranks"].empty() && slowest["ranks"][0]["seen"] == kRounds;
+        },
+        seconds(10)))
+        << slowest;
+    ASSERT_GE(slowest["ranks"].size(), 1U) << slowest;
+    EXPECT_EQ(slowest["submissions_alone"], false);
+    const json& rank = slowest["ranks"][0];
+    EXPECT_EQ(rank["group"], "held");
+    EXPECT_EQ(rank["node"], "node-b") << slowest;
+    EXPECT_GT(rank["p50_ns"], kLateNs / 2) << slowest;
+    ASSERT_GE(slowest["nodes"].size(), 1U) << slowest;
+    EXPECT_EQ(slowest["nodes"][0]["name"], "node-b") << slowest;
+    EXPECT_GT(slowest["nodes"][0]["share"], 0.5) << slowest;
+    // The first node sees the counts of both ranks of the second come together, once the late one has issued.
+    EXPECT_TRUE(daemon == &first_ || (rank["rank"] == kLate && rank["share"] > 0.5)) << slowest;
+  }
 }
 
 TEST(NodesOff, PeersSayThatTheFabricIsOff) {

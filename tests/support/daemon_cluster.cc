@@ -40,8 +40,8 @@ std::vector<uint16_t> free_ports(uint32_t count) {
 }  // namespace
 
 DaemonCluster::DaemonCluster(uint32_t nodes, uint32_t devices, std::vector<std::string> flags)
-    : devices_(devices), flags_(std::move(flags)), nodes_(nodes) {
-  make();
+    : devices_(devices), flags_(std::move(flags)), own_flags_(nodes), nodes_(nodes) {
+  make();  // addresses are asked for before the start
 }
 
 void DaemonCluster::make() {
@@ -57,11 +57,20 @@ void DaemonCluster::make() {
                                       "--fabric-transports=tcp",
                                       "--fabric-devices=lo"};
     flags.insert(flags.end(), flags_.begin(), flags_.end());
+    flags.insert(flags.end(), own_flags_[index].begin(), own_flags_[index].end());
     nodes_[index] = std::make_unique<DaemonProcess>(devices_, std::move(flags));
+    if (start_limit_.count() != 0) {
+      nodes_[index]->set_start_limit(start_limit_);
+    }
   }
 }
 
+void DaemonCluster::add_flags(uint32_t node, std::vector<std::string> flags) {
+  own_flags_[node].insert(own_flags_[node].end(), flags.begin(), flags.end());
+}
+
 bool DaemonCluster::start() {
+  make();
   for (int attempt = 1;; ++attempt) {
     std::for_each(nodes_.begin(), nodes_.end(), [](const auto& node) { node->launch(); });
     const auto failed =

@@ -3,6 +3,7 @@
 // together. The first hosts the rendezvous. Processes end with the object; one thread; tests only.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -18,6 +19,9 @@ class DaemonCluster {
   /// `devices` host devices each; `flags` go to every daemon.
   explicit DaemonCluster(uint32_t nodes, uint32_t devices = 2, std::vector<std::string> flags = {});
 
+  /// Before start(): flags of one daemon alone, and how long each may take.
+  void add_flags(uint32_t node, std::vector<std::string> flags);
+  void set_start_limit(std::chrono::milliseconds limit) { start_limit_ = limit; }
   /// Starts all at once; with other ports when somebody took one of these meanwhile. False with their logs.
   bool start();
 
@@ -37,6 +41,8 @@ class DaemonCluster {
 
   const uint32_t devices_;
   const std::vector<std::string> flags_;
+  std::vector<std::vector<std::string>> own_flags_;
+  std::chrono::milliseconds start_limit_{0};  // 0: that of every daemon
   std::vector<std::unique_ptr<DaemonProcess>> nodes_;
   std::vector<std::string> addresses_;
 };

@@ -37,7 +37,7 @@ base::Status check_shape(const engine::GroupShape& shape) {
                         std::string("a group on GPUs cannot have ") + std::to_string(value) + " " + what);
   };
   if (shape.ranks == 0 || shape.ranks > base::kMaxGpuRanks || shape.rank >= shape.ranks) {
-    return refuse("ranks on one node (at most 16)", shape.ranks);
+    return refuse("ranks (at most 16)", shape.ranks);
   }
   if (shape.experts == 0 || shape.experts > base::kMaxExperts || shape.experts % shape.ranks != 0 ||
       shape.experts / shape.ranks > base::kMaxLocalExperts) {
@@ -334,6 +334,9 @@ base::Result<uint64_t> CudaDevice::relay_ranks(const engine::GroupShape& shape) 
   uint64_t ranks = 0;
   for (uint32_t r = 0; r < shape.ranks; ++r) {
     const base::DeviceIndex device = shape.devices[r];
+    if (shape.placement != nullptr && !shape.placement->is_local(r)) {
+      continue;
+    }
     const auto other =
         std::find_if(all_.begin(), all_.end(), [&](const GpuFacts& gpu) { return gpu.view.index == device; });
     if (other == all_.end()) {
@@ -347,6 +350,9 @@ base::Result<uint64_t> CudaDevice::relay_ranks(const engine::GroupShape& shape) 
 }
 
 bool CudaDevice::is_linked(const engine::GroupShape& shape) const {
+  if (shape.placement != nullptr) {
+    return false;
+  }
   uint64_t members = 0;
   for (uint32_t r = 0; r < shape.ranks; ++r) {
     members |= uint64_t{1} << shape.devices[r].value;
@@ -440,6 +446,7 @@ base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t 
   EXPERTD_RETURN_IF_ERROR(allocate_tables(entry.get()));
   EXPERTD_RETURN_IF_ERROR(create_lanes(entry.get()));
   EXPERTD_RETURN_IF_ERROR(allocate_exchange(shape, entry.get()));
+  EXPERTD_RETURN_IF_ERROR(allocate_nodes(shape, entry.get()));
   if (!take_progress(entry.get())) {
     give_back_words(*entry);
     keep_ht_pinned(entry.get());
