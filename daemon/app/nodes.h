@@ -19,6 +19,7 @@
 #include "daemon/fabric/bootstrap/peer_server.h"
 #include "daemon/fabric/bootstrap/rendezvous_client.h"
 #include "daemon/fabric/fabric.h"
+#include "daemon/group/election.h"
 #include "daemon/session/service.h"
 #include "daemon/supervise/watchdog.h"
 
@@ -61,6 +62,8 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   Nodes(const config::FabricConfig& config, supervise::Beat* beat) : config_(config), beat_(beat) {}
   base::Status open_fabric(engine::WakePort* wake);
   base::Status open_services();
+  base::Status make_election();
+  base::Status start_election();
   base::Status connect_all(const group::Placed& placed);
   base::Status wait_up(const group::Placed& placed, uint64_t deadline_ns);
   void keep_address(const group::NodeIdentity& node);
@@ -90,6 +93,7 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   std::thread teller_;
   std::unique_ptr<fabric::Fabric> fabric_;
   std::unique_ptr<fabric::PeerServer> server_;
+  std::unique_ptr<group::Election> election_;  // null: a list says who hosts. Tells server and client
   std::unique_ptr<fabric::RendezvousClient> client_;
 };
 
