@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "tests/fabric/bootstrap_fixture.h"
+#include "tests/support/temp_dir.h"
 
 namespace expertd::fabric {
 namespace {
@@ -66,9 +67,7 @@ TEST_F(BootstrapElection, AJoinThatWaitsMovesToTheNextHost) {
   TestNode one({.name = "c", .id = 33, .rendezvous = {"http://etcd"}, .elected = word.asked()});
   TestNode two({.name = "d", .id = 44, .rendezvous = {"http://etcd"}, .elected = word.asked()});
   std::future<JoinEnd> rank0 = one.join("moe", 0, config_of(2));
-  while (first.server().nodes().empty()) {  // the patience of take() bounds what follows
-    std::this_thread::yield();
-  }
+  ASSERT_TRUE(support::wait_until([&] { return !first.server().nodes().empty(); }, kPatience));
   // The first one has not heard of it yet and goes on.
   elect(6, &second);
   one.client().host_elected(6);
@@ -78,6 +77,39 @@ TEST_F(BootstrapElection, AJoinThatWaitsMovesToTheNextHost) {
   EXPECT_EQ(take(std::move(rank0)).placed->key, rank1.placed->key);
   EXPECT_EQ(one.client().state().node, "b");
   EXPECT_EQ(second.server().nodes().size(), 2U);
+}
+
+/// The former host has not heard of the next one and places a join that waited there; the answer comes when the client
+/// knows better. To order the two, the client's thread is held in the answer to another join.
+TEST_F(BootstrapElection, APlaceFromTheFormerHostIsNotTaken) {
+  elect(5, &first);
+  TestNode one({.name = "c", .id = 33, .rendezvous = {"http://etcd"}, .elected = word.asked()});
+  TestNode behind({.name = "d", .id = 44, .rendezvous = {"http://etcd"}, .elected = word.asked()});
+  EXPECT_NE(take(behind.join("warm", 0, config_of(1))).placed, nullptr);
+  std::future<JoinEnd> rank0 = one.join("moe", 0, config_of(2));
+  std::promise<void> held;
+  std::promise<void> go_on;
+  one.client().join_rank({"gate", 0, config_of(1), {}, 99, 15 * kSecond},
+                         [&](const session::ErrorDetail&, const std::shared_ptr<const group::Placed>&) {
+                           held.set_value();
+                           go_on.get_future().wait();
+                         });
+  ASSERT_EQ(held.get_future().wait_for(kPatience), std::future_status::ready);
+  second.server().set_elected(6, base::now_ns() + 600 * kSecond);
+  word.say(6, second);
+  one.client().host_elected(6);
+  const JoinEnd former = take(behind.join("moe", 1, config_of(2)));
+  ASSERT_NE(former.placed, nullptr) << former.error.status.message();
+  EXPECT_NE(take(behind.join("after", 0, config_of(1))).placed, nullptr) << "the other answer has been sent by now";
+  go_on.set_value();
+  TestNode knows({.name = "e", .id = 55, .rendezvous = {"http://etcd"}, .elected = word.asked()});
+  const JoinEnd rank1 = take(knows.join("moe", 1, config_of(2)));
+  ASSERT_NE(rank1.placed, nullptr) << rank1.error.status.message();
+  EXPECT_EQ(take(std::move(rank0)).placed->key, rank1.placed->key);
+  EXPECT_NE(former.placed->key, rank1.placed->key);
+  // What was placed there never forms: the node that holds it reports to the next host, which does not know of it.
+  behind.client().host_elected(6);
+  EXPECT_EQ(take(behind.report(former.placed->key)).status.reason(), EXPERTD_REASON_NO_SUCH_GROUP);
 }
 
 TEST_F(BootstrapElection, AnEarlierTermIsRefusedOnBothSides) {

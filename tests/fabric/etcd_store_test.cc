@@ -6,9 +6,12 @@
 #include <netinet/in.h>
 #include <sys/socket.h>
 
+#include <condition_variable>
 #include <future>
+#include <mutex>
 
 #include "daemon/base/fd.h"
+#include "daemon/group/election.h"
 #include "tests/fabric/bootstrap_fixture.h"
 #include "tests/support/etcd_process.h"
 #include "tests/support/free_ports.h"
@@ -90,6 +93,56 @@ TEST_F(EtcdStoreReal, AnInterruptEndsTheCallUnderWayAndAllLaterOnesButARevocatio
   EXPECT_EQ(store->look().status().reason(), EXPERTD_REASON_CANCELLED);
   EXPECT_TRUE(store->revoke(lease).is_ok());
   EXPECT_LT(base::now_ns() - before_ns, 30 * kSecond);
+}
+
+/// What elections of several daemons tell, in the order in which they tell it.
+class Told {
+ public:
+  Election::Told by(uint32_t daemon) {
+    return [this, daemon](const Elected& elected) {
+      const std::lock_guard lock(mutex_);
+      latest_[daemon] = elected;
+      changed_.notify_all();
+    };
+  }
+  bool becomes(const std::function<bool(const Elected& first, const Elected& second)>& wanted) {
+    std::unique_lock lock(mutex_);
+    return changed_.wait_for(lock, std::chrono::seconds(20), [&] { return wanted(latest_[0], latest_[1]); });
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  Elected latest_[2];
+};
+
+TEST_F(EtcdStoreReal, ElectionsFollowARevokedLeaseAtOnce) {
+  Told told;
+  const auto options = [](uint64_t id) {
+    return CandidacyOptions{
+        .self = {id, "n" + std::to_string(id), "a:1"}, .where = "the key", .lease_ns = 60 * kSecond};
+  };
+  Election first(options(1), store_at({etcd.url()}));
+  Election second(options(2), store_at({etcd.url()}));
+  ASSERT_TRUE(first.start(told.by(0)).is_ok());
+  ASSERT_TRUE(told.becomes([](const Elected& one, const Elected&) { return one.here; }));
+  const uint64_t term = first.elected().term;
+  ASSERT_TRUE(second.start(told.by(1)).is_ok());
+  ASSERT_TRUE(told.becomes([&](const Elected&, const Elected& two) { return two.term == term && !two.here; }));
+  // Nobody would look again for 20 s.
+  const uint64_t before_ns = base::now_ns();
+  const auto operators = store_at({etcd.url()});
+  ASSERT_TRUE(operators->revoke(operators->look().value().record->lease).is_ok());
+  EXPECT_TRUE(told.becomes([&](const Elected& one, const Elected& two) {
+    return one.term > term && one.term == two.term && one.here != two.here;
+  }));
+  // And the one that hosts now says goodbye.
+  Election& host = first.elected().here ? first : second;
+  Election& other = first.elected().here ? second : first;
+  host.stop();
+  EXPECT_FALSE(host.elected().here);
+  EXPECT_TRUE(told.becomes([&](const Elected&, const Elected&) { return other.elected().here; }));
+  EXPECT_LT(base::now_ns() - before_ns, 15 * kSecond);
 }
 
 TEST(EtcdStore, WhatIsNoEtcdIsSaid) {
