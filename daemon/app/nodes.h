@@ -20,6 +20,7 @@
 #include "daemon/fabric/bootstrap/peer_server.h"
 #include "daemon/fabric/bootstrap/rendezvous_client.h"
 #include "daemon/fabric/fabric.h"
+#include "daemon/group/election.h"
 #include "daemon/session/service.h"
 #include "daemon/supervise/watchdog.h"
 
@@ -63,6 +64,8 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   Nodes(const config::FabricConfig& config, supervise::Beat* beat) : config_(config), beat_(beat) {}
   base::Status open_fabric(engine::WakePort* wake, device::Device* gpu);
   base::Status open_services();
+  base::Status make_election();
+  base::Status start_election();
   base::Status connect_all(const group::Placed& placed);
   base::Status wait_up(const group::Placed& placed, uint64_t deadline_ns);
   void keep_address(const group::NodeIdentity& node);
@@ -93,6 +96,7 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   std::unique_ptr<FabricMemory> memory_;  // null: the fabric's own
   std::unique_ptr<fabric::Fabric> fabric_;
   std::unique_ptr<fabric::PeerServer> server_;
+  std::unique_ptr<group::Election> election_;  // null: a list says who hosts. Tells server and client
   std::unique_ptr<fabric::RendezvousClient> client_;
 };
 

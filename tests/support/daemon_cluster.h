@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Daemons of several nodes on this machine: real processes that reach each other over loopback TCP and form groups
-// together. The first hosts the rendezvous. Processes end with the object; one thread; tests only.
+// together. The first hosts the rendezvous, or whom an etcd elects. Processes end with the object; one thread; tests
+// only.
 #pragma once
 
 #include <chrono>
@@ -16,7 +17,7 @@ namespace expertd::support {
 
 class DaemonCluster {
  public:
-  /// `devices` host devices each; `flags` go to every daemon.
+  /// `devices` host devices each; `flags` go to every daemon. With --fabric-etcd among them there is no list.
   explicit DaemonCluster(uint32_t nodes, uint32_t devices = 2, std::vector<std::string> flags = {});
 
   /// Before start(): flags of one daemon alone, and how long each may take.
