@@ -193,7 +193,8 @@ void CudaDevice::close_nodes(Part* part) {
   part->nodes_open = false;
   part->session->open_part = 0;
   --ht_open_;
-  part->chain_broken = !NodeChain(*this, *part, part->group->nodes.get(), part->session->stream).close() || part->chain_broken;
+  part->chain_broken =
+      !NodeChain(*this, *part, part->group->nodes.get(), part->session->stream).close() || part->chain_broken;
 }
 
 /// Behind the last kernel of the part.

@@ -79,8 +79,8 @@ bool NodeExchange::messages_suffice() const {
   uint64_t bytes = counts_message_bytes(shape.ranks, shape.experts);
   // As if all that may travel beside a row did.
   const kernels::MessageHead head{.flags = kernels::kMessageWeights,
-                               .side_elements = shape.side_elements,
-                               .side_element_bytes = shape.side_element_bytes};
+                                  .side_elements = shape.side_elements,
+                                  .side_element_bytes = shape.side_element_bytes};
   for (uint32_t node = 0; node < op_.placement->nodes(); ++node) {
     if (dispatches()) {
       bytes = std::max<uint64_t>(bytes, sizeof(head) + kernels::rows_layout(shape, head, op_.node_ranks(node)).stride);
