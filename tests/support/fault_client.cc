@@ -170,7 +170,10 @@ std::string Client::check(uint64_t number, uint64_t mask) const {
     for (uint32_t i = 0; i < kHidden; ++i) {
       const auto sent = static_cast<float>((number + rank_ * 5 + token * 3 + i) % 64);
       if (float_of(combined_[token * kHidden + i]) != copies * sent) {
-        return "failed WRONG_RESULT token " + std::to_string(token) + " mask " + std::to_string(mask);
+        std::ostringstream text;
+        text << "failed WRONG_RESULT token " << token << " channel " << i << " mask " << mask << ": "
+             << float_of(combined_[token * kHidden + i]) << ", not " << copies * sent;
+        return text.str();
       }
     }
   }
