@@ -22,6 +22,7 @@ constexpr uint32_t kGpuSendBuffers = 8;
 
 constexpr uint64_t kServerShutdownNs = 1'000'000'000;
 constexpr std::chrono::milliseconds kLook(20);
+constexpr size_t kViewsWaiting = 1024;  // more are dropped: whoever waits for an answer asks again
 constexpr size_t kAddresses = size_t{4} * fabric::kMaxNodes;
 // A call to etcd is given up early enough to try another one before the lease is over.
 constexpr uint64_t kEtcdCallsPerLease = 4;
@@ -335,22 +336,54 @@ void Nodes::node_lost(uint64_t node_id, const std::string& name, fabric::LossCau
   post(NodeLost{node_id});
 }
 
+void Nodes::view_message(uint64_t group_key, uint32_t node, const engine::ViewMessage& message) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (views_waiting_ < kViewsWaiting) {
+    ++views_waiting_;
+    events_.push_back(ViewSaid{group_key, node, message});
+    changed_.notify_all();
+  }
+}
+
+void Nodes::views_changed() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  views_changed_ = true;
+  changed_.notify_all();
+}
+
+void Nodes::tell(const Event& event) {
+  if (const auto* gone = std::get_if<RankGone>(&event)) {
+    sessions_->remote_rank_gone(gone->group_key, gone->rank, gone->through);
+  } else if (const auto* lost = std::get_if<NodeLost>(&event)) {
+    sessions_->node_lost(lost->node_id);
+  } else {
+    const ViewSaid& said = std::get<ViewSaid>(event);
+    sessions_->view_message(said.group_key, said.node, said.message);
+  }
+}
+
 void Nodes::teller_main() {
+  uint64_t next_ns = UINT64_MAX;
   std::unique_lock<std::mutex> lock(mutex_);
   while (!stop_) {
-    if (events_.empty()) {
+    const uint64_t now_ns = base::now_ns();
+    if (!events_.empty()) {
+      const Event event = events_.front();
+      events_.pop_front();
+      views_waiting_ -= std::holds_alternative<ViewSaid>(event) ? 1 : 0;
+      lock.unlock();
+      tell(event);
+      lock.lock();
+    } else if (views_changed_ || now_ns >= next_ns) {
+      views_changed_ = false;
+      lock.unlock();
+      next_ns = sessions_->tend_views(now_ns);
+      lock.lock();
+    } else if (next_ns == UINT64_MAX) {
       changed_.wait(lock);
-      continue;
-    }
-    const Event event = events_.front();
-    events_.pop_front();
-    lock.unlock();
-    if (const auto* gone = std::get_if<RankGone>(&event)) {
-      sessions_->remote_rank_gone(gone->group_key, gone->rank, gone->through);
     } else {
-      sessions_->node_lost(std::get<NodeLost>(event).node_id);
+      changed_.wait_for(lock, std::chrono::nanoseconds(next_ns - now_ns));
     }
-    lock.lock();
   }
 }
 

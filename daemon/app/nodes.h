@@ -49,6 +49,7 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   base::Result<std::shared_ptr<engine::FabricPort>> open(const group::Placed& placed,
                                                          const engine::GroupSettings& settings,
                                                          uint64_t deadline_ns) override;
+  void views_changed() override;
 
  private:
   struct RankGone {
@@ -59,7 +60,12 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   struct NodeLost {
     uint64_t node_id = 0;
   };
-  using Event = std::variant<RankGone, NodeLost>;
+  struct ViewSaid {
+    uint64_t group_key = 0;
+    uint32_t node = 0;
+    engine::ViewMessage message;
+  };
+  using Event = std::variant<RankGone, NodeLost, ViewSaid>;
 
   Nodes(const config::FabricConfig& config, supervise::Beat* beat) : config_(config), beat_(beat) {}
   base::Status open_fabric(engine::WakePort* wake, device::Device* gpu);
@@ -70,6 +76,7 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   base::Status wait_up(const group::Placed& placed, uint64_t deadline_ns);
   void keep_address(const group::NodeIdentity& node);
   void post(const Event& event);
+  void tell(const Event& event);
   void teller_main();
 
   void node_up(uint64_t node_id, const std::string& name) override;
@@ -78,6 +85,7 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   void rank_gone(uint64_t group_key, uint32_t rank, uint64_t through) override {
     post(RankGone{group_key, rank, through});
   }
+  void view_message(uint64_t group_key, uint32_t node, const engine::ViewMessage& message) override;
   void beat(uint64_t now_ns) override { beat_->beat(now_ns); }
 
   const config::FabricConfig config_;
@@ -87,7 +95,9 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   session::SessionService* sessions_ = nullptr;
   std::mutex mutex_;  // what follows, but for the parts themselves
   std::condition_variable changed_;
-  std::deque<Event> events_;        // bounded by what is connected: one per lost node, one per rank that goes
+  std::deque<Event> events_;        // bounded by what is connected: one per lost node, one per rank that goes,
+  size_t views_waiting_ = 0;        // and these, of which there are at most kViewsWaiting
+  bool views_changed_ = false;
   std::map<uint64_t, bool> peers_;  // by node id: up, or lost
   std::map<uint64_t, std::string> addresses_;  // by node id; at most kAddresses
   fabric::FabricSnapshot last_;  // what the fabric last told: counters must not fall when it does not answer

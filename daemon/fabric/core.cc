@@ -325,6 +325,8 @@ bool Core::incoming(const Incoming& message) {
       return take_heartbeat(message, from);
     case kWireGone:
       return take_gone(message, from);
+    case kWireView:
+      return take_view(message, from);
   }
   return drop(DropCause::kMalformed);
 }
@@ -403,6 +405,26 @@ bool Core::take_gone(const Incoming& message, Peer* from) {
   }
   if (setting_.observer != nullptr) {
     setting_.observer->rank_gone(header.group_key, header.rank, header.through);
+  }
+  return false;
+}
+
+bool Core::take_view(const Incoming& message, Peer* from) {
+  WireView header;
+  if (message.header_bytes != sizeof(header) || message.bytes != 0 || message.lane != LaneKind::kControl) {
+    return drop(DropCause::kMalformed, from, "the header's size");
+  }
+  std::memcpy(&header, message.header, sizeof(header));
+  uint32_t node = 0;
+  DropCause cause = DropCause::kUnknownGroup;
+  if (group_of(header.group_key, header.epoch, from, &node, &cause) == nullptr) {
+    return drop(cause);
+  }
+  if (header.kind == 0 || header.kind > engine::kViewKinds) {
+    return drop(DropCause::kBadField, from, "the kind of a message about views");
+  }
+  if (setting_.observer != nullptr) {
+    setting_.observer->view_message(header.group_key, node, view_message_of(header));
   }
   return false;
 }

@@ -37,6 +37,9 @@ class Core final : public Progressed, public IncomingSink {
   base::Status open(std::unique_ptr<GroupChannel>* channel);
   void close(GroupChannel* channel);
   void tell_gone(GroupChannel* channel, uint32_t rank, uint64_t through) { channel->tell_gone(rank, through); }
+  void tell_view(GroupChannel* channel, uint32_t node, const engine::ViewMessage& message) {
+    channel->tell_view(node, message);
+  }
   FabricSnapshot snapshot() const;
 
   bool run_once(uint64_t now_ns) override;
@@ -56,6 +59,7 @@ class Core final : public Progressed, public IncomingSink {
   bool take_message(const Incoming& message, Peer* from);
   bool take_credit(const Incoming& message, Peer* from);
   bool take_gone(const Incoming& message, Peer* from);
+  bool take_view(const Incoming& message, Peer* from);
   bool take_heartbeat(const Incoming& message, Peer* from);
   Peer* find_peer(uint64_t node_id) const;
   void tend_peers(uint64_t now_ns);

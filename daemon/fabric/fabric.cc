@@ -80,6 +80,12 @@ class Fabric::Port final : public engine::FabricPort {
       base::log_error("other nodes are not told of a rank that is gone", {{"error", told.message()}});
     }
   }
+  void tell_view(uint32_t node, const engine::ViewMessage& message) override {
+    const base::Status told = state_->thread.run([&] { state_->core.tell_view(channel_, node, message); });
+    if (!told.is_ok()) {
+      base::log_error("another node is not told about a view", {{"error", told.message()}});
+    }
+  }
 
  private:
   State* state_;

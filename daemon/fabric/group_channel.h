@@ -66,6 +66,8 @@ class GroupChannel final : public engine::FabricPort {
   void tell_gone(uint32_t rank, uint64_t through);
   /// A rank of `node` is gone. False: it is no rank of it, or was gone already.
   bool hear_gone(uint32_t node, const WireGone& header);
+  /// Sends a message about views, behind those that wait for the node; the oldest of too many is dropped.
+  void tell_view(uint32_t node, const engine::ViewMessage& message);
   /// Advances everything that can be advanced; true when something moved.
   bool run_once();
   /// Whether a rank has left something that run_once() would take.
@@ -133,6 +135,17 @@ class GroupChannel final : public engine::FabricPort {
     bool under_way = false;
     WireGone header;
   };
+  /// Messages about views that wait for a node; one at a time is under way.
+  struct ViewLink {
+    static constexpr uint32_t kMost = 8;  // whoever waits for an answer asks again
+    GroupChannel* channel = nullptr;
+    Peer* peer = nullptr;
+    std::array<engine::ViewMessage, kMost> waiting{};  // a ring: `count` from `first` on
+    uint32_t first = 0;
+    uint32_t count = 0;
+    bool under_way = false;
+    WireView header;
+  };
   /// One lane between this group's parts on two nodes. Fabric thread.
   struct PeerLink {
     explicit PeerLink(uint32_t most_deferred) : deferred(most_deferred), deferred_max(most_deferred) {}
@@ -181,11 +194,15 @@ class GroupChannel final : public engine::FabricPort {
   bool send_gone();
   void send_gone(GoneLink& to);
   bool gone_told() const;
+  bool send_views();
+  void send_view(ViewLink& to);
+  bool views_under_way() const;
   void wake_rank(uint32_t rank_index) { wake_ |= uint64_t{1} << rank_index; }
   void wake_ranks();
   static void on_sent(void* request, ucs_status_t status, void* slot);
   static void on_received(void* request, ucs_status_t status, size_t bytes, void* slot);
   static void on_gone_sent(void* request, ucs_status_t status, void* link);
+  static void on_view_sent(void* request, ucs_status_t status, void* link);
   static void on_credit_sent(void* request, ucs_status_t status, void* slot);
 
   const GroupLink link_;
@@ -209,6 +226,7 @@ class GroupChannel final : public engine::FabricPort {
   std::vector<GoneLink> gone_links_;                      // per node, without a peer for the own one
   std::array<uint64_t, base::kMaxLocalRanks> through_{};  // of local ranks that are gone, by their place
   uint64_t gone_ = 0;                                     // local ranks, by their place
+  std::vector<ViewLink> view_links_;                      // per node, without a peer for the own one
   std::vector<bool> gone_elsewhere_;                      // by rank: of other nodes
   uint64_t wake_ = 0;                                     // local ranks to wake at the end of the turn
   bool closing_ = false;

@@ -29,9 +29,12 @@ void GroupChannel::use_peers(std::vector<Peer*> peers) {
   }
   gone_elsewhere_.resize(link_.placement.ranks());
   gone_links_.resize(peers_.size());
+  view_links_.resize(peers_.size());
   for (size_t node = 0; node < peers_.size(); ++node) {
     gone_links_[node].channel = this;
     gone_links_[node].peer = peers_[node];
+    view_links_[node].channel = this;
+    view_links_[node].peer = peers_[node];
   }
 }
 
@@ -117,6 +120,7 @@ bool GroupChannel::run_once() {
   moved |= end_receives();  // those that were there at once
   moved |= send_credits();
   moved |= send_gone();
+  moved |= send_views();
   wake_ranks();
   return moved;
 }
@@ -381,7 +385,7 @@ void GroupChannel::begin_close() {
 
 bool GroupChannel::drained() const {
   return closing_ && sends_in_flight_ == 0 && receives_in_flight_ == 0 && credits_in_flight_ == 0 && gone_told() &&
-         !has_work();
+         !views_under_way() && !has_work();
 }
 
 void GroupChannel::wake_ranks() {

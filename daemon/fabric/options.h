@@ -171,6 +171,8 @@ class FabricObserver {
   virtual void node_lost(uint64_t node_id, const std::string& name, LossCause cause, const std::string& detail) = 0;
   /// A rank of another node takes no part in operations of the group behind `through` any more. Once per rank.
   virtual void rank_gone(uint64_t group_key, uint32_t rank, uint64_t through) = 0;
+  /// A message about views of a group that is open here, of its node `node`.
+  virtual void view_message(uint64_t group_key, uint32_t node, const engine::ViewMessage& message) = 0;
   /// For the watchdog: at least twice a second.
   virtual void beat(uint64_t now_ns) = 0;
 };

@@ -338,7 +338,7 @@ std::vector<session::GroupSnapshot> Directory::snapshot() const {
                       .config = formed.config,
                       .epoch = shared->epoch(),
                       .joined = formed.present,
-                      .lost = shared->lost(),
+                      .lost = shared->has_views() ? shared->view().lost : shared->lost(),
                       .ops = shared->launched_ops(),
                       .executor = formed.executor,
                       .rank_nodes = {}});

@@ -16,6 +16,7 @@ namespace {
 
 constexpr uint64_t kRendezvousGraceNs = 2'000'000'000ULL;
 constexpr std::chrono::milliseconds kQuietPoll(1);
+constexpr uint64_t kMaskNs = 5'000'000'000;  // for the nodes of a group to agree on a mask
 
 // The window is where ll_dispatch leaves its results, and ll_combine finds its input, when the caller gives no memory
 // of its own. It has room for the payloads that the group carries, and exists whatever they are: only an operation
@@ -437,8 +438,16 @@ base::Result<MaskReply> SessionService::group_mask(base::SessionId id, base::Gro
     if (((exclude | readmit) & ~shared->all_ranks()) != 0) {
       return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "mask names ranks beyond expert_parallel_size");
     }
-    shared->change_excluded(exclude, readmit);
-    wake_group(*shared);
+    if (shared->has_views()) {
+      EXPERTD_RETURN_IF_ERROR(views_.change_mask(*shared, exclude, readmit, base::now_ns() + kMaskNs));
+    } else {
+      shared->change_excluded(exclude, readmit);
+      wake_group(*shared);
+    }
+  }
+  if (shared->has_views()) {
+    const engine::View view = shared->view();
+    return MaskReply{view.epoch, view.lost, view.excluded};
   }
   return MaskReply{shared->epoch(), shared->lost(), shared->excluded()};
 }

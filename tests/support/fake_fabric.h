@@ -47,6 +47,11 @@ class FakeNetwork {
     }
     return false;
   }
+  /// A message that no part sent, of a rank of `from` to the node of the header.
+  void inject(uint32_t from, const engine::MessageHeader& header, std::vector<std::byte> bytes) {
+    ++injected_;
+    under_way_.push_back({header, std::move(bytes), from, header.node, header.source_rank, &injected_});
+  }
   /// Nothing is under way, and no rank keeps a message or a buffer.
   bool quiet() const {
     return under_way_.empty() && std::all_of(ports_.begin(), ports_.end(), [](const auto& port) {
@@ -187,6 +192,7 @@ class FakeNetwork {
   support::Random* random_;
   std::vector<std::unique_ptr<Port>> ports_;
   std::vector<Message> under_way_;
+  uint32_t injected_ = 0;  // and under way
 };
 
 }  // namespace expertd::test
