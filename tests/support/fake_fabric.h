@@ -48,9 +48,9 @@ class FakeNetwork {
     return false;
   }
   /// A message that no part sent, of a rank of `from` to the node of the header.
-  void inject(uint32_t from, const engine::MessageHeader& header, std::vector<std::byte> bytes) {
+  void inject(uint32_t from, const engine::MessageHeader& header, std::vector<std::byte> body) {
     ++injected_;
-    under_way_.push_back({header, std::move(bytes), from, header.node, header.source_rank, &injected_});
+    under_way_.push_back({header, std::move(body), from, header.node, header.source_rank, &injected_});
   }
   /// Nothing is under way, and no rank keeps a message or a buffer.
   bool quiet() const {
