@@ -389,7 +389,8 @@ class Halves : public ::testing::Test {
   };
   Host hosts_[2];
   engine::Placement placements_[2] = {placement_of({0, 0, 1, 1}, 2, 0), placement_of({0, 0, 1, 1}, 2, 1)};
-  ViewChange changes_[2] = {{placements_[0], {kRetryNs, 1000}, &hosts_[0]}, {placements_[1], {kRetryNs, 1000}, &hosts_[1]}};
+  ViewChange changes_[2] = {{placements_[0], {kRetryNs, 1000}, &hosts_[0]},
+                            {placements_[1], {kRetryNs, 1000}, &hosts_[1]}};
 };
 
 TEST_F(Halves, TheOneWithTheLowestRankGoesOnAndTheOtherEnds) {
