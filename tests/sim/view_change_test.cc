@@ -326,7 +326,7 @@ std::string repro(uint64_t seed) {
 
 TEST(ViewChange, GivesEveryOperationOneMaskWhateverFails) {
   uint64_t operations = 0;
-  for (uint64_t run = 1; run <= 4000; ++run) {
+  for (uint64_t run = 1; run <= 3000; ++run) {
     const uint64_t seed = seed_of(run);
     std::mt19937_64 random(seed);
     const auto nodes = static_cast<uint32_t>(2 + random() % 5);
