@@ -95,10 +95,10 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   session::SessionService* sessions_ = nullptr;
   std::mutex mutex_;  // what follows, but for the parts themselves
   std::condition_variable changed_;
-  std::deque<Event> events_;        // bounded by what is connected: one per lost node, one per rank that goes,
-  size_t views_waiting_ = 0;        // and these, of which there are at most kViewsWaiting
+  std::deque<Event> events_;  // bounded by what is connected: one per lost node, one per rank that goes,
+  size_t views_waiting_ = 0;  // and these, of which there are at most kViewsWaiting
   bool views_changed_ = false;
-  std::map<uint64_t, bool> peers_;  // by node id: up, or lost
+  std::map<uint64_t, bool> peers_;             // by node id: up, or lost
   std::map<uint64_t, std::string> addresses_;  // by node id; at most kAddresses
   fabric::FabricSnapshot last_;  // what the fabric last told: counters must not fall when it does not answer
   bool stop_ = false;

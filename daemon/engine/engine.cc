@@ -99,8 +99,8 @@ void Engine::submit(EngineSession* session, uint32_t slot, RankState* rank) {
 }
 
 // A lost rank ends gathering operations of a `fail` group at once, those of a view that still has it, and running ones
-// in both modes: they would wait for rows that never come. Every rank sees to that itself, but one that looks just while another does finds nothing to do
-// and sleeps, so whoever did it wakes the others.
+// in both modes: they would wait for rows that never come. Every rank sees to that itself, but one that looks just
+// while another does finds nothing to do and sleeps, so whoever did it wakes the others.
 void Engine::check_loss(Op& op) {
   GroupShared& group = *op.rank->group;
   const uint64_t lost = group.lost();
@@ -118,8 +118,7 @@ void Engine::check_loss(Op& op) {
   if (op.stage == EngineSession::Stage::kRunning) {
     const uint64_t missed = group.lost_before_release(op.number);
     // Where ranks are lost for good all name the lowest; under views one that is out already is no cause.
-    const Failure failure{.reason = EXPERTD_REASON_PEER_LOST,
-                          .rank = lowest_rank(group.has_views() ? missed : lost)};
+    const Failure failure{.reason = EXPERTD_REASON_PEER_LOST, .rank = lowest_rank(group.has_views() ? missed : lost)};
     changed = missed != 0 && group.request_abort(op.number, failure);
   }
   if (changed) {

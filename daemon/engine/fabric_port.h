@@ -91,8 +91,10 @@ class FabricPort {
   virtual bool receive(uint32_t rank, Arrival* arrival) = 0;
   virtual void release(uint32_t rank, const Arrival& arrival) = 0;
   /// Tells the other nodes that a rank of this one takes no part any more: in operations behind `through`, all messages
-  /// of which it has sent. This function and the next are not the loop thread's of a rank: any thread but a loop's.
+  /// of which it has sent. This function and those below are not the loop thread's of a rank: any thread but a loop's.
   virtual void tell_gone(uint32_t /*rank*/, uint64_t /*through*/) {}
+  /// No loop calls for the rank any more, which is gone: what arrived for it, and still does, holds no buffer.
+  virtual void forget(uint32_t /*rank*/) {}
   /// Sends a message about views to another node; it may get lost when many wait. Any thread but a loop's.
   virtual void tell_view(uint32_t /*node*/, const ViewMessage& /*message*/) {}
 };

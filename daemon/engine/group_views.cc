@@ -106,9 +106,8 @@ Verdict GroupShared::decide_in_view(uint64_t number, uint64_t before) {
   } else if (here == 0) {
     failure = {.reason = EXPERTD_REASON_BAD_STATE};
   } else if (withdrew != 0) {
-    failure = {.reason = EXPERTD_REASON_TIMEOUT,
-               .missing = EXPERTD_MISSING_SUBMISSION,
-               .rank = std::countr_zero(withdrew)};
+    failure = {
+        .reason = EXPERTD_REASON_TIMEOUT, .missing = EXPERTD_MISSING_SUBMISSION, .rank = std::countr_zero(withdrew)};
   }
   if (failure.reason != 0) {
     return publish_failure(&op, number, active, failure);

@@ -123,7 +123,7 @@ struct LaunchSpec {
   uint32_t rank = 0;
   uint64_t active_ranks = 0;
   uint32_t epoch = 0;  // of the group's membership that active_ranks is of
-  uint32_t page = 0;  // exchange page of the group (kExchangePages), free again when all parts finished
+  uint32_t page = 0;   // exchange page of the group (kExchangePages), free again when all parts finished
   ExchangeFlags* flags = nullptr;
   const Request* own = nullptr;
   std::array<const Request*, base::kMaxLocalRanks> requests{};

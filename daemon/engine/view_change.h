@@ -61,7 +61,8 @@ class ViewChange {
   void rank_gone(uint32_t rank, uint64_t now_ns);
   /// This node has lost another, once and for good.
   void node_lost(uint32_t node, uint64_t now_ns);
-  /// Asks for a mask: `exclude`, and then `readmit`. The wish is granted when granted() is at least the number returned.
+  /// Asks for a mask: `exclude`, and then `readmit`. The wish is granted when granted() is at least the number
+  /// returned.
   uint64_t ask(uint64_t exclude, uint64_t readmit, uint64_t now_ns);
   uint64_t granted() const { return granted_; }
   /// False: nothing that a daemon sends.

@@ -37,6 +37,7 @@ class Core final : public Progressed, public IncomingSink {
   base::Status open(std::unique_ptr<GroupChannel>* channel);
   void close(GroupChannel* channel);
   void tell_gone(GroupChannel* channel, uint32_t rank, uint64_t through) { channel->tell_gone(rank, through); }
+  void forget(GroupChannel* channel, uint32_t rank) { channel->forget(rank); }
   void tell_view(GroupChannel* channel, uint32_t node, const engine::ViewMessage& message) {
     channel->tell_view(node, message);
   }

@@ -80,6 +80,12 @@ class Fabric::Port final : public engine::FabricPort {
       base::log_error("other nodes are not told of a rank that is gone", {{"error", told.message()}});
     }
   }
+  void forget(uint32_t rank) override {
+    const base::Status done = state_->thread.run([&] { state_->core.forget(channel_, rank); });
+    if (!done.is_ok()) {
+      base::log_error("messages for a rank that is gone keep their buffers", {{"error", done.message()}});
+    }
+  }
   void tell_view(uint32_t node, const engine::ViewMessage& message) override {
     const base::Status told = state_->thread.run([&] { state_->core.tell_view(channel_, node, message); });
     if (!told.is_ok()) {

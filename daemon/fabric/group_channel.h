@@ -66,6 +66,8 @@ class GroupChannel final : public engine::FabricPort {
   void tell_gone(uint32_t rank, uint64_t through);
   /// A rank of `node` is gone. False: it is no rank of it, or was gone already.
   bool hear_gone(uint32_t node, const WireGone& header);
+  /// No loop calls for a local rank any more: its arrivals are let go, also those to come.
+  void forget(uint32_t rank);
   /// Sends a message about views, behind those that wait for the node; the oldest of too many is dropped.
   void tell_view(uint32_t node, const engine::ViewMessage& message);
   /// Advances everything that can be advanced; true when something moved.
@@ -93,6 +95,7 @@ class GroupChannel final : public engine::FabricPort {
     SpscQueue<uint32_t> arrived;                                      // fabric -> rank: receive slots
     SpscQueue<uint32_t> released;                                     // rank -> fabric: receive slots
     std::array<std::vector<uint32_t>, engine::kFabricLanes> dropped;  // the rank's own: send slots it did not need
+    bool forgotten = false;                                           // fabric thread
   };
   /// A send buffer. Filled by the rank between take() and send(), by the fabric thread after that.
   struct SendSlot {

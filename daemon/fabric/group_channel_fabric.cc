@@ -304,8 +304,15 @@ void GroupChannel::deliver(ReceiveSlot& slot) {
   slot.holders = static_cast<uint32_t>(std::popcount(slot.header.targets));
   for (uint64_t targets = slot.header.targets; targets != 0; targets &= targets - 1) {
     const uint32_t index = static_cast<uint32_t>(std::countr_zero(targets));
+    if (ranks_[index]->forgotten) {
+      --slot.holders;
+      continue;
+    }
     (void)ranks_[index]->arrived.push(slot.id);  // has room for every receive slot
     wake_rank(index);
+  }
+  if (slot.holders == 0) {
+    give_back(slot);
   }
 }
 

@@ -81,8 +81,8 @@ struct WireView {
   WirePrefix prefix{.type = kWireView};
   uint64_t group_key = 0;
   uint32_t epoch = 0;
-  uint32_t kind = 0;      // engine::ViewKind
-  uint64_t view = 0;      // its epoch
+  uint32_t kind = 0;  // engine::ViewKind
+  uint64_t view = 0;  // its epoch
   uint64_t ballot = 0;
   uint64_t accepted = 0;
   uint64_t made = 0;

@@ -30,8 +30,8 @@ std::string ranks_text(uint64_t ranks) {
 /// One group here. What it has to send is sent when the state machine is through with what made it send.
 class GroupViews::Member final : public engine::ViewHost {
  public:
-  Member(std::shared_ptr<engine::GroupShared> group, std::vector<uint64_t> node_ids,
-         const engine::ViewOptions& options, const Wake* wake)
+  Member(std::shared_ptr<engine::GroupShared> group, std::vector<uint64_t> node_ids, const engine::ViewOptions& options,
+         const Wake* wake)
       : group_(std::move(group)),
         node_ids_(std::move(node_ids)),
         change_(*group_->settings().placement, options, this),
@@ -56,9 +56,9 @@ class GroupViews::Member final : public engine::ViewHost {
   }
   void end(engine::ViewEnd end) override {
     group_->end_views();
-    base::log_error("this node's part of a group ends; leave the group and join again",
-                    {{"group", std::to_string(group_->settings().shape.id.value)},
-                     {"cause", engine::view_end_text(end)}});
+    base::log_error(
+        "this node's part of a group ends; leave the group and join again",
+        {{"group", std::to_string(group_->settings().shape.id.value)}, {"cause", engine::view_end_text(end)}});
     (*wake_)(*group_);
   }
   void send(uint32_t node, const engine::ViewMessage& message) override { to_send_.emplace_back(node, message); }
@@ -176,10 +176,11 @@ base::Status GroupViews::change_mask(const engine::GroupShared& group, uint64_t 
     changed_.wait_for(lock, kLook);
     member = find(key);
   }
-  return base::Status(EXPERTD_REASON_PEER_LOST,
-                      std::string("this node takes no part in the group any more: ") +
-                          (member == nullptr ? "its ranks have left" : engine::view_end_text(member->change().ended())) +
-                          "; leave the group and join again");
+  return base::Status(
+      EXPERTD_REASON_PEER_LOST,
+      std::string("this node takes no part in the group any more: ") +
+          (member == nullptr ? "its ranks have left" : engine::view_end_text(member->change().ended())) +
+          "; leave the group and join again");
 }
 
 // The last user's end closes the group on the fabric; until the others have a view without this node's ranks they ask

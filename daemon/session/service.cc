@@ -261,6 +261,7 @@ bool SessionService::try_reclaim(const SessionRef& session) {
   // Devices may block, and whoever looks at sessions takes their locks: none is held from here on.
   for (const auto& [group, membership] : memberships) {
     session->place.device->destroy_group(base::GroupId{group}, base::Rank{membership.rank});
+    forget(*membership.group, membership.rank);
   }
   buffers.clear();
   for (auto& [token, pending] : fds) {

@@ -158,6 +158,7 @@ class SessionService final : public SessionApi, public AttachApi {
   base::Status open_fabric(const group::Formation& formation);
   void report_formed(Formed formed);
   void tell_gone(const engine::GroupShared& group, uint32_t rank);
+  static void forget(const engine::GroupShared& group, uint32_t rank);
   static void mark_formed(Session& session, base::GroupId group);
   ExecutorChoice executor_of(const group::Formation& formation) const;
   base::Status grant_exchange(const group::Formation& formation, const group::Member& member, JoinGrant* grant);

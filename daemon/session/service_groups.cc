@@ -397,6 +397,7 @@ base::Status SessionService::remove_membership(const SessionRef& session, base::
     session->memberships.erase(found);
   }
   session->place.device->destroy_group(group, base::Rank{rank});
+  forget(*shared, rank);
   return window == 0 ? base::Status::ok() : remove_buffer(session, window, deadline_ns);
 }
 

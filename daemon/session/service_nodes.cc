@@ -173,6 +173,13 @@ void SessionService::tell_gone(const engine::GroupShared& group, uint32_t rank) 
   }
 }
 
+// Others of the group go on: nothing may wait for a rank that takes nothing any more.
+void SessionService::forget(const engine::GroupShared& group, uint32_t rank) {
+  if (group.settings().fabric != nullptr) {
+    group.settings().fabric->forget(rank);
+  }
+}
+
 void SessionService::remote_rank_gone(uint64_t group_key, uint32_t rank, uint64_t through) {
   for (const auto& [shared, placed] : directory_.spanning()) {
     if (shared->settings().group_key == group_key && rank < shared->ranks() &&

@@ -34,8 +34,8 @@ class NodeMask : public NodeClients {
     ASSERT_TRUE(tell(all(), kRounds));
   }
 
-  /// The ranks are through with their rounds, the last of them under `mask`, and no operation had two masks. The longest
-  /// time without a good operation.
+  /// The ranks are through with their rounds, the last of them under `mask`, and no operation had two masks. The
+  /// longest time without a good operation.
   double expect_masked(const std::vector<uint32_t>& ranks, uint64_t mask) {
     double gap_ms = 0;
     std::map<uint64_t, uint64_t> mask_of;  // by operation

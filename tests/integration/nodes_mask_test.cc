@@ -52,7 +52,8 @@ class NodesMasked : public ::testing::Test {
     }
     group.drop(lost);
     for (uint32_t rank = 0; rank < random_case.shape.ranks; ++rank) {
-      if (rank != lost && !wait_until([&] { return mask_of(group.rank(rank)).lost == uint64_t{1} << lost; }, seconds(5))) {
+      if (rank != lost &&
+          !wait_until([&] { return mask_of(group.rank(rank)).lost == uint64_t{1} << lost; }, seconds(5))) {
         return "rank " + std::to_string(rank) + " does not hear of the loss";
       }
     }
@@ -74,7 +75,8 @@ TEST_F(NodesMasked, AMaskByRequestHoldsOnAllNodesAtOnce) {
   ASSERT_TRUE(group.ok()) << group.failure();
   group.run([](Rank& rank) { EXPECT_TRUE(barrier(rank.group).outcome.ok()); });
   Mask after;
-  ASSERT_TRUE(outcome_of(expertd_group_mask(group.rank(4).group, 0b10, 0, &after.lost, &after.excluded, &after.epoch)).ok());
+  ASSERT_TRUE(
+      outcome_of(expertd_group_mask(group.rank(4).group, 0b10, 0, &after.lost, &after.excluded, &after.epoch)).ok());
   EXPECT_EQ(after, (Mask{.excluded = 0b10, .epoch = 2}));
   std::array<uint64_t, 6> first{};
   // Other nodes may run an operation or two of the older view yet; from then on all have the newer one.
@@ -97,7 +99,8 @@ TEST_F(NodesMasked, AMaskByRequestHoldsOnAllNodesAtOnce) {
   for (uint32_t rank = 0; rank < 6; ++rank) {
     EXPECT_TRUE(wait_until([&] { return mask_of(group.rank(rank)) == after; }, seconds(5))) << "rank " << rank;
   }
-  ASSERT_TRUE(outcome_of(expertd_group_mask(group.rank(0).group, 0, 0b10, nullptr, &after.excluded, &after.epoch)).ok());
+  ASSERT_TRUE(
+      outcome_of(expertd_group_mask(group.rank(0).group, 0, 0b10, nullptr, &after.excluded, &after.epoch)).ok());
   EXPECT_EQ(after, (Mask{.epoch = 3}));
   group.run([](Rank& rank) {
     const OpEnd end = barrier(rank.group);

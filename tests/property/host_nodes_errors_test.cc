@@ -229,7 +229,7 @@ TEST(HostNodesErrors, NodesWithDifferentMasksDoNotRun) {
 
 /// What a node that is left out had still to say about an operation comes among the messages of those who are left.
 TEST(HostNodesErrors, MessagesOfAnotherViewWriteNothing) {
-  for (auto& run : cases(kErrorCases)) {
+  for (auto& run : cases(kErrorCases / 3)) {
     const engine::Placement& placement = run->world->placement();
     for (uint32_t i = 0; i < 8; ++i) {
       engine::MessageHeader header;

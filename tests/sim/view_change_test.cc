@@ -326,7 +326,7 @@ std::string repro(uint64_t seed) {
 
 TEST(ViewChange, GivesEveryOperationOneMaskWhateverFails) {
   uint64_t operations = 0;
-  for (uint64_t run = 1; run <= 4000; ++run) {
+  for (uint64_t run = 1; run <= 3000; ++run) {
     const uint64_t seed = seed_of(run);
     std::mt19937_64 random(seed);
     const auto nodes = static_cast<uint32_t>(2 + random() % 5);
@@ -389,7 +389,8 @@ class Halves : public ::testing::Test {
   };
   Host hosts_[2];
   engine::Placement placements_[2] = {placement_of({0, 0, 1, 1}, 2, 0), placement_of({0, 0, 1, 1}, 2, 1)};
-  ViewChange changes_[2] = {{placements_[0], {kRetryNs, 1000}, &hosts_[0]}, {placements_[1], {kRetryNs, 1000}, &hosts_[1]}};
+  ViewChange changes_[2] = {{placements_[0], {kRetryNs, 1000}, &hosts_[0]},
+                            {placements_[1], {kRetryNs, 1000}, &hosts_[1]}};
 };
 
 TEST_F(Halves, TheOneWithTheLowestRankGoesOnAndTheOtherEnds) {

@@ -47,10 +47,11 @@ class FakeNetwork {
     }
     return false;
   }
-  /// A message that no part sent, of a rank of `from` to the node of the header.
+  /// A message that no part sent, of a rank of `from` to the node of the header, arrives now if there is a buffer.
   void inject(uint32_t from, const engine::MessageHeader& header, std::vector<std::byte> body) {
-    ++injected_;
-    under_way_.push_back({header, std::move(body), from, header.node, header.source_rank, &injected_});
+    Message message{header, std::move(body), from, header.node, header.source_rank, &injected_};
+    injected_ = 1;
+    (void)ports_[header.node]->accept(&message);
   }
   /// Nothing is under way, and no rank keeps a message or a buffer.
   bool quiet() const {
@@ -192,7 +193,7 @@ class FakeNetwork {
   support::Random* random_;
   std::vector<std::unique_ptr<Port>> ports_;
   std::vector<Message> under_way_;
-  uint32_t injected_ = 0;  // and under way
+  uint32_t injected_ = 0;  // buffers that it seems to come from
 };
 
 }  // namespace expertd::test
