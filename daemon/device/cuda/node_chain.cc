@@ -136,7 +136,8 @@ bool CudaDevice::NodeChain::receive() {
     const engine::MessageHeader& header = arrival.header;
     const bool member =
         nodes_.op.is_elsewhere(header.source_rank) && nodes_.op.placement->node_of[header.source_rank] == header.node;
-    if (!member || spoiled(header.source_rank)) {
+    // What comes of another view is of a node that the others have left out, or of one of its ranks.
+    if (!member || header.view != nodes_.op.view || spoiled(header.source_rank)) {
       nodes_.inbox.release(arrival);
     } else if (!take(arrival)) {
       spoil(header.source_rank);

@@ -217,6 +217,7 @@ bool CudaDevice::start_replay(GroupEntry* group, NodeLane* lane, uint64_t entry,
   nodes.op.number = NodeInbox::in_order(nodes.lane, lane->number);
   nodes.op.rank = part.rank;
   nodes.op.active = part.active_ranks;
+  nodes.op.view = taken.spec.epoch;
   nodes.op.lane = engine::FabricLane::kLatency;
   nodes.op.message_bytes = nodes.message_bytes;
   nodes.op.params = &nodes.params.op;

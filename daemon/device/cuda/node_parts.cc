@@ -79,6 +79,7 @@ bool CudaDevice::open_nodes(const engine::LaunchSpec& spec, Part* part) {
   nodes.op.number = spec.group_op;
   nodes.op.rank = spec.rank;
   nodes.op.active = spec.active_ranks;
+  nodes.op.view = spec.epoch;
   nodes.op.lane =
       spec.own->traffic == engine::Traffic::kLatency ? engine::FabricLane::kLatency : engine::FabricLane::kThroughput;
   nodes.op.message_bytes = nodes.message_bytes;
