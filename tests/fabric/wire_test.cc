@@ -68,6 +68,10 @@ TEST(FabricWire, HeadersLieAsDocumented) {
   using fabric::WireGone;
   EXPECT_EQ(documented("Gone"), (Rows{EXPERTD_ROW(WireGone, group_key), EXPERTD_ROW(WireGone, epoch),
                                       EXPERTD_ROW(WireGone, rank), EXPERTD_ROW(WireGone, through)}));
+  using fabric::WireProbe;
+  EXPECT_EQ(documented("Probe"), (Rows{EXPERTD_ROW(WireProbe, destination_node), EXPERTD_ROW(WireProbe, probe),
+                                       EXPERTD_ROW(WireProbe, signal), EXPERTD_ROW(WireProbe, lane),
+                                       EXPERTD_ROW(WireProbe, sequence), EXPERTD_ROW(WireProbe, bytes)}));
 }
 
 #undef EXPERTD_ROW

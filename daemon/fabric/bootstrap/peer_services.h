@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 
+#include "daemon/fabric/bootstrap/probe_port.h"
 #include "daemon/group/rendezvous.h"
 
 namespace expertd::fabric {
@@ -20,6 +21,7 @@ struct PeerContext {
   group::NodeIdentity identity;
   std::atomic<bool> hosting{false};
   group::Rendezvous* rendezvous = nullptr;
+  ProbePort* probes = nullptr;             // null: this daemon does not measure
   std::function<void()> deadline_changed;  // the rendezvous may have an earlier one
 };
 
