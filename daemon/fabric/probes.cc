@@ -82,6 +82,7 @@ void Probes::lose(const Peer* peer) {
   if (answerer_ != nullptr && answerer_->peer() == peer) {
     answerer_->end();
   }
+  (void)retire();  // who was told of the end may begin the next one at once
 }
 
 void Probes::end_all() {
