@@ -167,7 +167,10 @@ base::Status Daemon::start_nodes() {
   if (!beat.is_ok()) {
     return beat.status();
   }
-  base::Result<std::unique_ptr<Nodes>> nodes = Nodes::create(config, this, beat.value());
+  const auto gpu = std::find_if(devices_.begin(), devices_.end(),
+                                [](const std::unique_ptr<device::Device>& device) { return device->info().is_cuda; });
+  base::Result<std::unique_ptr<Nodes>> nodes =
+      Nodes::create(config, this, beat.value(), gpu == devices_.end() ? nullptr : gpu->get());
   if (!nodes.is_ok()) {
     return nodes.status();
   }

@@ -67,6 +67,9 @@ session::FabricStatusSnapshot fabric_status(const NodeFacts& facts) {
   status.rendezvous_node = facts.rendezvous.node;
   status.rendezvous_cause = facts.rendezvous.cause;
   status.rendezvous_hosting = facts.hosting;
+  status.rendezvous_source = facts.rendezvous.source;
+  status.rendezvous_term = facts.rendezvous.term;
+  status.etcd_cause = facts.rendezvous.etcd_cause;
   for (const fabric::PeerSnapshot& peer : facts.fabric.peers) {
     status.peers_connecting += peer.state == fabric::PeerState::kConnecting ? 1 : 0;
     status.peers_up += peer.state == fabric::PeerState::kUp ? 1 : 0;

@@ -10,14 +10,22 @@
 #include "daemon/base/log.h"
 #include "daemon/fabric/bootstrap/address.h"
 #include "daemon/fabric/bootstrap/node_facts.h"
+#include "daemon/group/etcd/etcd_store.h"
 
 namespace expertd::app {
 
 namespace {
 
+// Of groups on GPUs: times fabric.message_bytes, and send buffers of a rank.
+constexpr uint64_t kGpuMessages = 4;
+constexpr uint32_t kGpuSendBuffers = 8;
+
 constexpr uint64_t kServerShutdownNs = 1'000'000'000;
 constexpr std::chrono::milliseconds kLook(20);
 constexpr size_t kAddresses = size_t{4} * fabric::kMaxNodes;
+// A call to etcd is given up early enough to try another one before the lease is over.
+constexpr uint64_t kEtcdCallsPerLease = 4;
+constexpr uint64_t kEtcdCallMaxNs = 2'000'000'000;
 
 std::string joined(const std::vector<std::string>& words) {
   std::string text;
@@ -50,7 +58,7 @@ fabric::NodeIdentity identity_of(const group::NodeIdentity& node) {
 }  // namespace
 
 base::Result<std::unique_ptr<Nodes>> Nodes::create(const config::FabricConfig& config, engine::WakePort* wake,
-                                                   supervise::Beat* beat) {
+                                                   supervise::Beat* beat, device::Device* gpu) {
   std::unique_ptr<Nodes> nodes(new Nodes(config, beat));
   base::Result<std::string> key = fabric::read_cluster_key(config.cluster_key_file);
   if (!key.is_ok()) {
@@ -58,7 +66,7 @@ base::Result<std::unique_ptr<Nodes>> Nodes::create(const config::FabricConfig& c
   }
   nodes->cluster_key_ = std::move(key).value();
   nodes->identity_.name = fabric::node_name_or_host(config.node_name);
-  EXPERTD_RETURN_IF_ERROR(nodes->open_fabric(wake));
+  EXPERTD_RETURN_IF_ERROR(nodes->open_fabric(wake, gpu));
   nodes->make_mesh();
   EXPERTD_RETURN_IF_ERROR(nodes->open_services());
   return nodes;
@@ -73,8 +81,12 @@ Nodes::~Nodes() {
   beat_->retire();
 }
 
-base::Status Nodes::open_fabric(engine::WakePort* wake) {
+base::Status Nodes::open_fabric(engine::WakePort* wake, device::Device* gpu) {
   fabric::FabricOptions options;
+  if (gpu != nullptr) {
+    memory_ = std::make_unique<FabricMemory>(gpu);
+    options.memory = memory_.get();
+  }
   options.name = identity_.name;
   for (fabric::LaneOptionList& lane : options.lanes) {
     if (!config_.transports.empty()) {
@@ -118,12 +130,55 @@ base::Status Nodes::open_services() {
   return base::Status::ok();
 }
 
+base::Status Nodes::make_election() {
+  if (config_.etcd.empty()) {
+    base::log_info("the rendezvous is found by a list",
+                   {{"source", fabric::source_of(config_.rendezvous)}, {"rendezvous", joined(config_.rendezvous)}});
+    return base::Status::ok();
+  }
+  const std::string key = config_.etcd_prefix + "/rendezvous";
+  base::Result<std::unique_ptr<group::EtcdStore>> store = group::EtcdStore::create(
+      {config_.etcd, key, std::min(kEtcdCallMaxNs, config_.etcd_lease_ns / kEtcdCallsPerLease)});
+  if (!store.is_ok()) {
+    return store.status();
+  }
+  group::CandidacyOptions options;
+  options.self = {identity_.id, identity_.name, identity_.address};
+  options.where = "etcd key " + key;
+  options.lease_ns = config_.etcd_lease_ns;
+  election_ = std::make_unique<group::Election>(options, std::move(store).value());
+  base::log_info("the rendezvous is found by etcd", {{"source", "etcd"}, {"etcd", joined(config_.etcd)}, {"key", key}});
+  return base::Status::ok();
+}
+
+base::Status Nodes::start_election() {
+  // detach() ends the thread that calls this before the client.
+  return election_->start(
+      [this, client = client_.get(), term = uint64_t{0}, answered = false](const group::Elected& elected) mutable {
+        if (elected.here) {
+          server_->set_elected(elected.term, elected.until_ns);
+        } else {
+          server_->set_hosting(false);
+        }
+        const bool moved = std::exchange(term, elected.term) != elected.term;
+        const bool back = !std::exchange(answered, elected.cause.empty()) && answered;  // the host may serve again, too
+        if (moved || back) {
+          client->host_elected(elected.term);
+        }
+      });
+}
+
 base::Status Nodes::attach(session::SessionService* sessions) {
   sessions_ = sessions;
   mesh_->introduce(identity_);
+  EXPERTD_RETURN_IF_ERROR(make_election());
   fabric::RendezvousClientOptions options;
   options.identity = identity_;
   options.rendezvous = config_.rendezvous;
+  if (election_ != nullptr) {
+    options.rendezvous = config_.etcd;
+    options.elected = [election = election_.get()] { return election->elected(); };
+  }
   options.cluster_key = cluster_key_;
   options.own_port = server_->port();
   options.own_listen = config_.listen;
@@ -135,6 +190,9 @@ base::Status Nodes::attach(session::SessionService* sessions) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     client_ = std::move(client).value();
+  }
+  if (election_ != nullptr) {
+    EXPERTD_RETURN_IF_ERROR(start_election());
   }
   sessions->use_nodes(client_.get(), this);
   try {
@@ -157,6 +215,9 @@ void Nodes::detach() {
   }
   if (teller_.joinable()) {
     teller_.join();
+  }
+  if (election_ != nullptr) {
+    election_->stop();
   }
   std::unique_ptr<fabric::RendezvousClient> client;
   {
@@ -267,6 +328,12 @@ base::Result<std::shared_ptr<engine::FabricPort>> Nodes::open(const group::Place
   }
   link.message_bytes = config_.message_bytes;
   link.receive_buffers = config_.messages_per_peer;
+  if (placed.ranks.front().facts.cuda) {
+    // Launches of a few microseconds fill and empty them, and each needs one of every node.
+    const auto others = static_cast<uint32_t>(placed.nodes.size() - 1);
+    link.message_bytes = std::min(link.message_bytes * kGpuMessages, fabric::kMaxMessageBytes);
+    link.send_buffers = std::min(std::max(kGpuSendBuffers, 2 * others), fabric::kMaxBuffersPerLane);
+  }
   base::Result<std::unique_ptr<engine::FabricPort>> port = fabric_->open_group(link);
   if (!port.is_ok()) {
     return port.status();

@@ -14,12 +14,14 @@
 #include <thread>
 #include <variant>
 
+#include "daemon/app/fabric_memory.h"
 #include "daemon/app/mesh.h"
 #include "daemon/app/node_view.h"
 #include "daemon/config/config.h"
 #include "daemon/fabric/bootstrap/peer_server.h"
 #include "daemon/fabric/bootstrap/rendezvous_client.h"
 #include "daemon/fabric/fabric.h"
+#include "daemon/group/election.h"
 #include "daemon/session/service.h"
 #include "daemon/supervise/watchdog.h"
 
@@ -28,8 +30,9 @@ namespace expertd::app {
 class Nodes final : public session::GroupFabric, private fabric::FabricObserver {
  public:
   /// Opens the fabric and the peer services; `wake` and `beat` outlive it.
+  /// `gpu`: one of the daemon's, which shares the fabric's buffers; null when it has none.
   static base::Result<std::unique_ptr<Nodes>> create(const config::FabricConfig& config, engine::WakePort* wake,
-                                                     supervise::Beat* beat);
+                                                     supervise::Beat* beat, device::Device* gpu);
   ~Nodes() override;
   Nodes(const Nodes&) = delete;
   Nodes& operator=(const Nodes&) = delete;
@@ -63,9 +66,11 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   using Event = std::variant<RankGone, NodeLost>;
 
   Nodes(const config::FabricConfig& config, supervise::Beat* beat) : config_(config), beat_(beat) {}
-  base::Status open_fabric(engine::WakePort* wake);
+  base::Status open_fabric(engine::WakePort* wake, device::Device* gpu);
   base::Status open_services();
   base::Status connect(const group::NodeIdentity& node);
+  base::Status make_election();
+  base::Status start_election();
   base::Status connect_all(const group::Placed& placed);
   base::Status wait_up(const group::NodeIdentity& node, uint64_t deadline_ns);
   void make_mesh();
@@ -94,9 +99,11 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   fabric::FabricSnapshot last_;  // what the fabric last told: counters must not fall when it does not answer
   bool stop_ = false;
   std::thread teller_;
+  std::unique_ptr<FabricMemory> memory_;  // null: the fabric's own
   std::unique_ptr<fabric::Fabric> fabric_;
   std::unique_ptr<Mesh> mesh_;
   std::unique_ptr<fabric::PeerServer> server_;
+  std::unique_ptr<group::Election> election_;  // null: a list says who hosts. Tells server and client
   std::unique_ptr<fabric::RendezvousClient> client_;
 };
 

@@ -132,6 +132,9 @@ void put_fabric(const session::FabricStatusSnapshot& fabric, v1::FabricStatus* m
   message->set_rendezvous_node(shown(fabric.rendezvous_node));
   message->set_rendezvous_cause(shown(fabric.rendezvous_cause));
   message->set_rendezvous_hosting(fabric.rendezvous_hosting);
+  message->set_rendezvous_source(fabric.rendezvous_source);
+  message->set_rendezvous_term(fabric.rendezvous_term);
+  message->set_etcd_cause(shown(fabric.etcd_cause));
   message->set_peers_connecting(fabric.peers_connecting);
   message->set_peers_up(fabric.peers_up);
   message->set_peers_lost(fabric.peers_lost);

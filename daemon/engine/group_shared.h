@@ -107,6 +107,8 @@ class GroupShared {
   bool spans_nodes() const { return settings_.placement != nullptr; }
   /// How the messages of a group over several nodes travel. Only before the first operation, as above.
   void set_fabric(std::shared_ptr<FabricPort> fabric) { settings_.fabric = std::move(fabric); }
+  /// The same for who may not know the group.
+  const std::atomic<uint64_t>* lost_word() const { return &lost_; }
   uint64_t lost() const { return lost_.load(std::memory_order_seq_cst); }
   uint64_t excluded() const { return excluded_.load(std::memory_order_seq_cst); }
   uint64_t epoch() const { return epoch_.load(std::memory_order_acquire); }

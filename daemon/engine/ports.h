@@ -148,8 +148,13 @@ struct GroupShape {
   bool low_latency = false;    // low latency operations are allowed: some devices keep memory for them
   uint32_t capture_lanes = 0;  // how many captured operations may be outstanding at once; 0: none is captured
   uint32_t copies = 0;         // operations executed by copy engines and kernels of the clients: set of expertd_copies
-  std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};
+  std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};  // of ranks on this node
   base::SessionId session;
+  /// Of a group over several nodes: who sits where and what carries its messages, both there until the tables are
+  /// destroyed. Null: all ranks are on this node.
+  const Placement* placement = nullptr;
+  FabricPort* fabric = nullptr;
+  const std::atomic<uint64_t>* lost = nullptr;  // ranks, as bits
 };
 
 /// A part in flight on a device, numbered by the device; 0 is never used.

@@ -200,6 +200,9 @@ struct FabricStatusSnapshot {
   std::string rendezvous_node;
   std::string rendezvous_cause;
   bool rendezvous_hosting = false;  // by this daemon
+  std::string rendezvous_source;    // how it is found: "list", "dns", "etcd"
+  uint64_t rendezvous_term = 0;     // with etcd: of the host's election; 0: none is known
+  std::string etcd_cause;           // with etcd: why it does not say who hosts
   uint32_t peers_connecting = 0;
   uint32_t peers_up = 0;
   uint32_t peers_lost = 0;

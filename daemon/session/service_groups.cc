@@ -195,7 +195,8 @@ ExecutorChoice SessionService::executor_of(const group::Formation& formation) co
     ranks.push_back(
         {info.is_cuda, info.mps_active, reaches_all, info.kernels == "bulk", member.copy_kernels, member.copies});
   }
-  return choose_executor(formation.config, ranks);
+  // What goes to other nodes is packed by kernels of the daemon.
+  return choose_executor(formation.config, ranks, formation.shared->spans_nodes() ? 0 : EXPERTD_COPIES_BUILT);
 }
 
 /// A descriptor of the exchange window waits for the client to fetch it, as those of windows do.
@@ -299,6 +300,9 @@ base::Status SessionService::form_member(const group::Formation& formation, cons
   engine::GroupShape shape = settings.shape;
   shape.rank = member.rank;
   shape.session = member.session;
+  shape.placement = settings.placement.get();
+  shape.fabric = settings.fabric.get();
+  shape.lost = formation.shared->lost_word();
   EXPERTD_RETURN_IF_ERROR(session->place.device->create_group(shape, options_.handles_per_session));
   {
     const std::lock_guard<std::mutex> lock(session->mutex);

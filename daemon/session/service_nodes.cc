@@ -14,12 +14,18 @@ namespace {
 
 constexpr uint64_t kDefaultJoinNs = 60'000'000'000ULL;
 
+const char* kind_of(const group::PlacedRank& rank) {
+  return rank.facts.cuda ? "a GPU" : "a host device";
+}
+
+// The parts of a group tell each other's nodes their counts in ways of their own.
 base::Status check_devices(const group::Placed& placed) {
-  for (size_t rank = 0; rank < placed.ranks.size(); ++rank) {
-    if (placed.ranks[rank].facts.cuda) {
-      return base::Status(EXPERTD_REASON_UNSUPPORTED, "rank " + std::to_string(rank) + " is on a GPU of node " +
-                                                          placed.nodes[placed.ranks[rank].node].name +
-                                                          ": groups over several nodes have host devices alone so far");
+  for (size_t rank = 1; rank < placed.ranks.size(); ++rank) {
+    if (placed.ranks[rank].facts.cuda != placed.ranks[0].facts.cuda) {
+      return base::Status(EXPERTD_REASON_UNSUPPORTED,
+                          "rank " + std::to_string(rank) + " is on " + kind_of(placed.ranks[rank]) + " of node " +
+                              placed.nodes[placed.ranks[rank].node].name + " and rank 0 on " +
+                              kind_of(placed.ranks[0]) + ": a group has one kind of device");
     }
   }
   return base::Status::ok();

@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "daemon/base/clock.h"
 #include "daemon/engine/fabric_port.h"
 #include "tests/support/random_case.h"
 
@@ -155,7 +156,13 @@ class FakeNetwork {
       std::copy(message->bytes.begin(), message->bytes.end(), body.get());
       message->header.node = message->from;
       for (const uint32_t rank : targets) {
-        ranks[rank].inbox.push_back({message->header, body.get(), bytes, static_cast<uint32_t>(bodies.size())});
+        engine::Arrival arrival;
+        arrival.header = message->header;
+        arrival.data = body.get();
+        arrival.bytes = bytes;
+        arrival.arrived_ns = base::now_ns();
+        arrival.id = static_cast<uint32_t>(bodies.size());
+        ranks[rank].inbox.push_back(arrival);
         ++ranks[rank].kept;
         network->stirred(placement.own_node, rank);
       }

@@ -78,6 +78,24 @@ TEST(NodesView, StatusHasOneLineForTheFabric) {
   EXPECT_EQ(status_json(status)["fabric"]["groups"], 2);
 }
 
+TEST(NodesView, HowTheRendezvousIsFoundIsSaid) {
+  app::NodeFacts facts = three_peers();
+  facts.rendezvous.source = "list";
+  EXPECT_NE(fabric_line(status_of(facts)).find("rendezvous 10.0.0.9:9465 on node-z by list, "), std::string::npos);
+  facts.rendezvous.source = "etcd";
+  facts.rendezvous.term = 42;
+  EXPECT_NE(fabric_line(status_of(facts)).find("on node-z by etcd term 42, peers"), std::string::npos);
+  facts.rendezvous.etcd_cause = "etcd http://a:2379: connection refused";
+  const v1::FabricStatus fabric = status_of(facts);
+  EXPECT_NE(fabric_line(fabric).find("term 42, ETCD DOES NOT SAY WHO HOSTS (etcd http://a:2379: connection refused), "),
+            std::string::npos)
+      << fabric_line(fabric);
+  const nlohmann::json json = fabric_json(fabric);
+  EXPECT_EQ(json["rendezvous_source"], "etcd");
+  EXPECT_EQ(json["rendezvous_term"], 42);
+  EXPECT_EQ(json["etcd_cause"], "etcd http://a:2379: connection refused");
+}
+
 TEST(NodesView, WhatTheFabricLacksIsSaid) {
   app::NodeFacts facts = three_peers();
   facts.rendezvous = {};

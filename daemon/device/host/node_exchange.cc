@@ -78,16 +78,16 @@ bool NodeExchange::messages_suffice() const {
   const kernels::OpShape& shape = params_->shape;
   uint64_t bytes = counts_message_bytes(shape.ranks, shape.experts);
   // As if all that may travel beside a row did.
-  const host::MessageHead head{.flags = host::kMessageWeights,
+  const kernels::MessageHead head{.flags = kernels::kMessageWeights,
                                .side_elements = shape.side_elements,
                                .side_element_bytes = shape.side_element_bytes};
   for (uint32_t node = 0; node < op_.placement->nodes(); ++node) {
     if (dispatches()) {
-      bytes = std::max<uint64_t>(bytes, sizeof(head) + host::rows_layout(shape, head, op_.node_ranks(node)).stride);
+      bytes = std::max<uint64_t>(bytes, sizeof(head) + kernels::rows_layout(shape, head, op_.node_ranks(node)).stride);
     }
     if (combines()) {
-      bytes = std::max<uint64_t>(bytes, sizeof(head) + host::pulls_layout(shape, op_.node_ranks(node)).stride);
-      bytes = std::max<uint64_t>(bytes, sizeof(head) + host::sums_layout(shape, head).stride);
+      bytes = std::max<uint64_t>(bytes, sizeof(head) + kernels::pulls_layout(shape, op_.node_ranks(node)).stride);
+      bytes = std::max<uint64_t>(bytes, sizeof(head) + kernels::sums_layout(shape, head).stride);
     }
   }
   return bytes <= op_.message_bytes;
@@ -164,7 +164,7 @@ void NodeExchange::handle(const engine::Arrival& arrival) {
     return;
   }
   bool good = false;
-  host::MessageHead head;
+  kernels::MessageHead head;
   if (header.kind == engine::MessageKind::kCounts) {
     good = take_counts(arrival);
   } else if (arrival.bytes >= sizeof(head)) {
@@ -242,7 +242,7 @@ uint64_t NodeExchange::take_counted() {
 
 // Rows may come before this rank knows that the operation runs: the source knows it, and all decide alike.
 bool NodeExchange::take_rows(const engine::Arrival& arrival) {
-  host::MessageHead head;
+  kernels::MessageHead head;
   std::memcpy(&head, arrival.data, sizeof(head));
   const host::Entries entries{arrival.data + sizeof(head), arrival.bytes - sizeof(head), arrival.header.entries};
   return host::spread_rows(*params_, op_.nodes, peers_[op_.rank], head, entries, &spread_[arrival.header.source_rank]);

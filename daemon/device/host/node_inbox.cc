@@ -19,6 +19,16 @@ void NodeInbox::open(engine::FabricPort* fabric, uint32_t rank, uint64_t number)
   look_again_ = true;
 }
 
+void NodeInbox::share(std::vector<NodeInbox*> by_order, engine::FabricPort* fabric, uint32_t rank) {
+  fabric_ = fabric;
+  rank_ = rank;
+  for (uint32_t order = 0; order < by_order.size(); ++order) {
+    number_ = by_order[order] == this ? in_order(order, 0) : number_;
+  }
+  by_order_ = std::move(by_order);
+  held_.reserve(kMostHeld);
+}
+
 void NodeInbox::release(const engine::Arrival& arrival) {
   if (!is_copy_) {
     fabric_->release(rank_, arrival);
@@ -56,12 +66,44 @@ void NodeInbox::keep_early(engine::Arrival arrival) {
   }
 }
 
+void NodeInbox::hand(const engine::Arrival& arrival) {
+  if (arrival.header.op == number_ && held_.size() < held_.capacity()) {
+    held_.push_back(arrival);
+    return;
+  }
+  if (arrival.header.op > number_) {
+    keep_early(arrival);
+  }
+  fabric_->release(rank_, arrival);
+}
+
+bool NodeInbox::next_held(engine::Arrival* arrival) {
+  while (!held_.empty()) {
+    *arrival = held_.front();
+    held_.erase(held_.begin());
+    if (arrival->header.op == number_) {
+      return true;
+    }
+    fabric_->release(rank_, *arrival);
+  }
+  return false;
+}
+
 bool NodeInbox::next(engine::Arrival* arrival) {
   is_copy_ = look_again_ && next_early(arrival);
-  if (is_copy_) {
+  if (is_copy_ || next_held(arrival)) {
     return true;
   }
   while (fabric_->receive(rank_, arrival)) {
+    const uint32_t order = NodeInbox::order(arrival->header.op);
+    if (order != NodeInbox::order(number_)) {
+      if (order < by_order_.size()) {
+        by_order_[order]->hand(*arrival);
+      } else {
+        release(*arrival);
+      }
+      continue;
+    }
     if (arrival->header.op == number_) {
       return true;
     }

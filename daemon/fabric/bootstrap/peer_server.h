@@ -39,6 +39,9 @@ class PeerServer {
   uint16_t port() const;
   /// From false to true: an empty rendezvous. From true to false: whoever waits is sent elsewhere.
   void set_hosting(bool hosting);
+  /// Hosts where an election says so, in its term and no longer than until then (base::now_ns clock); the same term
+  /// again moves that time, another one begins with an empty rendezvous.
+  void set_elected(uint64_t term, uint64_t until_ns);
   bool hosting() const;
   /// The nodes that the rendezvous knows; empty where it is not hosted.
   std::vector<group::Rendezvous::NodeSnapshot> nodes() const;
