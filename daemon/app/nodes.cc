@@ -68,6 +68,7 @@ base::Result<std::unique_ptr<Nodes>> Nodes::create(const config::FabricConfig& c
   nodes->cluster_key_ = std::move(key).value();
   nodes->identity_.name = fabric::node_name_or_host(config.node_name);
   EXPERTD_RETURN_IF_ERROR(nodes->open_fabric(wake, gpu));
+  nodes->make_mesh();
   EXPERTD_RETURN_IF_ERROR(nodes->open_services());
   return nodes;
 }
@@ -119,6 +120,7 @@ base::Status Nodes::open_services() {
     identity_.address = fabric::advertised_address(config_.advertise, config_.listen, port);
   }
   server.identity = identity_;
+  server.probes = mesh_.get();
   server.rendezvous.max_nodes = config_.max_nodes;
   base::Result<std::unique_ptr<fabric::PeerServer>> served = fabric::PeerServer::create(server);
   if (!served.is_ok()) {
@@ -169,6 +171,7 @@ base::Status Nodes::start_election() {
 
 base::Status Nodes::attach(session::SessionService* sessions) {
   sessions_ = sessions;
+  mesh_->introduce(identity_);
   EXPERTD_RETURN_IF_ERROR(make_election());
   fabric::RendezvousClientOptions options;
   options.identity = identity_;
@@ -207,6 +210,9 @@ void Nodes::detach() {
     const std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;
     changed_.notify_all();
+  }
+  if (mesh_ != nullptr) {
+    mesh_->stop();
   }
   if (teller_.joinable()) {
     teller_.join();
@@ -251,44 +257,66 @@ void Nodes::keep_address(const group::NodeIdentity& node) {
   addresses_[node.id] = node.address;
 }
 
+base::Status Nodes::connect(const group::NodeIdentity& node) {
+  const base::Status connected = fabric_->connect(identity_of(node));
+  if (!connected.is_ok()) {
+    return connected.with_context("node " + node.name + " at " + node.address);
+  }
+  keep_address(node);
+  return base::Status::ok();
+}
+
 base::Status Nodes::connect_all(const group::Placed& placed) {
   for (const group::NodeIdentity& node : placed.nodes) {
-    if (node.id == identity_.id) {
-      continue;
+    if (node.id != identity_.id) {
+      EXPERTD_RETURN_IF_ERROR(connect(node));
     }
-    const base::Status connected = fabric_->connect(identity_of(node));
-    if (!connected.is_ok()) {
-      return connected.with_context("node " + node.name + " at " + node.address);
-    }
-    keep_address(node);
   }
   return base::Status::ok();
 }
 
-// Nobody may send before every node has opened the group, so a node that does not answer is found out here.
-base::Status Nodes::wait_up(const group::Placed& placed, uint64_t deadline_ns) {
+base::Status Nodes::wait_up(const group::NodeIdentity& node, uint64_t deadline_ns) {
   std::unique_lock<std::mutex> lock(mutex_);
-  for (const group::NodeIdentity& node : placed.nodes) {
-    while (node.id != identity_.id) {
-      const auto peer = peers_.find(node.id);
-      if (peer != peers_.end() && peer->second) {
-        break;
-      }
-      if (stop_ || base::now_ns() >= deadline_ns) {
-        return base::Status(EXPERTD_REASON_PEER_LOST,
-                            "node " + node.name + " at " + node.address + " did not answer on the fabric");
-      }
-      changed_.wait_for(lock, kLook);
+  while (true) {
+    const auto peer = peers_.find(node.id);
+    if (peer != peers_.end() && peer->second) {
+      return base::Status::ok();
     }
+    if (stop_ || base::now_ns() >= deadline_ns) {
+      return base::Status(EXPERTD_REASON_PEER_LOST,
+                          "node " + node.name + " at " + node.address + " did not answer on the fabric");
+    }
+    changed_.wait_for(lock, kLook);
   }
-  return base::Status::ok();
+}
+
+void Nodes::make_mesh() {
+  MeshSurroundings surroundings;
+  surroundings.fabric = fabric_.get();
+  surroundings.cluster_key = cluster_key_;
+  surroundings.connect = [this](const group::NodeIdentity& node, uint64_t deadline_ns) {
+    const base::Status connected = connect(node);
+    return connected.is_ok() && deadline_ns != 0 ? wait_up(node, deadline_ns) : connected;
+  };
+  surroundings.rendezvous = [this](std::string* cause) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const fabric::RendezvousState state = client_ == nullptr ? fabric::RendezvousState{} : client_->state();
+    *cause = state.cause;
+    return state.address;
+  };
+  mesh_ = std::make_unique<Mesh>(std::move(surroundings));
 }
 
 base::Result<std::shared_ptr<engine::FabricPort>> Nodes::open(const group::Placed& placed,
                                                               const engine::GroupSettings& settings,
                                                               uint64_t deadline_ns) {
   EXPERTD_RETURN_IF_ERROR(connect_all(placed));
-  EXPERTD_RETURN_IF_ERROR(wait_up(placed, deadline_ns));
+  // Nobody may send before every node has opened the group, so a node that does not answer is found out here.
+  for (const group::NodeIdentity& node : placed.nodes) {
+    if (node.id != identity_.id) {
+      EXPERTD_RETURN_IF_ERROR(wait_up(node, deadline_ns));
+    }
+  }
   fabric::GroupLink link;
   link.key = placed.key;
   link.epoch = static_cast<uint32_t>(placed.epoch);

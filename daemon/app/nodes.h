@@ -15,6 +15,7 @@
 #include <variant>
 
 #include "daemon/app/fabric_memory.h"
+#include "daemon/app/mesh.h"
 #include "daemon/app/node_view.h"
 #include "daemon/config/config.h"
 #include "daemon/fabric/bootstrap/peer_server.h"
@@ -45,6 +46,9 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   /// For status and metrics, any thread; waits for the fabric thread, not for long.
   NodeFacts facts();
 
+  /// Measurements between nodes, for operators.
+  session::MeshApi* mesh() { return mesh_.get(); }
+
   uint64_t node_id() const override { return identity_.id; }
   base::Result<std::shared_ptr<engine::FabricPort>> open(const group::Placed& placed,
                                                          const engine::GroupSettings& settings,
@@ -70,10 +74,12 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   Nodes(const config::FabricConfig& config, supervise::Beat* beat) : config_(config), beat_(beat) {}
   base::Status open_fabric(engine::WakePort* wake, device::Device* gpu);
   base::Status open_services();
+  base::Status connect(const group::NodeIdentity& node);
   base::Status make_election();
   base::Status start_election();
   base::Status connect_all(const group::Placed& placed);
-  base::Status wait_up(const group::Placed& placed, uint64_t deadline_ns);
+  base::Status wait_up(const group::NodeIdentity& node, uint64_t deadline_ns);
+  void make_mesh();
   void keep_address(const group::NodeIdentity& node);
   void post(const Event& event);
   void tell(const Event& event);
@@ -105,6 +111,7 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   std::thread teller_;
   std::unique_ptr<FabricMemory> memory_;  // null: the fabric's own
   std::unique_ptr<fabric::Fabric> fabric_;
+  std::unique_ptr<Mesh> mesh_;
   std::unique_ptr<fabric::PeerServer> server_;
   std::unique_ptr<group::Election> election_;  // null: a list says who hosts. Tells server and client
   std::unique_ptr<fabric::RendezvousClient> client_;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cstdio>
 #include <string_view>
 #include <utility>
@@ -380,6 +381,34 @@ std::string group_mode_name(session::GroupMode mode) {
       break;
   }
   return "unspecified";
+}
+
+void to_proto(const std::string& node, const std::vector<session::NodePlace>& nodes, v1::ListNodesResponse* out) {
+  out->set_node(node);
+  for (const session::NodePlace& place : nodes) {
+    v1::NodePlace* const shown = out->add_nodes();
+    shown->set_name(place.name);
+    shown->set_node_id(hex(place.id));
+    shown->set_address(place.address);
+  }
+}
+
+void to_proto(const std::vector<session::PairLaneSnapshot>& lanes, v1::MeasurePairResponse* out) {
+  for (const session::PairLaneSnapshot& lane : lanes) {
+    v1::PairLane* const shown = out->add_lanes();
+    shown->set_lane(lane.lane);
+    shown->set_device(lane.device);
+    shown->set_latency_p50_ns(lane.latency_p50_ns);
+    shown->set_latency_p99_ns(lane.latency_p99_ns);
+    shown->set_bytes_per_second(lane.bytes_per_second);
+  }
+}
+
+uint64_t node_id_of(const std::string& text) {
+  uint64_t id = 0;
+  const char* const end = text.data() + text.size();
+  const auto [rest, error] = std::from_chars(text.data(), end, id, 16);
+  return error == std::errc() && rest == end && text.size() <= 16 ? id : 0;
 }
 
 }  // namespace expertd::control

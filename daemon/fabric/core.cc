@@ -142,6 +142,7 @@ bool Core::run_once(uint64_t now_ns) {
   for (const std::unique_ptr<GroupChannel>& group : groups_) {
     moved |= group->run_once();
   }
+  moved |= probes_.run_once(now_ns);
   if (attention_ || now_ns >= next_ns_) {
     attention_ = false;
     tend_peers(now_ns);
@@ -176,6 +177,7 @@ void Core::lose(Peer& peer) {
   for (const std::unique_ptr<GroupChannel>& group : groups_) {
     group->lose(&peer);
   }
+  probes_.lose(&peer);
   peer.lose();
   ++lost_[static_cast<uint32_t>(peer.cause())];
   if (stopping_) {
@@ -246,6 +248,7 @@ void Core::begin_stop() {
   stopping_ = true;
   stop_flush_until_ns_ = base::now_ns() + setting_.stop_flush_ns;
   open_groups_.clear();
+  probes_.end_all();
   for (const std::unique_ptr<GroupChannel>& group : groups_) {
     group->begin_close();
   }
@@ -264,7 +267,7 @@ bool Core::quiet(uint64_t now_ns) {
     }
     return false;
   }
-  bool closed = groups_.empty();
+  bool closed = groups_.empty() && probes_.quiet();
   for (const std::unique_ptr<Peer>& peer : peers_) {
     if (!peer->lost() && (!peer->signals_under_way() || now_ns >= stop_flush_until_ns_)) {
       peer->fail(LossCause::kDisconnected, "this daemon stops");
@@ -327,6 +330,8 @@ bool Core::incoming(const Incoming& message) {
       return take_gone(message, from);
     case kWireView:
       return take_view(message, from);
+    case kWireProbe:
+      return take_probe(message, from);
   }
   return drop(DropCause::kMalformed);
 }

@@ -18,8 +18,15 @@ inline constexpr uint32_t kWireMagic = 0x46505845;  // "EXPF"
 inline constexpr uint16_t kWireVersion = 1;
 
 /// Ids of the active messages, one per struct below.
-enum WireType : uint16_t { kWireMessage = 1, kWireCredit = 2, kWireHeartbeat = 3, kWireGone = 4, kWireView = 5 };
-inline constexpr uint16_t kWireTypes = 5;
+enum WireType : uint16_t {
+  kWireMessage = 1,
+  kWireCredit = 2,
+  kWireHeartbeat = 3,
+  kWireGone = 4,
+  kWireView = 5,
+  kWireProbe = 6,
+};
+inline constexpr uint16_t kWireTypes = 6;
 
 struct WirePrefix {
   uint32_t magic = kWireMagic;
@@ -99,6 +106,21 @@ struct WireView {
 /// Its fields; the kind has not been looked at.
 engine::ViewMessage view_message_of(const WireView& header);
 
+enum WireProbeSignal : uint32_t { kProbeAsk = 1, kProbeAnswer = 2, kProbeEnd = 3 };
+
+/// A measurement between two daemons, of no group.
+struct WireProbe {
+  WirePrefix prefix{.type = kWireProbe};
+  uint64_t destination_node = 0;
+  uint64_t probe = 0;
+  uint32_t signal = 0;  // WireProbeSignal
+  uint32_t lane = 0;    // engine::FabricLane
+  uint32_t sequence = 0;
+  uint32_t bytes = 0;  // of an ask's payload
+};
+inline constexpr uint32_t kProbeEagerBytes = 1024;  // larger asks are rendezvous
+inline constexpr uint32_t kProbeWindow = 8;         // asks without an answer
+
 static_assert(sizeof(WirePrefix) == 16 && offsetof(WirePrefix, source_node) == 8);
 static_assert(sizeof(WireMessage) == 80, "a change of size or meaning is a new kWireVersion");
 static_assert(offsetof(WireMessage, group_key) == 16 && offsetof(WireMessage, epoch) == 24);
@@ -121,5 +143,10 @@ static_assert(offsetof(WireView, group_key) == 16 && offsetof(WireView, epoch) =
 static_assert(offsetof(WireView, kind) == 28 && offsetof(WireView, view) == 32);
 static_assert(offsetof(WireView, made) == 56 && offsetof(WireView, last) == 88);
 static_assert(offsetof(WireView, readmit) == 120);
+
+static_assert(sizeof(WireProbe) == 48, "a change of size or meaning is a new kWireVersion");
+static_assert(offsetof(WireProbe, destination_node) == 16 && offsetof(WireProbe, probe) == 24);
+static_assert(offsetof(WireProbe, signal) == 32 && offsetof(WireProbe, lane) == 36);
+static_assert(offsetof(WireProbe, sequence) == 40 && offsetof(WireProbe, bytes) == 44);
 
 }  // namespace expertd::fabric

@@ -269,9 +269,40 @@ struct OpCounterSnapshot {
 };
 
 /// What operators see and may do.
+/// A daemon of the cluster, as the rendezvous knows it.
+struct NodePlace {
+  std::string name;
+  uint64_t id = 0;
+  std::string address;
+};
+
+/// Of one lane of the fabric from one node to another.
+struct PairLaneSnapshot {
+  std::string lane;
+  std::string device;           // empty: all of the lane, together
+  uint64_t latency_p50_ns = 0;  // one way
+  uint64_t latency_p99_ns = 0;
+  uint64_t bytes_per_second = 0;
+};
+
+/// Measurements between nodes. Any thread; nothing waits, the callback comes once from a thread of the implementation.
+class MeshApi {
+ public:
+  using Listed = std::function<void(const base::Status&, const std::vector<NodePlace>&)>;
+  using Measured = std::function<void(const base::Status&, const std::vector<PairLaneSnapshot>&)>;
+
+  virtual ~MeshApi() = default;
+  virtual std::string node() const = 0;
+  virtual void list_nodes(Listed done) = 0;
+  /// BAD_STATE while another one is on.
+  virtual void measure_pair(uint64_t source_id, uint64_t destination_id, uint64_t timeout_ns, Measured done) = 0;
+};
+
 class OperatorApi {
  public:
   virtual ~OperatorApi() = default;
+  /// Null where the fabric is off.
+  virtual MeshApi* mesh() { return nullptr; }
   virtual StatusSnapshot status() = 0;
   virtual std::vector<SessionSnapshot> sessions() = 0;
   virtual std::vector<OpCounterSnapshot> counters() = 0;

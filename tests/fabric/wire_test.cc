@@ -76,6 +76,10 @@ TEST(FabricWire, HeadersLieAsDocumented) {
                   EXPERTD_ROW(WireView, made), EXPERTD_ROW(WireView, from), EXPERTD_ROW(WireView, lost),
                   EXPERTD_ROW(WireView, excluded), EXPERTD_ROW(WireView, last), EXPERTD_ROW(WireView, lost_nodes),
                   EXPERTD_ROW(WireView, gone), EXPERTD_ROW(WireView, exclude), EXPERTD_ROW(WireView, readmit)}));
+  using fabric::WireProbe;
+  EXPECT_EQ(documented("Probe"), (Rows{EXPERTD_ROW(WireProbe, destination_node), EXPERTD_ROW(WireProbe, probe),
+                                       EXPERTD_ROW(WireProbe, signal), EXPERTD_ROW(WireProbe, lane),
+                                       EXPERTD_ROW(WireProbe, sequence), EXPERTD_ROW(WireProbe, bytes)}));
 }
 
 #undef EXPERTD_ROW
