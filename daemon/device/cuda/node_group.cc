@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <string>
 
-#include "daemon/device/host/node_pulls.h"
-
 namespace expertd::device::cuda {
 namespace {
 

@@ -12,9 +12,9 @@
 
 #include "daemon/device/cuda/group_layout.h"
 #include "daemon/device/cuda/memory.h"
-#include "daemon/device/host/node_inbox.h"
-#include "daemon/device/host/node_notice.h"
-#include "daemon/device/host/node_outbox.h"
+#include "daemon/device/nodes/node_inbox.h"
+#include "daemon/device/nodes/node_notice.h"
+#include "daemon/device/nodes/node_outbox.h"
 #include "daemon/kernels/cuda/node_jobs.h"
 
 namespace expertd::device::cuda {

@@ -13,11 +13,11 @@
 #include <span>
 #include <vector>
 
-#include "daemon/device/host/node_inbox.h"
-#include "daemon/device/host/node_notice.h"
-#include "daemon/device/host/node_outbox.h"
 #include "daemon/device/host/node_pulls.h"
 #include "daemon/device/host/node_server.h"
+#include "daemon/device/nodes/node_inbox.h"
+#include "daemon/device/nodes/node_notice.h"
+#include "daemon/device/nodes/node_outbox.h"
 
 namespace expertd::device {
 

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "daemon/device/host/node_memory.h"
+#include "daemon/device/nodes/node_memory.h"
 #include "daemon/engine/ports.h"
 
 namespace expertd::device {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "daemon/device/host/node_outbox.h"
+#include "daemon/device/nodes/node_outbox.h"
 
 #include <algorithm>
 #include <bit>

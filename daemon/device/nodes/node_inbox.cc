@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "daemon/device/host/node_inbox.h"
+#include "daemon/device/nodes/node_inbox.h"
 
 namespace expertd::device {
 
