@@ -8,14 +8,12 @@
 #include <string>
 
 #include "daemon/base/status.h"
+#include "daemon/fabric/backend.h"
 #include "daemon/fabric/bootstrap/rendezvous_client.h"
 #include "daemon/fabric/options.h"
 #include "daemon/session/api.h"
 
 namespace expertd::app {
-
-/// How rows reach another node: through host memory.
-inline constexpr const char* kFabricBackend = "staged";
 
 /// One look at this node's part in the fabric; `enabled` false: it has none, and nothing else is set.
 struct NodeFacts {
@@ -23,7 +21,10 @@ struct NodeFacts {
   std::string name;
   uint64_t id = 0;
   std::string address;
-  std::string transports;  // separated by commas
+  std::string backend = fabric::backend_name(fabric::Backend::kStaged);
+  std::string backend_cause;  // why it is not direct
+  std::string transports;     // separated by commas
+  fabric::FabricOptions options;
   fabric::RendezvousState rendezvous;
   bool hosting = false;                       // the rendezvous, by this daemon
   std::map<uint64_t, std::string> addresses;  // of other nodes by id, where they are known

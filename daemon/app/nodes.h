@@ -16,6 +16,7 @@
 
 #include "daemon/app/node_view.h"
 #include "daemon/config/config.h"
+#include "daemon/fabric/backend.h"
 #include "daemon/fabric/bootstrap/peer_server.h"
 #include "daemon/fabric/bootstrap/rendezvous_client.h"
 #include "daemon/fabric/fabric.h"
@@ -59,6 +60,7 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   using Event = std::variant<RankGone, NodeLost>;
 
   Nodes(const config::FabricConfig& config, supervise::Beat* beat) : config_(config), beat_(beat) {}
+  base::Status choose_backend();
   base::Status open_fabric(engine::WakePort* wake);
   base::Status open_services();
   base::Status connect_all(const group::Placed& placed);
@@ -79,6 +81,7 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   supervise::Beat* beat_;
   group::NodeIdentity identity_;
   std::string cluster_key_;
+  fabric::BackendChoice backend_;
   session::SessionService* sessions_ = nullptr;
   std::mutex mutex_;  // what follows, but for the parts themselves
   std::condition_variable changed_;

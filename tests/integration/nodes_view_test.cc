@@ -69,6 +69,7 @@ TEST_F(NodesView, PeersAreSeenFromTheFirstGroupToTheirLoss) {
   const json status = ctl("status", first_)["fabric"];
   EXPECT_EQ(status["enabled"], true);
   EXPECT_EQ(status["backend"], "staged");
+  EXPECT_NE(status["backend_cause"], "") << "why it is not direct";
   EXPECT_EQ(status["node"], "node-a");
   EXPECT_EQ(status["rendezvous_hosting"], true);
   EXPECT_EQ(status["peers_up"], 1);
@@ -94,6 +95,35 @@ TEST_F(NodesView, PeersAreSeenFromTheFirstGroupToTheirLoss) {
   const json lost = ctl("peers", first_)["peers"][0];
   EXPECT_NE(lost["cause"], "");
   EXPECT_NE(lost["detail"], "");
+}
+
+TEST(NodesBackend, DirectIsRefusedWhereItCannotBeProven) {
+  std::vector<std::string> flags = node_flags("node-a", 0, free_port());
+  flags.push_back("--fabric-require=direct");
+  DaemonProcess daemon(1, flags);
+  daemon.launch();
+  EXPECT_EQ(daemon.wait_exit(seconds(20)), 69) << daemon.log();
+  EXPECT_NE(daemon.log().find("fabric.require = direct"), std::string::npos) << daemon.log();
+  EXPECT_NE(daemon.log().find("1.18"), std::string::npos) << "and what would do: " << daemon.log();
+}
+
+TEST(NodesLanes, KeysOfALaneAreShownAndThoseThatMeanNothingAreRefused) {
+  std::vector<std::string> flags = node_flags("node-a", 0, free_port());
+  flags.insert(flags.end(), {"--fabric-transports=tcp", "--fabric-devices=lo", "--fabric-route=spread"});
+  DaemonProcess daemon(1, flags);
+  ASSERT_TRUE(daemon.start());
+  const json status = ctl("status", daemon)["fabric"];
+  EXPECT_EQ(status["route"], "spread");
+  ASSERT_EQ(status["lanes"].size(), 3U) << status;
+  EXPECT_EQ(status["lanes"][2]["name"], "throughput");
+  EXPECT_EQ(status["lanes"][2]["rails"][0]["device"], "lo");
+
+  flags.push_back("--fabric-latency-traffic-class=106");
+  DaemonProcess refused(1, flags);
+  refused.launch();
+  EXPECT_EQ(refused.wait_exit(seconds(20)), 78) << refused.log();
+  EXPECT_NE(refused.log().find("latency"), std::string::npos) << refused.log();
+  EXPECT_NE(refused.log().find("traffic_class"), std::string::npos) << refused.log();
 }
 
 TEST(NodesOff, PeersSayThatTheFabricIsOff) {
