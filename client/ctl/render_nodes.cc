@@ -55,7 +55,9 @@ json lanes_json(const v1::FabricStatus& fabric) {
                        {"sent_bytes", rail.sent_bytes()},
                        {"under_way_bytes", rail.under_way_bytes()}});
     }
-    lanes.push_back({{"name", lane.name()}, {"options", std::vector<std::string>(lane.options().begin(), lane.options().end())}, {"rails", rails}});
+    lanes.push_back({{"name", lane.name()},
+                     {"options", std::vector<std::string>(lane.options().begin(), lane.options().end())},
+                     {"rails", rails}});
   }
   return lanes;
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The C interface of expertd's client library. C11; no other header of the project but the Reasons is needed.
+/* The C interface of expertd's client library. C11; the headers that it includes lie beside it.
  *
  * Threads: every function may be called from any thread; calls on one session serialise inside, waits do not hold
  * locks. Operations of a group are collective: all ranks issue the same ones in the same order, so one thread per group
@@ -15,6 +15,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "expertd_communication.h"
 #include "expertd_reason.h"
 
 #if defined(__GNUC__)
@@ -178,25 +179,6 @@ typedef enum expertd_group_executor {
   EXPERTD_GROUP_EXECUTOR_COPY_ENGINE = 2
 } expertd_group_executor_t;
 
-/* Whether something is used that is used by default. */
-typedef enum expertd_use { EXPERTD_USE_DEFAULT = 0, EXPERTD_USE_YES = 1, EXPERTD_USE_NO = 2 } expertd_use_t;
-
-/* What a group uses of the links inside of a node and between nodes, the same on every rank (CONFIG_MISMATCH names the
- * member and both values). All zero: everything, in the default way. */
-typedef struct expertd_communication_pattern {
-  /* expertd_use_t. NO: GPUs of one node exchange through memory of the host, whatever links they have, which takes it
-   * (pinned_bytes of the plan); ARGUMENT_RANGE with executor COPY_ENGINE or capture_lanes. Host devices: no difference. */
-  uint32_t use_nvlink;
-  /* expertd_use_t. NO: all ranks must be on one node; where they are on several, every join ends with UNSUPPORTED. */
-  uint32_t use_rdma;
-  /* Lanes between nodes: 2 (as 0): what low latency waits for goes ahead of rows that are many, by a lane of its own.
-   * 1: everything by the throughput lane; takes half the buffers and gets in nobody's way on the other. */
-  uint32_t virtual_lanes;
-  /* 1..64 (0: 1): weight on the throughput lane between two nodes. Groups of 3 and 1 that both have rows to move get
-   * three quarters and one quarter of the bytes; one that is alone gets all. */
-  uint32_t bandwidth_ratio;
-} expertd_communication_pattern_t;
-
 typedef struct expertd_group_options {
   size_t struct_size;
   const char* name;                    /* the same on every rank; 1..64 characters */
@@ -235,8 +217,8 @@ typedef struct expertd_group_options {
    * where a library has no kernels for its GPU. A combine, and a cached dispatch, have the executor of the dispatch
    * that left the handle, split or not (else STALE_HANDLE). Captured operations are executed by SM in any group, so the
    * handle of a captured combine is that of a dispatch by SM. A struct_size that ends before this member means AUTO. */
-  uint32_t executor; /* expertd_group_executor_t */
-  uint32_t reserved; /* not read */
+  uint32_t executor;                             /* expertd_group_executor_t */
+  uint32_t reserved;                             /* not read */
   expertd_communication_pattern_t communication; /* a struct_size that ends before this member means all zero */
 } expertd_group_options_t;
 

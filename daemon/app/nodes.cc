@@ -100,7 +100,8 @@ base::Status Nodes::choose_backend() {
     return choice.status();
   }
   backend_ = std::move(choice).value();
-  base::log_info("backend of the fabric", {{"backend", fabric::backend_name(backend_.live)}, {"cause", backend_.cause}});
+  base::log_info("backend of the fabric",
+                 {{"backend", fabric::backend_name(backend_.live)}, {"cause", backend_.cause}});
   return base::Status::ok();
 }
 

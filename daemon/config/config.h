@@ -84,13 +84,13 @@ struct FabricLaneConfig {
 
 struct FabricConfig {
   bool enabled = false;
-  std::string listen;                   // "ADDRESS:PORT", literal
-  std::string advertise;                // host, without a port; empty: that of listen, or the name of the host
-  std::vector<std::string> rendezvous;  // "HOST:PORT" in order, or one "dns:NAME:PORT"; not empty when enabled
-  std::string node_name;                // empty: the name of the host
-  std::string cluster_key_file;         // empty: no key
-  std::vector<std::string> transports;  // empty: UCX's choice
-  std::vector<std::string> devices;     // of lanes without their own; empty: UCX's choice
+  std::string listen;                     // "ADDRESS:PORT", literal
+  std::string advertise;                  // host, without a port; empty: that of listen, or the name of the host
+  std::vector<std::string> rendezvous;    // "HOST:PORT" in order, or one "dns:NAME:PORT"; not empty when enabled
+  std::string node_name;                  // empty: the name of the host
+  std::string cluster_key_file;           // empty: no key
+  std::vector<std::string> transports;    // empty: UCX's choice
+  std::vector<std::string> devices;       // of lanes without their own; empty: UCX's choice
   std::array<FabricLaneConfig, 3> lanes;  // control, latency, throughput
   FabricRoute route = FabricRoute::kAuto;
   uint32_t heartbeat_ms = 0;

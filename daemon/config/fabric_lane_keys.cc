@@ -76,10 +76,9 @@ constexpr std::array<Key, 4> kControl =
 constexpr std::array<Key, 4> kLatency =
     rows<1>({"latency_devices", "latency_service_level", "latency_traffic_class", "latency_adaptive_routing",
              "Network devices of the latency lane, a rail each; empty: those of fabric.devices."});
-constexpr std::array<Key, 4> kThroughput =
-    rows<2>({"throughput_devices", "throughput_service_level", "throughput_traffic_class",
-             "throughput_adaptive_routing",
-             "Network devices of the throughput lane, a rail each; empty: those of fabric.devices."});
+constexpr std::array<Key, 4> kThroughput = rows<2>(
+    {"throughput_devices", "throughput_service_level", "throughput_traffic_class", "throughput_adaptive_routing",
+     "Network devices of the throughput lane, a rail each; empty: those of fabric.devices."});
 
 }  // namespace
 

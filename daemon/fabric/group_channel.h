@@ -152,11 +152,11 @@ class GroupChannel final : public engine::FabricPort {
     uint32_t node = 0;
     engine::FabricLane lane = engine::FabricLane::kLatency;
     Peer* peer = nullptr;
-    uint32_t credits = 0;              // eager messages that the other side has room for
-    uint32_t credits_owed = 0;         // slots of this side that came free and that it was not told of
-    std::vector<uint32_t> free;        // receive slots
-    std::vector<uint32_t> free_eager;  // receive slots
-    mutable SpscQueue<Deferred> deferred;      // rendezvous that found no free slot, oldest first
+    uint32_t credits = 0;                  // eager messages that the other side has room for
+    uint32_t credits_owed = 0;             // slots of this side that came free and that it was not told of
+    std::vector<uint32_t> free;            // receive slots
+    std::vector<uint32_t> free_eager;      // receive slots
+    mutable SpscQueue<Deferred> deferred;  // rendezvous that found no free slot, oldest first
     uint32_t deferred_count = 0;
     const uint32_t deferred_max;  // all send buffers of the other side: more cannot be under way
     std::array<CreditSlot, 2> credit_slots;

@@ -132,7 +132,7 @@ bool GroupChannel::begin_turn() {
 }
 
 bool GroupChannel::end_turn() {
-  bool moved = end_receives();  // those that were there at once
+  bool moved = end_receives();                          // those that were there at once
   wanted_.store(deferred_, std::memory_order_seq_cst);  // pairs with the load in release()
   moved |= send_credits();
   moved |= send_gone();
@@ -208,8 +208,8 @@ void GroupChannel::start_send(SendSlot& slot) {
   traffic.sent_bytes += slot.header.bytes;
   ++traffic.in_flight;
   ++sends_in_flight_;
-  const ucs_status_ptr_t sent = ucp_am_send_nbx(peer->endpoint(lane_of(slot.lane), slot.rail), kWireMessage, &slot.header,
-                                                sizeof(slot.header), slot.data, bytes, &param);
+  const ucs_status_ptr_t sent = ucp_am_send_nbx(peer->endpoint(lane_of(slot.lane), slot.rail), kWireMessage,
+                                                &slot.header, sizeof(slot.header), slot.data, bytes, &param);
   if (!UCS_PTR_IS_PTR(sent)) {
     --sends_in_flight_;
     --traffic.in_flight;
@@ -275,8 +275,8 @@ void GroupChannel::start_receive(PeerLink& from, const Deferred& deferred) {
   param.cb.recv_am = on_received;
   param.user_data = &slot;
   ++receives_in_flight_;
-  const ucs_status_ptr_t received = ucp_am_recv_data_nbx(deferred.worker, deferred.descriptor, slot.data,
-                                                         std::max(slot.header.bytes, 1U), &param);
+  const ucs_status_ptr_t received =
+      ucp_am_recv_data_nbx(deferred.worker, deferred.descriptor, slot.data, std::max(slot.header.bytes, 1U), &param);
   if (!UCS_PTR_IS_PTR(received)) {
     slot.status = UCS_PTR_RAW_STATUS(received);
     receives_ended_.push_back(&slot);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Lane: one UCX context with one worker, and what arrives on it. A daemon has one per lane, so that lanes can have
-// other options and nothing of one queues behind another, and of a lane with several devices one per device: its rails. Created and destroyed by a control thread while no thread
-// runs it; everything else is of the fabric thread. Endpoints (peer.h) are closed before it.
+// other options and nothing of one queues behind another, and of a lane with several devices one per device: its rails.
+// Created and destroyed by a control thread while no thread runs it; everything else is of the fabric thread. Endpoints
+// (peer.h) are closed before it.
 #pragma once
 
 #include <ucp/api/ucp.h>
@@ -18,7 +19,7 @@ namespace expertd::fabric {
 struct Incoming {
   LaneKind lane = LaneKind::kControl;
   ucp_worker_h worker = nullptr;  // of the rail it came by
-  uint16_t type = 0;  // WireType
+  uint16_t type = 0;              // WireType
   const void* header = nullptr;
   size_t header_bytes = 0;
   void* data = nullptr;  // the payload, or with rendezvous its descriptor

@@ -171,9 +171,10 @@ base::Result<std::vector<UcxSetting>> lane_settings(LaneKind lane, const LaneOpt
     seen.push_back(option->name);
     EXPERTD_RETURN_IF_ERROR(check_value(*option, value));
     if ((option->transports & transports) == 0) {
-      return refused(name, value,
-                     "it means nothing to the lane's transports; leave it out, or name in fabric.transports one that it "
-                     "is for");
+      return refused(
+          name, value,
+          "it means nothing to the lane's transports; leave it out, or name in fabric.transports one that it "
+          "is for");
     }
     // What the lane is given comes in place of what every lane gets.
     std::erase_if(settings, [&](const UcxSetting& each) { return each.variable == option->variable; });

@@ -80,10 +80,10 @@ struct GroupLink {
   std::vector<uint64_t> node_ids;          // per node of the placement, the own one too; the others are connected
   std::vector<base::DeviceIndex> devices;  // of the local ranks, in the order of Placement::ranks_of[own_node]
   uint64_t message_bytes = 256 * 1024;
-  uint32_t send_buffers = 4;        // per (local rank, lane), message_bytes each
-  uint32_t receive_buffers = 4;     // per (node, lane), message_bytes each
-  uint64_t eager_bytes = 8 * 1024;  // a message up to this size goes at once while the receiver has credits
-  uint32_t eager_messages = 16;     // per (node, lane): these credits, eager_bytes each
+  uint32_t send_buffers = 4;              // per (local rank, lane), message_bytes each
+  uint32_t receive_buffers = 4;           // per (node, lane), message_bytes each
+  uint64_t eager_bytes = 8 * 1024;        // a message up to this size goes at once while the receiver has credits
+  uint32_t eager_messages = 16;           // per (node, lane): these credits, eager_bytes each
   uint32_t lanes = engine::kFabricLanes;  // 1: the throughput lane alone, and no buffers for the other
   uint32_t weight = 1;                    // on the throughput lane beside other groups, 1..kMaxWeight
 };

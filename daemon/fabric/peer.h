@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Peer: one other daemon, with an endpoint per lane and rail that all groups share, its heartbeat, and its state: connecting ->
-// up
+// Peer: one other daemon, with an endpoint per lane and rail that all groups share, its heartbeat, and its state:
+// connecting -> up
 // -> lost; a lost one never comes back, the same daemon connected anew is another Peer. Fabric thread only. Owned by
 // Core, and outlives the groups that use it and every callback of UCX that may name it.
 #pragma once
@@ -37,9 +37,7 @@ class Peer {
   const std::string& name() const { return name_; }
   PeerState state() const { return state_; }
   bool lost() const { return state_ == PeerState::kLost; }
-  ucp_ep_h endpoint(LaneKind lane, uint32_t rail = 0) const {
-    return endpoints_[static_cast<uint32_t>(lane)][rail].ep;
-  }
+  ucp_ep_h endpoint(LaneKind lane, uint32_t rail = 0) const { return endpoints_[static_cast<uint32_t>(lane)][rail].ep; }
   ReceiveShare& share(engine::FabricLane lane) { return shares_[static_cast<uint32_t>(lane)]; }
   LaneTraffic& traffic(engine::FabricLane lane) { return traffic_[static_cast<uint32_t>(lane)]; }
 

@@ -16,7 +16,7 @@ class RailLoads {
  public:
   static constexpr uint64_t kIdleNs = 20'000'000;             // nothing under way for so long: all is forgotten
   static constexpr uint64_t kRecentBytes = 64 * 1024 * 1024;  // of a rail; more than that is halved on all
-  static constexpr uint64_t kRailSlackBytes = 64 * 1024;  // small messages are no reason to leave a rail
+  static constexpr uint64_t kRailSlackBytes = 64 * 1024;      // small messages are no reason to leave a rail
 
   explicit RailLoads(Route route = Route::kAuto) : route_(route) {}
 

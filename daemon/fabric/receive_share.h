@@ -48,8 +48,8 @@ class ReceiveShare {
   static uint64_t cost(const ShareMember& member, uint64_t bytes) {
     return bytes * base::kMaxBandwidthRatio / member.weight;
   }
-  /// A group that had nothing for a moment keeps its claim on what it missed, up to a window for a weight of 1; one that
-  /// had nothing for long has none on the time before.
+  /// A group that had nothing for a moment keeps its claim on what it missed, up to a window for a weight of 1; one
+  /// that had nothing for long has none on the time before.
   uint64_t due_of(const ShareMember& member) const {
     const uint64_t claim = window_bytes_ == UINT64_MAX ? 0 : window_bytes_ * base::kMaxBandwidthRatio;
     const uint64_t oldest = now_ > claim ? now_ - claim : 0;

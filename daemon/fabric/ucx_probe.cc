@@ -93,13 +93,13 @@ base::Status UcxProbe::check_library() {
   }
   ucp_context_attr_t attributes{};
   attributes.field_mask = UCP_ATTR_FIELD_MEMORY_TYPES;
-  EXPERTD_RETURN_IF_ERROR(ucx_status("asking UCX which kinds of memory it knows",
-                                     ucp_context_query(state_->context, &attributes)));
+  EXPERTD_RETURN_IF_ERROR(
+      ucx_status("asking UCX which kinds of memory it knows", ucp_context_query(state_->context, &attributes)));
   const bool knows_cuda = (attributes.memory_types & UCS_BIT(UCS_MEMORY_TYPE_CUDA)) != 0;
   if (!is_new_enough() || !knows_cuda) {
-    return base::Status(EXPERTD_REASON_UNAVAILABLE,
-                        "this UCX is " + version_text() + (knows_cuda ? "" : " and knows no memory of GPUs") +
-                            ", and 1.18 or later with CUDA is needed");
+    return base::Status(EXPERTD_REASON_UNAVAILABLE, "this UCX is " + version_text() +
+                                                        (knows_cuda ? "" : " and knows no memory of GPUs") +
+                                                        ", and 1.18 or later with CUDA is needed");
   }
   return base::Status::ok();
 }
@@ -117,8 +117,8 @@ base::Status UcxProbe::register_memory() {
     *data = allocated.value();
   }
   ucp_mem_map_params_t params{};
-  params.field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH |
-                      UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
+  params.field_mask =
+      UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
   params.address = state.source;
   params.length = kBytes;
   params.memory_type = UCS_MEMORY_TYPE_CUDA;

@@ -211,7 +211,7 @@ struct FabricStatusSnapshot {
   uint32_t peers_lost = 0;
   uint32_t groups = 0;
   uint64_t memory_bytes = 0;
-  std::string cause;  // why the fabric did not answer; the counts are then those of its last answer
+  std::string cause;          // why the fabric did not answer; the counts are then those of its last answer
   std::string backend_cause;  // why the backend is not direct
   std::string route;
   std::vector<FabricLaneSnapshot> lanes;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which backend carries groups: `direct` only when every step of the proof succeeds, and what the UCX that is here says.
+// Which backend carries groups: `direct` only when every step of the proof succeeds, and what the UCX that is here
+// says.
 #include <gtest/gtest.h>
 
 #include <functional>
@@ -106,7 +107,8 @@ class HostMemory final : public fabric::GpuMemory {
 
 TEST(FabricBackend, AUcxWithoutCudaIsNotTakenForOneWithIt) {
   HostMemory memory;
-  for (fabric::GpuMemory* given : {static_cast<fabric::GpuMemory*>(&memory), static_cast<fabric::GpuMemory*>(nullptr)}) {
+  for (fabric::GpuMemory* given :
+       {static_cast<fabric::GpuMemory*>(&memory), static_cast<fabric::GpuMemory*>(nullptr)}) {
     fabric::UcxProbe probe(given);
     const base::Status library = probe.check_library();
     if (library.is_ok() && given != nullptr) {

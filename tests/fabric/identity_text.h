@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The identity of a node without rails as one line of text, for processes of the fabric's tests that talk through pipes.
+// The identity of a node without rails as one line of text, for processes of the fabric's tests that talk through
+// pipes.
 #pragma once
 
 #include <cstdio>

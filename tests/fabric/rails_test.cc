@@ -141,9 +141,8 @@ std::vector<uint64_t> sent_by(World& world, uint32_t node, LaneKind lane) {
 class FabricRailsOf : public testing::TestWithParam<Route> {
  protected:
   void start(World& world, uint32_t rails_of_first, uint32_t rails_of_second) {
-    world.create([&](uint32_t node) {
-      return options_with(node, GetParam(), node == 0 ? rails_of_first : rails_of_second);
-    });
+    world.create(
+        [&](uint32_t node) { return options_with(node, GetParam(), node == 0 ? rails_of_first : rails_of_second); });
     ASSERT_NO_FATAL_FAILURE(world.connect());
     ASSERT_NO_FATAL_FAILURE(world.wait_up());
     ASSERT_NO_FATAL_FAILURE(world.open());
