@@ -23,11 +23,9 @@
 #else
 #define EXPERTD_API
 #endif
-
 #ifdef __cplusplus
 extern "C" {
 #endif
-
 #define EXPERTD_CLIENT_ABI_MAJOR 1
 #define EXPERTD_CLIENT_ABI_MINOR 0
 
