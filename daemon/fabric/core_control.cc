@@ -13,7 +13,7 @@ base::Status Core::open_lanes(const std::array<LaneOptionList, kLanes>& options)
     const auto kind = static_cast<LaneKind>(i);
     base::Result<std::vector<LaneOptionList>> rails = rails_of(kind, options[i]);
     if (!rails.is_ok()) {
-      return rails.status();
+      return rails.status().with_context(std::string("opening the fabric's lane ") + kLaneNames[i]);
     }
     for (const LaneOptionList& rail : rails.value()) {
       base::Result<std::unique_ptr<Lane>> lane = Lane::create(kind, rail);

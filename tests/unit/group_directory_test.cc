@@ -2,6 +2,7 @@
 // The rendezvous of a node: joining, refusing, expiring, leaving and joining again.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <string>
@@ -118,7 +119,11 @@ INSTANTIATE_TEST_SUITE_P(
         Difference{"dispatch_dtypes", [](auto& c) { c.dispatch_dtypes = 5; }, "0", "5"},
         Difference{"capture_lanes", [](auto& c) { c.capture_lanes = 2; }, "0", "2"},
         Difference{"executor", [](auto& c) { c.executor = session::Executor::kSm; }, "0", "1"}),
-    [](const auto& row) { return std::string(row.param.field); });
+    [](const auto& row) {
+      std::string name = row.param.field;
+      std::replace(name.begin(), name.end(), '.', '_');
+      return name;
+    });
 
 TEST_F(DirectoryTest, HoldsTheRanksOfADynamicGroupToOneThreshold) {
   session::GroupConfig config = config_of(2);
