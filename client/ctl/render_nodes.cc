@@ -19,7 +19,7 @@ std::string or_dash(const std::string& text) {
   return text.empty() ? "-" : text;
 }
 
-std::string rendezvous_text(const v1::FabricStatus& fabric) {
+std::string host_text(const v1::FabricStatus& fabric) {
   if (fabric.rendezvous_hosting()) {
     return "rendezvous hosted here";
   }
@@ -28,6 +28,17 @@ std::string rendezvous_text(const v1::FabricStatus& fabric) {
   }
   return "rendezvous " + fabric.rendezvous_address() +
          (fabric.rendezvous_node().empty() ? "" : " on " + fabric.rendezvous_node());
+}
+
+std::string rendezvous_text(const v1::FabricStatus& fabric) {
+  std::string out = host_text(fabric);
+  if (!fabric.rendezvous_source().empty()) {
+    out += " by " + fabric.rendezvous_source();
+  }
+  if (fabric.rendezvous_term() != 0) {
+    out += " term " + std::to_string(fabric.rendezvous_term());
+  }
+  return fabric.etcd_cause().empty() ? out : out + ", ETCD DOES NOT SAY WHO HOSTS (" + fabric.etcd_cause() + ")";
 }
 
 /// Of all lanes; messages and bytes in one cell because a table has to fit a terminal.
@@ -114,6 +125,9 @@ json fabric_json(const v1::FabricStatus& fabric) {
           {"rendezvous_node", fabric.rendezvous_node()},
           {"rendezvous_cause", fabric.rendezvous_cause()},
           {"rendezvous_hosting", fabric.rendezvous_hosting()},
+          {"rendezvous_source", fabric.rendezvous_source()},
+          {"rendezvous_term", fabric.rendezvous_term()},
+          {"etcd_cause", fabric.etcd_cause()},
           {"peers_connecting", fabric.peers_connecting()},
           {"peers_up", fabric.peers_up()},
           {"peers_lost", fabric.peers_lost()},

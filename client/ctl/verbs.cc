@@ -11,6 +11,7 @@
 #include "client/ctl/format.h"
 #include "client/ctl/render.h"
 #include "client/ctl/render_nodes.h"
+#include "client/ctl/slowest.h"
 
 namespace expertd::ctl {
 
@@ -108,6 +109,24 @@ Action add_peers(CLI::App&, const Context& context) {
       return report(context, reply.error);
     }
     print(context, peers_json(reply.value), peers_text(reply.value));
+    return kExitOk;
+  };
+}
+
+Action add_slowest(CLI::App& verb, const Context& context) {
+  constexpr uint32_t kMost = 1024;  // the daemon keeps no more of each device
+  const auto last = std::make_shared<uint32_t>(kMost);
+  verb.add_option("--last", *last, "Of each device the last so many operations")
+      ->check(CLI::Range(1U, kMost))
+      ->capture_default_str()
+      ->type_name("N");
+  return [&context, last] {
+    DaemonClient daemon(context.socket, context.timeout_ns);
+    const Reply<v1::ListWaitsResponse> reply = daemon.waits(*last);
+    if (!reply.ok) {
+      return report(context, reply.error);
+    }
+    print(context, slowest_json(reply.value), slowest_text(reply.value));
     return kExitOk;
   };
 }

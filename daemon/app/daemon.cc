@@ -143,7 +143,7 @@ base::Status Daemon::start_loops() {
     metrics::Blocks::Device& block = blocks_->add_device(metrics::gpu_label(!info.is_cuda, device->index().value));
     metrics::ThreadCounters& thread = blocks_->add_thread(
         info.is_cuda ? "engine-" + std::to_string(device->index().value) : std::string("engine-host"));
-    observers_.push_back(std::make_unique<DeviceObserver>(&block.ops, &thread, beat.value()));
+    observers_.push_back(std::make_unique<DeviceObserver>(&block, &thread, beat.value()));
   }
   for (size_t i = 0; i < loops_.size(); ++i) {
     DeviceObserver* const observer = observers_[i].get();
@@ -167,7 +167,10 @@ base::Status Daemon::start_nodes() {
   if (!beat.is_ok()) {
     return beat.status();
   }
-  base::Result<std::unique_ptr<Nodes>> nodes = Nodes::create(config, this, beat.value());
+  const auto gpu = std::find_if(devices_.begin(), devices_.end(),
+                                [](const std::unique_ptr<device::Device>& device) { return device->info().is_cuda; });
+  base::Result<std::unique_ptr<Nodes>> nodes =
+      Nodes::create(config, this, beat.value(), gpu == devices_.end() ? nullptr : gpu->get());
   if (!nodes.is_ok()) {
     return nodes.status();
   }
@@ -211,7 +214,8 @@ base::Status Daemon::start_services() {
   view_ = std::make_unique<OperatorView>(
       facts, sessions_.get(), blocks_,
       [this](uint64_t timeout_ns) { drain_requested_ns_.store(timeout_ns + 1, std::memory_order_release); },
-      [this] { return nodes_ == nullptr ? NodeFacts{} : nodes_->facts(); });
+      [this] { return nodes_ == nullptr ? NodeFacts{} : nodes_->facts(); },
+      nodes_ == nullptr ? nullptr : nodes_->mesh());
   if (config.metrics.enabled) {
     metrics::CollectorOptions collector;
     collector.address = config.metrics.address;

@@ -86,6 +86,9 @@ session::FabricStatusSnapshot fabric_status(const NodeFacts& facts) {
   status.rendezvous_node = facts.rendezvous.node;
   status.rendezvous_cause = facts.rendezvous.cause;
   status.rendezvous_hosting = facts.hosting;
+  status.rendezvous_source = facts.rendezvous.source;
+  status.rendezvous_term = facts.rendezvous.term;
+  status.etcd_cause = facts.rendezvous.etcd_cause;
   for (const fabric::PeerSnapshot& peer : facts.fabric.peers) {
     status.peers_connecting += peer.state == fabric::PeerState::kConnecting ? 1 : 0;
     status.peers_up += peer.state == fabric::PeerState::kUp ? 1 : 0;
@@ -108,6 +111,32 @@ session::PeersSnapshot peers_snapshot(const NodeFacts& facts) {
     return left.name != right.name ? left.name < right.name : left.node_id < right.node_id;
   });
   return peers;
+}
+
+metrics::FabricGauges fabric_gauges(const NodeFacts& facts) {
+  static_assert(metrics::kPeerFailureNames.size() == fabric::kLossCauses);
+  static_assert(metrics::kDropNames.size() == fabric::kDropCauses);
+  static_assert(metrics::kLaneNames.size() == engine::kFabricLanes);
+  static_assert(metrics::kRttBoundsNs == fabric::kRttBoundsNs);
+  metrics::FabricGauges gauges;
+  gauges.enabled = facts.enabled;
+  gauges.backend = facts.backend;
+  gauges.transports = facts.transports;
+  gauges.rendezvous_up = facts.hosting || !facts.rendezvous.address.empty();
+  gauges.groups = facts.fabric.groups;
+  for (const fabric::PeerSnapshot& peer : facts.fabric.peers) {
+    ++gauges.peers[static_cast<size_t>(peer.state)];
+  }
+  gauges.failures = facts.fabric.lost;
+  gauges.dropped = facts.fabric.dropped;
+  for (uint32_t lane = 0; lane < engine::kFabricLanes; ++lane) {
+    const fabric::LaneTraffic& traffic = facts.fabric.traffic[lane];
+    gauges.lanes[lane] = {traffic.sent_messages,  traffic.sent_bytes, traffic.received_messages,
+                          traffic.received_bytes, traffic.in_flight,  traffic.deferred};
+  }
+  gauges.rtt = facts.fabric.rtt.buckets;
+  gauges.rtt_sum_ns = facts.fabric.rtt.sum_ns;
+  return gauges;
 }
 
 }  // namespace expertd::app

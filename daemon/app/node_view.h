@@ -11,6 +11,7 @@
 #include "daemon/fabric/backend.h"
 #include "daemon/fabric/bootstrap/rendezvous_client.h"
 #include "daemon/fabric/options.h"
+#include "daemon/metrics/collector.h"
 #include "daemon/session/api.h"
 
 namespace expertd::app {
@@ -37,5 +38,6 @@ struct NodeFacts {
 const char* peer_state_name(fabric::PeerState state);
 session::FabricStatusSnapshot fabric_status(const NodeFacts& facts);
 session::PeersSnapshot peers_snapshot(const NodeFacts& facts);
+metrics::FabricGauges fabric_gauges(const NodeFacts& facts);
 
 }  // namespace expertd::app

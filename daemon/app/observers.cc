@@ -8,7 +8,7 @@
 namespace expertd::app {
 
 void DeviceObserver::completed(base::DeviceIndex /*device*/, const engine::Request& request,
-                               const expertd_completion& completion) {
+                               const expertd_completion& completion, const engine::HeldUp& held_up) {
   if (request.rejected_reason != 0) {
     // Never admitted, so it is no operation that failed.
     ops_->reject(request.rejected_reason);
@@ -24,10 +24,15 @@ void DeviceObserver::completed(base::DeviceIndex /*device*/, const engine::Reque
   record.phases = metrics::phase_times(completion, request.submit_ns);
   record.tokens = request.shape.tokens;
   record.local_bytes = completion.local_bytes;
-  record.remote_bytes = completion.remote_bytes;
+  record.fabric_bytes = std::min(held_up.fabric_bytes, completion.remote_bytes);
+  record.remote_bytes = completion.remote_bytes - record.fabric_bytes;
   record.executor = completion.executor;
   record.sms = completion.sms;
   ops_->record(record);
+  if (completion.reason == EXPERTD_REASON_NONE && held_up.last_rank >= 0) {
+    waits_->add({held_up.group.value, completion.group_op, record.op, held_up.rank,
+                 static_cast<uint32_t>(held_up.last_rank), held_up.waited_ns, held_up.counts});
+  }
 }
 
 void DeviceObserver::beat(base::DeviceIndex /*device*/, uint64_t now_ns, uint64_t lag_ns) {

@@ -15,10 +15,10 @@ namespace expertd::app {
 
 class DeviceObserver final : public engine::OpObserver, public transport::LoopObserver {
  public:
-  DeviceObserver(metrics::OpCounters* ops, metrics::ThreadCounters* thread, supervise::Beat* beat)
-      : ops_(ops), thread_(thread), beat_(beat) {}
-  void completed(base::DeviceIndex device, const engine::Request& request,
-                 const expertd_completion& completion) override;
+  DeviceObserver(metrics::Blocks::Device* device, metrics::ThreadCounters* thread, supervise::Beat* beat)
+      : ops_(&device->ops), waits_(&device->waits), thread_(thread), beat_(beat) {}
+  void completed(base::DeviceIndex device, const engine::Request& request, const expertd_completion& completion,
+                 const engine::HeldUp& held_up) override;
   void overtook(base::DeviceIndex /*device*/) override { ops_->overtook(); }
   void beat(base::DeviceIndex device, uint64_t now_ns, uint64_t lag_ns) override;
   void ring_fill(base::DeviceIndex device, uint32_t used, uint32_t capacity) override;
@@ -29,6 +29,7 @@ class DeviceObserver final : public engine::OpObserver, public transport::LoopOb
 
  private:
   metrics::OpCounters* ops_;
+  metrics::WaitLog* waits_;
   metrics::ThreadCounters* thread_;
   supervise::Beat* beat_;
   uint64_t missed_counted_ = 0;

@@ -61,6 +61,25 @@ base::Result<session::PeersSnapshot> OperatorView::peers() {
   return peers_snapshot(facts);
 }
 
+session::WaitsSnapshot OperatorView::waits(uint32_t last) {
+  session::WaitsSnapshot out;
+  out.node = nodes_().name;
+  out.groups = sessions_->groups();
+  const auto is_there = [&out](uint64_t id) {
+    return std::any_of(out.groups.begin(), out.groups.end(), [id](const auto& group) { return group.id.value == id; });
+  };
+  const size_t most = last == 0 ? metrics::WaitLog::kRecords : last;
+  for (const auto& device : blocks_->devices()) {
+    for (const metrics::WaitRecord& wait : device->waits.last(most)) {
+      if (is_there(wait.group) && wait.op < kOpNames.size()) {
+        out.waits.push_back({base::GroupId{wait.group}, wait.number, kOpNames[wait.op], wait.rank, wait.last_rank,
+                             wait.waited_ns, wait.counts});
+      }
+    }
+  }
+  return out;
+}
+
 uint32_t OperatorView::drain(uint64_t timeout_ns) {
   const uint32_t told = static_cast<uint32_t>(sessions_->sessions().size());
   start_drain_(timeout_ns);
@@ -101,6 +120,7 @@ metrics::Gauges OperatorView::gauges() {
     gauges.sessions += device.sessions;
     gauges.devices.push_back(std::move(values));
   }
+  gauges.fabric = fabric_gauges(nodes_());
   gauges.drain_remaining_sessions = gauges.drain_in_progress ? gauges.sessions : 0;
   return gauges;
 }

@@ -84,9 +84,12 @@ struct FabricLaneConfig {
 
 struct FabricConfig {
   bool enabled = false;
-  std::string listen;                     // "ADDRESS:PORT", literal
-  std::string advertise;                  // host, without a port; empty: that of listen, or the name of the host
-  std::vector<std::string> rendezvous;    // "HOST:PORT" in order, or one "dns:NAME:PORT"; not empty when enabled
+  std::string listen;                   // "ADDRESS:PORT", literal
+  std::string advertise;                // host, without a port; empty: that of listen, or the name of the host
+  std::vector<std::string> rendezvous;  // "HOST:PORT" in order, or one "dns:NAME:PORT"; this or etcd when enabled
+  std::vector<std::string> etcd;        // "http://HOST:PORT"; in place of rendezvous
+  std::string etcd_prefix;              // of the keys there
+  uint64_t etcd_lease_ns = 0;
   std::string node_name;                  // empty: the name of the host
   std::string cluster_key_file;           // empty: no key
   std::vector<std::string> transports;    // empty: UCX's choice

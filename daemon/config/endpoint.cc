@@ -15,6 +15,7 @@ namespace {
 
 constexpr size_t kMaxHostBytes = 253;
 constexpr size_t kMaxNameBytes = 64;
+constexpr size_t kMaxPrefixBytes = 200;
 
 struct Endpoint {
   std::string_view host;  // without brackets
@@ -68,6 +69,20 @@ bool is_peer_endpoint(std::string_view text) {
     return false;
   }
   return endpoint->bracketed ? !all_of_name && is_address(AF_INET6, endpoint->host) : is_host_name(endpoint->host);
+}
+
+bool is_etcd_endpoint(std::string_view text) {
+  constexpr std::string_view kScheme = "http://";
+  const std::string_view place = text.starts_with(kScheme) ? text.substr(kScheme.size()) : "";
+  return !place.starts_with("dns:") && is_peer_endpoint(place);
+}
+
+bool is_key_prefix(std::string_view text) {
+  return text.size() > 1 && text.size() <= kMaxPrefixBytes && text.starts_with('/') && !text.ends_with('/') &&
+         std::ranges::all_of(text, [](char c) {
+           return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+                  std::string_view("_./-").find(c) != std::string_view::npos;
+         });
 }
 
 bool is_host(std::string_view text) {

@@ -239,9 +239,14 @@ void Loader::check_together() {
   const Setting& fabric = setting("fabric.enabled");
   const Setting& rendezvous = setting("fabric.rendezvous");
   const std::vector<std::string>& places = rendezvous.value.texts;
-  if (fabric.value.integer != 0 && places.empty()) {
+  const Setting& etcd = setting("fabric.etcd");
+  if (fabric.value.integer != 0 && places.empty() && etcd.value.texts.empty()) {
     refuse(fabric.place,
-           "fabric.enabled: needs fabric.rendezvous, the daemons at which the ranks of a group find each other");
+           "fabric.enabled: needs fabric.rendezvous, the daemons at which the ranks of a group find each other, or "
+           "fabric.etcd, where they elect one");
+  }
+  if (!places.empty() && !etcd.value.texts.empty()) {
+    refuse(etcd.place, "fabric.etcd: is given together with fabric.rendezvous; remove one of the two");
   }
   const bool has_name = std::ranges::any_of(places, [](const std::string& place) { return place.starts_with("dns:"); });
   if (has_name && places.size() > 1) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cstdio>
 #include <string_view>
 #include <utility>
@@ -131,6 +132,9 @@ void put_fabric(const session::FabricStatusSnapshot& fabric, v1::FabricStatus* m
   message->set_rendezvous_node(shown(fabric.rendezvous_node));
   message->set_rendezvous_cause(shown(fabric.rendezvous_cause));
   message->set_rendezvous_hosting(fabric.rendezvous_hosting);
+  message->set_rendezvous_source(fabric.rendezvous_source);
+  message->set_rendezvous_term(fabric.rendezvous_term);
+  message->set_etcd_cause(shown(fabric.etcd_cause));
   message->set_peers_connecting(fabric.peers_connecting);
   message->set_peers_up(fabric.peers_up);
   message->set_peers_lost(fabric.peers_lost);
@@ -373,6 +377,28 @@ void to_proto(const session::PeersSnapshot& peers, v1::ListPeersResponse* messag
   }
 }
 
+void to_proto(const session::WaitsSnapshot& waits, v1::ListWaitsResponse* message) {
+  message->set_node(shown(waits.node));
+  for (const session::GroupSnapshot& from : waits.groups) {
+    v1::GroupRanks* const group = message->add_groups();
+    group->set_id(from.id.value);
+    group->set_name(shown(from.name));
+    for (const std::string& node : from.rank_nodes) {
+      group->add_rank_nodes(shown(node));
+    }
+  }
+  for (const session::WaitSnapshot& from : waits.waits) {
+    v1::OperationWait* const wait = message->add_waits();
+    wait->set_group_id(from.group.value);
+    wait->set_number(from.number);
+    wait->set_op(from.op);
+    wait->set_rank(from.rank);
+    wait->set_last_rank(from.last_rank);
+    wait->set_waited_ns(from.waited_ns);
+    wait->set_counts(from.counts);
+  }
+}
+
 std::string group_mode_name(session::GroupMode mode) {
   switch (mode) {
     case session::GroupMode::kNormal:
@@ -385,6 +411,34 @@ std::string group_mode_name(session::GroupMode mode) {
       break;
   }
   return "unspecified";
+}
+
+void to_proto(const std::string& node, const std::vector<session::NodePlace>& nodes, v1::ListNodesResponse* out) {
+  out->set_node(node);
+  for (const session::NodePlace& place : nodes) {
+    v1::NodePlace* const shown = out->add_nodes();
+    shown->set_name(place.name);
+    shown->set_node_id(hex(place.id));
+    shown->set_address(place.address);
+  }
+}
+
+void to_proto(const std::vector<session::PairLaneSnapshot>& lanes, v1::MeasurePairResponse* out) {
+  for (const session::PairLaneSnapshot& lane : lanes) {
+    v1::PairLane* const shown = out->add_lanes();
+    shown->set_lane(lane.lane);
+    shown->set_device(lane.device);
+    shown->set_latency_p50_ns(lane.latency_p50_ns);
+    shown->set_latency_p99_ns(lane.latency_p99_ns);
+    shown->set_bytes_per_second(lane.bytes_per_second);
+  }
+}
+
+uint64_t node_id_of(const std::string& text) {
+  uint64_t id = 0;
+  const char* const end = text.data() + text.size();
+  const auto [rest, error] = std::from_chars(text.data(), end, id, 16);
+  return error == std::errc() && rest == end && text.size() <= 16 ? id : 0;
 }
 
 }  // namespace expertd::control

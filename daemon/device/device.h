@@ -88,6 +88,10 @@ class Device {
   virtual DeviceInfo info() const = 0;
   virtual engine::DevicePort& port() = 0;
 
+  /// Memory of the process that kernels of every GPU read and write from now on, at the same address, until the process
+  /// ends; page-aligned. Nothing is to be done on host devices. POOL_EXHAUSTED, UNSUPPORTED, CUDA.
+  virtual base::Status share_host_memory(void* /*data*/, uint64_t /*bytes*/) { return base::Status::ok(); }
+
   virtual base::Result<Window> create_window(uint64_t bytes) = 0;
   /// Bytes that create_window(bytes) would take: rounded up as the device does it. Nothing is allocated.
   virtual base::Result<uint64_t> window_size(uint64_t bytes) const = 0;

@@ -48,7 +48,8 @@ class EngineSession {
     Request request;
     RankState* rank = nullptr;  // null: local operation
     uint64_t number = 0;
-    uint64_t ticket = 0;  // not 0: complete, so that it may be launched
+    uint64_t ticket = 0;     // not 0: complete, so that it may be launched
+    uint64_t agreed_ns = 0;  // when it was seen to be
     Stage stage = Stage::kIdle;
     PartId part = 0;
     bool abort_sent = false;
@@ -108,6 +109,7 @@ class Engine {
   EngineSession* choose();
   void note_launched(EngineSession& session, const Candidate& launched);
   bool overtakes(const EngineSession& session, const Op& op) const;
+  static HeldUp held_up(const Op& op);
   static Candidate candidate(EngineSession& session, const Op& op);
   static Running running(EngineSession& session);
   bool try_launch(EngineSession& session, Op& op, uint64_t now_ns, bool* moved);

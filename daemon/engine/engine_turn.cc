@@ -29,7 +29,7 @@ bool Engine::observe_replays(uint64_t now_ns) {
     completion.complete_ns = std::max(now_ns, outcome.end_ns);
     completion.executor = outcome.executor;
     completion.sms = outcome.sms;
-    observer_->completed(device_, replayed, completion);
+    observer_->completed(device_, replayed, completion, {});
   }
   return taken != 0;
 }

@@ -3,7 +3,9 @@
 // what was decided about it, and how many parts still run. Created by the group directory, used by every loop thread of
 // its ranks without locks: each word has one kind of writer, and the verdict of an operation is decided once by
 // compare-and-swap. Of a group over several nodes it gathers the ranks of this one; whether they agree with the others,
-// and what those refused, their parts find out with the counts (device/host/node_exchange.h). Entries are reused every
+// and what those refused, their parts find out with the counts (device/host/node_exchange.h). With mask_on_loss such a
+// group has views (view_change.h, group_views.cc), which say for every operation who takes part in it; while the nodes
+// agree on the next one, none is decided. Entries are reused every
 // kEntries operations; a rank has at most EXPERTD_RING_SLOTS_MAX outstanding, so entry n is decided and released long
 // before n + kEntries is posted, except beside ranks that the others do not wait for (excluded, lost, or late beyond a
 // deadline): those may still read it, or come to it then.
@@ -16,6 +18,7 @@
 #include <vector>
 
 #include "daemon/engine/ports.h"
+#include "daemon/engine/view_message.h"
 #include "proto/abi/executor_v1.h"
 
 namespace expertd::engine {
@@ -45,6 +48,9 @@ struct OpEntry {
   /// 2n: rank r submitted operation n; requests[r] was written before (release/acquire pair). 2n + 1: it withdrew from
   /// operation n since. Grows only, so a rank whose word is beyond 2n takes no part in n, whoever decides about it.
   std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> posted{};
+  /// Who submitted last, (number << 8) | rank: for people, and for nothing that is decided.
+  std::atomic<uint64_t> last_posted{0};
+  std::atomic<uint64_t> last_posted_ns{0};  // when, base::now_ns clock; likewise
   /// released[r] == n: rank r will not read this entry for operation n again.
   std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> released{};
   std::array<const Request*, base::kMaxLocalRanks> requests{};
@@ -106,10 +112,31 @@ class GroupShared {
   bool spans_nodes() const { return settings_.placement != nullptr; }
   /// How the messages of a group over several nodes travel. Only before the first operation, as above.
   void set_fabric(std::shared_ptr<FabricPort> fabric) { settings_.fabric = std::move(fabric); }
+  /// The same for who may not know the group.
+  const std::atomic<uint64_t>* lost_word() const { return &lost_; }
   uint64_t lost() const { return lost_.load(std::memory_order_seq_cst); }
-  uint64_t excluded() const { return excluded_.load(std::memory_order_seq_cst); }
+  uint64_t excluded() const { return has_views() ? view().excluded : excluded_.load(std::memory_order_seq_cst); }
   uint64_t epoch() const { return epoch_.load(std::memory_order_acquire); }
   uint64_t launched_ops() const { return launched_ops_.load(std::memory_order_relaxed); }
+
+  /// Masks are agreed on with other nodes: lost ranks are left out from the view on that says so, not at once.
+  bool has_views() const { return spans_nodes() && settings_.mask_on_loss; }
+  /// The latest view; and the one that operation `number` belongs to, which is final once a later one is there. Any
+  /// thread.
+  View view() const;
+  View view_of(uint64_t number) const;
+  /// From now on no operation is decided with a mask. Returns the last one that was, or is being decided. Any thread,
+  /// one at a time with install().
+  uint64_t hold();
+  /// The view holds, for ranks that it does not name as well; operations are decided again unless `held`, or another
+  /// rank is lost meanwhile. The loops must be woken afterwards.
+  void install(const View& view, bool held);
+  /// This node takes no part in its group any more: all others are lost to it. The loops must be woken afterwards.
+  void end_views();
+  /// Ranks of which an operation that is not decided yet will never have what it needs, so that it fails.
+  uint64_t doomed_by(uint64_t number) const;
+  /// Ranks that are excluded from an operation by request.
+  uint64_t excluded_from(uint64_t number) const { return has_views() ? view_of(number).excluded : excluded(); }
 
   /// A rank's session ended, or its node is lost. `through`, of a rank of another node: the last operation whose
   /// messages it had all sent. Any thread; the loops of the other ranks must be woken afterwards.
@@ -120,6 +147,11 @@ class GroupShared {
 
   /// Rank `rank` submits operation `number`. Only by that rank's loop thread, in order.
   void post(uint64_t number, uint32_t rank, const Request* request);
+  /// Of the ranks of this node the one that submitted `number` last; -1: not known, since one that ran ahead has the
+  /// entry. Before the caller releases the operation.
+  int32_t last_to_post(uint64_t number) const;
+  /// When that was, as far as admission knows; of two that submit at once it may be the other's.
+  uint64_t last_posted_ns(uint64_t number) const;
   /// Decides what can be decided about `number`; returns the verdict. `changed` is set when the loops of the other
   /// ranks must be woken: for the one caller that decided, and for one that seemed to be deciding for a moment.
   Verdict try_decide(uint64_t number, bool* changed);
@@ -161,6 +193,19 @@ class GroupShared {
   uint64_t participants(uint64_t number, uint64_t lost_ranks) const;
   bool reusable(const OpEntry& entry, uint64_t decided_word) const;
   bool agree(uint64_t number, uint64_t active, Failure* failure) const;
+  Verdict decide_in_view(uint64_t number, uint64_t before);
+  void publish(OpEntry* op, uint64_t number, uint64_t active, uint64_t epoch);
+  Verdict publish_failure(OpEntry* op, uint64_t number, uint64_t active, const Failure& failure);
+  uint64_t lost_behind(uint64_t number, uint64_t ranks) const;
+
+  /// A view as it is kept; its fields are those of View.
+  struct KeptView {
+    std::atomic<uint64_t> epoch{1};
+    std::atomic<uint64_t> from{1};
+    std::atomic<uint64_t> lost{0};
+    std::atomic<uint64_t> excluded{0};
+  };
+  static constexpr uint64_t kViewsKept = 64;  // an operation of an older one fails
 
   GroupSettings settings_;
   uint64_t local_ranks_;
@@ -170,6 +215,11 @@ class GroupShared {
   std::atomic<uint64_t> excluded_{0};
   std::atomic<uint64_t> epoch_{1};
   std::atomic<uint64_t> launched_ops_{0};
+  std::array<KeptView, kViewsKept> views_;
+  std::atomic<uint64_t> views_begun_{1};  // before its place is written
+  std::atomic<uint64_t> views_there_{1};  // after that
+  std::atomic<bool> held_{false};
+  std::atomic<bool> views_ended_{false};
   std::vector<OpEntry> entries_;
 };
 

@@ -72,6 +72,24 @@ struct SlotWords {
   uint64_t seq = 0;
 };
 
+/// For whom a part waited, and what it sent to other nodes, as far as its device knows.
+struct Exchanged {
+  int32_t last_rank = -1;     // whose counts came last; -1: not known
+  uint64_t waited_ns = 0;     // from the own counts to the last
+  uint64_t fabric_bytes = 0;  // of OpReport::remote_bytes, those to other nodes
+};
+
+/// For whom an operation of a group waited, as one of its ranks saw it: last_rank submitted last or was the last whose
+/// counts came, whichever took longer.
+struct HeldUp {
+  base::GroupId group;
+  uint32_t rank = 0;       // who saw it
+  int32_t last_rank = -1;  // -1: not known
+  uint64_t waited_ns = 0;
+  bool counts = false;  // arrivals of counts were seen, and not submissions alone
+  uint64_t fabric_bytes = 0;
+};
+
 /// Facts of one finished or failed rank part.
 struct Outcome {
   kernels::OpReport report;
@@ -84,6 +102,7 @@ struct Outcome {
   uint64_t launch_ns = 0;
   uint64_t start_ns = 0;
   uint64_t end_ns = 0;
+  Exchanged exchanged;
 };
 
 /// Exchange flags of one operation of a group on one node: rank r sets its bit after `route` and after `move`.
@@ -91,6 +110,8 @@ struct Outcome {
 struct ExchangeFlags {
   std::atomic<uint64_t> routed{0};
   std::atomic<uint64_t> moved{0};
+  /// When the counts of each rank in `routed` were there, base::now_ns clock; written before its bit. For people alone.
+  std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> routed_ns{};
 };
 
 /// Everything a device needs for its rank's part. `requests[r]` is rank r's Request (null for inactive ranks); the
@@ -101,7 +122,8 @@ struct LaunchSpec {
   uint32_t ranks = 0;
   uint32_t rank = 0;
   uint64_t active_ranks = 0;
-  uint32_t page = 0;  // exchange page of the group (kExchangePages), free again when all parts finished
+  uint32_t epoch = 0;  // of the group's membership that active_ranks is of
+  uint32_t page = 0;   // exchange page of the group (kExchangePages), free again when all parts finished
   ExchangeFlags* flags = nullptr;
   const Request* own = nullptr;
   std::array<const Request*, base::kMaxLocalRanks> requests{};
@@ -128,8 +150,13 @@ struct GroupShape {
   uint32_t capture_lanes = 0;  // how many captured operations may be outstanding at once; 0: none is captured
   uint32_t copies = 0;         // operations executed by copy engines and kernels of the clients: set of expertd_copies
   bool peer_access = true;     // false: ranks exchange through memory of the host whatever links their GPUs have
-  std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};
+  std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};  // of ranks on this node
   base::SessionId session;
+  /// Of a group over several nodes: who sits where and what carries its messages, both there until the tables are
+  /// destroyed. Null: all ranks are on this node.
+  const Placement* placement = nullptr;
+  FabricPort* fabric = nullptr;
+  const std::atomic<uint64_t>* lost = nullptr;  // ranks, as bits
 };
 
 /// A part in flight on a device, numbered by the device; 0 is never used.
@@ -199,7 +226,8 @@ class WakePort {
 class OpObserver {
  public:
   virtual ~OpObserver() = default;
-  virtual void completed(base::DeviceIndex device, const Request& request, const expertd_completion& completion) = 0;
+  virtual void completed(base::DeviceIndex device, const Request& request, const expertd_completion& completion,
+                         const HeldUp& held_up) = 0;
   /// A low-latency operation ended before a high-throughput one of another session that was complete earlier.
   virtual void overtook(base::DeviceIndex /*device*/) {}
 };

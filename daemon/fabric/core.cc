@@ -62,6 +62,7 @@ bool Core::run_once(uint64_t now_ns) {
   for (const std::unique_ptr<GroupChannel>& group : groups_) {
     moved |= group->end_turn();
   }
+  moved |= probes_.run_once(now_ns);
   if (attention_ || now_ns >= next_ns_) {
     attention_ = false;
     tend_peers(now_ns);
@@ -116,6 +117,7 @@ void Core::lose(Peer& peer) {
   for (const std::unique_ptr<GroupChannel>& group : groups_) {
     group->lose(&peer);
   }
+  probes_.lose(&peer);
   peer.lose();
   ++lost_[static_cast<uint32_t>(peer.cause())];
   if (stopping_) {
@@ -147,6 +149,9 @@ bool Core::forget_closed() {
     Peer& peer = *peers_[i];
     const bool gone = peer.lost() && peer.closed() && peer.groups == 0;
     if (gone && (peers_.size() > 2 * kMaxNodes || find_peer(peer.node_id()) != &peer)) {
+      for (uint32_t lane = 0; lane < engine::kFabricLanes; ++lane) {
+        forgotten_[lane] += peer.traffic()[lane];
+      }
       peers_.erase(peers_.begin() + static_cast<std::ptrdiff_t>(i));
       moved = true;
     } else {
@@ -181,6 +186,7 @@ void Core::begin_stop() {
   stopping_ = true;
   stop_flush_until_ns_ = base::now_ns() + setting_.stop_flush_ns;
   open_groups_.clear();
+  probes_.end_all();
   for (const std::unique_ptr<GroupChannel>& group : groups_) {
     group->begin_close();
   }
@@ -199,7 +205,7 @@ bool Core::quiet(uint64_t now_ns) {
     }
     return false;
   }
-  bool closed = groups_.empty();
+  bool closed = groups_.empty() && probes_.quiet();
   for (const std::unique_ptr<Peer>& peer : peers_) {
     if (!peer->lost() && (!peer->signals_under_way() || now_ns >= stop_flush_until_ns_)) {
       peer->fail(LossCause::kDisconnected, "this daemon stops");
@@ -260,6 +266,10 @@ bool Core::incoming(const Incoming& message) {
       return take_heartbeat(message, from);
     case kWireGone:
       return take_gone(message, from);
+    case kWireView:
+      return take_view(message, from);
+    case kWireProbe:
+      return take_probe(message, from);
   }
   return drop(DropCause::kMalformed);
 }
@@ -342,6 +352,26 @@ bool Core::take_gone(const Incoming& message, Peer* from) {
   return false;
 }
 
+bool Core::take_view(const Incoming& message, Peer* from) {
+  WireView header;
+  if (message.header_bytes != sizeof(header) || message.bytes != 0 || message.lane != LaneKind::kControl) {
+    return drop(DropCause::kMalformed, from, "the header's size");
+  }
+  std::memcpy(&header, message.header, sizeof(header));
+  uint32_t node = 0;
+  DropCause cause = DropCause::kUnknownGroup;
+  if (group_of(header.group_key, header.epoch, from, &node, &cause) == nullptr) {
+    return drop(cause);
+  }
+  if (header.kind == 0 || header.kind > engine::kViewKinds) {
+    return drop(DropCause::kBadField, from, "the kind of a message about views");
+  }
+  if (setting_.observer != nullptr) {
+    setting_.observer->view_message(header.group_key, node, view_message_of(header));
+  }
+  return false;
+}
+
 bool Core::take_heartbeat(const Incoming& message, Peer* from) {
   WireHeartbeat header;
   if (message.header_bytes != sizeof(header) || message.bytes != 0 || message.lane != LaneKind::kControl) {
@@ -355,6 +385,9 @@ bool Core::take_heartbeat(const Incoming& message, Peer* from) {
     return drop(DropCause::kBadField, from, "the signal");
   }
   const bool first = from->heard(header, base::now_ns());
+  if (header.signal == kSignalPong && from->rtt_ns() != 0) {
+    rtt_.observe(from->rtt_ns());
+  }
   attention_ = true;  // an answer is due
   if (first) {
     base::log_info("a node is up", {{"node", from->name()}, {"node_id", hex(from->node_id())}});
@@ -366,8 +399,12 @@ bool Core::take_heartbeat(const Incoming& message, Peer* from) {
 }
 
 FabricSnapshot Core::snapshot() const {
-  FabricSnapshot snapshot{.peers = {}, .rails = {}, .dropped = dropped_, .lost = lost_};
+  FabricSnapshot snapshot{
+      .peers = {}, .rails = {}, .dropped = dropped_, .lost = lost_, .traffic = forgotten_, .rtt = rtt_};
   for (const std::unique_ptr<Peer>& peer : peers_) {
+    for (uint32_t lane = 0; lane < engine::kFabricLanes; ++lane) {
+      snapshot.traffic[lane] += peer->traffic()[lane];
+    }
     if (find_peer(peer->node_id()) == peer.get()) {
       snapshot.peers.push_back(peer->snapshot());
     }

@@ -3,6 +3,7 @@
 // build it and, once the thread has ended, destroy it; in between only the fabric thread touches it. Owned by Fabric.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <string>
@@ -13,6 +14,7 @@
 #include "daemon/fabric/lane.h"
 #include "daemon/fabric/options.h"
 #include "daemon/fabric/peer.h"
+#include "daemon/fabric/probe.h"
 #include "daemon/fabric/progress_thread.h"
 #include "daemon/fabric/rail_loads.h"
 
@@ -46,11 +48,18 @@ class Core final : public Progressed, public IncomingSink {
   base::Status open(std::unique_ptr<GroupChannel>* channel);
   void close(GroupChannel* channel);
   void tell_gone(GroupChannel* channel, uint32_t rank, uint64_t through) { channel->tell_gone(rank, through); }
+  void forget(GroupChannel* channel, uint32_t rank) { channel->forget(rank); }
+  void tell_view(GroupChannel* channel, uint32_t node, const engine::ViewMessage& message) {
+    channel->tell_view(node, message);
+  }
+  /// BAD_STATE while another probe is on, PEER_LOST for a node that is not connected.
+  base::Status open_probe(const ProbeOffer& offer, ProbeMemory memory);
+  base::Status begin_probe(const ProbePlan& plan, ProbeMemory payload, ProbeDone done);
   FabricSnapshot snapshot() const;
 
   bool run_once(uint64_t now_ns) override;
   bool prepare_sleep() override;
-  uint64_t next_ns() override { return attention_ ? 0 : next_ns_; }
+  uint64_t next_ns() override { return attention_ ? 0 : std::min(next_ns_, probes_.next_ns()); }
   void was_late(uint64_t gap_ns) override;
   void beat(uint64_t now_ns) override;
   void begin_stop() override;
@@ -67,7 +76,10 @@ class Core final : public Progressed, public IncomingSink {
   bool take_message(const Incoming& message, Peer* from);
   bool take_credit(const Incoming& message, Peer* from);
   bool take_gone(const Incoming& message, Peer* from);
+  bool take_view(const Incoming& message, Peer* from);
   bool take_heartbeat(const Incoming& message, Peer* from);
+  bool take_probe(const Incoming& message, Peer* from);
+  base::Result<Peer*> peer_to_probe(uint64_t node_id) const;
   Peer* find_peer(uint64_t node_id) const;
   void tend_peers(uint64_t now_ns);
   bool lose_failed();
@@ -78,6 +90,7 @@ class Core final : public Progressed, public IncomingSink {
   // In this order: lanes go first, since destroying a worker may end what still names groups and peers.
   std::vector<std::unique_ptr<Peer>> peers_;           // of each node id the last one, and older ones still in use
   std::vector<std::unique_ptr<GroupChannel>> groups_;  // open and closing ones
+  Probes probes_;
   Lanes lanes_;
   std::array<RailLoads, engine::kFabricLanes> loads_;
   std::unordered_map<uint64_t, GroupChannel*> open_groups_;  // by key
@@ -85,6 +98,8 @@ class Core final : public Progressed, public IncomingSink {
   uint64_t next_ns_ = 0;                                     // when a peer wants tending
   std::array<uint64_t, kDropCauses> dropped_{};
   std::array<uint64_t, kLossCauses> lost_{};
+  std::array<LaneTraffic, engine::kFabricLanes> forgotten_{};  // with peers that are in the list no more
+  RttHistogram rtt_;
   uint64_t turns_ = 0;
   bool stopping_ = false;
   bool said_bye_ = false;

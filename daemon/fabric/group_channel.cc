@@ -211,6 +211,7 @@ void GroupChannel::send(uint32_t rank, const engine::SendBuffer& buffer, const e
   slot.header.source_rank = rank;
   slot.header.entries = header.entries;
   slot.header.sequence = header.sequence;
+  slot.header.view = header.view;
   slot.header.lane = static_cast<uint32_t>(slot.lane);
   slot.header.bytes = static_cast<uint32_t>(std::min(bytes, link_.message_bytes));
   (void)queues(rank).submitted[static_cast<uint32_t>(slot.lane)].push(buffer.id);  // has room for every buffer
@@ -235,9 +236,11 @@ bool GroupChannel::receive(uint32_t rank, engine::Arrival* arrival) {
                      .node = slot.from->node,
                      .targets = slot.header.targets,
                      .entries = slot.header.entries,
-                     .sequence = slot.header.sequence};
+                     .sequence = slot.header.sequence,
+                     .view = slot.header.view};
   arrival->data = slot.data;
   arrival->bytes = slot.header.bytes;
+  arrival->arrived_ns = slot.arrived_ns;
   arrival->id = id;
   return true;
 }

@@ -68,6 +68,10 @@ class GroupChannel final : public engine::FabricPort {
   void tell_gone(uint32_t rank, uint64_t through);
   /// A rank of `node` is gone. False: it is no rank of it, or was gone already.
   bool hear_gone(uint32_t node, const WireGone& header);
+  /// No loop calls for a local rank any more: its arrivals are let go, also those to come.
+  void forget(uint32_t rank);
+  /// Sends a message about views, behind those that wait for the node; the oldest of too many is dropped.
+  void tell_view(uint32_t node, const engine::ViewMessage& message);
   /// The parts of a turn before and after rendezvous are received, which the peers' shares start; true when something
   /// moved.
   bool begin_turn();
@@ -99,6 +103,7 @@ class GroupChannel final : public engine::FabricPort {
     SpscQueue<uint32_t> arrived;                                      // fabric -> rank: receive slots
     SpscQueue<uint32_t> released;                                     // rank -> fabric: receive slots
     std::array<std::vector<uint32_t>, engine::kFabricLanes> dropped;  // the rank's own: send slots it did not need
+    bool forgotten = false;                                           // fabric thread
   };
   /// A send buffer. Filled by the rank between take() and send(), by the fabric thread after that.
   struct SendSlot {
@@ -122,6 +127,7 @@ class GroupChannel final : public engine::FabricPort {
     std::byte* data = nullptr;
     uint32_t holders = 0;  // ranks that have not released it; fabric thread
     ucs_status_t status = UCS_OK;
+    uint64_t arrived_ns = 0;
     WireMessage header;
   };
   struct Deferred {
@@ -141,6 +147,17 @@ class GroupChannel final : public engine::FabricPort {
     uint64_t waiting = 0;  // bit per local rank, by its place
     bool under_way = false;
     WireGone header;
+  };
+  /// Messages about views that wait for a node; one at a time is under way.
+  struct ViewLink {
+    static constexpr uint32_t kMost = 8;  // whoever waits for an answer asks again
+    GroupChannel* channel = nullptr;
+    Peer* peer = nullptr;
+    std::array<engine::ViewMessage, kMost> waiting{};  // a ring: `count` from `first` on
+    uint32_t first = 0;
+    uint32_t count = 0;
+    bool under_way = false;
+    WireView header;
   };
   /// One lane between this group's parts on two nodes. Fabric thread.
   struct PeerLink final : public ShareMember {
@@ -194,11 +211,15 @@ class GroupChannel final : public engine::FabricPort {
   bool send_gone();
   void send_gone(GoneLink& to);
   bool gone_told() const;
+  bool send_views();
+  void send_view(ViewLink& to);
+  bool views_under_way() const;
   void wake_rank(uint32_t rank_index) { wake_ |= uint64_t{1} << rank_index; }
   void wake_ranks();
   static void on_sent(void* request, ucs_status_t status, void* slot);
   static void on_received(void* request, ucs_status_t status, size_t bytes, void* slot);
   static void on_gone_sent(void* request, ucs_status_t status, void* link);
+  static void on_view_sent(void* request, ucs_status_t status, void* link);
   static void on_credit_sent(void* request, ucs_status_t status, void* slot);
 
   const GroupLink link_;
@@ -222,6 +243,7 @@ class GroupChannel final : public engine::FabricPort {
   std::vector<GoneLink> gone_links_;                      // per node, without a peer for the own one
   std::array<uint64_t, base::kMaxLocalRanks> through_{};  // of local ranks that are gone, by their place
   uint64_t gone_ = 0;                                     // local ranks, by their place
+  std::vector<ViewLink> view_links_;                      // per node, without a peer for the own one
   std::vector<bool> gone_elsewhere_;                      // by rank: of other nodes
   uint64_t wake_ = 0;                                     // local ranks to wake at the end of the turn
   bool closing_ = false;

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstring>
 
+#include "daemon/base/clock.h"
 #include "daemon/fabric/group_channel.h"
 
 namespace expertd::fabric {
@@ -29,9 +30,12 @@ void GroupChannel::use_peers(std::vector<Peer*> peers) {
   }
   gone_elsewhere_.resize(link_.placement.ranks());
   gone_links_.resize(peers_.size());
+  view_links_.resize(peers_.size());
   for (size_t node = 0; node < peers_.size(); ++node) {
     gone_links_[node].channel = this;
     gone_links_[node].peer = peers_[node];
+    view_links_[node].channel = this;
+    view_links_[node].peer = peers_[node];
   }
 }
 
@@ -136,6 +140,7 @@ bool GroupChannel::end_turn() {
   wanted_.store(deferred_, std::memory_order_seq_cst);  // pairs with the load in release()
   moved |= send_credits();
   moved |= send_gone();
+  moved |= send_views();
   wake_ranks();
   return moved;
 }
@@ -317,11 +322,19 @@ void GroupChannel::deliver(ReceiveSlot& slot) {
   LaneTraffic& traffic = slot.from->peer->traffic(slot.from->lane);
   ++traffic.received_messages;
   traffic.received_bytes += slot.header.bytes;
+  slot.arrived_ns = base::now_ns();
   slot.holders = static_cast<uint32_t>(std::popcount(slot.header.targets));
   for (uint64_t targets = slot.header.targets; targets != 0; targets &= targets - 1) {
     const uint32_t index = static_cast<uint32_t>(std::countr_zero(targets));
+    if (ranks_[index]->forgotten) {
+      --slot.holders;
+      continue;
+    }
     (void)ranks_[index]->arrived.push(slot.id);  // has room for every receive slot
     wake_rank(index);
+  }
+  if (slot.holders == 0) {
+    give_back(slot);
   }
 }
 
@@ -400,7 +413,7 @@ void GroupChannel::begin_close() {
 
 bool GroupChannel::drained() const {
   return closing_ && sends_in_flight_ == 0 && receives_in_flight_ == 0 && credits_in_flight_ == 0 && gone_told() &&
-         !has_work();
+         !views_under_way() && !has_work();
 }
 
 void GroupChannel::wake_ranks() {

@@ -124,6 +124,16 @@ struct LaneTraffic {
   uint64_t received_bytes = 0;
   uint64_t in_flight = 0;  // sends that have not ended
   uint64_t deferred = 0;   // arrivals that found no buffer, ever
+
+  LaneTraffic& operator+=(const LaneTraffic& other) {
+    sent_messages += other.sent_messages;
+    sent_bytes += other.sent_bytes;
+    received_messages += other.received_messages;
+    received_bytes += other.received_bytes;
+    in_flight += other.in_flight;
+    deferred += other.deferred;
+    return *this;
+  }
 };
 
 struct PeerSnapshot {
@@ -147,11 +157,30 @@ struct RailSnapshot {
   uint64_t under_way_bytes = 0;
 };
 
+/// How long heartbeats took there and back, of all peers since the start.
+inline constexpr std::array<uint64_t, 10> kRttBoundsNs = {20'000,    50'000,    100'000,    200'000,     500'000,
+                                                          1'000'000, 5'000'000, 20'000'000, 100'000'000, 500'000'000};
+struct RttHistogram {
+  std::array<uint64_t, kRttBoundsNs.size() + 1> buckets{};  // by bound; the last is beyond all
+  uint64_t sum_ns = 0;
+
+  void observe(uint64_t rtt_ns) {
+    size_t bucket = 0;
+    for (const uint64_t bound : kRttBoundsNs) {
+      bucket += rtt_ns > bound ? 1 : 0;
+    }
+    ++buckets[bucket];
+    sum_ns += rtt_ns;
+  }
+};
+
 struct FabricSnapshot {
   std::vector<PeerSnapshot> peers;  // connected ones and the last incarnation of lost ones
   std::vector<RailSnapshot> rails;  // by lane and rail; the control lane has none
   std::array<uint64_t, kDropCauses> dropped{};
   std::array<uint64_t, kLossCauses> lost{};
+  std::array<LaneTraffic, engine::kFabricLanes> traffic{};  // with all peers ever, forgotten ones too
+  RttHistogram rtt;
   uint32_t groups = 0;
   uint32_t groups_closing = 0;  // closed, and something of them is still in flight
   uint64_t memory_bytes = 0;    // of the groups' buffers
@@ -168,6 +197,8 @@ class FabricObserver {
   virtual void node_lost(uint64_t node_id, const std::string& name, LossCause cause, const std::string& detail) = 0;
   /// A rank of another node takes no part in operations of the group behind `through` any more. Once per rank.
   virtual void rank_gone(uint64_t group_key, uint32_t rank, uint64_t through) = 0;
+  /// A message about views of a group that is open here, of its node `node`.
+  virtual void view_message(uint64_t group_key, uint32_t node, const engine::ViewMessage& message) = 0;
   /// For the watchdog: at least twice a second.
   virtual void beat(uint64_t now_ns) = 0;
 };

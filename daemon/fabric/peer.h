@@ -39,6 +39,8 @@ class Peer {
   bool lost() const { return state_ == PeerState::kLost; }
   ucp_ep_h endpoint(LaneKind lane, uint32_t rail = 0) const { return endpoints_[static_cast<uint32_t>(lane)][rail].ep; }
   ReceiveShare& share(engine::FabricLane lane) { return shares_[static_cast<uint32_t>(lane)]; }
+  uint64_t rtt_ns() const { return heartbeat_.rtt_ns(); }
+  const std::array<LaneTraffic, engine::kFabricLanes>& traffic() const { return traffic_; }
   LaneTraffic& traffic(engine::FabricLane lane) { return traffic_[static_cast<uint32_t>(lane)]; }
 
   /// Records that it cannot be used any more; the first cause stays. Also called within progress().

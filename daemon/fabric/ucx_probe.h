@@ -23,7 +23,7 @@ class UcxProbe final : public DirectProbe {
  public:
   static constexpr uint64_t kStepNs = 2'000'000'000;
 
-  /// Null: no GPU can take part, which is the cause when the library itself would do.
+  /// Null: there is no such memory, which is the cause when the library itself would do.
   explicit UcxProbe(GpuMemory* memory);
   ~UcxProbe() override;
   UcxProbe(const UcxProbe&) = delete;

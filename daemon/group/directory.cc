@@ -341,9 +341,13 @@ std::vector<session::GroupSnapshot> Directory::snapshot() const {
                       .config = formed.config,
                       .epoch = shared->epoch(),
                       .joined = formed.present,
-                      .lost = shared->lost(),
+                      .lost = shared->has_views() ? shared->view().lost : shared->lost(),
                       .ops = shared->launched_ops(),
-                      .executor = formed.executor});
+                      .executor = formed.executor,
+                      .rank_nodes = {}});
+    for (size_t rank = 0; formed.placed != nullptr && rank < formed.placed->ranks.size(); ++rank) {
+      groups.back().rank_nodes.push_back(formed.placed->nodes[formed.placed->ranks[rank].node].name);
+    }
   }
   return groups;
 }

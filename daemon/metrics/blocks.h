@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "daemon/metrics/counters.h"
+#include "daemon/metrics/wait_log.h"
 
 namespace expertd::metrics {
 
@@ -23,6 +24,7 @@ class Blocks {
   struct Device {
     std::string gpu;
     OpCounters ops;
+    WaitLog waits;
     Count context_lost{0};
   };
   struct Thread {

@@ -55,6 +55,9 @@ std::span<const uint64_t> bounds_of(Metric metric) {
   if (info_of(metric).type != MetricType::kHistogram) {
     return {};
   }
+  if (metric == Metric::kFabricHeartbeatRtt) {
+    return kRttBoundsNs;
+  }
   return metric == Metric::kLeaseReapDuration ? std::span<const uint64_t>(kReapBoundsNs)
                                               : std::span<const uint64_t>(kOpBoundsNs);
 }
@@ -77,17 +80,21 @@ std::string metrics_markdown() {
       "- `op`: " + join(kOpNames, 1) + "; in `expertd_op_total_duration_seconds` `ht` (dispatch, combine) and `ll`.\n";
   out += "- `result`: `ok`, `failed`.\n";
   out += "- `phase`: " + join(kPhaseNames, 0) + ".\n";
-  out += "- `path`: `local`, `remote`.\n";
+  out += "- `path`: `local`, `remote`, `fabric`.\n";
   out += "- `executor`: " + join(kExecutorNames, 1) + "; `host` with host devices alone, the others with GPUs.\n";
   out += "- `missing`: " + join(kMissingNames, 0) + ".\n";
   out += "- `state` of `expertd_state`: " + join(kStateNames, 0) +
-         "; of `expertd_pool_bytes`: `free`, `used`, `registered`, `quarantined`.\n";
-  out += "- `cause`: " + join(kCloseCauseNames, 0) + ".\n";
+         "; of `expertd_pool_bytes`: `free`, `used`, `registered`, `quarantined`; of `expertd_fabric_peers`: " +
+         join(kPeerStateNames, 0) + ".\n";
+  out += "- `cause`: of sessions " + join(kCloseCauseNames, 0) + "; of lost daemons " + join(kPeerFailureNames, 0) +
+         "; of dropped messages " + join(kDropNames, 0) + ".\n";
+  out += "- `lane`: " + join(kLaneNames, 0) + "; `direction`: `sent`, `received`.\n";
   out += "- `reason`: names of `proto/abi/expertd_reason.h`: " + join(kReasons.name, 1) + ".\n";
   out += "- `thread`: `engine-N` is the loop of device N; those of host devices share `engine-host`.\n";
   out += "\n## Histogram bounds\n\n";
   out += "- operations: " + bounds_text(kOpBoundsNs) + "\n";
   out += "- lease reap: " + bounds_text(kReapBoundsNs) + "\n";
+  out += "- heartbeats: " + bounds_text(kRttBoundsNs) + "\n";
   out += "\nGauges of a maximum since the last scrape are reset by every scrape: let one scraper read them.\n";
   return out;
 }

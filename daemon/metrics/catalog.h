@@ -29,7 +29,8 @@ enum class MetricType { kCounter, kGauge, kHistogram };
     "Submission to completion of successful dispatches and combines: op is ht or ll.")                                \
   X(OpTokens, "expertd_op_tokens_total", Counter, "op,gpu", "Tokens of successful operations.")                       \
   X(OpBytes, "expertd_op_bytes_total", Counter, "op,gpu,path",                                                        \
-    "Bytes moved by successful operations: local stays on the device, remote goes to another rank's.")                \
+    "Bytes moved by successful operations: local stays on the device, remote goes to another of the node, "           \
+    "fabric to another node.")                                                                                        \
   X(OpExecuted, "expertd_op_executed_total", Counter, "op,gpu,executor",                                              \
     "Successful operations, by what did their work.")                                                                 \
   X(OpSmSeconds, "expertd_op_sm_seconds_total", Counter, "op,gpu",                                                    \
@@ -58,6 +59,24 @@ enum class MetricType { kCounter, kGauge, kHistogram };
     "GPU contexts lost; the process ends with 75 right after, so watch its restarts too.")                            \
   X(GpuMpsActive, "expertd_gpu_mps_active", Gauge, "gpu", "1 when an MPS server carries the daemon on this GPU.")     \
   X(GpuHealthy, "expertd_gpu_healthy", Gauge, "gpu", "1 while the device serves.")                                    \
+  X(FabricBackendInfo, "expertd_fabric_backend_info", Gauge, "backend,transports",                                    \
+    "1 for what carries groups over several nodes and the transports it may use; 0 while the fabric is off.")         \
+  X(FabricPeers, "expertd_fabric_peers", Gauge, "state",                                                              \
+    "Daemons of other nodes that this one is connected to, or lost.")                                                 \
+  X(FabricPeerFailures, "expertd_fabric_peer_failures_total", Counter, "cause",                                       \
+    "Daemons of other nodes lost, by cause.")                                                                         \
+  X(FabricMessages, "expertd_fabric_messages_total", Counter, "lane,direction",                                       \
+    "Messages of operations to and from other nodes.")                                                                \
+  X(FabricBytes, "expertd_fabric_bytes_total", Counter, "lane,direction", "Bytes of these messages.")                 \
+  X(FabricInflight, "expertd_fabric_inflight", Gauge, "lane", "Messages to other nodes whose sending has not ended.") \
+  X(FabricDeferred, "expertd_fabric_deferred_total", Counter, "lane",                                                 \
+    "Messages from other nodes that had to wait for a buffer.")                                                       \
+  X(FabricDropped, "expertd_fabric_dropped_total", Counter, "cause", "Messages that were not taken, by cause.")       \
+  X(FabricHeartbeatRtt, "expertd_fabric_heartbeat_rtt_seconds", Histogram, "",                                        \
+    "Heartbeats to other nodes, there and back.")                                                                     \
+  X(GroupsSpanning, "expertd_groups_spanning", Gauge, "", "Groups over several nodes that are open.")                 \
+  X(RendezvousUp, "expertd_rendezvous_up", Gauge, "",                                                                 \
+    "1 while the rendezvous of groups over several nodes is known and answers; 0 also where the fabric is off.")      \
   X(ThreadLoopLag, "expertd_thread_loop_lag_seconds", Gauge, "thread",                                                \
     "Longest turn of the thread's loop since the last scrape.")                                                       \
   X(WatchdogMissedBeats, "expertd_watchdog_missed_beats_total", Counter, "thread",                                    \
@@ -106,6 +125,9 @@ inline constexpr std::array<uint64_t, 17> kOpBoundsNs = {5'000,   10'000,   15'0
 inline constexpr std::array<uint64_t, 11> kReapBoundsNs = {1'000'000,   2'000'000,     5'000'000,    10'000'000,
                                                            20'000'000,  50'000'000,    100'000'000,  200'000'000,
                                                            500'000'000, 1'000'000'000, 5'000'000'000};
+/// Upper bounds of fabric_heartbeat_rtt.
+inline constexpr std::array<uint64_t, 10> kRttBoundsNs = {20'000,    50'000,    100'000,    200'000,     500'000,
+                                                          1'000'000, 5'000'000, 20'000'000, 100'000'000, 500'000'000};
 
 /// The bounds of a histogram; empty for other types.
 std::span<const uint64_t> bounds_of(Metric metric);
@@ -122,6 +144,12 @@ inline constexpr std::array<std::string_view, 4> kStateNames = {"starting", "rea
 enum class CloseCause : size_t { kBye, kEof, kLease, kKicked, kDrain, kAbi, kCount };
 inline constexpr std::array<std::string_view, static_cast<size_t>(CloseCause::kCount)> kCloseCauseNames = {
     "bye", "eof", "lease", "kicked", "drain", "abi"};
+inline constexpr std::array<std::string_view, 3> kPeerStateNames = {"connecting", "up", "lost"};
+inline constexpr std::array<std::string_view, 6> kPeerFailureNames = {"transport", "silent", "never_answered",
+                                                                      "garbage",   "left",   "disconnected"};
+inline constexpr std::array<std::string_view, 7> kDropNames = {
+    "malformed", "version", "unknown_node", "unknown_group", "epoch", "bad_field", "overrun"};
+inline constexpr std::array<std::string_view, 2> kLaneNames = {"latency", "throughput"};
 inline constexpr std::string_view kHostLabel = "host";
 
 /// Reasons that an operation can end with have an index of their own, 1..; all others share the last, "OTHER".

@@ -12,6 +12,7 @@
 #include <mutex>
 #include <utility>
 
+#include "daemon/metrics/label_sums.h"
 #include "daemon/metrics/process_facts.h"
 
 namespace expertd::metrics {
@@ -23,21 +24,6 @@ using prometheus::MetricFamily;
 
 constexpr double kSecondsPerNs = 1e-9;
 constexpr size_t kHttpThreads = 2;
-
-/// Sums of a histogram's parts, ready to be shown.
-struct HistogramSum {
-  std::vector<uint64_t> buckets;
-  uint64_t sum_ns = 0;
-
-  template <size_t N>
-  void add(const Histogram<N>& histogram) {
-    buckets.resize(N + 1);
-    for (size_t i = 0; i <= N; ++i) {
-      buckets[i] += read(histogram.buckets[i]);
-    }
-    sum_ns += read(histogram.sum_ns);
-  }
-};
 
 /// One family under construction; label values are given in the catalogue's order.
 class FamilyWriter {
@@ -93,49 +79,6 @@ class FamilyWriter {
   MetricFamily family_;
 };
 
-using DevicesByLabel = std::map<std::string, std::vector<const Blocks::Device*>, std::less<>>;
-using GaugesByLabel = std::map<std::string, DeviceGauges, std::less<>>;
-
-uint64_t sum_over(const std::vector<const Blocks::Device*>& devices, const auto& value) {
-  uint64_t sum = 0;
-  for (const Blocks::Device* device : devices) {
-    sum += value(*device);
-  }
-  return sum;
-}
-
-DevicesByLabel devices_by_label(const Blocks& blocks) {
-  DevicesByLabel out;
-  for (const auto& device : blocks.devices()) {
-    out[device->gpu].push_back(device.get());
-  }
-  return out;
-}
-
-/// Every label of the blocks, and no other.
-GaugesByLabel gauges_by_label(const DevicesByLabel& devices, const Gauges& gauges) {
-  GaugesByLabel out;
-  for (const auto& [gpu, unused] : devices) {
-    out[gpu].gpu = gpu;
-  }
-  for (const DeviceGauges& device : gauges.devices) {
-    const auto found = out.find(device.gpu);
-    if (found == out.end()) {
-      continue;
-    }
-    DeviceGauges& sum = found->second;
-    sum.pool_free_bytes += device.pool_free_bytes;
-    sum.pool_used_bytes += device.pool_used_bytes;
-    sum.pool_registered_bytes += device.pool_registered_bytes;
-    sum.pool_quarantined_bytes += device.pool_quarantined_bytes;
-    sum.context_bytes += device.context_bytes;
-    sum.ring_slots_capacity = std::max(sum.ring_slots_capacity, device.ring_slots_capacity);
-    sum.healthy = sum.healthy && device.healthy;
-    sum.mps_active = sum.mps_active || device.mps_active;
-  }
-  return out;
-}
-
 /// The whole page of one scrape.
 class Page {
  public:
@@ -154,6 +97,8 @@ class Page {
     write_rings();
     write_sessions();
     write_devices();
+    write_fabric();
+    write_peers();
     write_threads();
     write_process();
     return std::move(families_);
@@ -200,6 +145,8 @@ class Page {
                   sum_over(devices, [op](const auto& d) { return read(d.ops.block(op).local_bytes); }));
         bytes.put({name, gpu, "remote"},
                   sum_over(devices, [op](const auto& d) { return read(d.ops.block(op).remote_bytes); }));
+        bytes.put({name, gpu, "fabric"},
+                  sum_over(devices, [op](const auto& d) { return read(d.ops.block(op).fabric_bytes); }));
       }
       for (size_t i = 1; i < kReasonCount; ++i) {
         failed.put({name, kReasons.name[i]},
@@ -322,6 +269,51 @@ class Page {
     for (FamilyWriter* writer : {&pool, &context, &lost, &mps, &healthy}) {
       end(*writer);
     }
+  }
+
+  void write_fabric() {
+    const FabricGauges& fabric = gauges_.fabric;
+    FamilyWriter backend = start(Metric::kFabricBackendInfo);
+    backend.put({fabric.backend, fabric.transports}, uint64_t{fabric.enabled});
+    end(backend);
+    FamilyWriter messages = start(Metric::kFabricMessages);
+    FamilyWriter bytes = start(Metric::kFabricBytes);
+    FamilyWriter in_flight = start(Metric::kFabricInflight);
+    FamilyWriter deferred = start(Metric::kFabricDeferred);
+    for (size_t i = 0; i < kLaneNames.size(); ++i) {
+      const FabricGauges::Lane& lane = fabric.lanes[i];
+      messages.put({kLaneNames[i], "sent"}, lane.sent_messages);
+      messages.put({kLaneNames[i], "received"}, lane.received_messages);
+      bytes.put({kLaneNames[i], "sent"}, lane.sent_bytes);
+      bytes.put({kLaneNames[i], "received"}, lane.received_bytes);
+      in_flight.put({kLaneNames[i]}, lane.in_flight);
+      deferred.put({kLaneNames[i]}, lane.deferred);
+    }
+    for (FamilyWriter* writer : {&messages, &bytes, &in_flight, &deferred}) {
+      end(*writer);
+    }
+    put_single(Metric::kGroupsSpanning, uint64_t{fabric.groups});
+    put_single(Metric::kRendezvousUp, uint64_t{fabric.rendezvous_up});
+  }
+
+  void write_peers() {
+    const FabricGauges& fabric = gauges_.fabric;
+    const auto put_each = [this](Metric metric, const auto& names, const auto& values) {
+      FamilyWriter writer = start(metric);
+      for (size_t i = 0; i < names.size(); ++i) {
+        writer.put({names[i]}, values[i]);
+      }
+      end(writer);
+    };
+    put_each(Metric::kFabricPeers, kPeerStateNames, fabric.peers);
+    put_each(Metric::kFabricPeerFailures, kPeerFailureNames, fabric.failures);
+    put_each(Metric::kFabricDropped, kDropNames, fabric.dropped);
+    FamilyWriter rtt = start(Metric::kFabricHeartbeatRtt);
+    HistogramSum sum;
+    sum.buckets.assign(fabric.rtt.begin(), fabric.rtt.end());
+    sum.sum_ns = fabric.rtt_sum_ns;
+    rtt.put({}, sum);
+    end(rtt);
   }
 
   void write_threads() {

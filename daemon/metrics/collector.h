@@ -4,6 +4,7 @@
 // never writes a counter, except that maxima since the last scrape start anew.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -26,6 +27,29 @@ struct DeviceGauges {
   bool mps_active = false;
 };
 
+/// Of the fabric, with counters since the start; as it is where there is none.
+struct FabricGauges {
+  struct Lane {
+    uint64_t sent_messages = 0;
+    uint64_t sent_bytes = 0;
+    uint64_t received_messages = 0;
+    uint64_t received_bytes = 0;
+    uint64_t in_flight = 0;
+    uint64_t deferred = 0;
+  };
+  bool enabled = false;
+  std::string backend = "staged";
+  std::string transports;
+  bool rendezvous_up = false;
+  uint32_t groups = 0;
+  std::array<uint64_t, kPeerStateNames.size()> peers{};
+  std::array<uint64_t, kPeerFailureNames.size()> failures{};
+  std::array<uint64_t, kDropNames.size()> dropped{};
+  std::array<Lane, kLaneNames.size()> lanes{};
+  std::array<uint64_t, kRttBoundsNs.size() + 1> rtt{};  // heartbeats by bound; the last is beyond all
+  uint64_t rtt_sum_ns = 0;
+};
+
 struct Gauges {
   std::string state;  // one of kStateNames
   uint32_t sessions = 0;
@@ -34,6 +58,7 @@ struct Gauges {
   uint32_t drain_remaining_sessions = 0;
   uint64_t log_dropped = 0;
   std::vector<DeviceGauges> devices;
+  FabricGauges fabric;
 };
 
 /// Asked at every scrape, on a thread of the HTTP server; must not wait for a device loop.

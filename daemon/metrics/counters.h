@@ -83,7 +83,8 @@ struct OpRecord {
   PhaseTimes phases;
   uint64_t tokens = 0;
   uint64_t local_bytes = 0;
-  uint64_t remote_bytes = 0;
+  uint64_t remote_bytes = 0;  // to other ranks of the node
+  uint64_t fabric_bytes = 0;  // to other nodes
   uint32_t executor = EXPERTD_COMPLETION_EXECUTOR_NONE;
   uint32_t sms = 0;
 };
@@ -95,6 +96,7 @@ struct OpBlock {
   Count tokens{0};
   Count local_bytes{0};
   Count remote_bytes{0};
+  Count fabric_bytes{0};
   std::array<Count, kExecutorNames.size()> executed{};
   Count sm_ns{0};  // multiprocessors times the kernel phase
   std::array<Histogram<kOpBoundsNs.size()>, static_cast<size_t>(Phase::kCount)> phases{};
@@ -105,8 +107,8 @@ struct OpTotals {
   uint64_t failed = 0;
   uint64_t tokens = 0;
   uint64_t local_bytes = 0;
-  uint64_t remote_bytes = 0;
-  uint64_t duration_ns = 0;  // of successful operations, submission to completion
+  uint64_t remote_bytes = 0;  // to other ranks, those of other nodes among them
+  uint64_t duration_ns = 0;   // of successful operations, submission to completion
 };
 
 /// Counters of one device loop; only its thread writes.
@@ -128,6 +130,7 @@ class alignas(kLineBytes) OpCounters {
     add_alone(block.tokens, op.tokens);
     add_alone(block.local_bytes, op.local_bytes);
     add_alone(block.remote_bytes, op.remote_bytes);
+    add_alone(block.fabric_bytes, op.fabric_bytes);
     add_alone(block.executed[op.executor < kExecutorNames.size() ? op.executor : 0], 1);
     if (op.phases[Phase::kKernel] != kPhaseAbsent) {
       add_alone(block.sm_ns, op.sms * op.phases[Phase::kKernel]);
@@ -160,7 +163,7 @@ class alignas(kLineBytes) OpCounters {
     }
     out.tokens = read(block.tokens);
     out.local_bytes = read(block.local_bytes);
-    out.remote_bytes = read(block.remote_bytes);
+    out.remote_bytes = read(block.remote_bytes) + read(block.fabric_bytes);
     out.duration_ns = read(block.phases[static_cast<size_t>(Phase::kTotal)].sum_ns);
     return out;
   }

@@ -157,7 +157,25 @@ struct GroupSnapshot {
   uint64_t joined = 0;
   uint64_t lost = 0;
   uint64_t ops = 0;
-  std::string executor;  // rule_text(), or "host"
+  std::string executor;                 // rule_text(), or "host"
+  std::vector<std::string> rank_nodes;  // per rank the name of its node; empty: all are on this one
+};
+
+/// For whom one operation waited, as one of its ranks saw it.
+struct WaitSnapshot {
+  base::GroupId group;
+  uint64_t number = 0;
+  std::string op;
+  uint32_t rank = 0;
+  uint32_t last_rank = 0;
+  uint64_t waited_ns = 0;
+  bool counts = false;  // arrivals of counts were seen, and not submissions alone
+};
+
+struct WaitsSnapshot {
+  std::string node;                   // of this daemon; empty without a fabric
+  std::vector<GroupSnapshot> groups;  // that are there now
+  std::vector<WaitSnapshot> waits;    // of these groups
 };
 
 struct SessionSnapshot {
@@ -206,6 +224,9 @@ struct FabricStatusSnapshot {
   std::string rendezvous_node;
   std::string rendezvous_cause;
   bool rendezvous_hosting = false;  // by this daemon
+  std::string rendezvous_source;    // how it is found: "list", "dns", "etcd"
+  uint64_t rendezvous_term = 0;     // with etcd: of the host's election; 0: none is known
+  std::string etcd_cause;           // with etcd: why it does not say who hosts
   uint32_t peers_connecting = 0;
   uint32_t peers_up = 0;
   uint32_t peers_lost = 0;
@@ -275,14 +296,47 @@ struct OpCounterSnapshot {
 };
 
 /// What operators see and may do.
+/// A daemon of the cluster, as the rendezvous knows it.
+struct NodePlace {
+  std::string name;
+  uint64_t id = 0;
+  std::string address;
+};
+
+/// Of one lane of the fabric from one node to another.
+struct PairLaneSnapshot {
+  std::string lane;
+  std::string device;           // empty: all of the lane, together
+  uint64_t latency_p50_ns = 0;  // one way
+  uint64_t latency_p99_ns = 0;
+  uint64_t bytes_per_second = 0;
+};
+
+/// Measurements between nodes. Any thread; nothing waits, the callback comes once from a thread of the implementation.
+class MeshApi {
+ public:
+  using Listed = std::function<void(const base::Status&, const std::vector<NodePlace>&)>;
+  using Measured = std::function<void(const base::Status&, const std::vector<PairLaneSnapshot>&)>;
+
+  virtual ~MeshApi() = default;
+  virtual std::string node() const = 0;
+  virtual void list_nodes(Listed done) = 0;
+  /// BAD_STATE while another one is on.
+  virtual void measure_pair(uint64_t source_id, uint64_t destination_id, uint64_t timeout_ns, Measured done) = 0;
+};
+
 class OperatorApi {
  public:
   virtual ~OperatorApi() = default;
+  /// Null where the fabric is off.
+  virtual MeshApi* mesh() { return nullptr; }
   virtual StatusSnapshot status() = 0;
   virtual std::vector<SessionSnapshot> sessions() = 0;
   virtual std::vector<OpCounterSnapshot> counters() = 0;
   /// The error is of a fabric that does not answer.
   virtual base::Result<PeersSnapshot> peers() = 0;
+  /// Of each device the last operations of groups, at most `last`; 0: all that are kept.
+  virtual WaitsSnapshot waits(uint32_t last) = 0;
   /// Starts the drain (main does the rest); returns the number of sessions told.
   virtual uint32_t drain(uint64_t timeout_ns) = 0;
   /// Returns the previous level, or CONFIG_BAD_VALUE.

@@ -16,6 +16,7 @@ namespace {
 
 constexpr uint64_t kRendezvousGraceNs = 2'000'000'000ULL;
 constexpr std::chrono::milliseconds kQuietPoll(1);
+constexpr uint64_t kMaskNs = 5'000'000'000;  // for the nodes of a group to agree on a mask
 
 // The window is where ll_dispatch leaves its results, and ll_combine finds its input, when the caller gives no memory
 // of its own. It has room for the payloads that the group carries, and exists whatever they are: only an operation
@@ -200,7 +201,8 @@ ExecutorChoice SessionService::executor_of(const group::Formation& formation) co
     ranks.push_back(
         {info.is_cuda, info.mps_active, reaches_all, info.kernels == "bulk", member.copy_kernels, member.copies});
   }
-  return choose_executor(formation.config, ranks);
+  // What goes to other nodes is packed by kernels of the daemon.
+  return choose_executor(formation.config, ranks, formation.shared->spans_nodes() ? 0 : EXPERTD_COPIES_BUILT);
 }
 
 /// A descriptor of the exchange window waits for the client to fetch it, as those of windows do.
@@ -304,6 +306,9 @@ base::Status SessionService::form_member(const group::Formation& formation, cons
   engine::GroupShape shape = settings.shape;
   shape.rank = member.rank;
   shape.session = member.session;
+  shape.placement = settings.placement.get();
+  shape.fabric = settings.fabric.get();
+  shape.lost = formation.shared->lost_word();
   EXPERTD_RETURN_IF_ERROR(session->place.device->create_group(shape, options_.handles_per_session));
   {
     const std::lock_guard<std::mutex> lock(session->mutex);
@@ -397,6 +402,7 @@ base::Status SessionService::remove_membership(const SessionRef& session, base::
     session->memberships.erase(found);
   }
   session->place.device->destroy_group(group, base::Rank{rank});
+  forget(*shared, rank);
   return window == 0 ? base::Status::ok() : remove_buffer(session, window, deadline_ns);
 }
 
@@ -438,8 +444,16 @@ base::Result<MaskReply> SessionService::group_mask(base::SessionId id, base::Gro
     if (((exclude | readmit) & ~shared->all_ranks()) != 0) {
       return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "mask names ranks beyond expert_parallel_size");
     }
-    shared->change_excluded(exclude, readmit);
-    wake_group(*shared);
+    if (shared->has_views()) {
+      EXPERTD_RETURN_IF_ERROR(views_.change_mask(*shared, exclude, readmit, base::now_ns() + kMaskNs));
+    } else {
+      shared->change_excluded(exclude, readmit);
+      wake_group(*shared);
+    }
+  }
+  if (shared->has_views()) {
+    const engine::View view = shared->view();
+    return MaskReply{view.epoch, view.lost, view.excluded};
   }
   return MaskReply{shared->epoch(), shared->lost(), shared->excluded()};
 }

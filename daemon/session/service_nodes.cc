@@ -14,23 +14,19 @@ namespace {
 
 constexpr uint64_t kDefaultJoinNs = 60'000'000'000ULL;
 
-base::Status check_devices(const group::Placed& placed) {
-  for (size_t rank = 0; rank < placed.ranks.size(); ++rank) {
-    if (placed.ranks[rank].facts.cuda) {
-      return base::Status(EXPERTD_REASON_UNSUPPORTED, "rank " + std::to_string(rank) + " is on a GPU of node " +
-                                                          placed.nodes[placed.ranks[rank].node].name +
-                                                          ": groups over several nodes have host devices alone so far");
-    }
-  }
-  return base::Status::ok();
+const char* kind_of(const group::PlacedRank& rank) {
+  return rank.facts.cuda ? "a GPU" : "a host device";
 }
 
-// Nodes do not agree yet on the operation from which a mask holds: two of them could run one operation with two masks.
-base::Status check_loss(const engine::GroupSettings& settings) {
-  if (settings.mask_on_loss) {
-    return base::Status(EXPERTD_REASON_UNSUPPORTED,
-                        "on_rank_loss = mask is for groups on one node so far; join with fail, and after a loss leave "
-                        "and join again");
+// The parts of a group tell each other's nodes their counts in ways of their own.
+base::Status check_devices(const group::Placed& placed) {
+  for (size_t rank = 1; rank < placed.ranks.size(); ++rank) {
+    if (placed.ranks[rank].facts.cuda != placed.ranks[0].facts.cuda) {
+      return base::Status(EXPERTD_REASON_UNSUPPORTED,
+                          "rank " + std::to_string(rank) + " is on " + kind_of(placed.ranks[rank]) + " of node " +
+                              placed.nodes[placed.ranks[rank].node].name + " and rank 0 on " +
+                              kind_of(placed.ranks[0]) + ": a group has one kind of device");
+    }
   }
   return base::Status::ok();
 }
@@ -54,6 +50,7 @@ ErrorDetail check_rdma(const group::Formation& formation) {
 void SessionService::use_nodes(group::RendezvousPort* rendezvous, GroupFabric* fabric) {
   rendezvous_ = rendezvous;
   fabric_ = fabric;
+  views_.on_change([fabric] { fabric->views_changed(); });
 }
 
 uint64_t SessionService::random_attempt() {
@@ -150,7 +147,6 @@ ErrorDetail SessionService::open_fabric(const group::Formation& formation) {
 
 base::Status SessionService::open_port(const group::Formation& formation) {
   EXPERTD_RETURN_IF_ERROR(check_devices(*formation.placed));
-  EXPERTD_RETURN_IF_ERROR(check_loss(formation.shared->settings()));
   const uint64_t deadline_ns = base::now_ns() + formation.placed->form_timeout_ns;
   base::Result<std::shared_ptr<engine::FabricPort>> port =
       fabric_->open(*formation.placed, formation.shared->settings(), deadline_ns);
@@ -158,6 +154,11 @@ base::Status SessionService::open_port(const group::Formation& formation) {
     return port.status();
   }
   formation.shared->set_fabric(std::move(port).value());
+  std::vector<uint64_t> node_ids;
+  for (const group::NodeIdentity& node : formation.placed->nodes) {
+    node_ids.push_back(node.id);
+  }
+  views_.add(formation.shared, std::move(node_ids));
   return base::Status::ok();
 }
 
@@ -190,6 +191,14 @@ void SessionService::tell_gone(const engine::GroupShared& group, uint32_t rank) 
   }
   if (group.settings().group_key != 0) {
     rendezvous_->report_gone(group.settings().group_key, {rank});
+    views_.rank_gone(group.settings().group_key, rank);
+  }
+}
+
+// Others of the group go on: nothing may wait for a rank that takes nothing any more.
+void SessionService::forget(const engine::GroupShared& group, uint32_t rank) {
+  if (group.settings().fabric != nullptr) {
+    group.settings().fabric->forget(rank);
   }
 }
 
@@ -201,6 +210,7 @@ void SessionService::remote_rank_gone(uint64_t group_key, uint32_t rank, uint64_
       wake_group(*shared);
     }
   }
+  views_.rank_gone(group_key, rank);  // also of one whose ranks of this node have all left
 }
 
 void SessionService::node_lost(uint64_t node_id) {
@@ -212,11 +222,12 @@ void SessionService::node_lost(uint64_t node_id) {
         gone.push_back(rank);
       }
     }
+    wake_group(*shared);
     if (!gone.empty()) {
       rendezvous_->report_gone(shared->settings().group_key, gone);
     }
-    wake_group(*shared);
   }
+  views_.node_lost(node_id);
 }
 
 }  // namespace expertd::session

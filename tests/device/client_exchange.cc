@@ -217,7 +217,7 @@ std::string Exchanges::check_dispatch(const RandomCase& it, uint32_t rank, const
     return problem;
   }
   const auto expected = support::reference_ll_dispatch(it.shape, it.inputs);
-  if (end.result.executor != EXPERTD_EXECUTOR_COPY_ENGINE || end.result.sms != 0) {
+  if (end.result.executor != executor() || (end.result.sms != 0) != over_nodes_) {
     return "executor " + std::to_string(end.result.executor) + " with " + std::to_string(end.result.sms) + " SMs";
   }
   if (end.result.local_bytes != expected[rank].local_bytes || end.result.remote_bytes != expected[rank].remote_bytes ||
@@ -280,7 +280,7 @@ std::string Exchanges::check_combine(const RandomCase& it, uint32_t rank, const 
   if (!problem.empty()) {
     return problem;
   }
-  if (end.result.executor != EXPERTD_EXECUTOR_COPY_ENGINE) {
+  if (end.result.executor != executor()) {
     return "executor " + std::to_string(end.result.executor);
   }
   const auto lanes = lane_rows(it);
@@ -329,7 +329,7 @@ std::string Exchanges::run(uint64_t seed, uint32_t rank) {
   }
   expertd_group_options_t options = support::small_group(name.c_str(), rank, kRanks);
   support::configure(it, &options);
-  options.executor = EXPERTD_GROUP_EXECUTOR_COPY_ENGINE;
+  options.executor = over_nodes_ ? EXPERTD_GROUP_EXECUTOR_AUTO : EXPERTD_GROUP_EXECUTOR_COPY_ENGINE;
   options.op_timeout_ns = kOpNs;
   options.first_op_timeout_ns = kOpNs;
   std::string problem = failed("join", support::outcome_of(expertd_group_join(session_, &options, &group_)));

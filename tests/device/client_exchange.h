@@ -20,6 +20,8 @@ class Exchanges {
 
   /// `gpu` is null on host devices, which these are not for. All return what was wrong, empty for nothing.
   std::string open(expertd_session_t* session, ClientGpu* gpu);
+  /// The ranks are on two nodes, which exchange by kernels of the daemon.
+  void set_over_nodes() { over_nodes_ = true; }
   /// One case of two ranks.
   std::string run(uint64_t seed, uint32_t rank);
 
@@ -42,6 +44,9 @@ class Exchanges {
   std::string synchronize();
   void* stream() const { return gpu_ == nullptr ? nullptr : gpu_->stream(); }
 
+  uint32_t executor() const { return over_nodes_ ? EXPERTD_EXECUTOR_SM : EXPERTD_EXECUTOR_COPY_ENGINE; }
+
+  bool over_nodes_ = false;
   expertd_session_t* session_ = nullptr;
   ClientGpu* gpu_ = nullptr;
   expertd_group_t* group_ = nullptr;

@@ -134,9 +134,11 @@ void HtExchanges::expect(Case* made) {
   made->combined = support::reference_combine(shape, it.inputs, made->dispatched, made->rows, it.capacities);
 }
 
-HtExchanges::Case HtExchanges::make(uint64_t seed) {
+HtExchanges::Case HtExchanges::make(uint64_t seed) const {
   Case made;
-  made.it = support::make_case(OpKind::kDispatch, wish_of(seed));
+  support::Wish wish = wish_of(seed);
+  wish.biases = wish.biases && !over_nodes_;  // the own node's rows come first, which the first bias would tell
+  made.it = support::make_case(OpKind::kDispatch, wish);
   Random random(seed + 1);
   made.rows.resize(kRanks);
   for (uint32_t rank = 0; rank < kRanks; ++rank) {
@@ -271,7 +273,7 @@ std::string HtExchanges::check_dispatch(const Case& made, const Places& at, bool
   }
   const support::DispatchResult& wanted = made.dispatched[rank_];
   const expertd_op_result_t& result = end.result;
-  if (result.executor != EXPERTD_EXECUTOR_COPY_ENGINE || result.sms != 0) {
+  if (result.executor != executor() || (result.sms != 0) != over_nodes_) {
     return "executor " + std::to_string(result.executor) + " with " + std::to_string(result.sms) + " SMs";
   }
   if (result.recv_rows != wanted.rows.size() || result.local_bytes != wanted.local_bytes ||
@@ -300,7 +302,7 @@ std::string HtExchanges::check_combine(const Case& made, const Places& at, const
     return problem;
   }
   const support::CombineResult& wanted = made.combined[rank_];
-  if (end.result.executor != EXPERTD_EXECUTOR_COPY_ENGINE || end.result.local_bytes != wanted.local_bytes ||
+  if (end.result.executor != executor() || end.result.local_bytes != wanted.local_bytes ||
       end.result.remote_bytes != wanted.remote_bytes) {
     return "result of combine: executor " + std::to_string(end.result.executor) + ", " +
            std::to_string(end.result.local_bytes) + " and " + std::to_string(end.result.remote_bytes) + " bytes";
@@ -412,7 +414,7 @@ std::string HtExchanges::run(uint64_t seed, uint32_t rank) {
   const std::string name = "exchange-ht-" + std::to_string(seed);
   expertd_group_options_t options = support::small_group(name.c_str(), rank, kRanks);
   support::configure(made.it, &options);
-  options.executor = EXPERTD_GROUP_EXECUTOR_COPY_ENGINE;
+  options.executor = over_nodes_ ? EXPERTD_GROUP_EXECUTOR_AUTO : EXPERTD_GROUP_EXECUTOR_COPY_ENGINE;
   options.op_timeout_ns = kOpNs;
   options.first_op_timeout_ns = kOpNs;
   std::string problem = failed("join", support::outcome_of(expertd_group_join(session_, &options, &group_)));

@@ -164,13 +164,18 @@ Client::Client() {
   };
 }
 
-/// Random cases of one kind: the first seed, how many, this rank.
+/// Random cases of one kind: the first seed, how many, this rank, and "nodes" if the ranks are on two.
 template <typename Cases>
 std::string Client::exchange(std::istringstream& words) {
   const uint64_t seed = number(words, 1);
   const uint64_t count = number(words, 10);
   const auto rank = static_cast<uint32_t>(number(words, 0));
   Cases cases;
+  std::string where;
+  words >> where;
+  if (where == "nodes") {
+    cases.set_over_nodes();
+  }
   std::string problem = cases.open(session_.get(), on_gpu_ ? &gpu_ : nullptr);
   for (uint64_t i = 0; i < count && problem.empty(); ++i) {
     problem = cases.run(seed + i, rank);

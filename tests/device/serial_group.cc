@@ -31,27 +31,6 @@ size_t matrix_ints(const OpShape& shape) {
   return size_t{shape.ranks} * kernels::count_row_ints(shape.ranks, shape.experts);
 }
 
-void set_tensors(const Tensors& tensors, OpParams* op) {
-  op->in.x = tensors.get(EXPERTD_IN_X);
-  op->in.topk_idx = tensors.get(EXPERTD_IN_TOPK_IDX);
-  op->in.topk_weights = tensors.get<float>(EXPERTD_IN_TOPK_WEIGHTS);
-  op->in.side = tensors.get(EXPERTD_IN_SIDE);
-  op->in.bias0 = tensors.get(EXPERTD_IN_BIAS0);
-  op->in.bias1 = tensors.get(EXPERTD_IN_BIAS1);
-  op->in.token_rank_mask = tensors.get<uint8_t>(EXPERTD_IN_TOKEN_RANK_MASK);
-  op->out = {};
-  op->out.x = tensors.get(EXPERTD_OUT_X);
-  op->out.side = tensors.get(EXPERTD_OUT_SIDE);
-  op->out.topk_idx = tensors.get(EXPERTD_OUT_TOPK_IDX);
-  op->out.topk_weights = tensors.get<float>(EXPERTD_OUT_TOPK_WEIGHTS);
-  op->out.expert_counts = tensors.get<int32_t>(EXPERTD_OUT_EXPERT_COUNTS);
-  op->out.rank_prefix = tensors.get<int32_t>(EXPERTD_OUT_RANK_PREFIX);
-  op->out.src_info = tensors.get<int32_t>(EXPERTD_OUT_SRC_INFO);
-  op->out.layout_range = tensors.get<int64_t>(EXPERTD_OUT_LAYOUT_RANGE);
-  op->out.stats = tensors.get<int32_t>(EXPERTD_OUT_STATS);
-  op->out.token_rank_mask = tensors.get<uint8_t>(EXPERTD_OUT_TOKEN_RANK_MASK);
-}
-
 OpShape widest_of(const OpShape& shape) {
   OpShape widest;
   widest.ranks = shape.ranks;

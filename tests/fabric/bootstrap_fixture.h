@@ -62,7 +62,8 @@ class TestNode {
     group::RendezvousOptions options = {};
     uint64_t first_bytes_ns = 5 * kSecond;
     uint32_t connections_max = 256;
-    bool hosts_by_list = true;  // false: only the test tells the server whether it hosts
+    bool hosts_by_list = true;                     // false: only the test tells the server whether it hosts
+    std::function<group::Elected()> elected = {};  // in place of `rendezvous`
   };
 
   explicit TestNode(Settings settings) : settings_(std::move(settings)) {
@@ -133,6 +134,7 @@ class TestNode {
     RendezvousClientOptions options;
     options.identity = identity_;
     options.rendezvous = settings_.rendezvous.empty() ? std::vector<std::string>{address()} : settings_.rendezvous;
+    options.elected = settings_.elected;
     options.cluster_key = settings_.key;
     options.own_port = server_->port();
     options.own_listen = settings_.listen;

@@ -65,6 +65,17 @@ std::vector<Bell::Loss> Bell::lost() {
   return lost_;
 }
 
+void Bell::view_message(uint64_t group_key, uint32_t node, const engine::ViewMessage& message) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  said_.push_back({group_key, node, message});
+  rung_.notify_all();
+}
+
+std::vector<Bell::Said> Bell::said() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return said_;
+}
+
 std::vector<Bell::Gone> Bell::gone() {
   const std::lock_guard<std::mutex> lock(mutex_);
   return gone_;

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Daemons of several nodes on this machine: real processes that reach each other over loopback TCP and form groups
-// together. The first hosts the rendezvous. Processes end with the object; one thread; tests only.
+// together. The first hosts the rendezvous, or whom an etcd elects. Processes end with the object; one thread; tests
+// only.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -15,9 +17,12 @@ namespace expertd::support {
 
 class DaemonCluster {
  public:
-  /// `devices` host devices each; `flags` go to every daemon.
+  /// `devices` host devices each; `flags` go to every daemon. With --fabric-etcd among them there is no list.
   explicit DaemonCluster(uint32_t nodes, uint32_t devices = 2, std::vector<std::string> flags = {});
 
+  /// Before start(): flags of one daemon alone, and how long each may take.
+  void add_flags(uint32_t node, std::vector<std::string> flags);
+  void set_start_limit(std::chrono::milliseconds limit) { start_limit_ = limit; }
   /// Starts all at once; with other ports when somebody took one of these meanwhile. False with their logs.
   bool start();
 
@@ -37,6 +42,8 @@ class DaemonCluster {
 
   const uint32_t devices_;
   const std::vector<std::string> flags_;
+  std::vector<std::vector<std::string>> own_flags_;
+  std::chrono::milliseconds start_limit_{0};  // 0: that of every daemon
   std::vector<std::unique_ptr<DaemonProcess>> nodes_;
   std::vector<std::string> addresses_;
 };

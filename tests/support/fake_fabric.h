@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "daemon/base/clock.h"
 #include "daemon/engine/fabric_port.h"
 #include "tests/support/random_case.h"
 
@@ -45,6 +46,12 @@ class FakeNetwork {
       }
     }
     return false;
+  }
+  /// A message that no part sent, of a rank of `from` to the node of the header, arrives now if there is a buffer.
+  void inject(uint32_t from, const engine::MessageHeader& header, std::vector<std::byte> body) {
+    Message message{header, std::move(body), from, header.node, header.source_rank, &injected_};
+    injected_ = 1;
+    (void)ports_[header.node]->accept(&message);
   }
   /// Nothing is under way, and no rank keeps a message or a buffer.
   bool quiet() const {
@@ -155,7 +162,13 @@ class FakeNetwork {
       std::copy(message->bytes.begin(), message->bytes.end(), body.get());
       message->header.node = message->from;
       for (const uint32_t rank : targets) {
-        ranks[rank].inbox.push_back({message->header, body.get(), bytes, static_cast<uint32_t>(bodies.size())});
+        engine::Arrival arrival;
+        arrival.header = message->header;
+        arrival.data = body.get();
+        arrival.bytes = bytes;
+        arrival.arrived_ns = base::now_ns();
+        arrival.id = static_cast<uint32_t>(bodies.size());
+        ranks[rank].inbox.push_back(arrival);
         ++ranks[rank].kept;
         network->stirred(placement.own_node, rank);
       }
@@ -180,6 +193,7 @@ class FakeNetwork {
   support::Random* random_;
   std::vector<std::unique_ptr<Port>> ports_;
   std::vector<Message> under_way_;
+  uint32_t injected_ = 0;  // buffers that it seems to come from
 };
 
 }  // namespace expertd::test

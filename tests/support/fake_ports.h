@@ -134,15 +134,17 @@ class FakeWakePort final : public engine::WakePort {
 
 class FakeObserver final : public engine::OpObserver {
  public:
-  void completed(base::DeviceIndex /*device*/, const engine::Request& request,
-                 const expertd_completion& completion) override {
+  void completed(base::DeviceIndex /*device*/, const engine::Request& request, const expertd_completion& completion,
+                 const engine::HeldUp& held_up) override {
     ++completions;
+    last_held_up = held_up;
     last_request = request;
     last_completion = completion;
   }
   uint32_t completions = 0;
   engine::Request last_request;
   expertd_completion last_completion{};
+  engine::HeldUp last_held_up;
 };
 
 }  // namespace expertd::test

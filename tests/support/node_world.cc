@@ -14,12 +14,12 @@ constexpr uint32_t kHandle = 1;
 uint64_t least_message_bytes(const support::RandomCase& random_case, const engine::Placement& placement) {
   kernels::OpShape shape = random_case.shape;
   uint64_t bytes = device::counts_message_bytes(shape.ranks, shape.experts);
-  const host::MessageHead head{host::kMessageWeights, shape.side_elements, shape.side_element_bytes, 0};
+  const kernels::MessageHead head{kernels::kMessageWeights, shape.side_elements, shape.side_element_bytes, 0};
   for (const std::vector<uint32_t>& node : placement.ranks_of) {
     const auto ranks = static_cast<uint32_t>(node.size());
-    bytes = std::max<uint64_t>(bytes, sizeof(head) + host::rows_layout(shape, head, ranks).stride);
-    bytes = std::max<uint64_t>(bytes, sizeof(head) + host::pulls_layout(shape, ranks).stride);
-    bytes = std::max<uint64_t>(bytes, sizeof(head) + host::sums_layout(shape, head).stride);
+    bytes = std::max<uint64_t>(bytes, sizeof(head) + kernels::rows_layout(shape, head, ranks).stride);
+    bytes = std::max<uint64_t>(bytes, sizeof(head) + kernels::pulls_layout(shape, ranks).stride);
+    bytes = std::max<uint64_t>(bytes, sizeof(head) + kernels::sums_layout(shape, head).stride);
   }
   return bytes;
 }
@@ -127,6 +127,7 @@ bool NodeWorld::launch(Op* op, uint32_t rank) {
   spec.ranks = shape_.ranks;
   spec.rank = rank;
   spec.active_ranks = active_of ? active_of(rank) : op->active;
+  spec.epoch = kView;
   spec.page = static_cast<uint32_t>(op->number % engine::kExchangePages);
   spec.flags = &op->flags[node];
   spec.placement = &network->placement(node);

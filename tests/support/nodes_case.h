@@ -82,15 +82,16 @@ inline float value_of(const PoisonedBuffer& rows, size_t at) {
 
 /// A case as one node and as several run it.
 struct NodesCase {
-  explicit NodesCase(uint64_t seed, kernels::OpKind kind)
+  NodesCase(uint64_t seed, kernels::OpKind kind) : NodesCase(seed, make_random_case(seed, kind)) {}
+  NodesCase(uint64_t seed, RandomCase made)
       : random(~seed),
-        dispatch(make_random_case(seed, kind)),
+        dispatch(std::move(made)),
         handles(make_handles(dispatch)),
         nodes(dispatch.shape.ranks < 2 ? 0 : random.between(2, std::min(4U, dispatch.shape.ranks))) {
     if (nodes != 0) {
       world = std::make_unique<test::NodeWorld>(dispatch, nodes, seed + 11);
     }
-    settings.low_latency = kind == kernels::OpKind::kLlDispatch;
+    settings.low_latency = dispatch.shape.kind == kernels::OpKind::kLlDispatch;
     for (const RankInput& input : dispatch.inputs) {
       settings.with_weights |= !input.topk_weights.empty();
     }

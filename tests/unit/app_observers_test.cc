@@ -32,22 +32,27 @@ class DeviceObserverTest : public ::testing::Test {
     return completion;
   }
 
-  metrics::OpCounters ops_;
+  void complete(const engine::Request& request, const expertd_completion& completion,
+                const engine::HeldUp& held_up = {}) {
+    observer_.completed(kDevice, request, completion, held_up);
+  }
+
+  metrics::Blocks::Device block_;
+  metrics::OpCounters& ops_ = block_.ops;
   metrics::ThreadCounters thread_;
   SilentNotifier notifier_;
   supervise::Watchdog watchdog_{notifier_, {}};
   supervise::Beat* beat_ = watchdog_.add("loop", 0).value();
-  DeviceObserver observer_{&ops_, &thread_, beat_};
+  DeviceObserver observer_{&block_, &thread_, beat_};
 };
 
 TEST_F(DeviceObserverTest, ARefusalIsNoOperationThatFailed) {
-  observer_.completed(kDevice, request(kernels::OpKind::kDispatch, EXPERTD_REASON_UNALIGNED),
-                      completion(EXPERTD_REASON_UNALIGNED));
+  complete(request(kernels::OpKind::kDispatch, EXPERTD_REASON_UNALIGNED), completion(EXPERTD_REASON_UNALIGNED));
   EXPECT_EQ(ops_.rejected(metrics::reason_index(EXPERTD_REASON_UNALIGNED)), 1U);
   EXPECT_EQ(ops_.totals(EXPERTD_OP_DISPATCH).failed, 0U);
-  observer_.completed(kDevice, request(kernels::OpKind::kDispatch, 0), completion(EXPERTD_REASON_PEER_LOST));
+  complete(request(kernels::OpKind::kDispatch, 0), completion(EXPERTD_REASON_PEER_LOST));
   EXPECT_EQ(ops_.totals(EXPERTD_OP_DISPATCH).failed, 1U);
-  observer_.completed(kDevice, request(kernels::OpKind::kDispatch, 0), completion(0));
+  complete(request(kernels::OpKind::kDispatch, 0), completion(0));
   EXPECT_EQ(ops_.totals(EXPERTD_OP_DISPATCH).ok, 1U);
 }
 
@@ -57,15 +62,44 @@ TEST_F(DeviceObserverTest, TheExecutorAndItsMultiprocessorsAreCounted) {
   done.sms = 24;
   done.start_ns = 100;
   done.end_ns = 150;
-  observer_.completed(kDevice, request(kernels::OpKind::kCombine, 0), done);
+  complete(request(kernels::OpKind::kCombine, 0), done);
   const metrics::OpBlock& block = ops_.block(EXPERTD_OP_COMBINE);
   EXPECT_EQ(metrics::read(block.executed[EXPERTD_COMPLETION_EXECUTOR_SM]), 1U);
   EXPECT_EQ(metrics::read(block.sm_ns), 24U * 50U);
 }
 
+TEST_F(DeviceObserverTest, RowsThatCrossNodesAreAPathOfTheirOwn) {
+  expertd_completion done = completion(0);
+  done.local_bytes = 10;
+  done.remote_bytes = 100;
+  complete(request(kernels::OpKind::kDispatch, 0), done, {.group = {}, .fabric_bytes = 60});
+  const metrics::OpBlock& block = ops_.block(EXPERTD_OP_DISPATCH);
+  EXPECT_EQ(metrics::read(block.local_bytes), 10U);
+  EXPECT_EQ(metrics::read(block.remote_bytes), 40U);
+  EXPECT_EQ(metrics::read(block.fabric_bytes), 60U);
+}
+
+TEST_F(DeviceObserverTest, WhoWasWaitedForIsKeptOfWhatSucceeded) {
+  expertd_completion done = completion(0);
+  done.group_op = 7;
+  const engine::HeldUp held{.group = {3}, .rank = 1, .last_rank = 2, .waited_ns = 500, .counts = true};
+  complete(request(kernels::OpKind::kCombine, 0), done, held);
+  complete(request(kernels::OpKind::kCombine, 0), done);  // nothing is known
+  complete(request(kernels::OpKind::kCombine, 0), completion(EXPERTD_REASON_PEER_LOST), held);
+  const std::vector<metrics::WaitRecord> waits = block_.waits.last(10);
+  ASSERT_EQ(waits.size(), 1U);
+  EXPECT_EQ(waits[0].group, 3U);
+  EXPECT_EQ(waits[0].number, 7U);
+  EXPECT_EQ(waits[0].op, static_cast<uint32_t>(EXPERTD_OP_COMBINE));
+  EXPECT_EQ(waits[0].rank, 1U);
+  EXPECT_EQ(waits[0].last_rank, 2U);
+  EXPECT_EQ(waits[0].waited_ns, 500U);
+  EXPECT_TRUE(waits[0].counts);
+}
+
 TEST_F(DeviceObserverTest, OnlyWhatCannotBeUnderstoodIsAnInvalidDescriptor) {
-  observer_.completed(kDevice, request(kernels::OpKind::kBarrier, EXPERTD_REASON_UNALIGNED), completion(0));
-  observer_.completed(kDevice, request(kernels::OpKind::kBarrier, EXPERTD_REASON_DESCRIPTOR_MALFORMED), completion(0));
+  complete(request(kernels::OpKind::kBarrier, EXPERTD_REASON_UNALIGNED), completion(0));
+  complete(request(kernels::OpKind::kBarrier, EXPERTD_REASON_DESCRIPTOR_MALFORMED), completion(0));
   EXPECT_EQ(ops_.invalid(metrics::reason_index(EXPERTD_REASON_UNALIGNED)), 0U);
   EXPECT_EQ(ops_.invalid(metrics::reason_index(EXPERTD_REASON_DESCRIPTOR_MALFORMED)), 1U);
   observer_.ring_broken();
@@ -135,7 +169,7 @@ class OperatorViewTest : public ::testing::Test {
   OperatorView& view() {
     if (view_ == nullptr) {
       view_ = std::make_unique<OperatorView>(
-          facts_, &sessions_, std::make_shared<metrics::Blocks>(), [](uint64_t) {}, [this] { return nodes_; });
+          facts_, &sessions_, std::make_shared<metrics::Blocks>(), [](uint64_t) {}, [this] { return nodes_; }, nullptr);
     }
     return *view_;
   }

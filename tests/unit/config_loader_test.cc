@@ -357,7 +357,20 @@ TEST_F(ConfigLoader, WantsARendezvousWhereTheFabricIsEnabled) {
   EXPECT_EQ(
       mistake(EXPERTD_REASON_CONFIG_BAD_VALUE),
       "expertd.toml:2:11: fabric.enabled: needs fabric.rendezvous, the daemons at which the ranks of a group find "
-      "each other");
+      "each other, or fabric.etcd, where they elect one");
+}
+
+TEST_F(ConfigLoader, TakesAnEtcdInPlaceOfARendezvousAndNotBoth) {
+  write("[fabric]\nenabled = true\netcd = [\"http://a:2379\"]\n");
+  const config::FabricConfig fabric = loaded().config.fabric;
+  EXPECT_EQ(fabric.etcd, (std::vector<std::string>{"http://a:2379"}));
+  EXPECT_EQ(fabric.etcd_prefix, "/expertd");
+  EXPECT_EQ(fabric.etcd_lease_ns, 5'000'000'000U);
+  write("[fabric]\nenabled = true\nrendezvous = [\"a:1\"]\netcd = [\"http://a:2379\"]\n");
+  EXPECT_EQ(mistake(EXPERTD_REASON_CONFIG_BAD_VALUE),
+            "expertd.toml:4:8: fabric.etcd: is given together with fabric.rendezvous; remove one of the two");
+  write("[fabric]\netcd = [\"https://a:2379\"]\n");
+  EXPECT_NE(mistake(EXPERTD_REASON_CONFIG_BAD_VALUE).find("\"http://HOST:PORT\""), std::string::npos);
 }
 
 TEST_F(ConfigLoader, WantsANameOfAllDaemonsAlone) {

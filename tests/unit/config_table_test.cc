@@ -228,6 +228,26 @@ TEST(ConfigValue, TakesListsOfPeers) {
   EXPECT_FALSE(refused("fabric.rendezvous", many.substr(0, many.rfind(','))));
 }
 
+TEST(ConfigValue, TakesListsOfEtcds) {
+  EXPECT_EQ(literal("fabric.etcd", "http://a-1:2379, http://[fd00::1]:1"),
+            "[\"http://a-1:2379\", \"http://[fd00::1]:1\"]");
+  EXPECT_EQ(literal("fabric.etcd", ""), "[]");
+  for (const char* text : {"a:2379", "https://a:2379", "http://", "http://a", "http://a:0", "http://a:2379/v3",
+                           "http://dns:a:2379", "http://u@a:1", "http://a:1,http://a:1", "unix:a"}) {
+    EXPECT_TRUE(refused("fabric.etcd", text)) << text;
+  }
+  for (const char* text : {"/expertd", "/a/b-c_d.e", "/1"}) {
+    EXPECT_FALSE(refused("fabric.etcd_prefix", text)) << text;
+  }
+  for (const std::string& text : {std::string(), std::string("/"), std::string("expertd"), std::string("/expertd/"),
+                                  std::string("/a b"), std::string("/a\n"), "/" + std::string(200, 'a')}) {
+    EXPECT_TRUE(refused("fabric.etcd_prefix", text)) << text;
+  }
+  EXPECT_FALSE(refused("fabric.etcd_lease", "2s"));
+  EXPECT_TRUE(refused("fabric.etcd_lease", "1s"));
+  EXPECT_TRUE(refused("fabric.etcd_lease", "61s"));
+}
+
 TEST(ConfigValue, WantsAnAddressWithAPortToListenOn) {
   EXPECT_EQ(literal("fabric.listen", "[::]:0"), "\"[::]:0\"");
   EXPECT_EQ(literal("fabric.listen", "10.0.0.1:65535"), "\"10.0.0.1:65535\"");

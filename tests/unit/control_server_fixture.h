@@ -117,6 +117,7 @@ class FakeOperator final : public session::OperatorApi {
   std::vector<session::SessionSnapshot> sessions() override { return std::vector<session::SessionSnapshot>(3); }
   std::vector<session::OpCounterSnapshot> counters() override { return {}; }
   base::Result<session::PeersSnapshot> peers() override { return session::PeersSnapshot{}; }
+  session::WaitsSnapshot waits(uint32_t) override { return {}; }
   uint32_t drain(uint64_t timeout_ns) override { return static_cast<uint32_t>(timeout_ns); }
   base::Result<std::string> set_log_level(const std::string& level) override {
     if (level != "debug") {

@@ -6,6 +6,7 @@
 
 #include "client/ctl/render.h"
 #include "client/ctl/render_nodes.h"
+#include "client/ctl/slowest.h"
 #include "daemon/app/node_view.h"
 #include "daemon/control/convert.h"
 
@@ -77,6 +78,24 @@ TEST(NodesView, StatusHasOneLineForTheFabric) {
   EXPECT_EQ(status_json(status)["fabric"]["groups"], 2);
 }
 
+TEST(NodesView, HowTheRendezvousIsFoundIsSaid) {
+  app::NodeFacts facts = three_peers();
+  facts.rendezvous.source = "list";
+  EXPECT_NE(fabric_line(status_of(facts)).find("rendezvous 10.0.0.9:9465 on node-z by list, "), std::string::npos);
+  facts.rendezvous.source = "etcd";
+  facts.rendezvous.term = 42;
+  EXPECT_NE(fabric_line(status_of(facts)).find("on node-z by etcd term 42, peers"), std::string::npos);
+  facts.rendezvous.etcd_cause = "etcd http://a:2379: connection refused";
+  const v1::FabricStatus fabric = status_of(facts);
+  EXPECT_NE(fabric_line(fabric).find("term 42, ETCD DOES NOT SAY WHO HOSTS (etcd http://a:2379: connection refused), "),
+            std::string::npos)
+      << fabric_line(fabric);
+  const nlohmann::json json = fabric_json(fabric);
+  EXPECT_EQ(json["rendezvous_source"], "etcd");
+  EXPECT_EQ(json["rendezvous_term"], 42);
+  EXPECT_EQ(json["etcd_cause"], "etcd http://a:2379: connection refused");
+}
+
 TEST(NodesView, WhatTheFabricLacksIsSaid) {
   app::NodeFacts facts = three_peers();
   facts.rendezvous = {};
@@ -134,6 +153,135 @@ TEST(NodesView, ThePeersTableHasARowPerLane) {
   app::NodeFacts alone = three_peers();
   alone.fabric.peers.clear();
   EXPECT_EQ(peers_text(peers_of(alone)), "no peers: node node-a has joined no group with another node\n");
+}
+
+TEST(NodesView, LabelsOfMetricsAreTheNamesOfTheFabric) {
+  for (uint32_t i = 0; i < fabric::kLossCauses; ++i) {
+    EXPECT_EQ(metrics::kPeerFailureNames[i], fabric::loss_cause_name(static_cast<fabric::LossCause>(i)));
+  }
+  for (uint32_t i = 0; i < fabric::kDropCauses; ++i) {
+    EXPECT_EQ(metrics::kDropNames[i], fabric::drop_cause_name(static_cast<fabric::DropCause>(i)));
+  }
+  for (uint32_t i = 0; i < metrics::kPeerStateNames.size(); ++i) {
+    EXPECT_EQ(metrics::kPeerStateNames[i], app::peer_state_name(static_cast<fabric::PeerState>(i)));
+  }
+  const nlohmann::json lanes = peers_json(peers_of(three_peers()))["peers"][0]["lanes"];
+  for (size_t i = 0; i < metrics::kLaneNames.size(); ++i) {
+    EXPECT_EQ(lanes[i]["lane"], metrics::kLaneNames[i]);
+  }
+}
+
+TEST(NodesView, MetricsCountPeersByStateAndKeepWhatWent) {
+  app::NodeFacts facts = three_peers();
+  facts.fabric.lost[1] = 3;
+  facts.fabric.dropped[2] = 4;
+  facts.fabric.traffic[0].sent_bytes = 99;
+  facts.fabric.rtt.observe(42'000);
+  const metrics::FabricGauges gauges = app::fabric_gauges(facts);
+  EXPECT_TRUE(gauges.enabled);
+  EXPECT_TRUE(gauges.rendezvous_up);
+  EXPECT_EQ(gauges.groups, 2U);
+  EXPECT_EQ(gauges.peers, (std::array<uint64_t, 3>{1, 1, 1}));
+  EXPECT_EQ(gauges.failures[1], 3U);
+  EXPECT_EQ(gauges.dropped[2], 4U);
+  EXPECT_EQ(gauges.lanes[0].sent_bytes, 99U) << "with peers that are in the list no more";
+  EXPECT_EQ(gauges.rtt[1], 1U);
+  EXPECT_EQ(gauges.rtt_sum_ns, 42'000U);
+  EXPECT_FALSE(app::fabric_gauges({}).enabled);
+  EXPECT_FALSE(app::fabric_gauges({}).rendezvous_up);
+}
+
+session::WaitsSnapshot waits_of_two_nodes() {
+  session::WaitsSnapshot waits;
+  waits.node = "node-a";
+  waits.groups.resize(1);
+  waits.groups[0].id = {5};
+  waits.groups[0].name = "decode";
+  waits.groups[0].rank_nodes = {"node-a", "node-b"};
+  for (uint64_t number = 1; number <= 4; ++number) {
+    const bool own = number == 4;
+    waits.waits.push_back({.group = {5},
+                           .number = number,
+                           .op = "ll_dispatch",
+                           .rank = 0,
+                           .last_rank = own ? 0U : 1U,
+                           .waited_ns = own ? 0 : number * 10'000,
+                           .counts = true});
+  }
+  return waits;
+}
+
+v1::ListWaitsResponse message_of(const session::WaitsSnapshot& waits) {
+  v1::ListWaitsResponse message;
+  control::to_proto(waits, &message);
+  return message;
+}
+
+TEST(Slowest, WhoWasWaitedForLongestComesFirst) {
+  session::WaitsSnapshot waits = waits_of_two_nodes();
+  for (uint64_t number = 5; number <= 14; ++number) {  // more often the last, and by a hair
+    waits.waits.push_back(
+        {.group = {5}, .number = number, .op = "dispatch", .rank = 1, .last_rank = 0, .waited_ns = 2'000});
+  }
+  const Slowest slowest = slowest_of(message_of(waits));
+  const std::vector<SlowRank>& ranks = slowest.ranks;
+  ASSERT_EQ(ranks.size(), 2U);
+  EXPECT_EQ(ranks[0].group, "decode");
+  EXPECT_EQ(ranks[0].rank, 1U);
+  EXPECT_EQ(ranks[0].node, "node-b");
+  EXPECT_EQ(ranks[0].last, 3U);
+  EXPECT_EQ(ranks[0].seen, 14U);
+  EXPECT_EQ(ranks[0].held_ns, 60'000U);
+  EXPECT_DOUBLE_EQ(ranks[0].share, 0.75);
+  EXPECT_EQ(ranks[0].waits, 3U);
+  EXPECT_EQ(ranks[0].p50_ns, 20'000U);
+  EXPECT_EQ(ranks[0].p99_ns, 30'000U);
+  EXPECT_EQ(ranks[1].rank, 0U);
+  EXPECT_EQ(ranks[1].last, 11U);
+  EXPECT_EQ(ranks[1].waits, 10U) << "it did not wait for itself";
+  ASSERT_EQ(slowest.nodes.size(), 2U);
+  EXPECT_EQ(slowest.nodes[0].name, "node-b");
+  EXPECT_DOUBLE_EQ(slowest.nodes[0].share, 0.75);
+  ASSERT_EQ(slowest.lanes.size(), 2U);
+  EXPECT_EQ(slowest.lanes[0].name, "latency");
+  EXPECT_EQ(slowest.lanes[1].held_ns, 20'000U);
+}
+
+TEST(Slowest, AGroupOfOneNodeHasNeitherNodesNorLanes) {
+  session::WaitsSnapshot waits = waits_of_two_nodes();
+  waits.groups[0].rank_nodes.clear();
+  const Slowest slowest = slowest_of(message_of(waits));
+  EXPECT_EQ(slowest.ranks.size(), 2U);
+  EXPECT_TRUE(slowest.nodes.empty() && slowest.lanes.empty());
+}
+
+TEST(Slowest, OfAnOperationTheLongestWaitCounts) {
+  session::WaitsSnapshot waits = waits_of_two_nodes();
+  // A second rank here, which came last in the second operation and waited a little for the other node then.
+  waits.waits.push_back({.group = {5}, .number = 2, .op = "ll_dispatch", .rank = 2, .last_rank = 0, .waited_ns = 100});
+  waits.waits.push_back(
+      {.group = {5}, .number = 1, .op = "ll_dispatch", .rank = 2, .last_rank = 3, .waited_ns = 90'000});
+  const std::vector<SlowRank> ranks = slowest_of(message_of(waits)).ranks;
+  ASSERT_EQ(ranks.size(), 3U);
+  EXPECT_EQ(ranks[0].rank, 3U);
+  EXPECT_EQ(ranks[0].p50_ns, 90'000U);
+  EXPECT_EQ(ranks[1].rank, 1U);
+  EXPECT_EQ(ranks[1].last, 2U);
+  EXPECT_EQ(ranks[1].seen, 4U);
+  EXPECT_EQ(ranks[2].rank, 0U);
+}
+
+TEST(Slowest, WhatIsNotSeenIsSaid) {
+  session::WaitsSnapshot waits = waits_of_two_nodes();
+  const std::string all = slowest_text(message_of(waits));
+  EXPECT_NE(all.find("By node: node-b 100 %\n"), std::string::npos) << all;
+  EXPECT_NE(all.find("20.0 µs"), std::string::npos) << all;
+  EXPECT_EQ(all.find("GPUs"), std::string::npos) << all;
+  EXPECT_EQ(slowest_json(message_of(waits))["submissions_alone"], false);
+  waits.waits[0].counts = false;
+  EXPECT_NE(slowest_text(message_of(waits)).find("GPUs: who submitted last"), std::string::npos);
+  EXPECT_EQ(slowest_json(message_of(waits))["submissions_alone"], true);
+  EXPECT_EQ(slowest_text({}), "no operations of groups yet\n");
 }
 
 }  // namespace

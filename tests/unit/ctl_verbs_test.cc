@@ -95,6 +95,10 @@ class FakeDaemon final : public session::OperatorApi {
     out.peers[0].state = "up";
     return out;
   }
+  session::WaitsSnapshot waits(uint32_t last) override {
+    waits_asked = last;
+    return {};
+  }
   uint32_t drain(uint64_t timeout_ns) override {
     drain_timeout_ns = timeout_ns;
     return 1;
@@ -104,6 +108,7 @@ class FakeDaemon final : public session::OperatorApi {
   uint64_t ops = 0;
   uint64_t drain_timeout_ns = 0;
   bool fabric_stuck = false;
+  uint32_t waits_asked = 0;
 };
 
 int remember_arguments(int argc, char** argv);
@@ -114,9 +119,11 @@ int remember_arguments(int argc, char** argv) {
 }
 
 const Verb kVerbs[] = {
-    {"status", "", add_status}, {"health", "", add_health}, {"sessions", "", add_sessions},
-    {"top", "", add_top},       {"drain", "", add_drain},   {"log-level", "", add_log_level},
-    {"peers", "", add_peers},   {"doctor", "", add_doctor}, {"own", "", pass_through(remember_arguments)},
+    {"status", "", add_status},     {"health", "", add_health},
+    {"sessions", "", add_sessions}, {"top", "", add_top},
+    {"drain", "", add_drain},       {"log-level", "", add_log_level},
+    {"peers", "", add_peers},       {"doctor", "", add_doctor},
+    {"slowest", "", add_slowest},   {"own", "", pass_through(remember_arguments)},
 };
 
 struct Output {
@@ -190,6 +197,14 @@ TEST_F(CtlVerbs, PeersOrWhyTheyAreNotKnown) {
   EXPECT_EQ(stuck.json()["reason"], "TIMEOUT");
 }
 
+TEST_F(CtlVerbs, SlowestAsksForTheLastOperations) {
+  EXPECT_EQ(run({"slowest", "--last=20"}, socket()).out, "no operations of groups yet\n");
+  EXPECT_EQ(daemon_.waits_asked, 20U);
+  EXPECT_EQ(run({"slowest", "--json"}, socket()).json()["ranks"].size(), 0U);
+  EXPECT_EQ(daemon_.waits_asked, 1024U);
+  EXPECT_EQ(run({"slowest", "--last=0"}, socket()).code, kExitUsage);
+}
+
 TEST_F(CtlVerbs, HealthTellsServingFromReady) {
   EXPECT_EQ(run({"health"}, socket()).code, kExitOk);
   const Output not_ready = run({"health", "--ready"}, socket());
@@ -256,6 +271,7 @@ TEST(CtlCli, DeadDaemonIsSaidSo) {
                                                                                     {"health", "--ready"},
                                                                                     {"sessions"},
                                                                                     {"peers"},
+                                                                                    {"slowest"},
                                                                                     {"top", "--once"},
                                                                                     {"drain"},
                                                                                     {"log-level", "info"}}) {

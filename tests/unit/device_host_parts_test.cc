@@ -176,6 +176,27 @@ TEST_F(HostParts, ALayoutRunsInSlices) {
   EXPECT_EQ(large->ranks[0].memory[EXPERTD_OUT_EXPERT_COUNTS].as<int32_t>()[0], 65536 * 32);
 }
 
+// The first rank's loop does not look between the counts of both, as one that sleeps.
+TEST_F(HostParts, WhoCameLastIsKnownByWhenItCame) {
+  auto op = world_.dispatch(kTokens, {0, 2}, 2 * kTokens, 1);
+  ASSERT_TRUE(world_.launch(op.get(), 0));
+  for (uint32_t rank = 0; rank < kPartRanks; ++rank) {
+    if (rank != 0) {
+      ASSERT_TRUE(world_.launch(op.get(), rank));
+    }
+    for (int turn = 0; (op->flags.routed.load() >> rank & 1) == 0; ++turn) {
+      ASSERT_LT(turn, 1000);
+      (void)world_.poll(op.get(), rank);
+    }
+  }
+  ASSERT_TRUE(world_.finish({op.get()}));
+  for (uint32_t rank = 0; rank < kPartRanks; ++rank) {
+    const engine::Exchanged& exchanged = op->outcomes[rank].exchanged;
+    EXPECT_EQ(exchanged.last_rank, static_cast<int32_t>(kPartRanks - 1));
+    EXPECT_EQ(exchanged.waited_ns == 0, rank == kPartRanks - 1);
+  }
+}
+
 TEST_F(HostParts, WaitTimesAreAddedToWhateverTheClientLeftThere) {
   auto op = world_.dispatch(kTokens, {0, 2}, 2 * kTokens, 1);
   auto* waits = static_cast<int64_t*>(op->ranks[0].give(EXPERTD_OUT_WAIT_STATS, kPartRanks * 8));

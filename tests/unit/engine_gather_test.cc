@@ -60,6 +60,27 @@ TEST(EngineGather, TellsTheDeviceWhoTakesPart) {
   EXPECT_EQ(spec.flags, &group.shared.entry(1).flags);
 }
 
+TEST(EngineGather, TellsWhoSubmittedLastAndForHowLongTheOthersWaited) {
+  FakeGroup group(3);
+  engine::Request request = plain_request();
+  group[0].submit(request);
+  group[2].submit(request);
+  ASSERT_TRUE(group.settle(1));
+  request.admit_ns = 50;
+  group[1].submit(request);
+  ASSERT_TRUE(group.settle(90));  // the loops' own delay is no waiting for others
+  group.finish_all();
+  ASSERT_TRUE(group.settle(100));
+  for (uint32_t rank = 0; rank < 3; ++rank) {
+    const engine::HeldUp& held = group[rank].observer.last_held_up;
+    EXPECT_EQ(held.group.value, 7U);
+    EXPECT_EQ(held.rank, rank);
+    EXPECT_EQ(held.last_rank, 1);
+    EXPECT_EQ(held.waited_ns, rank == 1 ? 0U : 50U);
+    EXPECT_FALSE(held.counts) << "the device tells nothing of them";
+  }
+}
+
 TEST(EngineGather, LaunchesTheOperationsOfASessionInOrderOfSubmission) {
   FakeGroup group(2);
   for (uint32_t i = 0; i < 5; ++i) {

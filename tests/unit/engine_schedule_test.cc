@@ -203,7 +203,7 @@ class ChunkDevice final : public engine::DevicePort {
 
 struct OvertakeObserver final : engine::OpObserver {
   void completed(base::DeviceIndex /*device*/, const engine::Request& /*request*/,
-                 const expertd_completion& /*completion*/) override {}
+                 const expertd_completion& /*completion*/, const engine::HeldUp& /*held_up*/) override {}
   void overtook(base::DeviceIndex /*device*/) override { ++count; }
   uint32_t count = 0;
 };

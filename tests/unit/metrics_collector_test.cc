@@ -237,6 +237,59 @@ TEST(MetricsServer, ValuesOfHostDevicesAreTakenTogether) {
   EXPECT_TRUE(has_line(scoped.server->render(), R"(expertd_ring_slots_used{gpu="host"} 0)"));
 }
 
+TEST(MetricsServer, TheFabricIsShownByStateLaneAndCause) {
+  FakeGauges gauges;
+  FabricGauges& fabric = gauges.values.fabric;
+  fabric.enabled = true;
+  fabric.transports = "tcp,shm";
+  fabric.rendezvous_up = true;
+  fabric.groups = 3;
+  fabric.peers = {1, 2, 4};
+  fabric.failures[1] = 5;
+  fabric.dropped[6] = 6;
+  fabric.lanes[1] = {.sent_messages = 7,
+                     .sent_bytes = 8,
+                     .received_messages = 9,
+                     .received_bytes = 10,
+                     .in_flight = 11,
+                     .deferred = 12};
+  fabric.rtt[1] = 2;
+  fabric.rtt.back() = 1;
+  fabric.rtt_sum_ns = 2'000'000'000;
+  auto blocks = std::make_shared<Blocks>();
+  OpRecord op;
+  op.op = EXPERTD_OP_DISPATCH;
+  op.fabric_bytes = 64;
+  blocks->add_device(gpu_label(true, 0)).ops.record(op);
+  EXPECT_EQ(blocks->devices()[0]->ops.totals(EXPERTD_OP_DISPATCH).remote_bytes, 64U);
+  const Scoped scoped(blocks, gauges);
+  const std::string page = scoped.server->render();
+  for (const char* line : {
+           R"(expertd_fabric_backend_info{backend="staged",transports="tcp,shm"} 1)",
+           R"(expertd_fabric_peers{state="connecting"} 1)",
+           R"(expertd_fabric_peers{state="lost"} 4)",
+           R"(expertd_fabric_peer_failures_total{cause="silent"} 5)",
+           R"(expertd_fabric_dropped_total{cause="overrun"} 6)",
+           R"(expertd_fabric_messages_total{lane="throughput",direction="sent"} 7)",
+           R"(expertd_fabric_bytes_total{lane="throughput",direction="sent"} 8)",
+           R"(expertd_fabric_messages_total{lane="throughput",direction="received"} 9)",
+           R"(expertd_fabric_bytes_total{lane="throughput",direction="received"} 10)",
+           R"(expertd_fabric_inflight{lane="throughput"} 11)",
+           R"(expertd_fabric_deferred_total{lane="throughput"} 12)",
+           R"(expertd_fabric_messages_total{lane="latency",direction="sent"} 0)",
+           R"(expertd_fabric_heartbeat_rtt_seconds_bucket{le="2e-05"} 0)",
+           R"(expertd_fabric_heartbeat_rtt_seconds_bucket{le="5e-05"} 2)",
+           R"(expertd_fabric_heartbeat_rtt_seconds_count 3)",
+           R"(expertd_fabric_heartbeat_rtt_seconds_sum 2)",
+           R"(expertd_groups_spanning 3)",
+           R"(expertd_rendezvous_up 1)",
+           R"(expertd_op_bytes_total{op="dispatch",gpu="host",path="fabric"} 64)",
+           R"(expertd_op_bytes_total{op="dispatch",gpu="host",path="remote"} 0)",
+       }) {
+    EXPECT_TRUE(has_line(page, line)) << line;
+  }
+}
+
 TEST(MetricsServer, AnswersOverHttpUntilDetached) {
   FakeGauges gauges;
   auto created = MetricsServer::create(options_for_test(), full_blocks(), gauges);
@@ -273,9 +326,9 @@ TEST(MetricsServer, BusyPortIsNamed) {
 }
 
 TEST(MetricsCatalog, NamesFollowTheRules) {
-  const std::set<std::string> allowed_labels = {"version", "commit", "cuda",    "ucx",     "abi",   "state",
-                                                "op",      "gpu",    "result",  "reason",  "phase", "path",
-                                                "cause",   "thread", "missing", "executor"};
+  const std::set<std::string> allowed_labels = {
+      "version", "commit", "cuda",  "ucx",    "abi",     "state",    "op",      "gpu",        "result", "reason",
+      "phase",   "path",   "cause", "thread", "missing", "executor", "backend", "transports", "lane",   "direction"};
   std::set<std::string_view> names;
   for (const MetricInfo& metric : kCatalog) {
     const std::string name(metric.name);

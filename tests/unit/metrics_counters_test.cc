@@ -3,6 +3,11 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <thread>
+
+#include "daemon/metrics/wait_log.h"
+
 #include <set>
 #include <string>
 
@@ -154,6 +159,48 @@ TEST(MetricsBlocks, LinesAreNotShared) {
   EXPECT_EQ(alignof(OpCounters), kLineBytes);
   EXPECT_EQ(sizeof(OpCounters) % kLineBytes, 0U);
   EXPECT_EQ(sizeof(ThreadCounters) % kLineBytes, 0U);
+}
+
+TEST(MetricsWaitLog, KeepsTheLastRecords) {
+  WaitLog log;
+  EXPECT_TRUE(log.last(5).empty());
+  for (uint64_t i = 1; i <= WaitLog::kRecords + 10; ++i) {
+    log.add({.group = 1, .number = i, .op = 6, .rank = 63, .last_rank = 62, .waited_ns = i * 2, .counts = i % 2 == 0});
+  }
+  const std::vector<WaitRecord> all = log.last(WaitLog::kRecords * 2);
+  ASSERT_EQ(all.size(), WaitLog::kRecords);
+  EXPECT_EQ(all.front().number, 11U);
+  EXPECT_EQ(all.back().number, WaitLog::kRecords + 10);
+  EXPECT_EQ(all.back().waited_ns, (WaitLog::kRecords + 10) * 2);
+  EXPECT_EQ(all.back().op, 6U);
+  EXPECT_EQ(all.back().rank, 63U);
+  EXPECT_EQ(all.back().last_rank, 62U);
+  EXPECT_TRUE(all.back().counts);
+  EXPECT_FALSE(all.front().counts);
+  ASSERT_EQ(log.last(3).size(), 3U);
+  EXPECT_EQ(log.last(3).front().number, WaitLog::kRecords + 8);
+}
+
+TEST(MetricsWaitLog, ShowsNoRecordThatIsHalfAnother) {
+  WaitLog log;
+  std::atomic<uint64_t> written{0};
+  std::atomic<bool> stop{false};
+  std::thread writer([&] {
+    for (uint64_t i = 1; !stop.load(std::memory_order_relaxed); ++i) {
+      log.add({.group = i, .number = i, .op = 3, .rank = 1, .last_rank = 2, .waited_ns = i});
+      written.store(i, std::memory_order_relaxed);
+    }
+  });
+  // Until the writer has gone around often while it was read.
+  uint64_t torn = 0;
+  while (written.load(std::memory_order_relaxed) < 100 * WaitLog::kRecords) {
+    for (const WaitRecord& record : log.last(WaitLog::kRecords)) {
+      torn += record.group != record.number || record.waited_ns != record.number ? 1 : 0;
+    }
+  }
+  stop.store(true, std::memory_order_relaxed);
+  writer.join();
+  EXPECT_EQ(torn, 0U);
 }
 
 }  // namespace

@@ -38,6 +38,14 @@ base::Status CudaDevice::create_lanes(GroupEntry* entry) {
       return base::Status(EXPERTD_REASON_GROUP_LIMIT,
                           "the session has " + std::to_string(EXPERTD_CAPTURE_LANES_MAX) + " capture lanes already");
     }
+    if (entry->shape.placement != nullptr) {
+      if (const base::Status made = create_node_lane(session->second.get(), lane, words, entry); !made.is_ok()) {
+        give_back_words(*entry);
+        return made;
+      }
+      session->second->capture_words |= 1u << words;
+      continue;
+    }
     CaptureLane::Setup setup;
     setup.driver = &driver_;
     setup.view = gpu_.view;
@@ -62,9 +70,12 @@ base::Status CudaDevice::create_lanes(GroupEntry* entry) {
 
 void CudaDevice::give_back_words(const GroupEntry& entry) {
   const auto session = sessions_owned_.find(entry.shape.session.value);
-  for (const std::unique_ptr<CaptureLane>& lane : entry.lanes) {
-    if (lane != nullptr && session != sessions_owned_.end()) {
-      session->second->capture_words &= ~(1u << lane->words());
+  for (uint32_t lane = 0; lane < kMaxGroupLanes && session != sessions_owned_.end(); ++lane) {
+    if (entry.lanes[lane] != nullptr) {
+      session->second->capture_words &= ~(1u << entry.lanes[lane]->words());
+    }
+    if (entry.node_lanes[lane] != nullptr) {
+      session->second->capture_words &= ~(1u << entry.node_lanes[lane]->words);
     }
   }
 }
@@ -106,14 +117,17 @@ uint32_t CudaDevice::peers_broken(const GroupEntry& group, uint32_t lane, bool* 
   uint32_t reason = 0;
   *all_detached = true;
   for (uint32_t rank = 0; rank < group.shape.ranks; ++rank) {
+    const bool elsewhere = group.shape.placement != nullptr && !group.shape.placement->is_local(rank);
     const Registry::GroupTable* table =
-        rank == group.shape.rank ? nullptr
-                                 : registry_->groups[group.shape.devices[rank].value].load(std::memory_order_acquire);
+        rank == group.shape.rank || elsewhere
+            ? nullptr
+            : registry_->groups[group.shape.devices[rank].value].load(std::memory_order_acquire);
     const GroupEntry* peer = table == nullptr ? nullptr : table->find(group.shape.id.value);
-    if (peer == nullptr || peer->lanes[lane] == nullptr) {
+    if (peer == nullptr || (peer->lanes[lane] == nullptr && peer->node_lanes[lane] == nullptr)) {
       continue;
     }
-    const CaptureLane::Shared& shared = peer->lanes[lane]->shared();
+    const CaptureLane::Shared& shared =
+        peer->lanes[lane] != nullptr ? peer->lanes[lane]->shared() : peer->node_lanes[lane]->shared;
     const uint32_t broken = shared.broken.load(std::memory_order_acquire);
     reason = reason != 0 ? reason : broken;
     *all_detached = *all_detached && shared.detached.load(std::memory_order_acquire);
@@ -124,7 +138,18 @@ uint32_t CudaDevice::peers_broken(const GroupEntry& group, uint32_t lane, bool* 
 bool CudaDevice::tend(uint64_t now_ns) {
   bool moved = false;
   bool capturing = false;
+  node_lanes_ = false;
   groups_.for_each([&](GroupEntry* group) {
+    for (uint32_t lane = 0; lane < kMaxGroupLanes && group->node_lanes[lane] != nullptr; ++lane) {
+      capturing = true;
+      node_lanes_ = true;
+      bool detached = false;
+      if (!healthy_.load(std::memory_order_relaxed)) {
+        forget_node_lane(group->node_lanes[lane].get());
+        continue;
+      }
+      moved |= tend_node_lane(group, group->node_lanes[lane].get(), now_ns, peers_broken(*group, lane, &detached));
+    }
     for (uint32_t lane = 0; lane < kMaxGroupLanes && group->lanes[lane] != nullptr; ++lane) {
       capturing = true;
       bool detached = false;
@@ -148,6 +173,15 @@ bool CudaDevice::next_replay(const engine::Request** request, engine::Outcome* o
     return false;
   }
   groups_.for_each([&](GroupEntry* group) {
+    for (uint32_t i = 0; !found && i < kMaxGroupLanes && group->node_lanes[i] != nullptr; ++i) {
+      NodeLane& lane = *group->node_lanes[i];
+      found = lane.ended_head != lane.ended_tail;
+      if (found) {
+        const EndedReplay& ended = lane.ended[lane.ended_head++ % lane.ended.size()];
+        *request = ended.request;
+        *outcome = ended.outcome;
+      }
+    }
     for (uint32_t lane = 0; !found && lane < kMaxGroupLanes && group->lanes[lane] != nullptr; ++lane) {
       EndedReplay ended;
       found = group->lanes[lane]->next_ended(&ended);
@@ -166,6 +200,9 @@ bool CudaDevice::captured(const engine::Mapping* mapping) const {
     for (const std::unique_ptr<CaptureLane>& lane : group->lanes) {
       uses = uses || (lane != nullptr && lane->uses(mapping));
     }
+    for (const std::unique_ptr<NodeLane>& lane : group->node_lanes) {
+      uses = uses || (lane != nullptr && lane->uses(mapping));
+    }
   });
   return uses;
 }
@@ -175,6 +212,16 @@ bool CudaDevice::end_captures(base::SessionId session, base::GroupId id) {
   groups_.for_each([&](GroupEntry* group) {
     if (!(group->shape.session == session) || (id.value != 0 && !(group->shape.id == id))) {
       return;
+    }
+    for (uint32_t lane = 0; lane < kMaxGroupLanes && group->node_lanes[lane] != nullptr; ++lane) {
+      if (!healthy_.load(std::memory_order_relaxed)) {
+        forget_node_lane(group->node_lanes[lane].get());
+        continue;
+      }
+      bool detached = false;
+      const bool rests = end_node_lane(group->node_lanes[lane].get());
+      (void)peers_broken(*group, lane, &detached);
+      ended = ended && rests && detached;
     }
     for (uint32_t lane = 0; lane < kMaxGroupLanes && group->lanes[lane] != nullptr; ++lane) {
       if (!healthy_.load(std::memory_order_relaxed)) {

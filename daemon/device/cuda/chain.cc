@@ -180,8 +180,8 @@ const GroupEntry* CudaDevice::find_peer(const LaunchSpec& spec, uint32_t rank) c
 
 bool CudaDevice::fill_peers(const LaunchSpec& spec, const Part& part, PartParams* params) const {
   for (uint32_t j = 0; j < spec.ranks; ++j) {
-    if (!is_active(spec.active_ranks, j)) {
-      continue;
+    if (!is_active(part.flag_ranks, j)) {
+      continue;  // takes no part, or has no memory on this node
     }
     const GroupEntry* group = find_peer(spec, j);
     if (group == nullptr || spec.requests[j] == nullptr || group->shape.rank != j) {
@@ -321,11 +321,11 @@ bool CudaDevice::fill_params(const LaunchSpec& spec, Part* taken, PartParams* pa
   return tensors.ok && fill_peers(spec, part, params) && kernels::cuda::validate(*params) == nullptr;
 }
 
-bool CudaDevice::enqueue_exchange_wait(const Part& part, bool moved) {
+bool CudaDevice::enqueue_exchange_wait(const Part& part, bool moved) const {
   std::array<CUstreamBatchMemOpParams, base::kMaxGpuRanks> waits{};
   uint32_t count = 0;
   for (uint32_t s = 0; s < part.ranks; ++s) {
-    if (s == part.rank || !is_active(part.active_ranks, s)) {
+    if (s == part.rank || !is_active(part.flag_ranks, s)) {
       continue;
     }
     CUstreamBatchMemOpParams& wait = waits[count++];
@@ -444,7 +444,7 @@ uint32_t CudaDevice::sms_of(const Part& part, const PartParams& params) {
   return std::clamp(blocks, 1u, std::max(params.multiprocessors, 1u));
 }
 
-bool CudaDevice::enqueue_doorbell(const Part& part, const PartParams& params) {
+bool CudaDevice::enqueue_doorbell(const Part& part, const PartParams& params) const {
   const uint64_t* word = word_at(part.words.flag_page, EXPERTD_DOORBELL_OFFSET(part.words.slot));
   if (params.after_doorbell != 0) {
     return kernels::cuda::launch_await_doorbell(word, part.words.seq, part.session->stream) == cudaSuccess;

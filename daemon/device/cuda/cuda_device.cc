@@ -37,7 +37,7 @@ base::Status check_shape(const engine::GroupShape& shape) {
                         std::string("a group on GPUs cannot have ") + std::to_string(value) + " " + what);
   };
   if (shape.ranks == 0 || shape.ranks > base::kMaxGpuRanks || shape.rank >= shape.ranks) {
-    return refuse("ranks on one node (at most 16)", shape.ranks);
+    return refuse("ranks (at most 16)", shape.ranks);
   }
   if (shape.experts == 0 || shape.experts > base::kMaxExperts || shape.experts % shape.ranks != 0 ||
       shape.experts / shape.ranks > base::kMaxLocalExperts) {
@@ -334,6 +334,9 @@ base::Result<uint64_t> CudaDevice::relay_ranks(const engine::GroupShape& shape) 
   uint64_t ranks = 0;
   for (uint32_t r = 0; r < shape.ranks; ++r) {
     const base::DeviceIndex device = shape.devices[r];
+    if (shape.placement != nullptr && !shape.placement->is_local(r)) {
+      continue;
+    }
     const auto other =
         std::find_if(all_.begin(), all_.end(), [&](const GpuFacts& gpu) { return gpu.view.index == device; });
     if (other == all_.end()) {
@@ -348,6 +351,9 @@ base::Result<uint64_t> CudaDevice::relay_ranks(const engine::GroupShape& shape) 
 }
 
 bool CudaDevice::is_linked(const engine::GroupShape& shape) const {
+  if (shape.placement != nullptr) {
+    return false;
+  }
   uint64_t members = 0;
   for (uint32_t r = 0; r < shape.ranks; ++r) {
     members |= uint64_t{1} << shape.devices[r].value;
@@ -438,7 +444,8 @@ base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t 
   entry->relay_ranks = relayed.value();
   entry->linked = is_linked(shape);
   entry->shape.low_latency = shape.low_latency && entry->linked;
-  if (shape.capture_lanes != 0 && !entry->shape.low_latency) {
+  const bool captures = entry->shape.low_latency || (shape.placement != nullptr && shape.low_latency);
+  if (shape.capture_lanes != 0 && !captures) {
     return base::Status(EXPERTD_REASON_UNSUPPORTED,
                         "capture_lanes = " + std::to_string(shape.capture_lanes) +
                             ": operations are captured between GPUs that reach each other and have the bulk-copy "
@@ -446,7 +453,9 @@ base::Status CudaDevice::create_group(const engine::GroupShape& shape, uint32_t 
   }
   entry->layout = group_layout(entry->shape, handle_limit);
   EXPERTD_RETURN_IF_ERROR(allocate_tables(entry.get()));
+  EXPERTD_RETURN_IF_ERROR(allocate_nodes(shape, entry.get()));
   EXPERTD_RETURN_IF_ERROR(create_lanes(entry.get()));
+  share_inboxes(entry.get());
   EXPERTD_RETURN_IF_ERROR(allocate_exchange(shape, entry.get()));
   if (!take_progress(entry.get())) {
     give_back_words(*entry);

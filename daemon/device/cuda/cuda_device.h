@@ -67,6 +67,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   base::DeviceIndex index() const override { return gpu_.view.index; }
   DeviceInfo info() const override;
   engine::DevicePort& port() override { return *this; }
+  base::Status share_host_memory(void* data, uint64_t bytes) override;
   base::Result<Window> create_window(uint64_t bytes) override;
   base::Result<uint64_t> window_size(uint64_t bytes) const override;
   base::Result<std::unique_ptr<HeldMemory>> import_fd(base::ScopedFd fd, uint64_t offset, uint64_t bytes,
@@ -108,17 +109,20 @@ class CudaDevice : public Device, public engine::DevicePort {
     bool waits_doorbell = false;
     bool links = false;  // its chain is that of the link kernels
     bool low_latency = false;
-    bool copies = false;     // its chain is one of copies, beside kernels of the client
-    bool ht = false;         // with `copies`: that of high throughput
-    kernels::OpShape shape;  // with `copies`
-    uint32_t sms = 0;        // multiprocessors that its largest kernel takes; 0: it has no kernels
-    uint32_t entries = 0;    // counted against its stream
+    bool copies = false;      // its chain is one of copies, beside kernels of the client
+    bool ht = false;          // with `copies`: that of high throughput
+    bool nodes = false;       // of a group over several nodes
+    bool nodes_open = false;  // and more of its chain is to come
+    kernels::OpShape shape;   // with `copies`
+    uint32_t sms = 0;         // multiprocessors that its largest kernel takes; 0: it has no kernels
+    uint32_t entries = 0;     // counted against its stream
     uint32_t capture_entry = 0;
     uint32_t capture_words = 0;
     uint64_t launch_ns = 0;
     uint64_t group_op = 0;
     uint32_t rank = 0;
     uint64_t active_ranks = 0;
+    uint64_t flag_ranks = 0;  // of them, those that write words of this GPU: the ones on this node
     SessionEntry* session = nullptr;
     GroupEntry* group = nullptr;  // null for local operations
     kernels::cuda::SyncPage* page = nullptr;
@@ -146,8 +150,11 @@ class CudaDevice : public Device, public engine::DevicePort {
   base::Status create_lanes(GroupEntry* entry);
   void give_back_words(const GroupEntry& entry);
   base::Status allocate_exchange(const engine::GroupShape& shape, GroupEntry* entry);
+  base::Status allocate_nodes(const engine::GroupShape& shape, GroupEntry* entry);
+  static void share_inboxes(GroupEntry* entry);
   base::Status warm_up(CUstream stream);
 
+  bool has_room(const engine::LaunchSpec& spec, const SessionEntry* session) const;
   Part* take_part();
   /// Keeps the operation for replays instead of running it.
   void capture(const engine::LaunchSpec& spec, Part* part);
@@ -165,11 +172,11 @@ class CudaDevice : public Device, public engine::DevicePort {
   static uint32_t sms_of(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_chain(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_flags(const Part& part, const kernels::cuda::PartParams& params, bool moved);
-  bool enqueue_doorbell(const Part& part, const kernels::cuda::PartParams& params);
+  bool enqueue_doorbell(const Part& part, const kernels::cuda::PartParams& params) const;
   /// Under MPS a thread that polls has the doorbell sooner than a stream's wait and disturbs nobody; without MPS it
   /// would hold the time slice. The kernel behind it starts early where the GPU can do that.
   bool awaits_by_kernel() const { return gpu_.mps && bulk_copies_; }
-  bool enqueue_exchange_wait(const Part& part, bool moved);
+  bool enqueue_exchange_wait(const Part& part, bool moved) const;
   bool enqueue_link(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_low_latency(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_barrier(const Part& part, const kernels::cuda::PartParams& params);
@@ -215,6 +222,32 @@ class CudaDevice : public Device, public engine::DevicePort {
   HtFacts* ht_facts(engine::PartId part) const;
   HtState* ht_state(engine::PartId part) const;
 
+  // Groups over several nodes (node_parts.cc, node_chain.cc).
+  class NodeChain;
+  bool is_exchanging(base::GroupId group) const;
+  // Captured operations over nodes (node_lanes.cc).
+  base::Status create_node_lane(SessionEntry* session, uint32_t index, uint32_t words, GroupEntry* entry);
+  bool open_capture(const engine::LaunchSpec& spec, Part* part);
+  static void keep_capture(Part* part, uint32_t lane);
+  static void break_node_lane(NodeLane* lane, uint32_t reason);
+  bool arm_node_lane(NodeLane* lane);
+  Part part_of(const GroupEntry& group, const NodeLane& lane) const;
+  bool start_replay(GroupEntry* group, NodeLane* lane, uint64_t entry, uint64_t now_ns);
+  bool abort_replay(GroupEntry* group, NodeLane* lane);
+  bool release_replay(GroupEntry* group, NodeLane* lane);
+  void note_replay(NodeLane* lane, uint64_t now_ns) const;
+  bool turn_replay(GroupEntry* group, NodeLane* lane, uint64_t now_ns, bool* moved);
+  bool turn_arm(GroupEntry* group, NodeLane* lane, uint64_t now_ns, bool* moved);
+  bool tend_node_lane(GroupEntry* group, NodeLane* lane, uint64_t now_ns, uint32_t peers_broken);
+  static bool end_node_lane(NodeLane* lane);
+  void forget_node_lane(NodeLane* lane);
+  bool launch_nodes(const engine::LaunchSpec& spec, Part* part);
+  bool open_nodes(const engine::LaunchSpec& spec, Part* part);
+  void advance_nodes(Part* part);
+  void close_nodes(Part* part);
+  void drop_nodes(const Part& part);
+  uint32_t missing_nodes(const Part& part, uint64_t* ranks) const;
+
   kernels::cuda::PartFacts* host_facts(engine::PartId part) const;
   kernels::cuda::PartFacts* device_facts(engine::PartId part) const;
   kernels::cuda::PartState* part_state(engine::PartId part) const;
@@ -252,13 +285,14 @@ class CudaDevice : public Device, public engine::DevicePort {
   std::unique_ptr<PinnedMemory> copy_facts_;
   std::unique_ptr<PinnedMemory> ht_facts_;
   std::unique_ptr<HtState[]> ht_states_;  // by part
-  uint32_t ht_open_ = 0;                  // parts whose chain waits for the loop
+  uint32_t ht_open_ = 0;                  // parts whose chain waits for the loop, those over several nodes too
   uint64_t ht_spin_until_ns_ = 0;
   std::array<Part, kMaxPartsInFlight> parts_{};
   uint32_t parts_in_flight_ = 0;
   bool launch_refused_ = false;  // nobody wakes the loop when a close that held launches back is over
   uint64_t next_part_ = 1;
-  bool capturing_ = false;  // a group has capture lanes
+  bool capturing_ = false;   // a group has capture lanes
+  bool node_lanes_ = false;  // and one over several nodes does
   uint64_t health_checked_ns_ = 0;
 };
 

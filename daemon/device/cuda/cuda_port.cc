@@ -53,13 +53,26 @@ CudaDevice::Part* CudaDevice::take_part() {
   return nullptr;
 }
 
-bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords& words, engine::PartId* part) {
-  SessionEntry* session = sessions_.find(spec.own->session.value);
+bool CudaDevice::is_exchanging(base::GroupId group) const {
+  const GroupEntry* entry = groups_.find(group.value);
+  return entry != nullptr && entry->nodes != nullptr && entry->nodes->is_open();
+}
+
+/// Whether the session's stream may have the part now.
+bool CudaDevice::has_room(const engine::LaunchSpec& spec, const SessionEntry* session) const {
   if (session != nullptr && session->queued_entries + entries_of(spec) > kMaxStreamEntries) {
     return false;
   }
   if (session != nullptr && session->open_part != 0) {
     return false;  // the rest of a chain is still to come, and nothing may stand in front of it
+  }
+  return spec.placement == nullptr || !is_exchanging(spec.group);  // one operation over several nodes at a time
+}
+
+bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords& words, engine::PartId* part) {
+  SessionEntry* session = sessions_.find(spec.own->session.value);
+  if (!has_room(spec, session)) {
+    return false;
   }
   launch_refused_ = !gpu_.view.gate->try_enter();
   if (launch_refused_) {
@@ -82,6 +95,7 @@ bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords&
   slot->ranks = slot->group == nullptr ? 0 : spec.ranks;
   slot->rank = spec.rank;
   slot->active_ranks = spec.active_ranks;
+  slot->flag_ranks = spec.active_ranks;
   if (session == nullptr || words.slot >= EXPERTD_RING_SLOTS_MAX ||
       (spec.group.value != 0 && (slot->group == nullptr || slot->group->shape.rank != spec.rank ||
                                  slot->group->shape.ranks != spec.ranks || spec.page >= engine::kExchangePages))) {
@@ -90,6 +104,9 @@ bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords&
   }
   if (slot->group != nullptr) {
     std::copy_n(spec.devices.begin(), spec.ranks, slot->devices.begin());
+  }
+  if (spec.placement != nullptr) {
+    return launch_nodes(spec, slot);
   }
   if (spec.own->captured) {
     capture(spec, slot);
@@ -248,10 +265,12 @@ bool CudaDevice::poll(engine::PartId id, engine::Outcome* outcome) {
     free_part(&part);
     return true;
   }
-  if (part.end_reason == 0 && ht_is_open(part)) {
+  if (part.end_reason == 0 && part.nodes_open) {
+    advance_nodes(&part);
+  } else if (part.end_reason == 0 && ht_is_open(part)) {
     advance_ht(&part);
   } else if (part.end_reason != 0) {
-    close_ht(&part);
+    part.nodes ? close_nodes(&part) : close_ht(&part);
   }
   if (!chain_drained(part)) {
     if (part.end_reason != 0 && !part.rescue_sent) {
@@ -259,6 +278,7 @@ bool CudaDevice::poll(engine::PartId id, engine::Outcome* outcome) {
     }
     return false;
   }
+  drop_nodes(part);
   if (part.end_reason == 0 && ht_is_voided(part)) {
     return false;  // until its own abort
   }
@@ -309,9 +329,15 @@ void CudaDevice::report_part(const Part& part, engine::Outcome* outcome) const {
   }
   outcome->capture_entry = part.capture_entry;
   outcome->capture_words = part.capture_words;
+  if (part.nodes) {
+    outcome->exchanged = part.group->nodes->exchanged;
+  }
   const bool finished = load_word(facts.done) == part.id && facts.verdict == kernels::cuda::kVerdictGo;
   if (finished) {
     outcome->report = facts.report;
+  } else if (part.nodes && part.group->nodes->report.reason != 0) {
+    outcome->report = part.group->nodes->report;
+    outcome->peer_reason = part.group->nodes->peer_reason;
   } else {
     outcome->report.reason = part.end_reason;
   }
@@ -345,6 +371,9 @@ uint32_t CudaDevice::missing(engine::PartId id, uint64_t* ranks) {
   if (load_word(host_facts(id)->start_ns) == 0) {
     *ranks = uint64_t{1} << part.rank;
     return EXPERTD_MISSING_DOORBELL;
+  }
+  if (part.nodes) {
+    return missing_nodes(part, ranks);
   }
   uint64_t unrouted = 0;
   uint64_t unmoved = 0;

@@ -19,7 +19,7 @@
   X(cuStreamCreateWithPriority) X(cuStreamDestroy) X(cuStreamQuery) X(cuStreamSynchronize)              \
   X(cuStreamWaitValue64) X(cuStreamWriteValue64) X(cuStreamBatchMemOp)                                  \
   X(cuMemHostAlloc) X(cuMemFreeHost) X(cuMemHostGetDevicePointer) X(cuMemsetD8Async) X(cuMemcpyAsync)   \
-  X(cuMemcpyHtoDAsync)                                                                                  \
+  X(cuMemcpyHtoDAsync) X(cuMemHostRegister)                                                             \
   X(cuMemGetAllocationGranularity) X(cuMemCreate) X(cuMemRelease) X(cuMemAddressReserve)                \
   X(cuMemAddressFree) X(cuMemMap) X(cuMemUnmap) X(cuMemSetAccess) X(cuMemExportToShareableHandle)       \
   X(cuMemImportFromShareableHandle) X(cuMemGetAllocationPropertiesFromHandle)                           \

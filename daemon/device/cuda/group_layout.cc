@@ -30,7 +30,8 @@ GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit)
     at = align_up(at + bytes);
     return begin;
   };
-  const uint32_t lanes = shape.low_latency ? std::min(shape.capture_lanes, kMaxGroupLanes) : 0;
+  const bool spans_nodes = shape.placement != nullptr;  // its lanes have their tables in the host's memory
+  const uint32_t lanes = shape.low_latency || spans_nodes ? std::min(shape.capture_lanes, kMaxGroupLanes) : 0;
   const uint32_t pages = engine::kExchangePages + lanes * kLanePages;
   layout.sync_pages = place(pages * sizeof(kernels::cuda::SyncPage));
   layout.counts_page_bytes = align_up(matrix_bytes(shape));
@@ -54,8 +55,8 @@ GroupLayout group_layout(const engine::GroupShape& shape, uint32_t handle_limit)
   for (uint32_t i = 0; i < lanes; ++i) {
     layout.lanes[i].state = place(sizeof(kernels::cuda::LaneState));
     layout.lanes[i].arm_states = place(kArms * sizeof(kernels::cuda::PartState));
-    layout.lanes[i].entries =
-        place(uint64_t{kLanePages} * kernels::cuda::kMostCapturedEntries * sizeof(kernels::cuda::PartParams));
+    const uint64_t entries = spans_nodes ? 0 : uint64_t{kLanePages} * kernels::cuda::kMostCapturedEntries;
+    layout.lanes[i].entries = place(entries * sizeof(kernels::cuda::PartParams));
   }
   if (shape.low_latency) {
     layout.low_latency_bytes = kernels::cuda::low_latency_layout(widest, shape.top_k).bytes;

@@ -116,7 +116,7 @@ void CudaDevice::close_ht(Part* part) {
 }
 
 bool CudaDevice::busy() const {
-  return ht_open_ != 0 && base::now_ns() < ht_spin_until_ns_;
+  return (ht_open_ != 0 || node_lanes_) && base::now_ns() < ht_spin_until_ns_;
 }
 
 bool CudaDevice::ht_is_open(const Part& part) const {

@@ -156,6 +156,7 @@ bool HostDevice::poll(engine::PartId part_id, engine::Outcome* outcome) {
   }
   outcome->report = part->report();
   outcome->peer_reason = part->peer_reason();
+  outcome->exchanged = part->exchanged();
   outcome->executor = EXPERTD_COMPLETION_EXECUTOR_HOST;
   outcome->start_ns = part->start_ns();
   outcome->end_ns = base::now_ns();

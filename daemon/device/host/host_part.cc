@@ -2,6 +2,7 @@
 #include "daemon/device/host/host_part.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "daemon/base/clock.h"
 #include "daemon/device/part_params.h"
@@ -36,6 +37,7 @@ void HostPart::begin(const engine::LaunchSpec& spec, base::DeviceIndex device, H
   refused_ = false;
   stirred_ = false;
   peer_reason_ = 0;
+  exchanged_ = engine::Exchanged{};
   report_ = kernels::OpReport{};
   broken_ = !prepare(spec, device, groups);
   size_slices();
@@ -102,6 +104,7 @@ bool HostPart::prepare_exchange(const engine::LaunchSpec& spec, HostGroupTables*
   node_.number = spec.group_op;
   node_.rank = spec.rank;
   node_.active = spec.active_ranks;
+  node_.view = spec.epoch;
   node_.params = &params_;
   node_.peers = peers_.data();
   node_.notices = tables->notices(spec.page);
@@ -249,6 +252,8 @@ void HostPart::routed(engine::WakePort* wake) {
   if (exchanges()) {
     exchange_->announce();
   }
+  // Published with the own bit.
+  flags_->routed_ns[params_.shape.rank].store(base::now_ns(), std::memory_order_relaxed);
   set_flag(flags_->routed, own_bit(), active(), wake);
   enter(Step::kAwaitRouted);
 }
@@ -314,6 +319,25 @@ void HostPart::add_waits(uint64_t routed) {
   arrived_ = routed;
 }
 
+// Whose counts came last held the part up. By when they came and not by what each look found: between two looks this
+// loop may have slept, since only the last rank wakes it, or may not have run.
+void HostPart::note_last() {
+  const uint32_t own = params_.shape.rank;
+  const uint64_t own_ns = flags_->routed_ns[own].load(std::memory_order_relaxed);  // ordered by the look at `routed`
+  uint32_t last = own;
+  uint64_t last_ns = own_ns;
+  for (uint64_t ranks = active(); ranks != 0; ranks &= ranks - 1) {
+    const auto rank = static_cast<uint32_t>(std::countr_zero(ranks));
+    const uint64_t routed_ns = flags_->routed_ns[rank].load(std::memory_order_relaxed);
+    if (routed_ns > last_ns) {
+      last = rank;
+      last_ns = routed_ns;
+    }
+  }
+  exchanged_.last_rank = static_cast<int32_t>(last);
+  exchanged_.waited_ns = last_ns - own_ns;
+}
+
 // True for a barrier that ended.
 bool HostPart::await_routed(engine::WakePort* wake) {
   turn_exchange(wake);
@@ -322,6 +346,7 @@ bool HostPart::await_routed(engine::WakePort* wake) {
   if (routed != active() || (exchanges() && !exchange_->announced())) {
     return false;
   }
+  note_last();
   if (exchanges() && !exchange_->decide({&report_, &peer_reason_})) {
     close_exchange();
     enter(Step::kClear);  // not even of the same kind may the ranks' operations be: nobody waits for anybody
@@ -371,6 +396,7 @@ void HostPart::await_moved(engine::WakePort* wake) {
     return;
   }
   if (exchanges()) {
+    exchanged_.fabric_bytes = exchange_->fabric_bytes();
     if (report_.reason == 0 && exchange_->bad_rank() >= 0) {
       report_.reason = EXPERTD_REASON_INTERNAL;
       report_.rank = exchange_->bad_rank();

@@ -59,6 +59,7 @@ class HostPart {
   uint64_t start_ns() const { return start_ns_; }
   const kernels::OpReport& report() const { return report_; }
   uint32_t peer_reason() const { return peer_reason_; }
+  const engine::Exchanged& exchanged() const { return exchanged_; }
 
  private:
   bool prepare(const engine::LaunchSpec& spec, base::DeviceIndex device, HostGroupDirectory* groups);
@@ -79,6 +80,7 @@ class HostPart {
   bool clear();
   void enter(Step step);
   void add_waits(uint64_t routed);
+  void note_last();
   /// Sets bits of the flag, and wakes the other ranks of the node when all of `wanted` are there.
   void set_flag(std::atomic<uint64_t>& flag, uint64_t bits, uint64_t wanted, engine::WakePort* wake) const;
   uint64_t own_bit() const { return 1ULL << params_.shape.rank; }
@@ -105,6 +107,7 @@ class HostPart {
   bool refused_ = false;      // at admission, which all nodes are told
   bool stirred_ = false;      // the last turn of the exchange moved something
   uint32_t peer_reason_ = 0;  // with PEER_REJECTED
+  engine::Exchanged exchanged_;
   kernels::OpParams params_;
   kernels::OpReport report_;
   std::array<kernels::PeerView, base::kMaxLocalRanks> peers_{};

@@ -46,6 +46,7 @@ bool NodeExchange::open(const NodePart& part) {
   op_.number = part.number;
   op_.rank = part.rank;
   op_.active = part.active;
+  op_.view = part.view;
   op_.lane =
       part.own->traffic == engine::Traffic::kLatency ? engine::FabricLane::kLatency : engine::FabricLane::kThroughput;
   op_.message_bytes = part.fabric->message_bytes();
@@ -67,6 +68,7 @@ bool NodeExchange::open(const NodePart& part) {
   moving_ = false;
   flushed_ = false;
   counted_ = 0;
+  landed_bytes_ = 0;
   bad_rank_ = -1;
   spoiled_ = 0;
   std::fill(spread_.begin(), spread_.end(), 0);
@@ -77,16 +79,16 @@ bool NodeExchange::messages_suffice() const {
   const kernels::OpShape& shape = params_->shape;
   uint64_t bytes = counts_message_bytes(shape.ranks, shape.experts);
   // As if all that may travel beside a row did.
-  const host::MessageHead head{.flags = host::kMessageWeights,
-                               .side_elements = shape.side_elements,
-                               .side_element_bytes = shape.side_element_bytes};
+  const kernels::MessageHead head{.flags = kernels::kMessageWeights,
+                                  .side_elements = shape.side_elements,
+                                  .side_element_bytes = shape.side_element_bytes};
   for (uint32_t node = 0; node < op_.placement->nodes(); ++node) {
     if (dispatches()) {
-      bytes = std::max<uint64_t>(bytes, sizeof(head) + host::rows_layout(shape, head, op_.node_ranks(node)).stride);
+      bytes = std::max<uint64_t>(bytes, sizeof(head) + kernels::rows_layout(shape, head, op_.node_ranks(node)).stride);
     }
     if (combines()) {
-      bytes = std::max<uint64_t>(bytes, sizeof(head) + host::pulls_layout(shape, op_.node_ranks(node)).stride);
-      bytes = std::max<uint64_t>(bytes, sizeof(head) + host::sums_layout(shape, head).stride);
+      bytes = std::max<uint64_t>(bytes, sizeof(head) + kernels::pulls_layout(shape, op_.node_ranks(node)).stride);
+      bytes = std::max<uint64_t>(bytes, sizeof(head) + kernels::sums_layout(shape, head).stride);
     }
   }
   return bytes <= op_.message_bytes;
@@ -158,12 +160,13 @@ bool NodeExchange::from_a_member(const engine::MessageHeader& header) const {
 // Nothing keeps the arrival: the fabric's buffers are shared by all ranks of the node.
 void NodeExchange::handle(const engine::Arrival& arrival) {
   const engine::MessageHeader& header = arrival.header;
-  if (!from_a_member(header) || spoiled(header.source_rank)) {
+  // What comes of another view is of a node that the others have left out, or of one of its ranks.
+  if (!from_a_member(header) || header.view != op_.view || spoiled(header.source_rank)) {
     inbox_.release(arrival);
     return;
   }
   bool good = false;
-  host::MessageHead head;
+  kernels::MessageHead head;
   if (header.kind == engine::MessageKind::kCounts) {
     good = take_counts(arrival);
   } else if (arrival.bytes >= sizeof(head)) {
@@ -207,6 +210,7 @@ bool NodeExchange::take_counts(const engine::Arrival& arrival) {
     notice = notices_[op_.rank];
     notice.reason = EXPERTD_REASON_INTERNAL;
   }
+  flags_->routed_ns[source].store(arrival.arrived_ns, std::memory_order_relaxed);  // published with its bit
   counted_ |= uint64_t{1} << source;
   return good;
 }
@@ -240,7 +244,7 @@ uint64_t NodeExchange::take_counted() {
 
 // Rows may come before this rank knows that the operation runs: the source knows it, and all decide alike.
 bool NodeExchange::take_rows(const engine::Arrival& arrival) {
-  host::MessageHead head;
+  kernels::MessageHead head;
   std::memcpy(&head, arrival.data, sizeof(head));
   const host::Entries entries{arrival.data + sizeof(head), arrival.bytes - sizeof(head), arrival.header.entries};
   return host::spread_rows(*params_, op_.nodes, peers_[op_.rank], head, entries, &spread_[arrival.header.source_rank]);
@@ -294,7 +298,9 @@ bool NodeExchange::move(uint64_t* progress, uint32_t tokens, kernels::OpReport* 
   const auto begin = static_cast<uint32_t>(*progress);
   const uint64_t landing = outbox_.landing_rows();
   *progress = host::dispatch_range(*params_, peers_, {begin, std::min(all, begin + tokens)}, &outbox_, report);
-  report->remote_bytes += (outbox_.landing_rows() - landing) * host::landed_row_bytes(params_->shape);
+  const uint64_t landed_bytes = (outbox_.landing_rows() - landing) * host::landed_row_bytes(params_->shape);
+  report->remote_bytes += landed_bytes;
+  landed_bytes_ += landed_bytes;
   if (*progress == all) {
     outbox_.flush();
     flushed_ = true;

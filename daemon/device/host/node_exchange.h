@@ -29,10 +29,11 @@ struct NodePart {
   uint64_t number = 0;
   uint32_t rank = 0;
   uint64_t active = 0;
+  uint32_t view = 0;
   kernels::OpParams* params = nullptr;  // of the own rank; counts is the matrix of the operation's page
   kernels::PeerView* peers = nullptr;   // of all ranks; what is known of those elsewhere is entered by decide()
   std::span<NodeNotice> notices;        // of the operation's page, one per rank
-  const engine::ExchangeFlags* flags = nullptr;
+  engine::ExchangeFlags* flags = nullptr;
   bool routes = false;  // the whole row of the matrix goes with the notice
 };
 
@@ -69,6 +70,8 @@ class NodeExchange {
   bool complete();
   /// Ranks of other nodes that this one waits for once all counts are there.
   uint64_t missing() const;
+  /// Rows of the own tokens for ranks of other nodes, or pulled from there.
+  uint64_t fabric_bytes() const { return landed_bytes_ + pulls_.pulled_bytes(); }
   /// The rank that sent something bad; -1: none.
   int32_t bad_rank() const { return bad_rank_; }
 
@@ -90,7 +93,7 @@ class NodeExchange {
   kernels::OpParams* params_ = nullptr;
   kernels::PeerView* peers_ = nullptr;
   std::span<NodeNotice> notices_;
-  const engine::ExchangeFlags* flags_ = nullptr;
+  engine::ExchangeFlags* flags_ = nullptr;
   NodeInbox inbox_;
   NodeOutbox outbox_;
   NodePulls pulls_;
@@ -100,6 +103,7 @@ class NodeExchange {
   bool moving_ = false;
   bool flushed_ = false;
   uint64_t counted_ = 0;  // ranks whose counts arrived and were not taken yet
+  uint64_t landed_bytes_ = 0;
   int32_t bad_rank_ = -1;
   uint64_t spoiled_ = 0;              // ranks
   std::vector<uint64_t> spread_;      // rows that arrived, per rank

@@ -33,6 +33,7 @@ void NodeOutbox::close() {
 void NodeOutbox::send(const engine::SendBuffer& buffer, engine::MessageHeader header, uint64_t bytes) {
   header.lane = op_->lane;
   header.op = op_->number;
+  header.view = op_->view;
   header.source_rank = op_->rank;
   const uint32_t kind = static_cast<uint32_t>(header.kind) - 1;
   header.sequence = sequences_[size_t{kind} * open_.size() + header.node]++;
@@ -42,19 +43,19 @@ void NodeOutbox::send(const engine::SendBuffer& buffer, engine::MessageHeader he
 void NodeOutbox::begin_rows(std::span<const uint32_t> capacities) {
   const kernels::OpParams& params = *op_->params;
   capacities_ = capacities;
-  head_ = kernels::host::MessageHead{};
+  head_ = kernels::MessageHead{};
   if (params.shape.cached == 0 && params.in.topk_weights != nullptr) {
-    head_.flags = kernels::host::kMessageWeights;
+    head_.flags = kernels::kMessageWeights;
   }
   if (params.shape.zero_foreign_weights != 0) {
-    head_.flags |= kernels::host::kMessageZeroForeign;
+    head_.flags |= kernels::kMessageZeroForeign;
   }
   if (params.shape.payload != kernels::Payload::kFp8 && params.in.side != nullptr) {
     head_.side_elements = params.shape.side_elements;
     head_.side_element_bytes = params.shape.side_element_bytes;
   }
   for (uint32_t node = 0; node < op_->placement->nodes(); ++node) {
-    open_[node].layout = kernels::host::rows_layout(params.shape, head_, op_->node_ranks(node));
+    open_[node].layout = kernels::rows_layout(params.shape, head_, op_->node_ranks(node));
   }
 }
 

@@ -37,7 +37,7 @@ class NodeOutbox final : public kernels::host::RowPacker {
     uint64_t bytes = 0;
     uint64_t targets = 0;
     uint32_t entries = 0;
-    kernels::host::EntryLayout layout;
+    kernels::EntryLayout layout;
   };
   bool start(Open* open);
   void send_open(uint32_t node);
@@ -46,7 +46,7 @@ class NodeOutbox final : public kernels::host::RowPacker {
   const NodeOp* op_ = nullptr;
   std::vector<Open> open_;           // per node
   std::vector<uint32_t> sequences_;  // per kind and node
-  kernels::host::MessageHead head_;
+  kernels::MessageHead head_;
   std::span<const uint32_t> capacities_;
   uint32_t token_ = 0;
   uint64_t pending_ = 0;  // nodes that still need the token

@@ -24,6 +24,7 @@ void NodePulls::open(const NodeOp* op, NodeOutbox* outbox) {
   outbox_ = outbox;
   oldest_ = 0;
   in_flight_ = 0;
+  pulled_bytes_ = 0;
   opening_ = false;
   sent_tokens_ = 0;
   all_sent_ = true;
@@ -35,13 +36,13 @@ void NodePulls::begin(std::span<const uint32_t> capacities) {
   const kernels::OpParams& params = *op_->params;
   capacities_ = capacities;
   all_sent_ = false;
-  head_ = host::MessageHead{};
-  head_.flags = params.out.topk_weights != nullptr ? host::kMessageWeights : 0;
-  head_.flags |= params.shape.order_last_lane != 0 ? host::kMessageLastLane : 0;
-  sums_ = host::sums_layout(params.shape, head_);
+  head_ = kernels::MessageHead{};
+  head_.flags = params.out.topk_weights != nullptr ? kernels::kMessageWeights : 0;
+  head_.flags |= params.shape.order_last_lane != 0 ? kernels::kMessageLastLane : 0;
+  sums_ = kernels::sums_layout(params.shape, head_);
   uint64_t fitting = (std::min(op_->message_bytes, kSumsBytes) - sizeof(head_)) / sums_.stride;
   for (uint32_t node = 0; node < op_->placement->nodes(); ++node) {
-    const host::EntryLayout pulls = host::pulls_layout(params.shape, op_->node_ranks(node));
+    const kernels::EntryLayout pulls = kernels::pulls_layout(params.shape, op_->node_ranks(node));
     fitting = std::min(fitting, (std::min(op_->message_bytes, kPullsBytes) - sizeof(head_)) / pulls.stride);
   }
   window_tokens_ = static_cast<uint32_t>(std::clamp<uint64_t>(fitting, 1, kMostWindowTokens));
@@ -57,6 +58,8 @@ bool NodePulls::advance(uint32_t tokens, kernels::OpReport* report) {
       window.done = sent_tokens_;
       window.waits = 0;
       window.gathered = false;
+      // Also of nodes that are not asked any more, because none of their ranks takes part now.
+      std::fill(window.asked.begin(), window.asked.end(), Asked{});
       opening_ = true;
       next_node_ = 0;
     }
@@ -98,7 +101,7 @@ bool NodePulls::send_window(Window* window, kernels::OpReport* report) {
 // False: there was nothing to send.
 bool NodePulls::send_pulls(Window* window, uint32_t node, engine::SendBuffer* buffer, kernels::OpReport* report) {
   const kernels::OpParams& params = *op_->params;
-  const host::EntryLayout layout = host::pulls_layout(params.shape, op_->node_ranks(node));
+  const kernels::EntryLayout layout = kernels::pulls_layout(params.shape, op_->node_ranks(node));
   const bool last = window->tokens.end == params.shape.tokens;
   Asked& asked = window->asked[node];
   asked = Asked{};
@@ -106,13 +109,14 @@ bool NodePulls::send_pulls(Window* window, uint32_t node, engine::SendBuffer* bu
   for (uint32_t token = window->tokens.begin; token < window->tokens.end; ++token) {
     const uint32_t rows = host::pack_pull(params, op_->nodes, node, capacities_, token, buffer->data + bytes);
     report->remote_bytes += uint64_t{rows} * params.shape.hidden * 2;
+    pulled_bytes_ += uint64_t{rows} * params.shape.hidden * 2;
     asked.entries += rows != 0 ? 1 : 0;
     bytes += rows != 0 ? layout.stride : 0;
   }
   if (asked.entries == 0 && !last) {
     return false;
   }
-  host::MessageHead head = head_;
+  kernels::MessageHead head = head_;
   ++messages_[node];
   head.last = last ? messages_[node] : 0;
   std::memcpy(buffer->data, &head, sizeof(head));
@@ -173,10 +177,10 @@ bool NodePulls::fits(const Window& window, const Asked& asked, const host::Entri
   return true;
 }
 
-bool NodePulls::take(const engine::Arrival& arrival, const host::MessageHead& head) {
+bool NodePulls::take(const engine::Arrival& arrival, const kernels::MessageHead& head) {
   const uint32_t node = arrival.header.node;
   const host::Entries entries{arrival.data + sizeof(head), arrival.bytes - sizeof(head), arrival.header.entries};
-  if (head.flags != (head_.flags & host::kMessageWeights) || !entries.well_formed(op_->params->shape, sums_)) {
+  if (head.flags != (head_.flags & kernels::kMessageWeights) || !entries.well_formed(op_->params->shape, sums_)) {
     return false;
   }
   for (uint32_t i = 0; i < in_flight_ + (opening_ ? 1 : 0); ++i) {

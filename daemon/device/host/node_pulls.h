@@ -30,9 +30,11 @@ class NodePulls {
 
   /// Sends what can be sent, and finishes up to `tokens` tokens; adds to the report's bytes. False: nothing moved.
   bool advance(uint32_t tokens, kernels::OpReport* report);
+  /// Rows of other nodes that were asked for.
+  uint64_t pulled_bytes() const { return pulled_bytes_; }
   bool finished() const { return all_sent_ && in_flight_ == 0; }
   /// Sums that arrived, of which a copy is kept. False: they are not what was asked for.
-  bool take(const engine::Arrival& arrival, const kernels::host::MessageHead& head);
+  bool take(const engine::Arrival& arrival, const kernels::MessageHead& head);
   /// What the node owes is not waited for any more.
   void give_up(uint32_t node);
   /// Nodes whose sums are missing.
@@ -58,8 +60,9 @@ class NodePulls {
   const NodeOp* op_ = nullptr;
   NodeOutbox* outbox_ = nullptr;
   std::span<const uint32_t> capacities_;
-  kernels::host::MessageHead head_;
-  kernels::host::EntryLayout sums_;
+  kernels::MessageHead head_;
+  uint64_t pulled_bytes_ = 0;
+  kernels::EntryLayout sums_;
   uint32_t window_tokens_ = 1;
   std::array<Window, 2> windows_;
   NodeMemory memory_;  // per window and node

@@ -40,15 +40,15 @@ void NodeServer::end_front() {
   done_ = 0;
 }
 
-bool NodeServer::take(const engine::Arrival& arrival, const host::MessageHead& head) {
+bool NodeServer::take(const engine::Arrival& arrival, const kernels::MessageHead& head) {
   const kernels::OpShape& shape = op_->params->shape;
   const uint32_t entries = arrival.header.entries;
   Source& source = sources_[arrival.header.source_rank];
-  const host::EntryLayout pulls = host::pulls_layout(shape, op_->node_ranks(op_->placement->own_node));
-  const uint64_t sum_bytes = sizeof(head) + uint64_t{entries} * host::sums_layout(shape, head).stride;
+  const kernels::EntryLayout pulls = kernels::pulls_layout(shape, op_->node_ranks(op_->placement->own_node));
+  const uint64_t sum_bytes = sizeof(head) + uint64_t{entries} * kernels::sums_layout(shape, head).stride;
   const bool combine = shape.kind == kernels::OpKind::kCombine || shape.kind == kernels::OpKind::kLlCombine;
   const host::Entries given{arrival.data + sizeof(head), arrival.bytes - sizeof(head), entries};
-  if (!combine || (head.flags & ~(host::kMessageWeights | host::kMessageLastLane)) != 0 ||
+  if (!combine || (head.flags & ~(kernels::kMessageWeights | kernels::kMessageLastLane)) != 0 ||
       !given.well_formed(shape, pulls) || sum_bytes > op_->message_bytes || source.waiting == kPullsPerRank ||
       (head.last != 0 && source.messages != 0) || (head.last == 0 && entries == 0)) {
     return false;
@@ -78,18 +78,18 @@ bool NodeServer::advance(uint32_t entries, int32_t* bad) {
     end_front();
     return true;
   }
-  host::MessageHead asked;
+  kernels::MessageHead asked;
   std::memcpy(&asked, front.data, sizeof(asked));
   if (sums_.data == nullptr) {
     sums_ = op_->fabric->take(op_->rank, op_->lane);
     if (sums_.data == nullptr) {
       return false;
     }
-    const host::MessageHead head{.flags = asked.flags & host::kMessageWeights};
+    const kernels::MessageHead head{.flags = asked.flags & kernels::kMessageWeights};
     std::memcpy(sums_.data, &head, sizeof(head));
   }
-  const host::EntryLayout pulls = host::pulls_layout(shape, op_->node_ranks(op_->placement->own_node));
-  const host::EntryLayout sums = host::sums_layout(shape, asked);
+  const kernels::EntryLayout pulls = kernels::pulls_layout(shape, op_->node_ranks(op_->placement->own_node));
+  const kernels::EntryLayout sums = kernels::sums_layout(shape, asked);
   const host::Entries given{front.data + sizeof(asked), front.bytes - sizeof(asked), front.header.entries};
   const auto sum_at = [&](uint32_t index) { return sums_.data + sizeof(asked) + uint64_t{index} * sums.stride; };
   for (const uint32_t end = std::min(front.header.entries, done_ + entries); done_ < end; ++done_) {

@@ -21,7 +21,7 @@ class NodeServer {
   void close();
 
   /// Pulls that arrived, of which a copy is kept. False: no honest rank sends them.
-  bool take(const engine::Arrival& arrival, const kernels::host::MessageHead& head);
+  bool take(const engine::Arrival& arrival, const kernels::MessageHead& head);
   /// Sums up to `entries` entries. False: nothing moved. A rank whose pulls were bad is left in `bad`.
   bool advance(uint32_t entries, int32_t* bad);
   /// Nothing more of the rank is served.

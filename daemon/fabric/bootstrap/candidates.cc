@@ -40,11 +40,9 @@ void CandidateSearch::run() {
     if (stopping_) {
       return;
     }
-    lock.unlock();
-    Candidates found = search();
-    lock.lock();
     asked_ = false;
     lock.unlock();
+    Candidates found = options_.elected ? search_elected() : search();
     found_(std::move(found));
     lock.lock();
   }
@@ -76,6 +74,33 @@ Candidates CandidateSearch::search() const {
   if (out.hosts_here) {
     // The name may lead elsewhere from this machine, as to another loopback address.
     out.places.insert(out.places.begin(), {own_target(), options_.texts.front()});
+  }
+  return out;
+}
+
+Candidates CandidateSearch::search_elected() const {
+  const group::Elected elected = options_.elected();
+  Candidates out;
+  out.cause = elected.cause;
+  out.term = elected.term;
+  out.hosts_here = elected.here;
+  if (elected.term == 0) {
+    return out;
+  }
+  if (elected.here) {
+    out.places.push_back({own_target(), elected.host.address});
+    return out;
+  }
+  const base::Result<HostPort> place = parse_host_port(elected.host.address);
+  const base::Result<std::vector<SocketAddress>> addresses =
+      place.is_ok() ? resolve(place.value()) : base::Result<std::vector<SocketAddress>>(place.status());
+  if (!addresses.is_ok()) {
+    out.cause += (out.cause.empty() ? "" : "; ") +
+                 addresses.status().with_context("the elected node \"" + elected.host.name + "\"").message();
+    return out;
+  }
+  for (const SocketAddress& address : addresses.value()) {
+    out.places.push_back({address.text(), elected.host.address});
   }
   return out;
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which daemons may host the rendezvous: resolves the list of fabric.rendezvous on a thread of its own, because a name
-// server may take its time and deadlines of joins must not wait for it. Used by RendezvousClient.
+// Which daemons may host the rendezvous: resolves the list of fabric.rendezvous, or the address of the daemon that was
+// elected, on a thread of its own, because a name server may take its time and deadlines of joins must not wait for it.
+// Used by RendezvousClient.
 #pragma once
 
 #include <condition_variable>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "daemon/fabric/bootstrap/address.h"
+#include "daemon/group/candidacy.h"
 
 namespace expertd::fabric {
 
@@ -23,15 +25,17 @@ struct Candidate {
 struct Candidates {
   std::vector<Candidate> places;  // in the order in which they are asked
   bool hosts_here = false;        // the first of the list is this daemon
-  std::string cause;              // of an entry that does not resolve
+  std::string cause;              // of an entry that does not resolve, or of an election without a host
+  uint64_t term = 0;              // of the elected one; 0: the list says who hosts
 };
 
 struct CandidateOptions {
   std::vector<HostPort> entries;
-  std::vector<std::string> texts;  // of the entries, as configured
-  std::string own_address;         // an entry with this text is this daemon
-  uint16_t own_port = 0;           // and so is the address it listens on, with this port
-  std::string own_listen;          // "ADDRESS:PORT", literal; empty: every interface
+  std::vector<std::string> texts;           // of the entries, as configured
+  std::string own_address;                  // an entry with this text is this daemon
+  uint16_t own_port = 0;                    // and so is the address it listens on, with this port
+  std::string own_listen;                   // "ADDRESS:PORT", literal; empty: every interface
+  std::function<group::Elected()> elected;  // in place of the entries; null: there is no election
 };
 
 class CandidateSearch {
@@ -43,12 +47,13 @@ class CandidateSearch {
   CandidateSearch(const CandidateSearch&) = delete;
   CandidateSearch& operator=(const CandidateSearch&) = delete;
 
-  /// One search; asking again before its answer changes nothing.
+  /// One search, and another one after it when asked again meanwhile.
   void begin();
 
  private:
   void run();
   Candidates search() const;
+  Candidates search_elected() const;
   bool is_own(const SocketAddress& address) const;
   std::string own_target() const;
 

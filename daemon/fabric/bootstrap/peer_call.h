@@ -47,7 +47,8 @@ class PeerCall {
   /// The time that a call may take on top of its deadline, so that the rendezvous' own words arrive.
   static constexpr uint64_t kGraceNs = 500'000'000;
 
-  void send(PeerStubs* stubs, const std::string& cluster_key, uint64_t deadline_ns, Returned returned) {
+  /// `term` of the host that is meant; 0: it is not elected.
+  void send(PeerStubs* stubs, const std::string& cluster_key, uint64_t term, uint64_t deadline_ns, Returned returned) {
     const uint64_t now = base::now_ns();
     const std::chrono::nanoseconds left(deadline_ns > now ? deadline_ns - now : 0);
     context_ = std::make_unique<grpc::ClientContext>();
@@ -55,6 +56,9 @@ class PeerCall {
                            std::chrono::duration_cast<std::chrono::system_clock::duration>(left));
     if (!cluster_key.empty()) {
       context_->AddMetadata(kClusterKeyMetadata, cluster_key);
+    }
+    if (term != 0) {
+      context_->AddMetadata(kTermMetadata, std::to_string(term));
     }
     start(stubs, context_.get(), std::move(returned));
   }

@@ -94,6 +94,7 @@ base::Status PeerServer::Parts::start() {
   context.cluster_key = options.cluster_key;
   context.identity = options.identity;
   context.rendezvous = &rendezvous;
+  context.probes = options.probes;
   context.deadline_changed = [this] { wake(); };
   peer_service = make_peer_service(&context);
   rendezvous_service = make_rendezvous_service(&context);
@@ -180,8 +181,18 @@ void PeerServer::set_hosting(bool hosting) {
   }
 }
 
+void PeerServer::set_elected(uint64_t term, uint64_t until_ns) {
+  PeerContext& context = parts_->context;
+  if (context.term.load(std::memory_order_acquire) != term) {
+    set_hosting(false);
+    context.term.store(term, std::memory_order_release);
+  }
+  context.until_ns.store(until_ns, std::memory_order_release);
+  set_hosting(true);
+}
+
 bool PeerServer::hosting() const {
-  return parts_->context.hosting.load(std::memory_order_acquire);
+  return parts_->context.hosts_at(base::now_ns());
 }
 
 std::vector<group::Rendezvous::NodeSnapshot> PeerServer::nodes() const {

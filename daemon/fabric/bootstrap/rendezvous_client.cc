@@ -108,15 +108,16 @@ struct RendezvousClient::Parts {
 
 base::Result<std::unique_ptr<RendezvousClient>> RendezvousClient::create(const RendezvousClientOptions& options,
                                                                          Hosting hosting) {
-  CandidateOptions candidates{{}, options.rendezvous, options.identity.address, options.own_port, options.own_listen};
-  for (const std::string& entry : options.rendezvous) {
+  CandidateOptions candidates{
+      {}, options.rendezvous, options.identity.address, options.own_port, options.own_listen, options.elected};
+  for (const std::string& entry : options.elected ? std::vector<std::string>() : options.rendezvous) {
     base::Result<HostPort> place = parse_host_port(entry);
     if (!place.is_ok()) {
       return place.status().with_context("fabric.rendezvous");
     }
     candidates.entries.push_back(std::move(place).value());
   }
-  if (candidates.entries.empty()) {
+  if (options.rendezvous.empty()) {
     return base::Status(EXPERTD_REASON_CONFIG_BAD_VALUE, "fabric.rendezvous: names no daemon");
   }
   try {
@@ -148,8 +149,19 @@ void RendezvousClient::report_gone(uint64_t key, const std::vector<uint32_t>& ra
   parts_->loop.submit(gone_call(parts_->options, key, ranks), {});
 }
 
+void RendezvousClient::host_elected(uint64_t term) {
+  parts_->loop.host_elected(term);
+}
+
 RendezvousState RendezvousClient::state() const {
-  return parts_->loop.state();
+  RendezvousState state = parts_->loop.state();
+  state.source = parts_->options.elected ? "etcd" : source_of(parts_->options.rendezvous);
+  state.etcd_cause = parts_->options.elected ? parts_->options.elected().cause : "";
+  return state;
+}
+
+const char* source_of(const std::vector<std::string>& rendezvous) {
+  return !rendezvous.empty() && rendezvous.front().starts_with("dns:") ? "dns" : "list";
 }
 
 }  // namespace expertd::fabric

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "daemon/group/candidacy.h"
 #include "daemon/group/rendezvous_port.h"
 
 namespace expertd::fabric {
@@ -17,6 +18,8 @@ namespace expertd::fabric {
 struct RendezvousClientOptions {
   group::NodeIdentity identity;         // its address is compared with the entries below
   std::vector<std::string> rendezvous;  // "host:port" in the order of precedence, or one "dns:NAME:PORT"
+  // Where an election says who hosts, any thread; `rendezvous` then names the etcds, for messages alone.
+  std::function<group::Elected()> elected;
   std::string cluster_key;
   uint16_t own_port = 0;                 // of this daemon's PeerServer
   std::string own_listen;                // its "ADDRESS:PORT"; empty: every interface
@@ -32,15 +35,21 @@ struct RendezvousClientOptions {
 
 /// Where the client stands, for status and logs.
 struct RendezvousState {
-  std::string address;  // of the host; empty: none is known
-  std::string cause;    // why not, or empty
-  std::string node;     // name of the host
+  std::string address;     // of the host; empty: none is known
+  std::string cause;       // why not, or empty
+  std::string node;        // name of the host
+  std::string source;      // how it is found: "list", "dns" or "etcd"
+  uint64_t term = 0;       // of the host where it is elected
+  std::string etcd_cause;  // why the etcd does not say who hosts; empty: it does, or there is none
 };
+
+/// "list" or "dns": what the entries of fabric.rendezvous are.
+const char* source_of(const std::vector<std::string>& rendezvous);
 
 class RendezvousClient final : public group::RendezvousPort {
  public:
   /// Called by the client's thread after each look at the list that succeeded: whether this daemon is the one that
-  /// hosts.
+  /// hosts. Not called where an election says so.
   using Hosting = std::function<void(bool hosting)>;
 
   /// CONFIG_BAD_VALUE names an entry of the list that cannot be one. Begins to search at once.
@@ -55,6 +64,10 @@ class RendezvousClient final : public group::RendezvousPort {
   void withdraw(const std::string& group, uint32_t rank, uint64_t attempt) override;
   void report_formed(const group::FormedReport& report, group::FormedCallback done) override;
   void report_gone(uint64_t key, const std::vector<uint32_t>& ranks) override;
+
+  /// The election names another host or the same in another term, or can be asked again after it could not: the search
+  /// for the host begins at once. Any thread.
+  void host_elected(uint64_t term);
 
   RendezvousState state() const;
 

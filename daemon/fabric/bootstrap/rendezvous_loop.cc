@@ -93,8 +93,11 @@ RendezvousState RendezvousLoop::state() const {
 
 void RendezvousLoop::publish() {
   const std::lock_guard lock(mutex_);
-  state_ = {host_ == Host::kFound ? candidates_.places[probing_].target : "", host_ == Host::kFound ? "" : cause_,
-            host_ == Host::kFound ? host_node_ : ""};
+  const bool found = host_ == Host::kFound;
+  state_.address = found ? candidates_.places[probing_].target : "";
+  state_.cause = found ? "" : cause_;
+  state_.node = found ? host_node_ : "";
+  state_.term = found ? candidates_.term : 0;
 }
 
 void RendezvousLoop::run() {
@@ -160,6 +163,7 @@ void RendezvousLoop::turn(uint64_t now_ns) {
   if ((host_ == Host::kResting || host_ == Host::kFound) && now_ns >= next_search_ns_) {
     host_ = host_ == Host::kResting ? Host::kResolving : host_;
     next_search_ns_ = now_ns + options_.look_again_ns;
+    search_anew_ = false;
     search_->begin();
   }
   if (host_ == Host::kFound && hello_ == nullptr && now_ns >= next_hello_ns_) {
@@ -218,9 +222,9 @@ void RendezvousLoop::end_all(const session::ErrorDetail& error) {
 
 void RendezvousLoop::send(const std::shared_ptr<PeerCall>& call) {
   ++in_flight_;
-  call->send(stubs_.get(), options_.cluster_key, call->deadline_ns() + PeerCall::kGraceNs,
-             [this, call, connection = connection_](const grpc::Status& status) {
-               post([this, call, connection, status] { returned(call, connection, status); });
+  call->send(stubs_.get(), options_.cluster_key, candidates_.term, call->deadline_ns() + PeerCall::kGraceNs,
+             [this, call, connection = connection_, term = candidates_.term](const grpc::Status& status) {
+               post([this, call, connection, term, status] { returned(call, connection, term, status); });
              });
 }
 
@@ -232,13 +236,17 @@ void RendezvousLoop::send_waiting() {
   }
 }
 
-void RendezvousLoop::returned(const std::shared_ptr<PeerCall>& call, uint64_t connection, const grpc::Status& status) {
+void RendezvousLoop::returned(const std::shared_ptr<PeerCall>& call, uint64_t connection, uint64_t term,
+                              const grpc::Status& status) {
   --in_flight_;
   const session::ErrorDetail error = call->take_back();
   if (std::ranges::find(calls_, call) == calls_.end()) {
     return;  // it ended meanwhile
   }
-  const bool moved = status.ok() && error.status.reason() == EXPERTD_REASON_RENDEZVOUS_UNAVAILABLE;
+  // A place from the host of an earlier term is none: the join is the next one's to answer. That all nodes reported a
+  // group formed is a fact, whoever tells it.
+  const bool stale = call->kind() == CallKind::kJoin && term < term_;
+  const bool moved = status.ok() && (stale || error.status.reason() == EXPERTD_REASON_RENDEZVOUS_UNAVAILABLE);
   if (status.ok() && !moved) {
     finish(call, error);
     return;
@@ -249,7 +257,7 @@ void RendezvousLoop::returned(const std::shared_ptr<PeerCall>& call, uint64_t co
   if (host_ == Host::kFound && connection != connection_) {
     send(call);
   } else if (host_ == Host::kFound) {
-    lose_host(moved ? error.status.message() : place_text() + ": " + status.error_message());
+    lose_host(status.ok() ? error.status.message() : place_text() + ": " + status.error_message());
   }
 }
 
@@ -285,8 +293,25 @@ uint64_t RendezvousLoop::jittered(uint64_t longest_ns) {
   return longest_ns / 2 + random_() % (longest_ns / 2 + 1);
 }
 
+void RendezvousLoop::host_elected(uint64_t term) {
+  post([this, term] { follow(term); });
+}
+
+void RendezvousLoop::follow(uint64_t term) {
+  term_ = std::max(term_, term);
+  if (host_ == Host::kFound && candidates_.term < term_) {
+    lose_host("term " + std::to_string(candidates_.term) + " of " + place_text() + " is over");
+  }
+  if (host_ == Host::kResting) {
+    next_search_ns_ = 0;
+    backoff_ns_ = 0;
+  } else if (host_ != Host::kFound) {
+    search_anew_ = true;
+  }
+}
+
 void RendezvousLoop::found_candidates(Candidates found) {
-  if (hosting_ && (found.hosts_here || found.cause.empty())) {
+  if (hosting_ && !options_.elected && (found.hosts_here || found.cause.empty())) {
     hosting_(found.hosts_here);
   }
   if (host_ != Host::kResolving) {
@@ -322,9 +347,9 @@ void RendezvousLoop::send_hello() {
       },
       [](const session::ErrorDetail&, const auto&) {});
   ++in_flight_;
-  hello_->send(stubs_.get(), options_.cluster_key, deadline_ns, [this, hello = hello_](const grpc::Status& status) {
-    post([this, hello, status] { probed(hello, status); });
-  });
+  hello_->send(
+      stubs_.get(), options_.cluster_key, candidates_.term, deadline_ns,
+      [this, hello = hello_](const grpc::Status& status) { post([this, hello, status] { probed(hello, status); }); });
 }
 
 void RendezvousLoop::probed(const std::shared_ptr<HelloCall>& hello, const grpc::Status& status) {
@@ -347,6 +372,10 @@ void RendezvousLoop::probed(const std::shared_ptr<HelloCall>& hello, const grpc:
     }
   } else if (!hello->response().hosts_rendezvous()) {
     cause = "node \"" + from_proto(hello->response().node()).name + "\" does not host the rendezvous";
+  } else if (const uint64_t term = hello->response().rendezvous_term(); term != candidates_.term || term < term_) {
+    cause = "node \"" + from_proto(hello->response().node()).name + "\" hosts the rendezvous in term " +
+            std::to_string(term) + ", not " + std::to_string(std::max(term_, candidates_.term)) +
+            " (0: it is not elected; give every node the same fabric.etcd or the same fabric.rendezvous)";
   } else {
     host_found(hello->response());
     return;
@@ -356,7 +385,8 @@ void RendezvousLoop::probed(const std::shared_ptr<HelloCall>& hello, const grpc:
     lose_host(cause);
     return;
   }
-  cause_ = cause_.empty() || probing_ == 0 ? cause : cause_ + "; " + cause;
+  const bool first = cause_.empty() || (probing_ == 0 && !options_.elected);
+  cause_ = first ? cause : cause_ + "; " + cause;
   cause_.resize(std::min(cause_.size(), kCauseBytesMax));
   ++probing_;
   probe_next();
@@ -373,6 +403,7 @@ void RendezvousLoop::host_found(const peer::v1::HelloResponse& answer) {
   host_node_ = from_proto(answer.node()).name;
   next_search_ns_ = now + options_.look_again_ns;
   cause_.clear();
+  search_anew_ = false;
   publish();
   base::log_info("rendezvous found", {{"address", place_text()}, {"node", host_node_}});
   send_waiting();
@@ -382,7 +413,8 @@ void RendezvousLoop::search_failed() {
   host_ = Host::kResting;
   stubs_.reset();
   backoff_ns_ = std::clamp(backoff_ns_ * 2, options_.backoff_min_ns, options_.backoff_max_ns);
-  next_search_ns_ = base::now_ns() + jittered(backoff_ns_);
+  next_search_ns_ = search_anew_ ? 0 : base::now_ns() + jittered(backoff_ns_);
+  search_anew_ = false;
   publish();
   if (!refusal_.status.is_ok()) {
     end_all(refusal_);  // waiting would change nothing

@@ -31,7 +31,9 @@ class RendezvousLoop {
 
   /// Any thread. With an error the call only ends with it, on the loop's thread.
   void submit(std::shared_ptr<PeerCall> call, const session::ErrorDetail& error);
-  /// Any thread.
+  /// Any thread: what comes of an earlier term counts no longer.
+  void host_elected(uint64_t term);
+  /// Any thread; source and etcd_cause are the caller's.
   RendezvousState state() const;
 
  private:
@@ -47,13 +49,14 @@ class RendezvousLoop {
   void end_withdrawn(const PeerCall& withdrawal);
   void send(const std::shared_ptr<PeerCall>& call);
   void send_waiting();
-  void returned(const std::shared_ptr<PeerCall>& call, uint64_t connection, const grpc::Status& status);
+  void returned(const std::shared_ptr<PeerCall>& call, uint64_t connection, uint64_t term, const grpc::Status& status);
   void finish(const std::shared_ptr<PeerCall>& call, const session::ErrorDetail& error);
   void stop();
   void expire(uint64_t now_ns);
   void end_all(const session::ErrorDetail& error);
 
   void found_candidates(Candidates found);
+  void follow(uint64_t term);
   void probe_next();
   void send_hello();
   void probed(const std::shared_ptr<HelloCall>& hello, const grpc::Status& status);
@@ -72,8 +75,10 @@ class RendezvousLoop {
   uint32_t in_flight_ = 0;  // calls and hellos that gRPC has not given back
   Host host_ = Host::kResting;
   Candidates candidates_;
-  size_t probing_ = 0;       // index into candidates_
-  uint64_t connection_ = 0;  // counts connections; what an earlier one says is ignored
+  uint64_t term_ = 0;         // the latest that was heard of; 0: there is no election
+  bool search_anew_ = false;  // who hosts changed while it was being looked for
+  size_t probing_ = 0;        // index into candidates_
+  uint64_t connection_ = 0;   // counts connections; what an earlier one says is ignored
   std::unique_ptr<PeerStubs> stubs_;
   std::shared_ptr<HelloCall> hello_;  // in flight
   std::string host_node_;             // name of the found host

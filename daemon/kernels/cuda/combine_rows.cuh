@@ -87,8 +87,31 @@ __device__ inline int32_t last_lane_of(const PartParams& p, int32_t expert, uint
   return last;
 }
 
-/// Fills `s` for one token: warp 0 only. One lane per rank or per top-k lane; the position of a row is the number of
-/// rows with a smaller key, and keys are distinct: (order of the rank, rank, lane).
+/// Puts the lanes' rows in the order of addition and counts them; one whole warp. The position of a row is the number
+/// of rows with a smaller key, and keys are distinct: (order of the rank, rank, lane).
+__device__ inline void order_sources(Source source, bool wanted, int32_t order, PullShared* s) {
+  const uint32_t lane = threadIdx.x & 31;
+  // order <= 32, rank < 16, lane < 32.
+  const uint32_t key = (static_cast<uint32_t>(order) * 32 + source.rank) * 32 + lane;
+  const uint32_t ballot = __ballot_sync(kFullWarp, wanted);
+  uint32_t position = 0;
+  uint32_t ends_rank = 1;
+  for (int32_t other = 0; other < 32; ++other) {
+    const uint32_t other_key = __shfl_sync(kFullWarp, key, other);
+    const bool other_wanted = ((ballot >> other) & 1u) != 0;
+    position += other_wanted && other_key < key ? 1 : 0;
+    ends_rank = other_wanted && other_key > key && other_key / 32 == key / 32 ? 0 : ends_rank;
+  }
+  if (wanted) {
+    source.ends_rank = ends_rank;
+    s->sources[position] = source;
+  }
+  if (lane == 0) {
+    s->count = __popc(ballot);
+  }
+}
+
+/// Fills `s` for one token: warp 0 only. One lane per rank or per top-k lane.
 __device__ inline void collect_sources(const PartParams& p, uint32_t token, PullShared* s) {
   const OpShape& shape = p.op.shape;
   const uint32_t lane = threadIdx.x;
@@ -106,26 +129,12 @@ __device__ inline void collect_sources(const PartParams& p, uint32_t token, Pull
     const int32_t expert = lane < p.table_top_k ? p.op.routing.topk[uint64_t{token} * p.table_top_k + lane] : -1;
     order = last_lane_of(p, expert, wanted ? source.rank : 0) + 1;
   }
-  // order <= 32, rank < 16, lane < 32.
-  const uint32_t key = (static_cast<uint32_t>(order) * 32 + source.rank) * 32 + lane;
-  const uint32_t ballot = __ballot_sync(kFullWarp, wanted);
-  uint32_t position = 0;
-  uint32_t ends_rank = 1;
-  for (int32_t other = 0; other < 32; ++other) {
-    const uint32_t other_key = __shfl_sync(kFullWarp, key, other);
-    const bool other_wanted = ((ballot >> other) & 1u) != 0;
-    position += other_wanted && other_key < key ? 1 : 0;
-    ends_rank = other_wanted && other_key > key && other_key / 32 == key / 32 ? 0 : ends_rank;
-  }
-  if (wanted) {
-    source.ends_rank = ends_rank;
-    s->sources[position] = source;
-  }
+  order_sources(source, wanted, order, s);
+  const uint32_t all = __popc(__ballot_sync(kFullWarp, wanted));
   const uint32_t own = __popc(__ballot_sync(kFullWarp, wanted && source.rank == shape.rank));
   if (lane == 0) {
-    s->count = __popc(ballot);
     s->local_rows += own;
-    s->remote_rows += s->count - own;
+    s->remote_rows += all - own;
   }
 }
 
@@ -197,12 +206,9 @@ __device__ inline const float* peer_weights(const PartParams& p, uint32_t rank) 
   return peer.has_weights == 0 ? nullptr : reinterpret_cast<const float*>(peer.base + p.relay.layout.weights);
 }
 
-/// Weights come back summed like the rows; one thread per lane.
-__device__ inline void pull_weights(const PartParams& p, uint32_t token, uint32_t lane, const PullShared& s) {
+/// The weight that comes back for a lane of the top-k, summed like the rows.
+__device__ inline float pulled_weight(const PartParams& p, uint32_t lane, const PullShared& s) {
   const OpShape& shape = p.op.shape;
-  if (p.op.out.topk_weights == nullptr || shape.kind == OpKind::kLlCombine || lane >= shape.top_k) {
-    return;
-  }
   float sum = 0.0f;
   for (uint32_t i = 0; i < s.count; ++i) {
     const Source& source = s.sources[i];
@@ -216,7 +222,20 @@ __device__ inline void pull_weights(const PartParams& p, uint32_t token, uint32_
       sum = weights[source.row];
     }
   }
-  p.op.out.topk_weights[uint64_t{token} * shape.top_k + lane] = sum;
+  return sum;
+}
+
+/// Whether a thread is one of those that write the weights of a token, one per lane of the top-k.
+__device__ inline bool writes_weight(const PartParams& p, uint32_t lane) {
+  const OpShape& shape = p.op.shape;
+  return p.op.out.topk_weights != nullptr && shape.kind != OpKind::kLlCombine && lane < shape.top_k;
+}
+
+/// Weights come back summed like the rows; one thread per lane.
+__device__ inline void pull_weights(const PartParams& p, uint32_t token, uint32_t lane, const PullShared& s) {
+  if (writes_weight(p, lane)) {
+    p.op.out.topk_weights[uint64_t{token} * p.op.shape.top_k + lane] = pulled_weight(p, lane, s);
+  }
 }
 
 }  // namespace expertd::kernels::cuda

@@ -32,6 +32,7 @@ struct TokenSource {
   int64_t side_element_stride = 0;
   uint32_t side_elements = 0;
   const float* weights = nullptr;  // of its top-k lanes; null: none travel
+  bool zero_foreign_weights = false;
 };
 
 __device__ inline TokenSource own_token(const PartParams& p, uint32_t token) {
@@ -46,6 +47,7 @@ __device__ inline TokenSource own_token(const PartParams& p, uint32_t token) {
   if (p.op.in.topk_weights != nullptr) {
     source.weights = p.op.in.topk_weights + uint64_t{token} * shape.top_k;
   }
+  source.zero_foreign_weights = shape.zero_foreign_weights != 0;
   return source;
 }
 
@@ -62,6 +64,7 @@ __device__ inline TokenSource relayed_token(const PartParams& p, uint32_t rank, 
   if (peer.has_weights != 0) {
     source.weights = reinterpret_cast<const float*>(peer.base + p.relay.layout.weights) + uint64_t{token} * shape.top_k;
   }
+  source.zero_foreign_weights = shape.zero_foreign_weights != 0;
   return source;
 }
 
@@ -124,21 +127,20 @@ __device__ inline void collect_targets(const PartParams& p, uint32_t token, Move
   }
 }
 
-/// Copies one row to all targets: each 16-byte piece is read once, four independent reads per thread in flight.
-__device__ inline void push_bytes(const PartParams& p, const TokenSource& source, const MoveShared& s) {
-  const OpShape& shape = p.op.shape;
-  const uint32_t pieces = shape.row_bytes / 16;
-  const auto* in = reinterpret_cast<const uint4*>(source.x);
+/// Copies one row to `count` places, the t-th of which starts at place(t): each 16-byte piece is read once, four
+/// independent reads per thread in flight. Whole block of kMoveThreads.
+template <typename Place>
+__device__ void copy_row(const char* from, uint32_t row_bytes, uint32_t count, const Place& place) {
+  const uint32_t pieces = row_bytes / 16;
+  const auto* in = reinterpret_cast<const uint4*>(from);
   for (uint32_t first = threadIdx.x; first < pieces; first += 4 * kMoveThreads) {
     uint4 v[4];
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i) {
       v[i] = first + i * kMoveThreads < pieces ? in[first + i * kMoveThreads] : uint4{};
     }
-    for (uint32_t t = 0; t < s.count; ++t) {
-      const Target& target = s.targets[t];
-      auto* out = reinterpret_cast<uint4*>(static_cast<char*>(p.peers.views[target.rank].out_x) +
-                                           target.row * shape.out_row_bytes);
+    for (uint32_t t = 0; t < count; ++t) {
+      auto* out = reinterpret_cast<uint4*>(place(t));
 #pragma unroll
       for (uint32_t i = 0; i < 4; ++i) {
         if (first + i * kMoveThreads < pieces) {
@@ -147,6 +149,36 @@ __device__ inline void push_bytes(const PartParams& p, const TokenSource& source
       }
     }
   }
+}
+
+/// Quantises one row of bf16 once and stores its codes to `count` places: a warp takes 512 channels per step, and then
+/// all of it calls put_scale(channel, scale) with each lane's first channel and the scale of that channel's group.
+template <typename Place, typename PutScale>
+__device__ void quantise_row(const OpShape& shape, const char* from, uint32_t count, const Place& place,
+                             const PutScale& put_scale) {
+  const uint32_t lane = threadIdx.x & 31;
+  for (uint32_t base_channel = threadIdx.x / 32 * 512; base_channel < shape.hidden;
+       base_channel += kMoveThreads / 32 * 512) {
+    const uint32_t channel = base_channel + lane * kChannelsPerLane;
+    const bool valid = channel < shape.hidden;
+    const auto* source = reinterpret_cast<const uint4*>(from + uint64_t{channel} * 2);
+    const QuantisedLane lane_codes =
+        quantise_lane(valid ? source[0] : uint4{}, valid ? source[1] : uint4{}, shape.scale);
+    for (uint32_t t = 0; valid && t < count; ++t) {
+      *reinterpret_cast<uint4*>(place(t) + channel) = lane_codes.codes;
+    }
+    put_scale(channel, lane_codes.scale);
+  }
+}
+
+/// The row of a target.
+__device__ __forceinline__ char* target_row(const PartParams& p, const Target& target) {
+  return static_cast<char*>(p.peers.views[target.rank].out_x) + target.row * p.op.shape.out_row_bytes;
+}
+
+/// Copies one row of `row_bytes` to all targets.
+__device__ inline void push_bytes(const PartParams& p, const char* from, uint32_t row_bytes, const MoveShared& s) {
+  copy_row(from, row_bytes, s.count, [&](uint32_t t) { return target_row(p, s.targets[t]); });
 }
 
 /// Stores the scales of the four groups of one warp step. Eight lanes share a scale; `scale` is the lane's group's.
@@ -174,24 +206,11 @@ __device__ inline void push_scales(const PartParams& p, const MoveShared& s, uin
   }
 }
 
-/// Quantises one bf16 row once and stores payload and scales to all targets: a warp takes 512 channels per step.
+/// Quantises one bf16 row once and stores payload and scales to all targets.
 __device__ inline void push_fp8(const PartParams& p, const TokenSource& token, const MoveShared& s) {
-  const OpShape& shape = p.op.shape;
-  const uint32_t lane = threadIdx.x & 31;
-  for (uint32_t base_channel = threadIdx.x / 32 * 512; base_channel < shape.hidden;
-       base_channel += kMoveThreads / 32 * 512) {
-    const uint32_t channel = base_channel + lane * kChannelsPerLane;
-    const bool valid = channel < shape.hidden;
-    const auto* source = reinterpret_cast<const uint4*>(token.x + uint64_t{channel} * 2);
-    const QuantisedLane lane_codes =
-        quantise_lane(valid ? source[0] : uint4{}, valid ? source[1] : uint4{}, shape.scale);
-    for (uint32_t t = 0; valid && t < s.count; ++t) {
-      const Target& target = s.targets[t];
-      char* row = static_cast<char*>(p.peers.views[target.rank].out_x) + target.row * shape.out_row_bytes;
-      *reinterpret_cast<uint4*>(row + channel) = lane_codes.codes;
-    }
-    push_scales(p, s, channel, lane_codes.scale);
-  }
+  quantise_row(
+      p.op.shape, token.x, s.count, [&](uint32_t t) { return target_row(p, s.targets[t]); },
+      [&](uint32_t channel, float scale) { push_scales(p, s, channel, scale); });
 }
 
 template <typename Element>
@@ -229,7 +248,7 @@ __device__ inline void push_side(const PartParams& p, const TokenSource& source,
 }
 
 /// Indices, weights and the source token of each row; one thread per (target, lane), rows per expert one per target.
-__device__ inline void push_meta(const PartParams& p, uint32_t token, const float* weights, const MoveShared& s,
+__device__ inline void push_meta(const PartParams& p, const TokenSource& source, uint32_t token, const MoveShared& s,
                                  Crew crew) {
   const OpShape& shape = p.op.shape;
   const bool experts = per_expert_rows(shape);
@@ -254,8 +273,8 @@ __device__ inline void push_meta(const PartParams& p, uint32_t token, const floa
       store_id(peer.out_topk_idx, shape.topk_idx_bytes, at,
                local ? expert - static_cast<int32_t>(target.rank * shape.local_experts) : -1);
     }
-    if (peer.out_topk_weights != nullptr && weights != nullptr) {
-      peer.out_topk_weights[at] = !local && shape.zero_foreign_weights != 0 ? 0.0f : weights[lane];
+    if (peer.out_topk_weights != nullptr && source.weights != nullptr) {
+      peer.out_topk_weights[at] = !local && source.zero_foreign_weights ? 0.0f : source.weights[lane];
     }
   }
 }
@@ -265,12 +284,12 @@ __device__ inline void push_token(const PartParams& p, const TokenSource& source
   if (p.op.shape.payload == Payload::kFp8) {
     push_fp8(p, source, s);
   } else {
-    push_bytes(p, source, s);
+    push_bytes(p, source.x, p.op.shape.row_bytes, s);
   }
   const Crew block{threadIdx.x, kMoveThreads};
   push_side(p, source, s, block);
   if (p.op.shape.cached == 0) {
-    push_meta(p, token, source.weights, s, block);
+    push_meta(p, source, token, s, block);
   }
 }
 

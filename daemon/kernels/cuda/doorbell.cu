@@ -4,6 +4,8 @@
 #include "daemon/kernels/cuda/await_word.cuh"
 #include "daemon/kernels/cuda/launch.h"
 #include "daemon/kernels/cuda/launch_config.h"
+#include "daemon/kernels/cuda/ptx.cuh"
+#include "proto/abi/ring_v1.h"
 
 namespace expertd::kernels::cuda {
 namespace {
@@ -31,7 +33,23 @@ __global__ void await_flags(const __grid_constant__ FlagWait p) {
   let_next_start();
 }
 
+// take_doorbell. One thread, behind a stream's wait for the doorbell of a capture lane, which it takes back to 0; tells
+// the host what it held, cut to 32 bits, and for which arm. Bytes: 16.
+__global__ void take_doorbell(uint64_t* doorbell, uint64_t* taken, uint64_t arm) {
+  if (doorbell == nullptr) {
+    return;
+  }
+  const uint64_t value = atomicExch(reinterpret_cast<unsigned long long*>(doorbell), 0ULL);
+  const uint64_t told = value == EXPERTD_CAPTURE_CANCEL ? kTakenCancel : value < kTakenCancel ? value : 0;
+  st_release_sys(taken, arm << 32 | told);
+}
+
 }  // namespace
+
+cudaError_t launch_take_doorbell(uint64_t* doorbell, uint64_t* taken, uint64_t arm, cudaStream_t stream) {
+  take_doorbell<<<1, 1, 0, stream>>>(doorbell, taken, arm);
+  return cudaGetLastError();
+}
 
 cudaError_t launch_await_doorbell(const uint64_t* word, uint64_t value, cudaStream_t stream) {
   LaunchConfig config(1, 1, 0, stream);

@@ -49,13 +49,14 @@ __device__ inline void store_progress(const PartParams& p, SignalStep step) {
 }
 
 /// Tells the lane's rank that this rank's step is done, in order behind everything that the lane wrote or that a
-/// barrier put before it. The time is for statistics; before the flag it would cost a round trip.
+/// barrier put before it. The time is for statistics; before the flag it would cost a round trip. Ranks of other nodes
+/// have no page here: the host tells them.
 __device__ inline void announce_to_lane(const PartParams& p, SignalStep step) {
   const OpShape& shape = p.op.shape;
   const uint32_t j = threadIdx.x & 31;
   const bool routed = step == SignalStep::kRouted;
-  if (j < shape.ranks && rank_active(shape, j)) {
-    SyncPage* page = p.peers.pages[j];
+  SyncPage* page = j < shape.ranks && rank_active(shape, j) ? p.peers.pages[j] : nullptr;
+  if (page != nullptr) {
     st_release_sys(routed ? &page->routed[shape.rank] : &page->moved[shape.rank], p.words.group_op);
     st_relaxed_sys(routed ? &page->routed_time_ns[shape.rank] : &page->moved_time_ns[shape.rank], global_timer_ns());
   }
@@ -197,13 +198,13 @@ struct LastBlock {
 __device__ inline void announce_moved_behind_fence(const PartParams& p) {
 #pragma unroll 1
   for (uint32_t j = 0; j < p.op.shape.ranks; ++j) {
-    if (rank_active(p.op.shape, j)) {
+    if (rank_active(p.op.shape, j) && p.peers.pages[j] != nullptr) {
       st_relaxed_sys(&p.peers.pages[j]->moved[p.op.shape.rank], p.words.group_op);
     }
   }
 #pragma unroll 1
   for (uint32_t j = 0; j < p.op.shape.ranks; ++j) {
-    if (rank_active(p.op.shape, j)) {
+    if (rank_active(p.op.shape, j) && p.peers.pages[j] != nullptr) {
       st_relaxed_sys(&p.peers.pages[j]->moved_time_ns[p.op.shape.rank], global_timer_ns());
     }
   }

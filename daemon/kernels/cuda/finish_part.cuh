@@ -85,7 +85,8 @@ __device__ inline void store_tables(const PartParams& p, Crew crew) {
   }
 }
 
-/// Nanoseconds by which each rank's flags came after the own ones, added to the caller's statistics.
+/// Nanoseconds by which each rank's flags came after the own ones, added to the caller's statistics. Ranks of other
+/// nodes write no times.
 __device__ inline void store_waits(const PartParams& p, Crew crew) {
   const OpShape& shape = p.op.shape;
   if (p.op.out.wait_stats == nullptr || p.peers.pages[shape.rank] == nullptr) {
@@ -93,7 +94,7 @@ __device__ inline void store_waits(const PartParams& p, Crew crew) {
   }
   const SyncPage& page = *p.peers.pages[shape.rank];
   for (uint32_t s = crew.first; s < shape.ranks; s += crew.step) {
-    if (!rank_active(shape, s)) {
+    if (!rank_active(shape, s) || p.peers.pages[s] == nullptr) {
       continue;
     }
     const uint64_t times[2][2] = {{page.routed_time_ns[s], page.routed_time_ns[shape.rank]},

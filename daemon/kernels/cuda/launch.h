@@ -25,6 +25,10 @@ enum class LowLatencyEntry : uint32_t { kWaits = 0, kBehindRouted = 1, kBehindMo
 cudaError_t launch_route_count(const PartParams& params, cudaStream_t stream);
 cudaError_t launch_route_scan(const PartParams& params, cudaStream_t stream);
 cudaError_t launch_route_number(const PartParams& params, cudaStream_t stream);
+/// Behind a stream's wait for the doorbell of a capture lane: takes it back to 0 and writes `arm` << 32 | what it held
+/// into `taken`, in pinned memory; kTakenCancel for the cancel value, 0 for what is no entry. Null: a null operation.
+inline constexpr uint64_t kTakenCancel = 0xffffffffu;
+cudaError_t launch_take_doorbell(uint64_t* doorbell, uint64_t* taken, uint64_t arm, cudaStream_t stream);
 /// Waits until the doorbell is at least `value`, as a stream's wait does. The kernel behind it has to be one whose
 /// launcher takes `after_doorbell`. Null: a null operation. Only under MPS: alone it would hold the GPU's time slice.
 cudaError_t launch_await_doorbell(const uint64_t* word, uint64_t value, cudaStream_t stream);

@@ -3,6 +3,7 @@
 // rank. Also the launch of every kernel as a null operation and the check of parameters.
 #include "daemon/kernels/cuda/device_common.cuh"
 #include "daemon/kernels/cuda/launch.h"
+#include "daemon/kernels/cuda/node_jobs.h"
 
 namespace expertd::kernels::cuda {
 namespace {
@@ -167,6 +168,27 @@ cudaError_t launch_layout_count(const PartParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+namespace {
+
+/// Of the kernels for groups over several nodes.
+cudaError_t launch_node_null(const PartParams& null, cudaStream_t stream) {
+  const cudaError_t errors[] = {launch_node_pack_rows(null, {}, {}, stream),
+                                launch_node_spread_rows(null, {}, {}, stream),
+                                launch_node_pack_pulls(null, {}, {}, stream),
+                                launch_node_serve_pulls(null, {}, {}, stream),
+                                launch_node_combine(null, {}, {}, stream),
+                                launch_take_doorbell(nullptr, nullptr, 0, stream),
+                                launch_swap_word({}, stream)};
+  for (const cudaError_t error : errors) {
+    if (error != cudaSuccess) {
+      return error;
+    }
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
 cudaError_t launch_all_null(bool bulk_copies, cudaStream_t stream) {
   PartParams null{};
   null.null_operation = 1;
@@ -211,6 +233,9 @@ cudaError_t launch_all_null(bool bulk_copies, cudaStream_t stream) {
     if (const cudaError_t error = launcher(null, stream); error != cudaSuccess) {
       return error;
     }
+  }
+  if (const cudaError_t error = launch_node_null(null, stream); error != cudaSuccess) {
+    return error;
   }
   return launch_signal(null, SignalStep::kRouted, stream);
 }

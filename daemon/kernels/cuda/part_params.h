@@ -177,7 +177,7 @@ struct LowLatencyTable {
 
 struct PeerTable {
   PeerView views[base::kMaxGpuRanks];
-  SyncPage* pages[base::kMaxGpuRanks];  // each rank's page of this operation; null for inactive ranks
+  SyncPage* pages[base::kMaxGpuRanks];  // each rank's page of this operation; null for inactive ranks and other nodes
 };
 
 struct PartWords {

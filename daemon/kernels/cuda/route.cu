@@ -77,12 +77,13 @@ __global__ __launch_bounds__(kRouteThreads) void route_count(const __grid_consta
   }
 }
 
-/// Writes one integer of this rank's count row into every active rank's copy of the matrix (the own one too).
+/// Writes one integer of this rank's count row into every active rank's copy of the matrix (the own one too). Ranks of
+/// other nodes have none here.
 __device__ void write_count(const PartParams& p, uint32_t column, int32_t value) {
   const OpShape& shape = p.op.shape;
   const uint64_t at = uint64_t{shape.rank} * matrix_row_ints(shape) + column;
   for (uint32_t j = 0; j < shape.ranks; ++j) {
-    if (rank_active(shape, j)) {
+    if (rank_active(shape, j) && p.peers.views[j].counts != nullptr) {
       p.peers.views[j].counts[at] = value;
     }
   }
