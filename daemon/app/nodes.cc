@@ -6,10 +6,12 @@
 #include <system_error>
 #include <utility>
 
+#include "daemon/app/fabric_setup.h"
 #include "daemon/base/clock.h"
 #include "daemon/base/log.h"
 #include "daemon/fabric/bootstrap/address.h"
 #include "daemon/fabric/bootstrap/node_facts.h"
+#include "daemon/fabric/ucx_probe.h"
 #include "daemon/group/etcd/etcd_store.h"
 
 namespace expertd::app {
@@ -39,7 +41,9 @@ std::string joined(const std::vector<std::string>& words) {
 std::vector<group::LaneAddress> lanes_of(const fabric::NodeIdentity& identity) {
   std::vector<group::LaneAddress> lanes;
   for (uint32_t lane = 0; lane < fabric::kLanes; ++lane) {
-    lanes.push_back({lane, identity.addresses[lane]});
+    for (uint32_t rail = 0; rail < identity.addresses[lane].size(); ++rail) {
+      lanes.push_back({lane + rail * fabric::kLanes, identity.addresses[lane][rail]});
+    }
   }
   return lanes;
 }
@@ -49,8 +53,11 @@ fabric::NodeIdentity identity_of(const group::NodeIdentity& node) {
   identity.node_id = node.id;
   identity.name = node.name;
   for (const group::LaneAddress& lane : node.lanes) {
-    if (lane.lane < fabric::kLanes) {
-      identity.addresses[lane.lane] = lane.bytes;
+    const uint32_t rail = lane.lane / fabric::kLanes;
+    if (rail < fabric::kMaxRails) {
+      std::vector<std::string>& rails = identity.addresses[lane.lane % fabric::kLanes];
+      rails.resize(std::max<size_t>(rails.size(), rail + 1));
+      rails[rail] = lane.bytes;
     }
   }
   return identity;
@@ -83,22 +90,13 @@ Nodes::~Nodes() {
 }
 
 base::Status Nodes::open_fabric(engine::WakePort* wake, device::Device* gpu) {
-  fabric::FabricOptions options;
+  EXPERTD_RETURN_IF_ERROR(choose_backend());
+  fabric::FabricOptions options = fabric_options(config_, identity_.name);
   if (gpu != nullptr) {
     memory_ = std::make_unique<FabricMemory>(gpu);
     options.memory = memory_.get();
+    options.window_bytes *= kGpuMessages;  // groups on GPUs have messages that much larger
   }
-  options.name = identity_.name;
-  for (fabric::LaneOptionList& lane : options.lanes) {
-    if (!config_.transports.empty()) {
-      lane.emplace_back("transports", joined(config_.transports));
-    }
-    if (!config_.devices.empty()) {
-      lane.emplace_back("devices", joined(config_.devices));
-    }
-  }
-  options.heartbeat.interval_ns = uint64_t{config_.heartbeat_ms} * 1'000'000;
-  options.heartbeat.misses = config_.heartbeat_misses;
   base::Result<std::unique_ptr<fabric::Fabric>> created = fabric::Fabric::create(options, wake, this);
   if (!created.is_ok()) {
     return created.status().with_context("fabric");
@@ -106,6 +104,19 @@ base::Status Nodes::open_fabric(engine::WakePort* wake, device::Device* gpu) {
   fabric_ = std::move(created).value();
   identity_.id = fabric_->identity().node_id;
   identity_.lanes = lanes_of(fabric_->identity());
+  return base::Status::ok();
+}
+
+base::Status Nodes::choose_backend() {
+  // Kernels have messages in pinned memory of the host; the fabric is given none of a GPU, so nothing can prove it yet.
+  fabric::UcxProbe probe(nullptr);
+  base::Result<fabric::BackendChoice> choice = fabric::choose_backend(config_.require_direct, probe);
+  if (!choice.is_ok()) {
+    return choice.status();
+  }
+  backend_ = std::move(choice).value();
+  base::log_info("backend of the fabric",
+                 {{"backend", fabric::backend_name(backend_.live)}, {"cause", backend_.cause}});
   return base::Status::ok();
 }
 
@@ -234,6 +245,9 @@ NodeFacts Nodes::facts() {
   facts.id = identity_.id;
   facts.address = identity_.address;
   facts.transports = config_.transports.empty() ? "auto" : joined(config_.transports);
+  facts.backend = fabric::backend_name(backend_.live);
+  facts.backend_cause = backend_.cause;
+  facts.options = fabric_options(config_, identity_.name);
   facts.hosting = server_->hosting();
   facts.now_ns = base::now_ns();
   base::Result<fabric::FabricSnapshot> snapshot = fabric_->snapshot();
@@ -329,6 +343,8 @@ base::Result<std::shared_ptr<engine::FabricPort>> Nodes::open(const group::Place
   }
   link.message_bytes = config_.message_bytes;
   link.receive_buffers = config_.messages_per_peer;
+  link.lanes = settings.fabric_lanes;
+  link.weight = settings.fabric_weight;
   if (placed.ranks.front().facts.cuda) {
     // Launches of a few microseconds fill and empty them, and each needs one of every node.
     const auto others = static_cast<uint32_t>(placed.nodes.size() - 1);

@@ -18,6 +18,7 @@
 #include "daemon/app/mesh.h"
 #include "daemon/app/node_view.h"
 #include "daemon/config/config.h"
+#include "daemon/fabric/backend.h"
 #include "daemon/fabric/bootstrap/peer_server.h"
 #include "daemon/fabric/bootstrap/rendezvous_client.h"
 #include "daemon/fabric/fabric.h"
@@ -72,6 +73,7 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   using Event = std::variant<RankGone, NodeLost, ViewSaid>;
 
   Nodes(const config::FabricConfig& config, supervise::Beat* beat) : config_(config), beat_(beat) {}
+  base::Status choose_backend();
   base::Status open_fabric(engine::WakePort* wake, device::Device* gpu);
   base::Status open_services();
   base::Status connect(const group::NodeIdentity& node);
@@ -98,6 +100,7 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   supervise::Beat* beat_;
   group::NodeIdentity identity_;
   std::string cluster_key_;
+  fabric::BackendChoice backend_;
   session::SessionService* sessions_ = nullptr;
   std::mutex mutex_;  // what follows, but for the parts themselves
   std::condition_variable changed_;

@@ -141,6 +141,22 @@ void put_fabric(const session::FabricStatusSnapshot& fabric, v1::FabricStatus* m
   message->set_groups(fabric.groups);
   message->set_memory_bytes(fabric.memory_bytes);
   message->set_cause(shown(fabric.cause));
+  message->set_backend_cause(shown(fabric.backend_cause));
+  message->set_route(fabric.route);
+  for (const session::FabricLaneSnapshot& lane : fabric.lanes) {
+    v1::FabricLane* const out = message->add_lanes();
+    out->set_name(lane.name);
+    for (const std::string& option : lane.options) {
+      out->add_options(shown(option));
+    }
+    for (const session::FabricRailSnapshot& rail : lane.rails) {
+      v1::FabricRail* const to = out->add_rails();
+      to->set_device(shown(rail.device));
+      to->set_sent_messages(rail.sent_messages);
+      to->set_sent_bytes(rail.sent_bytes);
+      to->set_under_way_bytes(rail.under_way_bytes);
+    }
+  }
 }
 
 void put_peer(const session::PeerSnapshot& peer, v1::PeerStatus* message) {
@@ -205,6 +221,19 @@ Converted<RegisterRequest> from_proto(const v1::RegisterBufferRequest& message) 
   return out;
 }
 
+namespace {
+
+session::CommunicationPattern from_proto(const v1::CommunicationPattern& message) {
+  session::CommunicationPattern pattern;
+  pattern.use_nvlink = !message.has_use_nvlink() || message.use_nvlink();
+  pattern.use_rdma = !message.has_use_rdma() || message.use_rdma();
+  pattern.virtual_lanes = message.virtual_lanes() != 0 ? message.virtual_lanes() : pattern.virtual_lanes;
+  pattern.bandwidth_ratio = message.bandwidth_ratio() != 0 ? message.bandwidth_ratio() : pattern.bandwidth_ratio;
+  return pattern;
+}
+
+}  // namespace
+
 Converted<session::GroupConfig> from_proto(const v1::GroupConfig& message) {
   Converted<session::GroupConfig> out;
   out.error = check_enum("mode", message.mode(),
@@ -231,6 +260,7 @@ Converted<session::GroupConfig> from_proto(const v1::GroupConfig& message) {
   out.value.executor = static_cast<session::Executor>(message.executor());
   out.value.copy_kernels = message.copy_kernels();
   out.value.copies = message.copies();
+  out.value.communication = from_proto(message.communication());
   return out;
 }
 

@@ -83,6 +83,8 @@ struct GroupSettings {
   /// Of a group over several nodes: who sits where, and what carries its messages. Null: all ranks are on this node.
   uint64_t group_key = 0;  // not 0: the name by which a rendezvous and other nodes know the group
   std::shared_ptr<const Placement> placement;
+  uint32_t fabric_lanes = kFabricLanes;  // 1: everything goes by the throughput lane
+  uint32_t fabric_weight = 1;            // beside other groups on the throughput lane
   std::shared_ptr<FabricPort> fabric;
 };
 

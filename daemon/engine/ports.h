@@ -149,6 +149,7 @@ struct GroupShape {
   bool low_latency = false;    // low latency operations are allowed: some devices keep memory for them
   uint32_t capture_lanes = 0;  // how many captured operations may be outstanding at once; 0: none is captured
   uint32_t copies = 0;         // operations executed by copy engines and kernels of the clients: set of expertd_copies
+  bool peer_access = true;     // false: ranks exchange through memory of the host whatever links their GPUs have
   std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};  // of ranks on this node
   base::SessionId session;
   /// Of a group over several nodes: who sits where and what carries its messages, both there until the tables are

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <memory>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -15,23 +16,31 @@
 #include "daemon/fabric/peer.h"
 #include "daemon/fabric/probe.h"
 #include "daemon/fabric/progress_thread.h"
+#include "daemon/fabric/rail_loads.h"
 
 namespace expertd::fabric {
+
+/// A node's id as logs and messages have it.
+std::string hex(uint64_t value);
 
 class Core final : public Progressed, public IncomingSink {
  public:
   struct Setting {
     uint64_t node_id = 0;
     HeartbeatOptions heartbeat;
+    Route route = Route::kAuto;
+    uint64_t window_bytes = 0;             // FabricOptions
     FabricObserver* observer = nullptr;    // may be null
     uint64_t stop_flush_ns = 500'000'000;  // how much of the time to stop may go to what is still to be sent
   };
 
-  explicit Core(const Setting& setting) : setting_(setting) {}
+  explicit Core(const Setting& setting)
+      : setting_(setting), loads_{RailLoads(setting.route), RailLoads(setting.route)} {}
 
   /// Before the thread starts.
   base::Status open_lanes(const std::array<LaneOptionList, kLanes>& options);
-  const Peer::Lanes& lanes() const { return lanes_; }
+  const Lanes& lanes() const { return lanes_; }
+  RailLoads* loads() { return loads_.data(); }  // by engine::FabricLane
 
   // Fabric thread.
   base::Status connect(const NodeIdentity& identity);
@@ -59,6 +68,8 @@ class Core final : public Progressed, public IncomingSink {
   bool incoming(const Incoming& message) override;
 
  private:
+  bool progress(LaneKind lane);
+  bool start_receives();
   bool drop(DropCause cause, Peer* from = nullptr, const std::string& detail = {});
   Peer* sender(const Incoming& message, const WirePrefix& prefix, DropCause* cause);
   GroupChannel* group_of(uint64_t key, uint32_t epoch, const Peer* from, uint32_t* node, DropCause* cause);
@@ -80,7 +91,8 @@ class Core final : public Progressed, public IncomingSink {
   std::vector<std::unique_ptr<Peer>> peers_;           // of each node id the last one, and older ones still in use
   std::vector<std::unique_ptr<GroupChannel>> groups_;  // open and closing ones
   Probes probes_;
-  Peer::Lanes lanes_;
+  Lanes lanes_;
+  std::array<RailLoads, engine::kFabricLanes> loads_;
   std::unordered_map<uint64_t, GroupChannel*> open_groups_;  // by key
   bool attention_ = false;                                   // a peer failed or waits for an answer
   uint64_t next_ns_ = 0;                                     // when a peer wants tending

@@ -116,6 +116,8 @@ base::Result<std::unique_ptr<Fabric>> Fabric::create(const FabricOptions& option
   }
   const Core::Setting setting{.node_id = node_id.value(),
                               .heartbeat = options.heartbeat,
+                              .route = options.route,
+                              .window_bytes = std::max<uint64_t>(options.window_bytes, 1),
                               .observer = observer,
                               .stop_flush_ns = options.stop_limit_ns / 2};
   auto state = std::make_unique<State>(options, wake, setting);
@@ -124,9 +126,10 @@ base::Result<std::unique_ptr<Fabric>> Fabric::create(const FabricOptions& option
   state->identity.name = options.name;
   std::vector<int> event_fds;
   for (uint32_t i = 0; i < kLanes; ++i) {
-    const Lane& lane = *state->core.lanes()[i];
-    state->identity.addresses[i] = lane.address();
-    event_fds.push_back(lane.event_fd());
+    for (const std::unique_ptr<Lane>& lane : state->core.lanes()[i]) {
+      state->identity.addresses[i].push_back(lane->address());
+      event_fds.push_back(lane->event_fd());
+    }
   }
   EXPERTD_RETURN_IF_ERROR(state->thread.start(&state->core, event_fds));
   return std::unique_ptr<Fabric>(new Fabric(std::move(state)));
@@ -152,7 +155,7 @@ base::Result<std::unique_ptr<engine::FabricPort>> Fabric::open_group(const Group
   MemoryPort* memory = state_->options.memory != nullptr ? state_->options.memory : &state_->anonymous;
   base::Result<std::unique_ptr<GroupChannel>> channel =
       GroupChannel::create(link, {.own_node_id = state_->identity.node_id,
-                                  .lanes = &state_->core.lanes(),
+                                  .loads = state_->core.loads(),
                                   .memory = memory,
                                   .wake = state_->wake,
                                   .waker = &state_->thread.waker()});

@@ -17,6 +17,8 @@
 #include "daemon/fabric/lane.h"
 #include "daemon/fabric/options.h"
 #include "daemon/fabric/peer.h"
+#include "daemon/fabric/rail_loads.h"
+#include "daemon/fabric/receive_share.h"
 #include "daemon/fabric/spsc_queue.h"
 #include "daemon/fabric/waker.h"
 #include "daemon/fabric/wire.h"
@@ -26,7 +28,7 @@ namespace expertd::fabric {
 /// What the channel uses of its surroundings; all outlive it.
 struct ChannelSurroundings {
   uint64_t own_node_id = 0;
-  const Peer::Lanes* lanes = nullptr;
+  RailLoads* loads = nullptr;  // by engine::FabricLane
   MemoryPort* memory = nullptr;
   engine::WakePort* wake = nullptr;
   Waker* waker = nullptr;  // of the fabric thread
@@ -70,9 +72,15 @@ class GroupChannel final : public engine::FabricPort {
   void forget(uint32_t rank);
   /// Sends a message about views, behind those that wait for the node; the oldest of too many is dropped.
   void tell_view(uint32_t node, const engine::ViewMessage& message);
-  /// Advances everything that can be advanced; true when something moved.
-  bool run_once();
-  /// Whether a rank has left something that run_once() would take.
+  /// The parts of a turn before and after rendezvous are received, which the peers' shares start; true when something
+  /// moved.
+  bool begin_turn();
+  bool end_turn();
+  /// Whether a rendezvous waits.
+  bool is_waiting() const { return deferred_ != 0; }
+  /// It is drained and goes.
+  void let_peers_go();
+  /// Whether a rank has left something that a turn would take.
   bool has_work() const;
   /// The peer is lost and its endpoints are about to close.
   void lose(const Peer* peer);
@@ -105,6 +113,7 @@ class GroupChannel final : public engine::FabricPort {
     engine::FabricLane lane = engine::FabricLane::kLatency;
     std::byte* data = nullptr;
     uint32_t node = 0;
+    uint32_t rail = 0;
     ucs_status_t status = UCS_OK;
     WireMessage header;  // UCX reads it until the send has ended
   };
@@ -124,6 +133,7 @@ class GroupChannel final : public engine::FabricPort {
   struct Deferred {
     WireMessage header;
     void* descriptor = nullptr;
+    ucp_worker_h worker = nullptr;  // of the rail it came by
   };
   struct CreditSlot {
     PeerLink* from = nullptr;
@@ -150,18 +160,20 @@ class GroupChannel final : public engine::FabricPort {
     WireView header;
   };
   /// One lane between this group's parts on two nodes. Fabric thread.
-  struct PeerLink {
+  struct PeerLink final : public ShareMember {
     explicit PeerLink(uint32_t most_deferred) : deferred(most_deferred), deferred_max(most_deferred) {}
+    uint64_t waiting_bytes() const override;
+    void start_waiting() override;
 
     GroupChannel* channel = nullptr;
     uint32_t node = 0;
     engine::FabricLane lane = engine::FabricLane::kLatency;
     Peer* peer = nullptr;
-    uint32_t credits = 0;              // eager messages that the other side has room for
-    uint32_t credits_owed = 0;         // slots of this side that came free and that it was not told of
-    std::vector<uint32_t> free;        // receive slots
-    std::vector<uint32_t> free_eager;  // receive slots
-    SpscQueue<Deferred> deferred;      // rendezvous that found no free slot, oldest first
+    uint32_t credits = 0;                  // eager messages that the other side has room for
+    uint32_t credits_owed = 0;             // slots of this side that came free and that it was not told of
+    std::vector<uint32_t> free;            // receive slots
+    std::vector<uint32_t> free_eager;      // receive slots
+    mutable SpscQueue<Deferred> deferred;  // rendezvous that found no free slot, oldest first
     uint32_t deferred_count = 0;
     const uint32_t deferred_max;  // all send buffers of the other side: more cannot be under way
     std::array<CreditSlot, 2> credit_slots;
@@ -174,6 +186,9 @@ class GroupChannel final : public engine::FabricPort {
   void make_send_slots(std::byte** memory);
   void make_receive_slots(std::byte** memory);
   uint64_t bytes_needed() const;
+  bool uses(engine::FabricLane lane) const {
+    return lane == engine::FabricLane::kThroughput || link_.lanes == engine::kFabricLanes;
+  }
   uint32_t own_ranks() const { return link_.placement.ranks_on(link_.placement.own_node); }
   RankQueues& queues(uint32_t rank) { return *ranks_[link_.placement.index_of[rank]]; }
   PeerLink& link_to(uint32_t node, engine::FabricLane lane) {
@@ -185,7 +200,6 @@ class GroupChannel final : public engine::FabricPort {
   bool pump_submitted(engine::FabricLane lane);
   bool end_sends();
   bool end_receives();
-  bool start_deferred();
   bool send_credits();
   void start_send(SendSlot& slot);
   void end_send(SendSlot& slot, ucs_status_t status);

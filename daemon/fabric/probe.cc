@@ -170,7 +170,7 @@ bool ProbeAsker::drained() const {
   return ended_ && std::none_of(asks_.begin(), asks_.end(), [](const Ask& ask) { return ask.sending.under_way; });
 }
 
-ProbeAnswerer::ProbeAnswerer(uint64_t own_node, Peer* peer, const Peer::Lanes* lanes, const ProbeOffer& offer,
+ProbeAnswerer::ProbeAnswerer(uint64_t own_node, Peer* peer, const Lanes* lanes, const ProbeOffer& offer,
                              ProbeMemory memory)
     : ProbeSide(own_node, peer, offer.probe, offer.deadline_ns),
       lanes_(lanes),
@@ -242,7 +242,7 @@ void ProbeAnswerer::receive(Slot* slot) {
   slot->stage = Stage::kReceiving;
   // Of two slots with one place the bytes may mix; nobody reads them.
   const ucs_status_ptr_t received =
-      ucp_am_recv_data_nbx((*lanes_)[static_cast<uint32_t>(slot->lane)]->worker(), slot->descriptor,
+      ucp_am_recv_data_nbx((*lanes_)[static_cast<uint32_t>(slot->lane)].front()->worker(), slot->descriptor,
                            memory_.data() + place * bytes_max_, slot->sending.header.bytes, &param);
   slot->descriptor = nullptr;
   if (!UCS_PTR_IS_PTR(received)) {
@@ -272,7 +272,7 @@ void ProbeAnswerer::answer(Slot* slot) {
 }
 
 void ProbeAnswerer::let_go(Slot* slot) {
-  ucp_am_data_release((*lanes_)[static_cast<uint32_t>(slot->lane)]->worker(), slot->descriptor);
+  ucp_am_data_release((*lanes_)[static_cast<uint32_t>(slot->lane)].front()->worker(), slot->descriptor);
   slot->descriptor = nullptr;
   slot->stage = Stage::kFree;
 }

@@ -98,7 +98,7 @@ class ProbeAsker final : public ProbeSide {
 class ProbeAnswerer final : public ProbeSide {
  public:
   /// `memory` has kProbeWindow times the largest size.
-  ProbeAnswerer(uint64_t own_node, Peer* peer, const Peer::Lanes* lanes, const ProbeOffer& offer, ProbeMemory memory);
+  ProbeAnswerer(uint64_t own_node, Peer* peer, const Lanes* lanes, const ProbeOffer& offer, ProbeMemory memory);
 
   bool run_once();
   /// False: more, or larger, than was agreed; `kept`: the payload's descriptor is kept.
@@ -124,7 +124,7 @@ class ProbeAnswerer final : public ProbeSide {
   void let_go(Slot* slot);
   static void on_received(void* request, ucs_status_t status, size_t bytes, void* slot);
 
-  const Peer::Lanes* const lanes_;
+  const Lanes* const lanes_;
   const uint32_t bytes_max_;
   ProbeMemory memory_;
   bool end_asked_ = false;

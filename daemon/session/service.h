@@ -155,7 +155,8 @@ class SessionService final : public SessionApi, public AttachApi {
   void place(const Placement& placement);
   void refuse_placed(const Placement& placement);
   void answer_rest();
-  base::Status open_fabric(const group::Formation& formation);
+  ErrorDetail open_fabric(const group::Formation& formation);
+  base::Status open_port(const group::Formation& formation);
   void report_formed(Formed formed);
   void tell_gone(const engine::GroupShared& group, uint32_t rank);
   static void forget(const engine::GroupShared& group, uint32_t rank);

@@ -31,6 +31,20 @@ base::Status check_devices(const group::Placed& placed) {
   return base::Status::ok();
 }
 
+ErrorDetail check_rdma(const group::Formation& formation) {
+  ErrorDetail error;
+  if (!formation.config.communication.use_rdma) {
+    error.field = "communication.use_rdma";
+    error.value = "false";
+    error.other_value = "true for ranks on " + std::to_string(formation.placed->nodes.size()) + " nodes";
+    error.status = base::Status(EXPERTD_REASON_UNSUPPORTED,
+                                "communication.use_rdma = false, but the ranks of group \"" + formation.name +
+                                    "\" are on " + std::to_string(formation.placed->nodes.size()) +
+                                    " nodes; join them on one node, or leave use_rdma at its default");
+  }
+  return error;
+}
+
 }  // namespace
 
 void SessionService::use_nodes(group::RendezvousPort* rendezvous, GroupFabric* fabric) {
@@ -123,7 +137,15 @@ void SessionService::place(const Placement& placement) {
   }
 }
 
-base::Status SessionService::open_fabric(const group::Formation& formation) {
+ErrorDetail SessionService::open_fabric(const group::Formation& formation) {
+  ErrorDetail error = check_rdma(formation);
+  if (error.status.is_ok()) {
+    error.status = open_port(formation);
+  }
+  return error;
+}
+
+base::Status SessionService::open_port(const group::Formation& formation) {
   EXPERTD_RETURN_IF_ERROR(check_devices(*formation.placed));
   const uint64_t deadline_ns = base::now_ns() + formation.placed->form_timeout_ns;
   base::Result<std::shared_ptr<engine::FabricPort>> port =

@@ -9,7 +9,10 @@
 
 namespace expertd::fabric_test {
 
-void Bell::wake(base::DeviceIndex /*device*/) {
+void Bell::wake(base::DeviceIndex device) {
+  if (on_wake) {
+    on_wake(device);
+  }
   const std::lock_guard<std::mutex> lock(mutex_);
   ++wakes_;
   rung_.notify_all();

@@ -41,6 +41,7 @@ TEST_F(NodesView, PeersAreSeenFromTheFirstGroupToTheirLoss) {
   const json status = ctl("status", first())["fabric"];
   EXPECT_EQ(status["enabled"], true);
   EXPECT_EQ(status["backend"], "staged");
+  EXPECT_NE(status["backend_cause"], "") << "why it is not direct";
   EXPECT_EQ(status["node"], "n1");
   EXPECT_EQ(status["rendezvous_hosting"], true);
   EXPECT_EQ(status["peers_up"], 1);
@@ -66,6 +67,41 @@ TEST_F(NodesView, PeersAreSeenFromTheFirstGroupToTheirLoss) {
   const json lost = ctl("peers", first())["peers"][0];
   EXPECT_NE(lost["cause"], "");
   EXPECT_NE(lost["detail"], "");
+}
+
+/// Of a daemon with a fabric whose rendezvous is nowhere.
+std::vector<std::string> lonely_flags() {
+  return {"--fabric-enabled=true", "--fabric-node-name=n1", "--fabric-listen=127.0.0.1:0",
+          "--fabric-rendezvous=127.0.0.1:1"};
+}
+
+TEST(NodesBackend, DirectIsRefusedWhereItCannotBeProven) {
+  std::vector<std::string> flags = lonely_flags();
+  flags.push_back("--fabric-require=direct");
+  DaemonProcess daemon(1, flags);
+  daemon.launch();
+  EXPECT_EQ(daemon.wait_exit(seconds(20)), 69) << daemon.log();
+  EXPECT_NE(daemon.log().find("fabric.require = direct"), std::string::npos) << daemon.log();
+  EXPECT_NE(daemon.log().find("1.18"), std::string::npos) << "and what would do: " << daemon.log();
+}
+
+TEST(NodesLanes, KeysOfALaneAreShownAndThoseThatMeanNothingAreRefused) {
+  std::vector<std::string> flags = lonely_flags();
+  flags.insert(flags.end(), {"--fabric-transports=tcp", "--fabric-devices=lo", "--fabric-route=spread"});
+  DaemonProcess daemon(1, flags);
+  ASSERT_TRUE(daemon.start());
+  const json status = ctl("status", daemon)["fabric"];
+  EXPECT_EQ(status["route"], "spread");
+  ASSERT_EQ(status["lanes"].size(), 3U) << status;
+  EXPECT_EQ(status["lanes"][2]["name"], "throughput");
+  EXPECT_EQ(status["lanes"][2]["rails"][0]["device"], "lo");
+
+  flags.push_back("--fabric-latency-traffic-class=106");
+  DaemonProcess refused(1, flags);
+  refused.launch();
+  EXPECT_EQ(refused.wait_exit(seconds(20)), 78) << refused.log();
+  EXPECT_NE(refused.log().find("latency"), std::string::npos) << refused.log();
+  EXPECT_NE(refused.log().find("traffic_class"), std::string::npos) << refused.log();
 }
 
 TEST_F(NodesView, MetricsCountWhatCrosses) {

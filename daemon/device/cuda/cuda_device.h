@@ -143,8 +143,8 @@ class CudaDevice : public Device, public engine::DevicePort {
   base::Result<uint64_t> relay_ranks(const engine::GroupShape& shape) const;
   /// Whether the link kernels serve the group: the same answer on all its devices.
   bool is_linked(const engine::GroupShape& shape) const;
-  /// Whether they may serve a group of that many ranks, as far as that is known before it has devices.
-  bool may_be_linked(uint32_t ranks) const;
+  /// Whether they may serve such a group, as far as that is known before it has devices.
+  bool may_be_linked(const engine::GroupShape& shape) const;
   base::Status allocate_tables(GroupEntry* entry);
   /// The group's capture lanes, with words of its session.
   base::Status create_lanes(GroupEntry* entry);

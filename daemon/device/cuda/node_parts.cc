@@ -27,7 +27,8 @@ base::Status CudaDevice::allocate_nodes(const engine::GroupShape& shape, GroupEn
   }
   if (entry->relay_ranks != 0) {
     return base::Status(EXPERTD_REASON_UNSUPPORTED,
-                        "a group over several nodes needs GPUs that reach each other on each of them");
+                        std::string(shape.peer_access ? "" : "communication.use_nvlink = false: ") +
+                            "a group over several nodes needs GPUs that reach each other on each of them");
   }
   auto nodes = NodeGroup::create(reach(false), &pool_, shape);
   if (!nodes.is_ok()) {
