@@ -31,7 +31,10 @@ class NodesMasked : public ::testing::Test {
  protected:
   void SetUp() override { ASSERT_TRUE(cluster_.start()); }
 
-  static void mask_losses(expertd_group_options_t* options) { options->on_rank_loss = EXPERTD_RANK_LOSS_MASK; }
+  static void mask_losses(expertd_group_options_t* options) {
+    options->on_rank_loss = EXPERTD_RANK_LOSS_MASK;
+    options->join_timeout_ns = 30'000'000'000;  // three daemons start on a machine that may be busy
+  }
 
   /// Runs the case, ends the session of `lost`, and runs it again.
   std::string run_without(RandomCase random_case, uint32_t lost) {

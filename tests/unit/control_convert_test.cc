@@ -36,7 +36,8 @@ TEST(ControlConvert, GroupConfigKeepsEveryField) {
                                   .on_rank_loss = session::OnRankLoss::kMask,
                                   .op_timeout_ns = 11,
                                   .first_op_timeout_ns = 12,
-                                  .dispatch_dtypes = 5};
+                                  .dispatch_dtypes = 5,
+                                  .communication = {}};
   EXPECT_EQ(out.value, want);
 }
 
