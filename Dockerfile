@@ -4,6 +4,7 @@
 # the runtime is linked in, and the driver's library comes from the node.
 ARG BUILD_BASE=debian:12-slim
 ARG RUNTIME_BASE=debian:12-slim
+ARG UCX=distribution
 
 FROM ${BUILD_BASE} AS deps
 COPY deploy/dev/install-packages /usr/local/sbin/install-packages
@@ -11,7 +12,26 @@ RUN apt-get update \
  && install-packages build \
  && rm -rf /var/lib/apt/lists/*
 
+# A UCX that reaches memory of GPUs, for the backend direct of the fabric: --build-arg UCX=cuda, with a BUILD_BASE that has CUDA. By
+# default the distribution's, which goes through memory of the host. Not built where the project is tested.
+FROM deps AS ucx-distribution
+RUN install -d /opt/ucx
+
+FROM deps AS ucx-cuda
+ARG UCX_VERSION=1.18.1
+ADD https://github.com/openucx/ucx/releases/download/v${UCX_VERSION}/ucx-${UCX_VERSION}.tar.gz /tmp/ucx.tar.gz
+RUN tar -C /tmp -xzf /tmp/ucx.tar.gz \
+ && cd /tmp/ucx-${UCX_VERSION} \
+ && ./contrib/configure-release --prefix=/opt/ucx --enable-mt --with-verbs --with-cuda=/usr/local/cuda \
+      --without-go --without-java --disable-static \
+ && make -j"$(nproc)" && make install \
+ && rm -rf /tmp/ucx*
+
+FROM ucx-${UCX} AS ucx
+
 FROM deps AS build
+COPY --from=ucx /opt/ucx/ /opt/ucx/
+ENV PKG_CONFIG_PATH=/opt/ucx/lib/pkgconfig CMAKE_PREFIX_PATH=/opt/ucx
 WORKDIR /src
 COPY . .
 RUN deploy/dev/build build -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_INSTALL_PREFIX=/usr -DEXPERTD_BUNDLE=OFF \
@@ -29,6 +49,9 @@ RUN apt-get update \
  && install -d -o expertd -g expertd -m 0750 /run/expertd \
  && install -d /etc/expertd
 COPY --from=build /out/ /
+# Empty with the distribution's; the loader looks there first.
+COPY --from=ucx /opt/ucx/ /opt/ucx/
+RUN echo /opt/ucx/lib >/etc/ld.so.conf.d/000-ucx.conf && ldconfig
 COPY deploy/container/entrypoint /usr/lib/expertd/entrypoint
 # UCX reads these in library constructors, before main.
 ENV UCX_HANDLE_ERRORS=none UCX_ERROR_SIGNALS= UCX_DEBUG_SIGNO=0 \

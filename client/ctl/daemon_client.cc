@@ -139,6 +139,14 @@ Reply<v1::ListWaitsResponse> DaemonClient::waits(uint32_t last) {
   return parts_->call(&v1::Control::Stub::ListWaits, request);
 }
 
+Reply<v1::ListNodesResponse> DaemonClient::nodes() {
+  return parts_->call(&v1::Control::Stub::ListNodes, v1::ListNodesRequest());
+}
+
+Reply<v1::MeasurePairResponse> DaemonClient::measure_pair(const v1::MeasurePairRequest& request) {
+  return parts_->call(&v1::Control::Stub::MeasurePair, request);
+}
+
 Reply<v1::DrainResponse> DaemonClient::drain(uint64_t timeout_ns) {
   v1::DrainRequest request;
   request.set_timeout_ns(timeout_ns);

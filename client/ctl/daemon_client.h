@@ -37,6 +37,8 @@ class DaemonClient {
   Reply<v1::GetCountersResponse> counters();
   Reply<v1::ListPeersResponse> peers();
   Reply<v1::ListWaitsResponse> waits(uint32_t last);
+  Reply<v1::ListNodesResponse> nodes();
+  Reply<v1::MeasurePairResponse> measure_pair(const v1::MeasurePairRequest& request);
   Reply<v1::DrainResponse> drain(uint64_t timeout_ns);
   Reply<v1::SetLogLevelResponse> set_log_level(const std::string& level);
   /// grpc.health.v1 of "" or "expertd.ready".

@@ -20,6 +20,7 @@ int main(int argc, char** argv) {
       {"sessions", "Attached clients, with their memory and latencies", add_sessions},
       {"peers", "Daemons of other nodes, and what went to and from them", add_peers},
       {"slowest", "Which rank or node the last operations of groups waited for", add_slowest},
+      {"mesh", "Measure latency and bandwidth between all pairs of nodes", add_mesh},
       {"top", "Rates per device and operation, refreshed", add_top},
       {"drain", "Stop taking sessions, let operations end, then end the daemon", add_drain},
       {"log-level", "Change what the daemon logs, until its restart", add_log_level},

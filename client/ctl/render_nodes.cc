@@ -56,6 +56,42 @@ json lane_json(const v1::PeerLane& lane) {
           {"deferred", lane.deferred()}};
 }
 
+json lanes_json(const v1::FabricStatus& fabric) {
+  json lanes = json::array();
+  for (const v1::FabricLane& lane : fabric.lanes()) {
+    json rails = json::array();
+    for (const v1::FabricRail& rail : lane.rails()) {
+      rails.push_back({{"device", rail.device()},
+                       {"sent_messages", rail.sent_messages()},
+                       {"sent_bytes", rail.sent_bytes()},
+                       {"under_way_bytes", rail.under_way_bytes()}});
+    }
+    lanes.push_back({{"name", lane.name()},
+                     {"options", std::vector<std::string>(lane.options().begin(), lane.options().end())},
+                     {"rails", rails}});
+  }
+  return lanes;
+}
+
+/// What differs from lanes that are left to UCX: "throughput traffic_class=106 by mlx5_0:1 mlx5_1:1"; empty: nothing.
+std::string lanes_text(const v1::FabricStatus& fabric) {
+  std::string text;
+  for (const v1::FabricLane& lane : fabric.lanes()) {
+    std::string options;
+    for (const std::string& option : lane.options()) {
+      options += " " + option;
+    }
+    std::string devices;
+    for (const v1::FabricRail& rail : lane.rails()) {
+      devices += rail.device().empty() ? "" : " " + rail.device();
+    }
+    if (!options.empty() || !devices.empty()) {
+      text += (text.empty() ? "" : "; ") + lane.name() + options + (devices.empty() ? "" : " by" + devices);
+    }
+  }
+  return text.empty() ? text : ", lanes: " + text + ", route " + fabric.route();
+}
+
 }  // namespace
 
 std::string fabric_line(const v1::FabricStatus& fabric) {
@@ -71,7 +107,7 @@ std::string fabric_line(const v1::FabricStatus& fabric) {
   if (fabric.peers_lost() != 0) {
     out += " " + std::to_string(fabric.peers_lost()) + " LOST";
   }
-  out += ", groups over nodes " + std::to_string(fabric.groups());
+  out += ", groups over nodes " + std::to_string(fabric.groups()) + lanes_text(fabric);
   return fabric.cause().empty() ? out : out + ", DOES NOT ANSWER (" + fabric.cause() + ")";
 }
 
@@ -97,7 +133,10 @@ json fabric_json(const v1::FabricStatus& fabric) {
           {"peers_lost", fabric.peers_lost()},
           {"groups", fabric.groups()},
           {"memory_bytes", fabric.memory_bytes()},
-          {"cause", fabric.cause()}};
+          {"cause", fabric.cause()},
+          {"backend_cause", fabric.backend_cause()},
+          {"route", fabric.route()},
+          {"lanes", lanes_json(fabric)}};
 }
 
 std::string peers_text(const v1::ListPeersResponse& peers) {

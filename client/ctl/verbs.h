@@ -12,6 +12,7 @@ Action add_health(CLI::App& verb, const Context& context);
 Action add_sessions(CLI::App& verb, const Context& context);
 Action add_peers(CLI::App& verb, const Context& context);
 Action add_slowest(CLI::App& verb, const Context& context);
+Action add_mesh(CLI::App& verb, const Context& context);
 Action add_top(CLI::App& verb, const Context& context);
 Action add_drain(CLI::App& verb, const Context& context);
 Action add_log_level(CLI::App& verb, const Context& context);

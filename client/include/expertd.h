@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The C interface of expertd's client library. C11; no other header of the project but the Reasons is needed.
+/* The C interface of expertd's client library. C11; the headers that it includes lie beside it.
  *
  * Threads: every function may be called from any thread; calls on one session serialise inside, waits do not hold
  * locks. Operations of a group are collective: all ranks issue the same ones in the same order, so one thread per group
@@ -15,6 +15,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "expertd_communication.h"
 #include "expertd_reason.h"
 
 #if defined(__GNUC__)
@@ -22,11 +23,9 @@
 #else
 #define EXPERTD_API
 #endif
-
 #ifdef __cplusplus
 extern "C" {
 #endif
-
 #define EXPERTD_CLIENT_ABI_MAJOR 1
 #define EXPERTD_CLIENT_ABI_MINOR 0
 
@@ -216,8 +215,9 @@ typedef struct expertd_group_options {
    * where a library has no kernels for its GPU. A combine, and a cached dispatch, have the executor of the dispatch
    * that left the handle, split or not (else STALE_HANDLE). Captured operations are executed by SM in any group, so the
    * handle of a captured combine is that of a dispatch by SM. A struct_size that ends before this member means AUTO. */
-  uint32_t executor; /* expertd_group_executor_t */
-  uint32_t reserved; /* not read */
+  uint32_t executor;                             /* expertd_group_executor_t */
+  uint32_t reserved;                             /* not read */
+  expertd_communication_pattern_t communication; /* a struct_size that ends before this member means all zero */
 } expertd_group_options_t;
 
 typedef struct expertd_group_plan_s {

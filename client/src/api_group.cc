@@ -70,6 +70,18 @@ Status make_dynamic(const expertd_group_options_t& options, client::GroupConfig*
   return {};
 }
 
+Status take_pattern(const expertd_communication_pattern_t& pattern, client::GroupConfig* config) {
+  for (const uint32_t use : {pattern.use_nvlink, pattern.use_rdma}) {
+    if (use > EXPERTD_USE_NO) {
+      return client::error(EXPERTD_REASON_ARGUMENT_RANGE,
+                           "communication.use_nvlink = %u, communication.use_rdma = %u, allowed 0..%u",
+                           pattern.use_nvlink, pattern.use_rdma, static_cast<uint32_t>(EXPERTD_USE_NO));
+    }
+  }
+  config->communication = pattern;  // its numbers are the daemon's to judge
+  return {};
+}
+
 Status config_of(const expertd_group_options_t* options, client::GroupConfig* config) {
   Status status = client::check_struct(options, "options", offsetof(expertd_group_options_t, dispatch_dtypes));
   if (status.ok()) {
@@ -94,11 +106,17 @@ Status config_of(const expertd_group_options_t* options, client::GroupConfig* co
   // What came behind dispatch_dtypes came together; in front of it there was padding in its place.
   const size_t size = options->struct_size;
   config->dispatch_dtypes = size >= offsetof(expertd_group_options_t, output_format) ? options->dispatch_dtypes : 0;
-  if (size < sizeof(*options)) {
+  if (size < offsetof(expertd_group_options_t, communication)) {
     return {};
   }
   config->capture_lanes = options->capture_lanes;
   config->executor = options->executor;
+  if (size >= sizeof(*options)) {
+    status = take_pattern(options->communication, config);
+    if (!status.ok()) {
+      return status;
+    }
+  }
   return make_dynamic(*options, config);
 }
 

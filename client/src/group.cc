@@ -33,6 +33,14 @@ expertd_v1_GroupConfig to_proto(const GroupConfig& config) {
   message.dynamic_ll_tokens = config.dynamic_ll_tokens;
   message.capture_lanes = config.capture_lanes;
   message.executor = static_cast<expertd_v1_GroupExecutor>(config.executor);
+  const expertd_communication_pattern_t& pattern = config.communication;
+  message.has_communication = true;
+  message.communication.has_use_nvlink = pattern.use_nvlink != EXPERTD_USE_DEFAULT;
+  message.communication.use_nvlink = pattern.use_nvlink == EXPERTD_USE_YES;
+  message.communication.has_use_rdma = pattern.use_rdma != EXPERTD_USE_DEFAULT;
+  message.communication.use_rdma = pattern.use_rdma == EXPERTD_USE_YES;
+  message.communication.virtual_lanes = pattern.virtual_lanes;
+  message.communication.bandwidth_ratio = pattern.bandwidth_ratio;
   return message;
 }
 

@@ -40,6 +40,7 @@ struct GroupConfig {
   uint32_t dynamic_ll_tokens = 0;  // 0: not dynamic
   uint32_t capture_lanes = 0;
   uint32_t executor = 0;  // expertd_group_executor, as asked for
+  expertd_communication_pattern_t communication{};
 
   uint32_t local_experts() const { return ranks == 0 ? 0 : num_experts / ranks; }
   uint64_t worst_rows() const { return uint64_t{ranks} * max_tokens; }

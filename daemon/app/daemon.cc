@@ -214,7 +214,8 @@ base::Status Daemon::start_services() {
   view_ = std::make_unique<OperatorView>(
       facts, sessions_.get(), blocks_,
       [this](uint64_t timeout_ns) { drain_requested_ns_.store(timeout_ns + 1, std::memory_order_release); },
-      [this] { return nodes_ == nullptr ? NodeFacts{} : nodes_->facts(); });
+      [this] { return nodes_ == nullptr ? NodeFacts{} : nodes_->facts(); },
+      nodes_ == nullptr ? nullptr : nodes_->mesh());
   if (config.metrics.enabled) {
     metrics::CollectorOptions collector;
     collector.address = config.metrics.address;

@@ -36,7 +36,8 @@ base::Result<std::byte*> FabricMemory::allocate(uint64_t bytes) {
 
 void FabricMemory::free(std::byte* data, uint64_t /*bytes*/) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = std::find_if(blocks_.begin(), blocks_.end(), [&](const Block& block) { return block.data == data; });
+  const auto found =
+      std::find_if(blocks_.begin(), blocks_.end(), [&](const Block& block) { return block.data == data; });
   if (found != blocks_.end()) {
     found->used = false;
   }

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "daemon/app/fabric_setup.h"
+
 namespace expertd::app {
 
 namespace {
@@ -38,6 +40,20 @@ session::PeerSnapshot peer_of(const fabric::PeerSnapshot& from, const NodeFacts&
   return peer;
 }
 
+std::vector<session::FabricLaneSnapshot> lanes_of(const NodeFacts& facts) {
+  std::vector<session::FabricLaneSnapshot> lanes;
+  for (uint32_t lane = 0; lane < fabric::kLanes; ++lane) {
+    session::FabricLaneSnapshot out{fabric::kLaneNames[lane], option_texts(facts.options.lanes[lane]), {}};
+    for (const fabric::RailSnapshot& rail : facts.fabric.rails) {
+      if (static_cast<uint32_t>(rail.lane) == lane) {
+        out.rails.push_back({rail.device, rail.sent_messages, rail.sent_bytes, rail.under_way_bytes});
+      }
+    }
+    lanes.push_back(std::move(out));
+  }
+  return lanes;
+}
+
 }  // namespace
 
 const char* peer_state_name(fabric::PeerState state) {
@@ -58,7 +74,10 @@ session::FabricStatusSnapshot fabric_status(const NodeFacts& facts) {
     return status;
   }
   status.enabled = true;
-  status.backend = kFabricBackend;
+  status.backend = facts.backend;
+  status.backend_cause = facts.backend_cause;
+  status.route = fabric::kRouteNames[static_cast<size_t>(facts.options.route)];
+  status.lanes = lanes_of(facts);
   status.transports = facts.transports;
   status.node = facts.name;
   status.node_id = facts.id;
@@ -101,7 +120,7 @@ metrics::FabricGauges fabric_gauges(const NodeFacts& facts) {
   static_assert(metrics::kRttBoundsNs == fabric::kRttBoundsNs);
   metrics::FabricGauges gauges;
   gauges.enabled = facts.enabled;
-  gauges.backend = kFabricBackend;
+  gauges.backend = facts.backend;
   gauges.transports = facts.transports;
   gauges.rendezvous_up = facts.hosting || !facts.rendezvous.address.empty();
   gauges.groups = facts.fabric.groups;

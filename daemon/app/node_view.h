@@ -8,6 +8,7 @@
 #include <string>
 
 #include "daemon/base/status.h"
+#include "daemon/fabric/backend.h"
 #include "daemon/fabric/bootstrap/rendezvous_client.h"
 #include "daemon/fabric/options.h"
 #include "daemon/metrics/collector.h"
@@ -15,16 +16,16 @@
 
 namespace expertd::app {
 
-/// How rows reach another node: through host memory.
-inline constexpr const char* kFabricBackend = "staged";
-
 /// One look at this node's part in the fabric; `enabled` false: it has none, and nothing else is set.
 struct NodeFacts {
   bool enabled = false;
   std::string name;
   uint64_t id = 0;
   std::string address;
-  std::string transports;  // separated by commas
+  std::string backend = fabric::backend_name(fabric::Backend::kStaged);
+  std::string backend_cause;  // why it is not direct
+  std::string transports;     // separated by commas
+  fabric::FabricOptions options;
   fabric::RendezvousState rendezvous;
   bool hosting = false;                       // the rendezvous, by this daemon
   std::map<uint64_t, std::string> addresses;  // of other nodes by id, where they are known

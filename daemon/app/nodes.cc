@@ -6,10 +6,12 @@
 #include <system_error>
 #include <utility>
 
+#include "daemon/app/fabric_setup.h"
 #include "daemon/base/clock.h"
 #include "daemon/base/log.h"
 #include "daemon/fabric/bootstrap/address.h"
 #include "daemon/fabric/bootstrap/node_facts.h"
+#include "daemon/fabric/ucx_probe.h"
 #include "daemon/group/etcd/etcd_store.h"
 
 namespace expertd::app {
@@ -22,6 +24,7 @@ constexpr uint32_t kGpuSendBuffers = 8;
 
 constexpr uint64_t kServerShutdownNs = 1'000'000'000;
 constexpr std::chrono::milliseconds kLook(20);
+constexpr size_t kViewsWaiting = 1024;  // more are dropped: whoever waits for an answer asks again
 constexpr size_t kAddresses = size_t{4} * fabric::kMaxNodes;
 // A call to etcd is given up early enough to try another one before the lease is over.
 constexpr uint64_t kEtcdCallsPerLease = 4;
@@ -38,7 +41,9 @@ std::string joined(const std::vector<std::string>& words) {
 std::vector<group::LaneAddress> lanes_of(const fabric::NodeIdentity& identity) {
   std::vector<group::LaneAddress> lanes;
   for (uint32_t lane = 0; lane < fabric::kLanes; ++lane) {
-    lanes.push_back({lane, identity.addresses[lane]});
+    for (uint32_t rail = 0; rail < identity.addresses[lane].size(); ++rail) {
+      lanes.push_back({lane + rail * fabric::kLanes, identity.addresses[lane][rail]});
+    }
   }
   return lanes;
 }
@@ -48,8 +53,11 @@ fabric::NodeIdentity identity_of(const group::NodeIdentity& node) {
   identity.node_id = node.id;
   identity.name = node.name;
   for (const group::LaneAddress& lane : node.lanes) {
-    if (lane.lane < fabric::kLanes) {
-      identity.addresses[lane.lane] = lane.bytes;
+    const uint32_t rail = lane.lane / fabric::kLanes;
+    if (rail < fabric::kMaxRails) {
+      std::vector<std::string>& rails = identity.addresses[lane.lane % fabric::kLanes];
+      rails.resize(std::max<size_t>(rails.size(), rail + 1));
+      rails[rail] = lane.bytes;
     }
   }
   return identity;
@@ -67,6 +75,7 @@ base::Result<std::unique_ptr<Nodes>> Nodes::create(const config::FabricConfig& c
   nodes->cluster_key_ = std::move(key).value();
   nodes->identity_.name = fabric::node_name_or_host(config.node_name);
   EXPERTD_RETURN_IF_ERROR(nodes->open_fabric(wake, gpu));
+  nodes->make_mesh();
   EXPERTD_RETURN_IF_ERROR(nodes->open_services());
   return nodes;
 }
@@ -81,22 +90,13 @@ Nodes::~Nodes() {
 }
 
 base::Status Nodes::open_fabric(engine::WakePort* wake, device::Device* gpu) {
-  fabric::FabricOptions options;
+  EXPERTD_RETURN_IF_ERROR(choose_backend());
+  fabric::FabricOptions options = fabric_options(config_, identity_.name);
   if (gpu != nullptr) {
     memory_ = std::make_unique<FabricMemory>(gpu);
     options.memory = memory_.get();
+    options.window_bytes *= kGpuMessages;  // groups on GPUs have messages that much larger
   }
-  options.name = identity_.name;
-  for (fabric::LaneOptionList& lane : options.lanes) {
-    if (!config_.transports.empty()) {
-      lane.emplace_back("transports", joined(config_.transports));
-    }
-    if (!config_.devices.empty()) {
-      lane.emplace_back("devices", joined(config_.devices));
-    }
-  }
-  options.heartbeat.interval_ns = uint64_t{config_.heartbeat_ms} * 1'000'000;
-  options.heartbeat.misses = config_.heartbeat_misses;
   base::Result<std::unique_ptr<fabric::Fabric>> created = fabric::Fabric::create(options, wake, this);
   if (!created.is_ok()) {
     return created.status().with_context("fabric");
@@ -104,6 +104,19 @@ base::Status Nodes::open_fabric(engine::WakePort* wake, device::Device* gpu) {
   fabric_ = std::move(created).value();
   identity_.id = fabric_->identity().node_id;
   identity_.lanes = lanes_of(fabric_->identity());
+  return base::Status::ok();
+}
+
+base::Status Nodes::choose_backend() {
+  // Kernels have messages in pinned memory of the host; the fabric is given none of a GPU, so nothing can prove it yet.
+  fabric::UcxProbe probe(nullptr);
+  base::Result<fabric::BackendChoice> choice = fabric::choose_backend(config_.require_direct, probe);
+  if (!choice.is_ok()) {
+    return choice.status();
+  }
+  backend_ = std::move(choice).value();
+  base::log_info("backend of the fabric",
+                 {{"backend", fabric::backend_name(backend_.live)}, {"cause", backend_.cause}});
   return base::Status::ok();
 }
 
@@ -118,6 +131,7 @@ base::Status Nodes::open_services() {
     identity_.address = fabric::advertised_address(config_.advertise, config_.listen, port);
   }
   server.identity = identity_;
+  server.probes = mesh_.get();
   server.rendezvous.max_nodes = config_.max_nodes;
   base::Result<std::unique_ptr<fabric::PeerServer>> served = fabric::PeerServer::create(server);
   if (!served.is_ok()) {
@@ -168,6 +182,7 @@ base::Status Nodes::start_election() {
 
 base::Status Nodes::attach(session::SessionService* sessions) {
   sessions_ = sessions;
+  mesh_->introduce(identity_);
   EXPERTD_RETURN_IF_ERROR(make_election());
   fabric::RendezvousClientOptions options;
   options.identity = identity_;
@@ -207,6 +222,9 @@ void Nodes::detach() {
     stop_ = true;
     changed_.notify_all();
   }
+  if (mesh_ != nullptr) {
+    mesh_->stop();
+  }
   if (teller_.joinable()) {
     teller_.join();
   }
@@ -227,6 +245,9 @@ NodeFacts Nodes::facts() {
   facts.id = identity_.id;
   facts.address = identity_.address;
   facts.transports = config_.transports.empty() ? "auto" : joined(config_.transports);
+  facts.backend = fabric::backend_name(backend_.live);
+  facts.backend_cause = backend_.cause;
+  facts.options = fabric_options(config_, identity_.name);
   facts.hosting = server_->hosting();
   facts.now_ns = base::now_ns();
   base::Result<fabric::FabricSnapshot> snapshot = fabric_->snapshot();
@@ -250,44 +271,66 @@ void Nodes::keep_address(const group::NodeIdentity& node) {
   addresses_[node.id] = node.address;
 }
 
+base::Status Nodes::connect(const group::NodeIdentity& node) {
+  const base::Status connected = fabric_->connect(identity_of(node));
+  if (!connected.is_ok()) {
+    return connected.with_context("node " + node.name + " at " + node.address);
+  }
+  keep_address(node);
+  return base::Status::ok();
+}
+
 base::Status Nodes::connect_all(const group::Placed& placed) {
   for (const group::NodeIdentity& node : placed.nodes) {
-    if (node.id == identity_.id) {
-      continue;
+    if (node.id != identity_.id) {
+      EXPERTD_RETURN_IF_ERROR(connect(node));
     }
-    const base::Status connected = fabric_->connect(identity_of(node));
-    if (!connected.is_ok()) {
-      return connected.with_context("node " + node.name + " at " + node.address);
-    }
-    keep_address(node);
   }
   return base::Status::ok();
 }
 
-// Nobody may send before every node has opened the group, so a node that does not answer is found out here.
-base::Status Nodes::wait_up(const group::Placed& placed, uint64_t deadline_ns) {
+base::Status Nodes::wait_up(const group::NodeIdentity& node, uint64_t deadline_ns) {
   std::unique_lock<std::mutex> lock(mutex_);
-  for (const group::NodeIdentity& node : placed.nodes) {
-    while (node.id != identity_.id) {
-      const auto peer = peers_.find(node.id);
-      if (peer != peers_.end() && peer->second) {
-        break;
-      }
-      if (stop_ || base::now_ns() >= deadline_ns) {
-        return base::Status(EXPERTD_REASON_PEER_LOST,
-                            "node " + node.name + " at " + node.address + " did not answer on the fabric");
-      }
-      changed_.wait_for(lock, kLook);
+  while (true) {
+    const auto peer = peers_.find(node.id);
+    if (peer != peers_.end() && peer->second) {
+      return base::Status::ok();
     }
+    if (stop_ || base::now_ns() >= deadline_ns) {
+      return base::Status(EXPERTD_REASON_PEER_LOST,
+                          "node " + node.name + " at " + node.address + " did not answer on the fabric");
+    }
+    changed_.wait_for(lock, kLook);
   }
-  return base::Status::ok();
+}
+
+void Nodes::make_mesh() {
+  MeshSurroundings surroundings;
+  surroundings.fabric = fabric_.get();
+  surroundings.cluster_key = cluster_key_;
+  surroundings.connect = [this](const group::NodeIdentity& node, uint64_t deadline_ns) {
+    const base::Status connected = connect(node);
+    return connected.is_ok() && deadline_ns != 0 ? wait_up(node, deadline_ns) : connected;
+  };
+  surroundings.rendezvous = [this](std::string* cause) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const fabric::RendezvousState state = client_ == nullptr ? fabric::RendezvousState{} : client_->state();
+    *cause = state.cause;
+    return state.address;
+  };
+  mesh_ = std::make_unique<Mesh>(std::move(surroundings));
 }
 
 base::Result<std::shared_ptr<engine::FabricPort>> Nodes::open(const group::Placed& placed,
                                                               const engine::GroupSettings& settings,
                                                               uint64_t deadline_ns) {
   EXPERTD_RETURN_IF_ERROR(connect_all(placed));
-  EXPERTD_RETURN_IF_ERROR(wait_up(placed, deadline_ns));
+  // Nobody may send before every node has opened the group, so a node that does not answer is found out here.
+  for (const group::NodeIdentity& node : placed.nodes) {
+    if (node.id != identity_.id) {
+      EXPERTD_RETURN_IF_ERROR(wait_up(node, deadline_ns));
+    }
+  }
   fabric::GroupLink link;
   link.key = placed.key;
   link.epoch = static_cast<uint32_t>(placed.epoch);
@@ -300,6 +343,8 @@ base::Result<std::shared_ptr<engine::FabricPort>> Nodes::open(const group::Place
   }
   link.message_bytes = config_.message_bytes;
   link.receive_buffers = config_.messages_per_peer;
+  link.lanes = settings.fabric_lanes;
+  link.weight = settings.fabric_weight;
   if (placed.ranks.front().facts.cuda) {
     // Launches of a few microseconds fill and empty them, and each needs one of every node.
     const auto others = static_cast<uint32_t>(placed.nodes.size() - 1);
@@ -335,22 +380,54 @@ void Nodes::node_lost(uint64_t node_id, const std::string& name, fabric::LossCau
   post(NodeLost{node_id});
 }
 
+void Nodes::view_message(uint64_t group_key, uint32_t node, const engine::ViewMessage& message) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (views_waiting_ < kViewsWaiting) {
+    ++views_waiting_;
+    events_.push_back(ViewSaid{group_key, node, message});
+    changed_.notify_all();
+  }
+}
+
+void Nodes::views_changed() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  views_changed_ = true;
+  changed_.notify_all();
+}
+
+void Nodes::tell(const Event& event) {
+  if (const auto* gone = std::get_if<RankGone>(&event)) {
+    sessions_->remote_rank_gone(gone->group_key, gone->rank, gone->through);
+  } else if (const auto* lost = std::get_if<NodeLost>(&event)) {
+    sessions_->node_lost(lost->node_id);
+  } else {
+    const ViewSaid& said = std::get<ViewSaid>(event);
+    sessions_->view_message(said.group_key, said.node, said.message);
+  }
+}
+
 void Nodes::teller_main() {
+  uint64_t next_ns = UINT64_MAX;
   std::unique_lock<std::mutex> lock(mutex_);
   while (!stop_) {
-    if (events_.empty()) {
+    const uint64_t now_ns = base::now_ns();
+    if (!events_.empty()) {
+      const Event event = events_.front();
+      events_.pop_front();
+      views_waiting_ -= std::holds_alternative<ViewSaid>(event) ? 1 : 0;
+      lock.unlock();
+      tell(event);
+      lock.lock();
+    } else if (views_changed_ || now_ns >= next_ns) {
+      views_changed_ = false;
+      lock.unlock();
+      next_ns = sessions_->tend_views(now_ns);
+      lock.lock();
+    } else if (next_ns == UINT64_MAX) {
       changed_.wait(lock);
-      continue;
-    }
-    const Event event = events_.front();
-    events_.pop_front();
-    lock.unlock();
-    if (const auto* gone = std::get_if<RankGone>(&event)) {
-      sessions_->remote_rank_gone(gone->group_key, gone->rank, gone->through);
     } else {
-      sessions_->node_lost(std::get<NodeLost>(event).node_id);
+      changed_.wait_for(lock, std::chrono::nanoseconds(next_ns - now_ns));
     }
-    lock.lock();
   }
 }
 

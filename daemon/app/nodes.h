@@ -15,8 +15,10 @@
 #include <variant>
 
 #include "daemon/app/fabric_memory.h"
+#include "daemon/app/mesh.h"
 #include "daemon/app/node_view.h"
 #include "daemon/config/config.h"
+#include "daemon/fabric/backend.h"
 #include "daemon/fabric/bootstrap/peer_server.h"
 #include "daemon/fabric/bootstrap/rendezvous_client.h"
 #include "daemon/fabric/fabric.h"
@@ -45,10 +47,14 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   /// For status and metrics, any thread; waits for the fabric thread, not for long.
   NodeFacts facts();
 
+  /// Measurements between nodes, for operators.
+  session::MeshApi* mesh() { return mesh_.get(); }
+
   uint64_t node_id() const override { return identity_.id; }
   base::Result<std::shared_ptr<engine::FabricPort>> open(const group::Placed& placed,
                                                          const engine::GroupSettings& settings,
                                                          uint64_t deadline_ns) override;
+  void views_changed() override;
 
  private:
   struct RankGone {
@@ -59,17 +65,26 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   struct NodeLost {
     uint64_t node_id = 0;
   };
-  using Event = std::variant<RankGone, NodeLost>;
+  struct ViewSaid {
+    uint64_t group_key = 0;
+    uint32_t node = 0;
+    engine::ViewMessage message;
+  };
+  using Event = std::variant<RankGone, NodeLost, ViewSaid>;
 
   Nodes(const config::FabricConfig& config, supervise::Beat* beat) : config_(config), beat_(beat) {}
+  base::Status choose_backend();
   base::Status open_fabric(engine::WakePort* wake, device::Device* gpu);
   base::Status open_services();
+  base::Status connect(const group::NodeIdentity& node);
   base::Status make_election();
   base::Status start_election();
   base::Status connect_all(const group::Placed& placed);
-  base::Status wait_up(const group::Placed& placed, uint64_t deadline_ns);
+  base::Status wait_up(const group::NodeIdentity& node, uint64_t deadline_ns);
+  void make_mesh();
   void keep_address(const group::NodeIdentity& node);
   void post(const Event& event);
+  void tell(const Event& event);
   void teller_main();
 
   void node_up(uint64_t node_id, const std::string& name) override;
@@ -78,23 +93,28 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   void rank_gone(uint64_t group_key, uint32_t rank, uint64_t through) override {
     post(RankGone{group_key, rank, through});
   }
+  void view_message(uint64_t group_key, uint32_t node, const engine::ViewMessage& message) override;
   void beat(uint64_t now_ns) override { beat_->beat(now_ns); }
 
   const config::FabricConfig config_;
   supervise::Beat* beat_;
   group::NodeIdentity identity_;
   std::string cluster_key_;
+  fabric::BackendChoice backend_;
   session::SessionService* sessions_ = nullptr;
   std::mutex mutex_;  // what follows, but for the parts themselves
   std::condition_variable changed_;
-  std::deque<Event> events_;        // bounded by what is connected: one per lost node, one per rank that goes
-  std::map<uint64_t, bool> peers_;  // by node id: up, or lost
+  std::deque<Event> events_;  // bounded by what is connected: one per lost node, one per rank that goes,
+  size_t views_waiting_ = 0;  // and these, of which there are at most kViewsWaiting
+  bool views_changed_ = false;
+  std::map<uint64_t, bool> peers_;             // by node id: up, or lost
   std::map<uint64_t, std::string> addresses_;  // by node id; at most kAddresses
   fabric::FabricSnapshot last_;  // what the fabric last told: counters must not fall when it does not answer
   bool stop_ = false;
   std::thread teller_;
   std::unique_ptr<FabricMemory> memory_;  // null: the fabric's own
   std::unique_ptr<fabric::Fabric> fabric_;
+  std::unique_ptr<Mesh> mesh_;
   std::unique_ptr<fabric::PeerServer> server_;
   std::unique_ptr<group::Election> election_;  // null: a list says who hosts. Tells server and client
   std::unique_ptr<fabric::RendezvousClient> client_;

@@ -31,12 +31,14 @@ struct ViewFacts {
 class OperatorView final : public session::OperatorApi, public metrics::GaugeSource {
  public:
   OperatorView(ViewFacts facts, session::SessionService* sessions, std::shared_ptr<metrics::Blocks> blocks,
-               std::function<void(uint64_t timeout_ns)> start_drain, std::function<NodeFacts()> nodes)
+               std::function<void(uint64_t timeout_ns)> start_drain, std::function<NodeFacts()> nodes,
+               session::MeshApi* mesh)
       : facts_(std::move(facts)),
         sessions_(sessions),
         blocks_(std::move(blocks)),
         start_drain_(std::move(start_drain)),
-        nodes_(std::move(nodes)) {}
+        nodes_(std::move(nodes)),
+        mesh_(mesh) {}
 
   void set_state(State state) { state_.store(state, std::memory_order_release); }
   State state() const { return state_.load(std::memory_order_acquire); }
@@ -49,6 +51,7 @@ class OperatorView final : public session::OperatorApi, public metrics::GaugeSou
   std::vector<session::OpCounterSnapshot> counters() override;
   base::Result<session::PeersSnapshot> peers() override;
   session::WaitsSnapshot waits(uint32_t last) override;
+  session::MeshApi* mesh() override { return mesh_; }
   uint32_t drain(uint64_t timeout_ns) override;
   base::Result<std::string> set_log_level(const std::string& level) override;
   metrics::Gauges gauges() override;
@@ -59,6 +62,7 @@ class OperatorView final : public session::OperatorApi, public metrics::GaugeSou
   std::shared_ptr<metrics::Blocks> blocks_;
   std::function<void(uint64_t timeout_ns)> start_drain_;
   std::function<NodeFacts()> nodes_;
+  session::MeshApi* const mesh_;  // null: the fabric is off
   std::string metrics_address_;
   std::atomic<State> state_{State::kStarting};
   std::atomic<bool> config_loaded_{true};  // without a configuration there is no view

@@ -20,6 +20,7 @@ using base::Status;
 
 int exit_code_of(const Status& status) {
   switch (status.reason()) {
+    case EXPERTD_REASON_UNAVAILABLE:
     case EXPERTD_REASON_NO_GPU:
     case EXPERTD_REASON_MIG_UNSUPPORTED:
     case EXPERTD_REASON_ADDRESS_IN_USE:

@@ -17,6 +17,8 @@ inline constexpr uint32_t kMaxHidden = 16384;      // semantics: H <= 16384, a m
 inline constexpr uint32_t kMaxTokens = 65536;      // tokens per rank in HT
 inline constexpr uint32_t kMaxLlTokens = 4096;     // tokens per rank in LL
 inline constexpr uint32_t kMaxBuffersPerSession = 1024;
+inline constexpr uint32_t kMaxVirtualLanes = 2;     // lanes between nodes that a group's messages go by
+inline constexpr uint32_t kMaxBandwidthRatio = 64;  // weight of a group beside others
 inline constexpr uint32_t kMaxGroupsPerSession = 16;
 inline constexpr uint32_t kMaxPendingFds = 64;           // descriptors passed over the attach socket and not yet used
 inline constexpr uint32_t kMaxAttachConnections = 2048;  // clients beyond it wait in the socket's backlog

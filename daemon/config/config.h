@@ -5,6 +5,7 @@
 // a default-constructed Config is zero, see defaults().
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -70,6 +71,17 @@ struct SessionConfig {
   uint64_t max_registered_bytes = 0;  // 0: no limit
 };
 
+enum class FabricRoute { kAuto, kRail, kSpread };
+enum class AdaptiveRouting { kDefault, kNo, kTry, kYes };
+
+/// One lane's own; what is not given is left to UCX.
+struct FabricLaneConfig {
+  std::vector<std::string> devices;  // empty: fabric.devices
+  int32_t service_level = -1;
+  int32_t traffic_class = -1;
+  AdaptiveRouting adaptive_routing = AdaptiveRouting::kDefault;
+};
+
 struct FabricConfig {
   bool enabled = false;
   std::string listen;                   // "ADDRESS:PORT", literal
@@ -78,10 +90,12 @@ struct FabricConfig {
   std::vector<std::string> etcd;        // "http://HOST:PORT"; in place of rendezvous
   std::string etcd_prefix;              // of the keys there
   uint64_t etcd_lease_ns = 0;
-  std::string node_name;                // empty: the name of the host
-  std::string cluster_key_file;         // empty: no key
-  std::vector<std::string> transports;  // empty: UCX's choice
-  std::vector<std::string> devices;     // empty: UCX's choice
+  std::string node_name;                  // empty: the name of the host
+  std::string cluster_key_file;           // empty: no key
+  std::vector<std::string> transports;    // empty: UCX's choice
+  std::vector<std::string> devices;       // of lanes without their own; empty: UCX's choice
+  std::array<FabricLaneConfig, 3> lanes;  // control, latency, throughput
+  FabricRoute route = FabricRoute::kAuto;
   uint32_t heartbeat_ms = 0;
   uint32_t heartbeat_misses = 0;
   bool require_direct = false;

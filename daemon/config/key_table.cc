@@ -360,10 +360,20 @@ constexpr Key kKeys[] = {
      .name = "devices",
      .type = Type::kTextList,
      .default_text = "",
-     .sentence = "Network devices that UCX may use, by its names; empty leaves the choice to it.",
+     .sentence = "Network devices of the lanes that name none of their own, by UCX's names; several are a rail each. "
+                 "Empty leaves the choice to UCX.",
      .accepts = is_word,
      .form = "names such as \"mlx5_0:1\" or \"eth0\"",
      .set = [](Config& c, const Value& v) { c.fabric.devices = v.texts; }},
+    {.section = "fabric",
+     .name = "route",
+     .type = Type::kChoice,
+     .default_text = "auto",
+     .choices = "auto|rail|spread",
+     .sentence = "Rail by which a message leaves, where a lane has several devices: \"rail\" that of the GPU's number, "
+                 "\"spread\" the one with the least to carry, \"auto\" the former until it has more to carry than "
+                 "another.",
+     .set = [](Config& c, const Value& v) { c.fabric.route = static_cast<FabricRoute>(v.integer); }},
     {.section = "fabric",
      .name = "heartbeat_ms",
      .type = Type::kInteger,
@@ -454,7 +464,15 @@ constexpr Key kKeys[] = {
 }  // namespace
 
 std::span<const Key> keys() {
-  return kKeys;
+  // Each section in one piece: the lanes' rows come behind the last one of the fabric.
+  static const std::vector<Key> kAll = [] {
+    std::vector<Key> all(std::begin(kKeys), std::end(kKeys));
+    const auto last = std::find_if(all.rbegin(), all.rend(), [](const Key& key) { return key.section == "fabric"; });
+    const std::vector<Key> lanes = fabric_lane_keys();
+    all.insert(last.base(), lanes.begin(), lanes.end());
+    return all;
+  }();
+  return kAll;
 }
 
 }  // namespace expertd::config

@@ -58,6 +58,8 @@ struct Key {
 };
 
 std::span<const Key> keys();
+/// A part of them, for the table.
+std::vector<Key> fabric_lane_keys();
 
 /// "engine.spin_us", "--engine-spin-us", "EXPERTD_ENGINE_SPIN_US".
 std::string full_name(const Key& key);

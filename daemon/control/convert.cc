@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cstdio>
 #include <string_view>
 #include <utility>
@@ -140,6 +141,22 @@ void put_fabric(const session::FabricStatusSnapshot& fabric, v1::FabricStatus* m
   message->set_groups(fabric.groups);
   message->set_memory_bytes(fabric.memory_bytes);
   message->set_cause(shown(fabric.cause));
+  message->set_backend_cause(shown(fabric.backend_cause));
+  message->set_route(fabric.route);
+  for (const session::FabricLaneSnapshot& lane : fabric.lanes) {
+    v1::FabricLane* const out = message->add_lanes();
+    out->set_name(lane.name);
+    for (const std::string& option : lane.options) {
+      out->add_options(shown(option));
+    }
+    for (const session::FabricRailSnapshot& rail : lane.rails) {
+      v1::FabricRail* const to = out->add_rails();
+      to->set_device(shown(rail.device));
+      to->set_sent_messages(rail.sent_messages);
+      to->set_sent_bytes(rail.sent_bytes);
+      to->set_under_way_bytes(rail.under_way_bytes);
+    }
+  }
 }
 
 void put_peer(const session::PeerSnapshot& peer, v1::PeerStatus* message) {
@@ -204,6 +221,19 @@ Converted<RegisterRequest> from_proto(const v1::RegisterBufferRequest& message) 
   return out;
 }
 
+namespace {
+
+session::CommunicationPattern from_proto(const v1::CommunicationPattern& message) {
+  session::CommunicationPattern pattern;
+  pattern.use_nvlink = !message.has_use_nvlink() || message.use_nvlink();
+  pattern.use_rdma = !message.has_use_rdma() || message.use_rdma();
+  pattern.virtual_lanes = message.virtual_lanes() != 0 ? message.virtual_lanes() : pattern.virtual_lanes;
+  pattern.bandwidth_ratio = message.bandwidth_ratio() != 0 ? message.bandwidth_ratio() : pattern.bandwidth_ratio;
+  return pattern;
+}
+
+}  // namespace
+
 Converted<session::GroupConfig> from_proto(const v1::GroupConfig& message) {
   Converted<session::GroupConfig> out;
   out.error = check_enum("mode", message.mode(),
@@ -230,6 +260,7 @@ Converted<session::GroupConfig> from_proto(const v1::GroupConfig& message) {
   out.value.executor = static_cast<session::Executor>(message.executor());
   out.value.copy_kernels = message.copy_kernels();
   out.value.copies = message.copies();
+  out.value.communication = from_proto(message.communication());
   return out;
 }
 
@@ -380,6 +411,34 @@ std::string group_mode_name(session::GroupMode mode) {
       break;
   }
   return "unspecified";
+}
+
+void to_proto(const std::string& node, const std::vector<session::NodePlace>& nodes, v1::ListNodesResponse* out) {
+  out->set_node(node);
+  for (const session::NodePlace& place : nodes) {
+    v1::NodePlace* const shown = out->add_nodes();
+    shown->set_name(place.name);
+    shown->set_node_id(hex(place.id));
+    shown->set_address(place.address);
+  }
+}
+
+void to_proto(const std::vector<session::PairLaneSnapshot>& lanes, v1::MeasurePairResponse* out) {
+  for (const session::PairLaneSnapshot& lane : lanes) {
+    v1::PairLane* const shown = out->add_lanes();
+    shown->set_lane(lane.lane);
+    shown->set_device(lane.device);
+    shown->set_latency_p50_ns(lane.latency_p50_ns);
+    shown->set_latency_p99_ns(lane.latency_p99_ns);
+    shown->set_bytes_per_second(lane.bytes_per_second);
+  }
+}
+
+uint64_t node_id_of(const std::string& text) {
+  uint64_t id = 0;
+  const char* const end = text.data() + text.size();
+  const auto [rest, error] = std::from_chars(text.data(), end, id, 16);
+  return error == std::errc() && rest == end && text.size() <= 16 ? id : 0;
 }
 
 }  // namespace expertd::control

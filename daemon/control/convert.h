@@ -67,4 +67,9 @@ void to_proto(const session::WaitsSnapshot& waits, v1::ListWaitsResponse* messag
 /// "normal", "inference", "auto" or "unspecified".
 std::string group_mode_name(session::GroupMode mode);
 
+void to_proto(const std::string& node, const std::vector<session::NodePlace>& nodes, v1::ListNodesResponse* out);
+void to_proto(const std::vector<session::PairLaneSnapshot>& lanes, v1::MeasurePairResponse* out);
+/// Of 1..16 hexadecimal digits; 0, which no node has, for anything else.
+uint64_t node_id_of(const std::string& text);
+
 }  // namespace expertd::control

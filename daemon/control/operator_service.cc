@@ -97,8 +97,54 @@ class OperatorService final : public v1::Control::CallbackService {
     });
   }
 
+  grpc::ServerUnaryReactor* ListNodes(grpc::CallbackServerContext* context, const v1::ListNodesRequest*,
+                                      v1::ListNodesResponse* response) override {
+    return on_mesh(context, response, Right::kLook, [](session::MeshApi* mesh, const auto& call) {
+      mesh->list_nodes([mesh, call](const base::Status& status, const std::vector<session::NodePlace>& nodes) {
+        v1::ListNodesResponse out;
+        to_proto(mesh->node(), nodes, &out);
+        call->finish(session::ErrorDetail{status, -1, {}, {}, {}}, std::move(out));
+      });
+    });
+  }
+
+  grpc::ServerUnaryReactor* MeasurePair(grpc::CallbackServerContext* context, const v1::MeasurePairRequest* request,
+                                        v1::MeasurePairResponse* response) override {
+    return on_mesh(context, response, Right::kAct, [&request](session::MeshApi* mesh, const auto& call) {
+      mesh->measure_pair(node_id_of(request->source_id()), node_id_of(request->destination_id()), request->timeout_ns(),
+                         [call](const base::Status& status, const std::vector<session::PairLaneSnapshot>& lanes) {
+                           v1::MeasurePairResponse out;
+                           to_proto(lanes, &out);
+                           call->finish(session::ErrorDetail{status, -1, {}, {}, {}}, std::move(out));
+                         });
+    });
+  }
+
  private:
   enum class Right { kLook, kAct };
+
+  /// What takes long: begun here, ended by the mesh's own thread.
+  template <typename Response, typename Begin>
+  grpc::ServerUnaryReactor* on_mesh(grpc::CallbackServerContext* context, Response* response, Right right,
+                                    const Begin& begin) {
+    auto call = UnaryCall<Response>::start(response);
+    grpc::ServerUnaryReactor* const reactor = call->reactor();
+    Admission admission = admit_call(services_, *context, PeerKind::kOperator);
+    if (admission.error.status.is_ok()) {
+      admission.error = authorise(admission.caller, right);
+    }
+    session::MeshApi* const mesh = api_.mesh();
+    if (admission.error.status.is_ok() && mesh == nullptr) {
+      admission.error.status = base::Status(EXPERTD_REASON_UNAVAILABLE,
+                                            "the fabric is off (fabric.enabled = false), so there are no other nodes");
+    }
+    if (admission.error.status.is_ok()) {
+      begin(mesh, call);
+    } else {
+      call->finish(admission.error);
+    }
+    return reactor;
+  }
 
   /// Acting is for root and the daemon's own user; looking for everyone whom the socket lets in.
   session::ErrorDetail authorise(const Caller& caller, Right right) const {

@@ -98,22 +98,28 @@ void Engine::submit(EngineSession* session, uint32_t slot, RankState* rank) {
   }
 }
 
-// A lost rank ends gathering operations of a `fail` group at once and running ones in both modes: they would wait for
-// rows that never come. Every rank sees to that itself, but one that looks just while another does finds nothing to do
-// and sleeps, so whoever did it wakes the others.
+// A lost rank ends gathering operations of a `fail` group at once, those of a view that still has it, and running ones
+// in both modes: they would wait for rows that never come. Every rank sees to that itself, but one that looks just
+// while another does finds nothing to do and sleeps, so whoever did it wakes the others.
 void Engine::check_loss(Op& op) {
   GroupShared& group = *op.rank->group;
   const uint64_t lost = group.lost();
   if (lost == 0) {
     return;
   }
-  const Failure failure{.reason = EXPERTD_REASON_PEER_LOST, .rank = lowest_rank(lost)};
   bool changed = false;
-  if (op.stage == EngineSession::Stage::kQueued && !group.settings().mask_on_loss) {
-    (void)group.fail(op.number, 0, failure, &changed);
+  if (op.stage == EngineSession::Stage::kQueued) {
+    const uint64_t doomed = group.doomed_by(op.number);
+    const Failure failure{.reason = EXPERTD_REASON_PEER_LOST, .rank = lowest_rank(doomed)};
+    if (doomed != 0) {
+      (void)group.fail(op.number, 0, failure, &changed);
+    }
   }
-  if (op.stage == EngineSession::Stage::kRunning && group.lost_before_release(op.number) != 0) {
-    changed = group.request_abort(op.number, failure);
+  if (op.stage == EngineSession::Stage::kRunning) {
+    const uint64_t missed = group.lost_before_release(op.number);
+    // Where ranks are lost for good all name the lowest; under views one that is out already is no cause.
+    const Failure failure{.reason = EXPERTD_REASON_PEER_LOST, .rank = lowest_rank(group.has_views() ? missed : lost)};
+    changed = missed != 0 && group.request_abort(op.number, failure);
   }
   if (changed) {
     wake_group(group);
@@ -125,7 +131,7 @@ void Engine::check_loss(Op& op) {
 // Once it withdrew the rank stays out, whatever the mask becomes.
 bool Engine::stands_alone(Op& op) {
   const GroupShared& group = *op.rank->group;
-  if ((group.excluded() >> op.rank->rank & 1) != 0) {
+  if ((group.excluded_from(op.number) >> op.rank->rank & 1) != 0) {
     op.failure = {.reason = EXPERTD_REASON_BAD_STATE, .rank = static_cast<int32_t>(op.rank->rank)};
     op.withdrawn = true;
   } else if (group.ahead(op.number)) {
@@ -213,6 +219,11 @@ bool Engine::advance_agreed(EngineSession& session, Op& op, uint64_t now_ns) {
                                     .rank = static_cast<int32_t>(op.rank->rank)});
     wake_group(group);
   }
+  // Launched it would only tell the other nodes of what cannot be, and push aside what they need next.
+  const uint64_t missed = group.has_views() ? group.lost_before_release(op.number) : 0;
+  if (missed != 0) {
+    group.request_abort(op.number, {.reason = EXPERTD_REASON_PEER_LOST, .rank = lowest_rank(missed)});
+  }
   if (session.closing_ || group.abort_requested(op.number, &abort)) {
     // Agreed but never launched here: this part counts as ended, the others abort theirs.
     group.request_abort(op.number, {.reason = EXPERTD_REASON_PEER_LOST, .rank = static_cast<int32_t>(op.rank->rank)});
@@ -254,6 +265,7 @@ bool Engine::launch(EngineSession& session, Op& op, uint64_t now_ns) {
     spec.ranks = group.ranks();
     spec.rank = op.rank->rank;
     spec.active_ranks = entry.active;
+    spec.epoch = static_cast<uint32_t>(entry.epoch);
     spec.page = static_cast<uint32_t>(op.number % kExchangePages);
     spec.flags = &entry.flags;
     spec.devices = group.settings().shape.devices;

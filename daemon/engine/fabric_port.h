@@ -12,6 +12,7 @@
 
 #include "daemon/base/ids.h"
 #include "daemon/base/limits.h"
+#include "daemon/engine/view_message.h"
 
 namespace expertd::engine {
 
@@ -55,6 +56,7 @@ struct MessageHeader {
   uint64_t targets = 0;      // bit per place (Placement::index_of) at the destination: who gets it, at least one
   uint32_t entries = 0;      // how many entries the bytes hold
   uint32_t sequence = 0;     // the sender's counter within (op, source_rank, kind, node), from 0
+  uint32_t view = 0;         // epoch of the membership that the sender has the operation in
 };
 
 /// Memory that a rank fills and sends. Valid from take() until send() or drop().
@@ -89,8 +91,12 @@ class FabricPort {
   virtual bool receive(uint32_t rank, Arrival* arrival) = 0;
   virtual void release(uint32_t rank, const Arrival& arrival) = 0;
   /// Tells the other nodes that a rank of this one takes no part any more: in operations behind `through`, all messages
-  /// of which it has sent. The only function that is not the rank's loop thread's: any thread but a loop's.
+  /// of which it has sent. This function and those below are not the loop thread's of a rank: any thread but a loop's.
   virtual void tell_gone(uint32_t /*rank*/, uint64_t /*through*/) {}
+  /// No loop calls for the rank any more, which is gone: what arrived for it, and still does, holds no buffer.
+  virtual void forget(uint32_t /*rank*/) {}
+  /// Sends a message about views to another node; it may get lost when many wait. Any thread but a loop's.
+  virtual void tell_view(uint32_t /*node*/, const ViewMessage& /*message*/) {}
 };
 
 }  // namespace expertd::engine

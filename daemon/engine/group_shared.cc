@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory order. Mostly a word is stored with release after what it announces, and loaded with acquire. In three places
+// Memory order. Mostly a word is stored with release after what it announces, and loaded with acquire. In four places
 // two threads each write one word and then read the other's, and one of them must see the other; there both stores and
 // both loads are seq_cst, so that they have one order, in which the read that comes last sees both writes:
 //  - A rank posts operation n and then reads its verdict; another claims the entry of n for a newer operation by moving
@@ -8,6 +8,8 @@
 //  - A rank is marked lost, or withdraws, and then finds an operation undecided; another claims that operation and then
 //    reads who is lost or withdrew (participants). Either the claimer leaves the rank out, or the rank sees the claim
 //    and waits for its outcome.
+//  - A change of views holds operations and then looks which were decided (hold); a rank claims an operation and then
+//    looks whether they are held (decide_in_view). Either the rank gives the entry back, or the change counts it.
 //  - A rank posts and then finds its operation not decidable (another has not posted, or reads the entry still); the
 //    other posts or releases and then looks whether anybody waits for that. One of the two goes on, or wakes the other.
 #include "daemon/engine/group_shared.h"
@@ -16,34 +18,13 @@
 #include <bit>
 
 #include "daemon/engine/agreement.h"
+#include "daemon/engine/op_words.h"
 
 namespace expertd::engine {
 
 namespace {
 
 constexpr uint32_t kMaxRanks = base::kMaxLocalRanks;  // no rank
-constexpr uint64_t kDeciding = 1;
-constexpr uint64_t kLaunchTag = 2;
-constexpr uint64_t kFailedTag = 3;
-
-constexpr uint64_t word(uint64_t number, uint64_t tag) {
-  return (number << 2) | tag;
-}
-constexpr uint64_t number_of(uint64_t verdict) {
-  return verdict >> 2;
-}
-constexpr uint64_t tag_of(uint64_t verdict) {
-  return verdict & 3;
-}
-
-// Values of OpEntry::posted.
-constexpr uint64_t submitted(uint64_t number) {
-  return number << 1;
-}
-constexpr uint64_t withdrawn(uint64_t number) {
-  return (number << 1) | 1;
-}
-
 }  // namespace
 
 GroupShared::GroupShared(const GroupSettings& settings)
@@ -63,10 +44,18 @@ uint64_t GroupShared::all_ranks() const {
 
 void GroupShared::set_lost(uint32_t rank, uint64_t through) {
   const uint64_t bit = 1ULL << rank;
+  const bool holds = has_views() && (view().lost & bit) == 0;
+  if (holds) {
+    held_.store(true, std::memory_order_seq_cst);
+  }
   if ((local_ranks_ & bit) == 0 && (lost() & bit) == 0) {
     lost_through_[rank].store(through, std::memory_order_relaxed);  // published by the exchange below
   }
-  if ((lost_.fetch_or(bit, std::memory_order_seq_cst) & bit) == 0) {
+  const bool fresh = (lost_.fetch_or(bit, std::memory_order_seq_cst) & bit) == 0;
+  if (holds) {
+    held_.store(true, std::memory_order_seq_cst);  // again: install() may have let operations go in between
+  }
+  if (fresh && !has_views()) {
     epoch_.fetch_add(1, std::memory_order_acq_rel);
   }
 }
@@ -111,7 +100,7 @@ Verdict GroupShared::verdict_of(uint64_t number) const {
 uint64_t GroupShared::not_posted(uint64_t number) const {
   const OpEntry& op = entry(number);
   uint64_t ranks_missing = 0;
-  const uint64_t inactive = lost() | excluded() | ~local_ranks_;
+  const uint64_t inactive = lost() | (has_views() ? view_of(number).out() : excluded()) | ~local_ranks_;
   for (uint32_t rank = 0; rank < ranks(); ++rank) {
     if ((inactive >> rank & 1) == 0 && op.posted[rank].load(std::memory_order_seq_cst) < submitted(number)) {
       ranks_missing |= 1ULL << rank;
@@ -202,12 +191,15 @@ bool GroupShared::agree(uint64_t number, uint64_t active, Failure* failure) cons
 Verdict GroupShared::try_decide(uint64_t number, bool* changed) {
   *changed = false;
   const Verdict now = verdict_of(number);
-  if (now != Verdict::kOpen || not_posted(number) != 0) {
+  if (now != Verdict::kOpen || held_.load(std::memory_order_seq_cst) || not_posted(number) != 0) {
     return now;
   }
   uint64_t before = 0;
   if (!claim(number, &before, changed)) {
     return verdict_of(number);
+  }
+  if (has_views()) {
+    return decide_in_view(number, before);
   }
   OpEntry& op = entry(number);
   const uint64_t lost_ranks = lost();
@@ -230,20 +222,28 @@ Verdict GroupShared::try_decide(uint64_t number, bool* changed) {
   }
   // Where the group spans nodes the parts decide about refusals and agreement, alike on all of them.
   if (here == 0 || failure.reason != 0 || (!spans_nodes() && !agree(number, active, &failure))) {
-    op.failure = failure;
-    op.active = active;
-    op.epoch = epoch();
-    op.verdict.store(word(number, kFailedTag), std::memory_order_release);
-    return Verdict::kFailed;
+    return publish_failure(&op, number, active, failure);
   }
-  op.active = active;
-  op.epoch = epoch();
-  op.flags.routed.store(0, std::memory_order_relaxed);
-  op.flags.moved.store(0, std::memory_order_relaxed);
-  op.unfinished.store(static_cast<uint32_t>(std::popcount(here)), std::memory_order_relaxed);
-  launched_ops_.fetch_add(1, std::memory_order_relaxed);
-  op.verdict.store(word(number, kLaunchTag), std::memory_order_release);
+  publish(&op, number, active, epoch());
   return Verdict::kLaunch;
+}
+
+Verdict GroupShared::publish_failure(OpEntry* op, uint64_t number, uint64_t active, const Failure& failure) {
+  op->failure = failure;
+  op->active = active;
+  op->epoch = epoch();
+  op->verdict.store(word(number, kFailedTag), std::memory_order_release);
+  return Verdict::kFailed;
+}
+
+void GroupShared::publish(OpEntry* op, uint64_t number, uint64_t active, uint64_t epoch) {
+  op->active = active;
+  op->epoch = epoch;
+  op->flags.routed.store(0, std::memory_order_relaxed);
+  op->flags.moved.store(0, std::memory_order_relaxed);
+  op->unfinished.store(static_cast<uint32_t>(std::popcount(active & local_ranks_)), std::memory_order_relaxed);
+  launched_ops_.fetch_add(1, std::memory_order_relaxed);
+  op->verdict.store(word(number, kLaunchTag), std::memory_order_release);
 }
 
 bool GroupShared::undecided(uint64_t number) const {
@@ -270,25 +270,31 @@ bool GroupShared::fail(uint64_t number, uint64_t ranks, const Failure& failure, 
   }
   OpEntry& op = entry(number);
   const bool skips = number_of(before) + kEntries < number;
-  if (skips || (ranks != 0 && (ranks & ~excluded()) == 0)) {
+  if (skips || (ranks != 0 && (ranks & ~excluded_from(number)) == 0)) {
     op.verdict.store(before, std::memory_order_seq_cst);
     return false;
   }
-  op.failure = failure;
-  op.active = participants(number, lost());
-  op.epoch = epoch();
-  op.verdict.store(word(number, kFailedTag), std::memory_order_release);
+  (void)publish_failure(&op, number, participants(number, lost()), failure);
   return true;
 }
 
 uint64_t GroupShared::lost_before_release(uint64_t number) const {
   const OpEntry& op = entry(number);
-  uint64_t ranks_lost = lost() & op.active;
+  uint64_t ranks_lost = lost_behind(number, op.active);
   for (uint32_t rank = 0; rank < ranks() && ranks_lost != 0; ++rank) {
-    const bool local = (local_ranks_ >> rank & 1) != 0;
-    if (local ? op.released[rank].load(std::memory_order_acquire) == number
-              : lost_through_[rank].load(std::memory_order_relaxed) >= number) {
+    if ((local_ranks_ >> rank & 1) != 0 && op.released[rank].load(std::memory_order_acquire) == number) {
       ranks_lost &= ~(1ULL << rank);
+    }
+  }
+  return ranks_lost;
+}
+
+// Of `ranks`, those that are lost, unless they are elsewhere and were through with the operation.
+uint64_t GroupShared::lost_behind(uint64_t number, uint64_t ranks_asked) const {
+  uint64_t ranks_lost = lost() & ranks_asked;
+  for (uint64_t left = ranks_lost & ~local_ranks_; left != 0; left &= left - 1) {
+    if (lost_through_[static_cast<uint32_t>(std::countr_zero(left))].load(std::memory_order_relaxed) >= number) {
+      ranks_lost &= ~(left & (~left + 1));
     }
   }
   return ranks_lost;

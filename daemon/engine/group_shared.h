@@ -3,7 +3,9 @@
 // what was decided about it, and how many parts still run. Created by the group directory, used by every loop thread of
 // its ranks without locks: each word has one kind of writer, and the verdict of an operation is decided once by
 // compare-and-swap. Of a group over several nodes it gathers the ranks of this one; whether they agree with the others,
-// and what those refused, their parts find out with the counts (device/host/node_exchange.h). Entries are reused every
+// and what those refused, their parts find out with the counts (device/host/node_exchange.h). With mask_on_loss such a
+// group has views (view_change.h, group_views.cc), which say for every operation who takes part in it; while the nodes
+// agree on the next one, none is decided. Entries are reused every
 // kEntries operations; a rank has at most EXPERTD_RING_SLOTS_MAX outstanding, so entry n is decided and released long
 // before n + kEntries is posted, except beside ranks that the others do not wait for (excluded, lost, or late beyond a
 // deadline): those may still read it, or come to it then.
@@ -16,6 +18,7 @@
 #include <vector>
 
 #include "daemon/engine/ports.h"
+#include "daemon/engine/view_message.h"
 #include "proto/abi/executor_v1.h"
 
 namespace expertd::engine {
@@ -80,6 +83,8 @@ struct GroupSettings {
   /// Of a group over several nodes: who sits where, and what carries its messages. Null: all ranks are on this node.
   uint64_t group_key = 0;  // not 0: the name by which a rendezvous and other nodes know the group
   std::shared_ptr<const Placement> placement;
+  uint32_t fabric_lanes = kFabricLanes;  // 1: everything goes by the throughput lane
+  uint32_t fabric_weight = 1;            // beside other groups on the throughput lane
   std::shared_ptr<FabricPort> fabric;
 };
 
@@ -110,9 +115,28 @@ class GroupShared {
   /// The same for who may not know the group.
   const std::atomic<uint64_t>* lost_word() const { return &lost_; }
   uint64_t lost() const { return lost_.load(std::memory_order_seq_cst); }
-  uint64_t excluded() const { return excluded_.load(std::memory_order_seq_cst); }
+  uint64_t excluded() const { return has_views() ? view().excluded : excluded_.load(std::memory_order_seq_cst); }
   uint64_t epoch() const { return epoch_.load(std::memory_order_acquire); }
   uint64_t launched_ops() const { return launched_ops_.load(std::memory_order_relaxed); }
+
+  /// Masks are agreed on with other nodes: lost ranks are left out from the view on that says so, not at once.
+  bool has_views() const { return spans_nodes() && settings_.mask_on_loss; }
+  /// The latest view; and the one that operation `number` belongs to, which is final once a later one is there. Any
+  /// thread.
+  View view() const;
+  View view_of(uint64_t number) const;
+  /// From now on no operation is decided with a mask. Returns the last one that was, or is being decided. Any thread,
+  /// one at a time with install().
+  uint64_t hold();
+  /// The view holds, for ranks that it does not name as well; operations are decided again unless `held`, or another
+  /// rank is lost meanwhile. The loops must be woken afterwards.
+  void install(const View& view, bool held);
+  /// This node takes no part in its group any more: all others are lost to it. The loops must be woken afterwards.
+  void end_views();
+  /// Ranks of which an operation that is not decided yet will never have what it needs, so that it fails.
+  uint64_t doomed_by(uint64_t number) const;
+  /// Ranks that are excluded from an operation by request.
+  uint64_t excluded_from(uint64_t number) const { return has_views() ? view_of(number).excluded : excluded(); }
 
   /// A rank's session ended, or its node is lost. `through`, of a rank of another node: the last operation whose
   /// messages it had all sent. Any thread; the loops of the other ranks must be woken afterwards.
@@ -169,6 +193,19 @@ class GroupShared {
   uint64_t participants(uint64_t number, uint64_t lost_ranks) const;
   bool reusable(const OpEntry& entry, uint64_t decided_word) const;
   bool agree(uint64_t number, uint64_t active, Failure* failure) const;
+  Verdict decide_in_view(uint64_t number, uint64_t before);
+  void publish(OpEntry* op, uint64_t number, uint64_t active, uint64_t epoch);
+  Verdict publish_failure(OpEntry* op, uint64_t number, uint64_t active, const Failure& failure);
+  uint64_t lost_behind(uint64_t number, uint64_t ranks) const;
+
+  /// A view as it is kept; its fields are those of View.
+  struct KeptView {
+    std::atomic<uint64_t> epoch{1};
+    std::atomic<uint64_t> from{1};
+    std::atomic<uint64_t> lost{0};
+    std::atomic<uint64_t> excluded{0};
+  };
+  static constexpr uint64_t kViewsKept = 64;  // an operation of an older one fails
 
   GroupSettings settings_;
   uint64_t local_ranks_;
@@ -178,6 +215,11 @@ class GroupShared {
   std::atomic<uint64_t> excluded_{0};
   std::atomic<uint64_t> epoch_{1};
   std::atomic<uint64_t> launched_ops_{0};
+  std::array<KeptView, kViewsKept> views_;
+  std::atomic<uint64_t> views_begun_{1};  // before its place is written
+  std::atomic<uint64_t> views_there_{1};  // after that
+  std::atomic<bool> held_{false};
+  std::atomic<bool> views_ended_{false};
   std::vector<OpEntry> entries_;
 };
 

@@ -122,7 +122,8 @@ struct LaunchSpec {
   uint32_t ranks = 0;
   uint32_t rank = 0;
   uint64_t active_ranks = 0;
-  uint32_t page = 0;  // exchange page of the group (kExchangePages), free again when all parts finished
+  uint32_t epoch = 0;  // of the group's membership that active_ranks is of
+  uint32_t page = 0;   // exchange page of the group (kExchangePages), free again when all parts finished
   ExchangeFlags* flags = nullptr;
   const Request* own = nullptr;
   std::array<const Request*, base::kMaxLocalRanks> requests{};
@@ -148,6 +149,7 @@ struct GroupShape {
   bool low_latency = false;    // low latency operations are allowed: some devices keep memory for them
   uint32_t capture_lanes = 0;  // how many captured operations may be outstanding at once; 0: none is captured
   uint32_t copies = 0;         // operations executed by copy engines and kernels of the clients: set of expertd_copies
+  bool peer_access = true;     // false: ranks exchange through memory of the host whatever links their GPUs have
   std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};  // of ranks on this node
   base::SessionId session;
   /// Of a group over several nodes: who sits where and what carries its messages, both there until the tables are

@@ -10,15 +10,11 @@
 
 namespace expertd::fabric {
 
-namespace {
-
 std::string hex(uint64_t value) {
   std::array<char, 17> text{};
   std::snprintf(text.data(), text.size(), "%016llx", static_cast<unsigned long long>(value));
   return text.data();
 }
-
-}  // namespace
 
 const char* drop_cause_name(DropCause cause) {
   switch (cause) {
@@ -40,18 +36,6 @@ const char* drop_cause_name(DropCause cause) {
   return "unknown";
 }
 
-base::Status Core::open_lanes(const std::array<LaneOptionList, kLanes>& options) {
-  for (uint32_t i = 0; i < kLanes; ++i) {
-    base::Result<std::unique_ptr<Lane>> lane = Lane::create(static_cast<LaneKind>(i), options[i]);
-    if (!lane.is_ok()) {
-      return lane.status();
-    }
-    lanes_[i] = std::move(lane).value();
-    EXPERTD_RETURN_IF_ERROR(lanes_[i]->receive_into(this));
-  }
-  return base::Status::ok();
-}
-
 Peer* Core::find_peer(uint64_t node_id) const {
   // The youngest first: older ones of the same daemon are lost.
   for (auto peer = peers_.rbegin(); peer != peers_.rend(); ++peer) {
@@ -62,92 +46,49 @@ Peer* Core::find_peer(uint64_t node_id) const {
   return nullptr;
 }
 
-base::Status Core::connect(const NodeIdentity& identity) {
-  if (identity.node_id == 0 || identity.node_id == setting_.node_id) {
-    return base::Status(EXPERTD_REASON_ARGUMENT_RANGE,
-                        "node \"" + identity.name + "\" has no id or this daemon's own; every daemon makes its own");
-  }
-  for (const std::string& address : identity.addresses) {
-    if (address.empty() || address.size() > kMaxAddressBytes) {
-      return base::Status(EXPERTD_REASON_ARGUMENT_RANGE,
-                          "node \"" + identity.name + "\" gave no address of a lane, or one that is too long");
-    }
-  }
-  const Peer* known = find_peer(identity.node_id);
-  if (known != nullptr && !known->lost() && !known->failed()) {
-    return base::Status::ok();
-  }
-  const auto living = std::count_if(peers_.begin(), peers_.end(), [](const auto& peer) { return !peer->lost(); });
-  if (living + 1 >= kMaxNodes) {
-    return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "node \"" + identity.name + "\" would be number " +
-                                                           std::to_string(living + 2) + " of at most " +
-                                                           std::to_string(kMaxNodes));
-  }
-  const Peer::Setting setting{
-      .own_node_id = setting_.node_id, .heartbeat = setting_.heartbeat, .attention = &attention_};
-  base::Result<std::unique_ptr<Peer>> peer = Peer::create(identity, lanes_, setting, base::now_ns());
-  if (!peer.is_ok()) {
-    return peer.status();
-  }
-  peers_.push_back(std::move(peer).value());
-  next_ns_ = 0;
-  return base::Status::ok();
-}
-
-base::Status Core::disconnect(uint64_t node_id) {
-  Peer* peer = find_peer(node_id);
-  if (peer == nullptr || peer->lost()) {
-    return base::Status(EXPERTD_REASON_BAD_STATE, "node " + hex(node_id) + " is not connected");
-  }
-  peer->say_bye();
-  peer->fail(LossCause::kDisconnected, "this daemon ended the connection");
-  return base::Status::ok();
-}
-
-base::Status Core::open(std::unique_ptr<GroupChannel>* channel) {
-  const GroupLink& link = (*channel)->link();
-  if (open_groups_.contains(link.key)) {
-    return base::Status(EXPERTD_REASON_BAD_STATE, "a group with this key is open already; close its old epoch first");
-  }
-  std::vector<Peer*> peers;
-  for (uint32_t node = 0; node < link.placement.nodes(); ++node) {
-    Peer* peer = node == link.placement.own_node ? nullptr : find_peer(link.node_ids[node]);
-    if (node != link.placement.own_node && (peer == nullptr || peer->lost() || peer->failed())) {
-      return base::Status(EXPERTD_REASON_PEER_LOST, "node " + std::to_string(node) + " of the group (id " +
-                                                        hex(link.node_ids[node]) +
-                                                        ") is not connected; connect it first");
-    }
-    if (peer != nullptr && std::find(peers.begin(), peers.end(), peer) != peers.end()) {
-      return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "two nodes of the group have one id");
-    }
-    peers.push_back(peer);
-  }
-  (*channel)->use_peers(std::move(peers));
-  open_groups_.emplace(link.key, channel->get());
-  groups_.push_back(std::move(*channel));
-  return base::Status::ok();
-}
-
-void Core::close(GroupChannel* channel) {
-  open_groups_.erase(channel->link().key);
-  channel->begin_close();
-}
-
 bool Core::run_once(uint64_t now_ns) {
   ++turns_;
-  bool moved = lanes_[static_cast<uint32_t>(LaneKind::kLatency)]->progress();
+  bool moved = progress(LaneKind::kLatency);
   // A heartbeat announces no more to come soon, so that the thread need not spin for it.
-  (void)lanes_[static_cast<uint32_t>(LaneKind::kControl)]->progress();
-  moved |= lanes_[static_cast<uint32_t>(LaneKind::kThroughput)]->progress();
-  for (const std::unique_ptr<GroupChannel>& group : groups_) {
-    moved |= group->run_once();
+  (void)progress(LaneKind::kControl);
+  moved |= progress(LaneKind::kThroughput);
+  for (RailLoads& loads : loads_) {
+    loads.look(now_ns);
   }
+  for (const std::unique_ptr<GroupChannel>& group : groups_) {
+    moved |= group->begin_turn();
+  }
+  moved |= start_receives();
+  for (const std::unique_ptr<GroupChannel>& group : groups_) {
+    moved |= group->end_turn();
+  }
+  moved |= probes_.run_once(now_ns);
   if (attention_ || now_ns >= next_ns_) {
     attention_ = false;
     tend_peers(now_ns);
     moved |= lose_failed();
   }
   moved |= forget_closed();
+  return moved;
+}
+
+bool Core::progress(LaneKind lane) {
+  bool moved = false;
+  for (const std::unique_ptr<Lane>& rail : lanes_[static_cast<uint32_t>(lane)]) {
+    moved |= rail->progress();
+  }
+  return moved;
+}
+
+bool Core::start_receives() {
+  if (std::none_of(groups_.begin(), groups_.end(), [](const auto& group) { return group->is_waiting(); })) {
+    return false;
+  }
+  bool moved = false;
+  for (const std::unique_ptr<Peer>& peer : peers_) {
+    moved |= peer->share(engine::FabricLane::kLatency).run();
+    moved |= peer->share(engine::FabricLane::kThroughput).run();
+  }
   return moved;
 }
 
@@ -176,6 +117,7 @@ void Core::lose(Peer& peer) {
   for (const std::unique_ptr<GroupChannel>& group : groups_) {
     group->lose(&peer);
   }
+  probes_.lose(&peer);
   peer.lose();
   ++lost_[static_cast<uint32_t>(peer.cause())];
   if (stopping_) {
@@ -199,11 +141,7 @@ bool Core::forget_closed() {
       ++i;
       continue;
     }
-    for (Peer* peer : groups_[i]->peers()) {
-      if (peer != nullptr) {
-        --peer->groups;
-      }
-    }
+    groups_[i]->let_peers_go();
     groups_.erase(groups_.begin() + static_cast<std::ptrdiff_t>(i));
     moved = true;
   }
@@ -227,7 +165,9 @@ bool Core::prepare_sleep() {
   if (attention_ || std::any_of(groups_.begin(), groups_.end(), [](const auto& group) { return group->has_work(); })) {
     return false;
   }
-  return std::all_of(lanes_.begin(), lanes_.end(), [](const std::unique_ptr<Lane>& lane) { return lane->arm(); });
+  return std::all_of(lanes_.begin(), lanes_.end(), [](const auto& rails) {
+    return std::all_of(rails.begin(), rails.end(), [](const std::unique_ptr<Lane>& lane) { return lane->arm(); });
+  });
 }
 
 void Core::was_late(uint64_t gap_ns) {
@@ -246,6 +186,7 @@ void Core::begin_stop() {
   stopping_ = true;
   stop_flush_until_ns_ = base::now_ns() + setting_.stop_flush_ns;
   open_groups_.clear();
+  probes_.end_all();
   for (const std::unique_ptr<GroupChannel>& group : groups_) {
     group->begin_close();
   }
@@ -264,7 +205,7 @@ bool Core::quiet(uint64_t now_ns) {
     }
     return false;
   }
-  bool closed = groups_.empty();
+  bool closed = groups_.empty() && probes_.quiet();
   for (const std::unique_ptr<Peer>& peer : peers_) {
     if (!peer->lost() && (!peer->signals_under_way() || now_ns >= stop_flush_until_ns_)) {
       peer->fail(LossCause::kDisconnected, "this daemon stops");
@@ -325,6 +266,10 @@ bool Core::incoming(const Incoming& message) {
       return take_heartbeat(message, from);
     case kWireGone:
       return take_gone(message, from);
+    case kWireView:
+      return take_view(message, from);
+    case kWireProbe:
+      return take_probe(message, from);
   }
   return drop(DropCause::kMalformed);
 }
@@ -407,6 +352,26 @@ bool Core::take_gone(const Incoming& message, Peer* from) {
   return false;
 }
 
+bool Core::take_view(const Incoming& message, Peer* from) {
+  WireView header;
+  if (message.header_bytes != sizeof(header) || message.bytes != 0 || message.lane != LaneKind::kControl) {
+    return drop(DropCause::kMalformed, from, "the header's size");
+  }
+  std::memcpy(&header, message.header, sizeof(header));
+  uint32_t node = 0;
+  DropCause cause = DropCause::kUnknownGroup;
+  if (group_of(header.group_key, header.epoch, from, &node, &cause) == nullptr) {
+    return drop(cause);
+  }
+  if (header.kind == 0 || header.kind > engine::kViewKinds) {
+    return drop(DropCause::kBadField, from, "the kind of a message about views");
+  }
+  if (setting_.observer != nullptr) {
+    setting_.observer->view_message(header.group_key, node, view_message_of(header));
+  }
+  return false;
+}
+
 bool Core::take_heartbeat(const Incoming& message, Peer* from) {
   WireHeartbeat header;
   if (message.header_bytes != sizeof(header) || message.bytes != 0 || message.lane != LaneKind::kControl) {
@@ -434,7 +399,8 @@ bool Core::take_heartbeat(const Incoming& message, Peer* from) {
 }
 
 FabricSnapshot Core::snapshot() const {
-  FabricSnapshot snapshot{.peers = {}, .dropped = dropped_, .lost = lost_, .traffic = forgotten_, .rtt = rtt_};
+  FabricSnapshot snapshot{
+      .peers = {}, .rails = {}, .dropped = dropped_, .lost = lost_, .traffic = forgotten_, .rtt = rtt_};
   for (const std::unique_ptr<Peer>& peer : peers_) {
     for (uint32_t lane = 0; lane < engine::kFabricLanes; ++lane) {
       snapshot.traffic[lane] += peer->traffic()[lane];
@@ -446,6 +412,13 @@ FabricSnapshot Core::snapshot() const {
   for (const std::unique_ptr<GroupChannel>& group : groups_) {
     ++(group->closing() ? snapshot.groups_closing : snapshot.groups);
     snapshot.memory_bytes += group->memory_bytes();
+  }
+  for (const auto lane : {engine::FabricLane::kLatency, engine::FabricLane::kThroughput}) {
+    const RailLoads& loads = loads_[static_cast<uint32_t>(lane)];
+    for (uint32_t rail = 0; rail < loads.rails(); ++rail) {
+      snapshot.rails.push_back({lane_of(lane), lanes_[static_cast<uint32_t>(lane_of(lane))][rail]->devices(),
+                                loads.sent_messages(rail), loads.sent_bytes(rail), loads.under_way_bytes(rail)});
+    }
   }
   snapshot.turns = turns_;
   return snapshot;

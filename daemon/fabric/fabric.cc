@@ -4,6 +4,10 @@
 #include <sys/mman.h>
 #include <sys/random.h>
 
+#include <algorithm>
+#include <utility>
+
+#include "daemon/base/clock.h"
 #include "daemon/base/log.h"
 #include "daemon/fabric/core.h"
 #include "daemon/fabric/group_channel.h"
@@ -80,6 +84,18 @@ class Fabric::Port final : public engine::FabricPort {
       base::log_error("other nodes are not told of a rank that is gone", {{"error", told.message()}});
     }
   }
+  void forget(uint32_t rank) override {
+    const base::Status done = state_->thread.run([&] { state_->core.forget(channel_, rank); });
+    if (!done.is_ok()) {
+      base::log_error("messages for a rank that is gone keep their buffers", {{"error", done.message()}});
+    }
+  }
+  void tell_view(uint32_t node, const engine::ViewMessage& message) override {
+    const base::Status told = state_->thread.run([&] { state_->core.tell_view(channel_, node, message); });
+    if (!told.is_ok()) {
+      base::log_error("another node is not told about a view", {{"error", told.message()}});
+    }
+  }
 
  private:
   State* state_;
@@ -100,6 +116,8 @@ base::Result<std::unique_ptr<Fabric>> Fabric::create(const FabricOptions& option
   }
   const Core::Setting setting{.node_id = node_id.value(),
                               .heartbeat = options.heartbeat,
+                              .route = options.route,
+                              .window_bytes = std::max<uint64_t>(options.window_bytes, 1),
                               .observer = observer,
                               .stop_flush_ns = options.stop_limit_ns / 2};
   auto state = std::make_unique<State>(options, wake, setting);
@@ -108,9 +126,10 @@ base::Result<std::unique_ptr<Fabric>> Fabric::create(const FabricOptions& option
   state->identity.name = options.name;
   std::vector<int> event_fds;
   for (uint32_t i = 0; i < kLanes; ++i) {
-    const Lane& lane = *state->core.lanes()[i];
-    state->identity.addresses[i] = lane.address();
-    event_fds.push_back(lane.event_fd());
+    for (const std::unique_ptr<Lane>& lane : state->core.lanes()[i]) {
+      state->identity.addresses[i].push_back(lane->address());
+      event_fds.push_back(lane->event_fd());
+    }
   }
   EXPERTD_RETURN_IF_ERROR(state->thread.start(&state->core, event_fds));
   return std::unique_ptr<Fabric>(new Fabric(std::move(state)));
@@ -136,7 +155,7 @@ base::Result<std::unique_ptr<engine::FabricPort>> Fabric::open_group(const Group
   MemoryPort* memory = state_->options.memory != nullptr ? state_->options.memory : &state_->anonymous;
   base::Result<std::unique_ptr<GroupChannel>> channel =
       GroupChannel::create(link, {.own_node_id = state_->identity.node_id,
-                                  .lanes = &state_->core.lanes(),
+                                  .loads = state_->core.loads(),
                                   .memory = memory,
                                   .wake = state_->wake,
                                   .waker = &state_->thread.waker()});
@@ -148,6 +167,37 @@ base::Result<std::unique_ptr<engine::FabricPort>> Fabric::open_group(const Group
   EXPERTD_RETURN_IF_ERROR(state_->thread.run([&] { status = state_->core.open(&channel.value()); }));
   EXPERTD_RETURN_IF_ERROR(status);
   return std::unique_ptr<engine::FabricPort>(new Port(state_.get(), opened));
+}
+
+base::Status Fabric::open_probe(const ProbeOffer& offer) {
+  if (offer.probe == 0 || offer.bytes_max > kProbeBytesMax || offer.deadline_ns > base::now_ns() + kProbeNsMax) {
+    return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "a probe without an id, of messages above " +
+                                                           std::to_string(kProbeBytesMax) + " bytes, or of more than " +
+                                                           std::to_string(kProbeNsMax / 1'000'000'000) + " s");
+  }
+  ProbeMemory memory(size_t{kProbeWindow} * offer.bytes_max);
+  base::Status opened;
+  EXPERTD_RETURN_IF_ERROR(state_->thread.run([&] { opened = state_->core.open_probe(offer, std::move(memory)); }));
+  return opened;
+}
+
+base::Status Fabric::begin_probe(const ProbePlan& plan, ProbeDone done) {
+  uint32_t bytes_max = 0;
+  bool fits = plan.probe != 0 && !plan.runs.empty() && plan.runs.size() <= kProbeRunsMax &&
+              plan.deadline_ns <= base::now_ns() + kProbeNsMax;
+  for (const ProbeRun& run : plan.runs) {
+    bytes_max = std::max(bytes_max, run.bytes);
+    fits = fits && run.bytes <= kProbeBytesMax && run.window >= 1 && run.window <= kProbeWindow && run.messages >= 2 &&
+           run.messages <= kProbeMessagesMax && run.limit_ns <= kProbeRunNsMax;
+  }
+  if (!fits) {
+    return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "a probe with too many or too large runs; see probe_plan.h");
+  }
+  ProbeMemory payload(std::max(bytes_max, 1U));
+  base::Status begun;
+  EXPERTD_RETURN_IF_ERROR(
+      state_->thread.run([&] { begun = state_->core.begin_probe(plan, std::move(payload), std::move(done)); }));
+  return begun;
 }
 
 base::Result<FabricSnapshot> Fabric::snapshot() {

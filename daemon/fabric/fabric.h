@@ -10,6 +10,7 @@
 #include "daemon/engine/fabric_port.h"
 #include "daemon/engine/ports.h"
 #include "daemon/fabric/options.h"
+#include "daemon/fabric/probe_plan.h"
 
 namespace expertd::fabric {
 
@@ -38,6 +39,13 @@ class Fabric {
   /// every node has opened it. Every other node of it must be connected and not lost (PEER_LOST). The port is destroyed
   /// after the last call of any of its ranks; the memory is freed when nothing in flight may touch it any more.
   base::Result<std::unique_ptr<engine::FabricPort>> open_group(const GroupLink& link);
+
+  /// Answers the probe of another daemon, which is connected, until it ends it or its time is over. BAD_STATE while
+  /// this daemon asks or answers another one, ARGUMENT_RANGE names what is too large. Takes memory.
+  base::Status open_probe(const ProbeOffer& offer);
+  /// Measures the way to another daemon, which has opened the probe. Groups go on beside it; at most kProbeWindow
+  /// messages are under way. An error as above, and then `done` is never called.
+  base::Status begin_probe(const ProbePlan& plan, ProbeDone done);
 
   /// For status and metrics.
   base::Result<FabricSnapshot> snapshot();

@@ -47,13 +47,15 @@ GroupChannel::~GroupChannel() {
 
 base::Status GroupChannel::check() const {
   const uint64_t nodes = link_.placement.nodes();
-  const std::array<Bound, 6> bounds = {{
+  const std::array<Bound, 8> bounds = {{
       {"the number of nodes", nodes, 2, kMaxNodes},
       {"message_bytes", link_.message_bytes, 1, kMaxMessageBytes},
       {"send_buffers", link_.send_buffers, 1, kMaxBuffersPerLane},
       {"receive_buffers", link_.receive_buffers, 1, kMaxBuffersPerLane},
       {"eager_messages", link_.eager_messages, 0, 1024},
       {"eager_bytes", link_.eager_bytes, 0, link_.message_bytes},
+      {"lanes", link_.lanes, 1, engine::kFabricLanes},
+      {"weight", link_.weight, 1, kMaxWeight},
   }};
   for (const Bound& bound : bounds) {
     if (bound.value < bound.minimum || bound.value > bound.maximum) {
@@ -98,8 +100,8 @@ base::Status GroupChannel::check_placement() const {
 
 uint64_t GroupChannel::bytes_needed() const {
   const uint64_t message = aligned(link_.message_bytes);
-  const uint64_t sends = uint64_t{own_ranks()} * engine::kFabricLanes * link_.send_buffers;
-  const uint64_t sources = uint64_t{link_.placement.nodes() - 1} * engine::kFabricLanes;
+  const uint64_t sends = uint64_t{own_ranks()} * link_.lanes * link_.send_buffers;
+  const uint64_t sources = uint64_t{link_.placement.nodes() - 1} * link_.lanes;
   return (sends + sources * link_.receive_buffers) * message +
          sources * link_.eager_messages * aligned(link_.eager_bytes);
 }
@@ -118,15 +120,18 @@ base::Status GroupChannel::take_memory() {
 }
 
 void GroupChannel::make_send_slots(std::byte** memory) {
-  const uint32_t sources = (link_.placement.nodes() - 1) * engine::kFabricLanes;
+  const uint32_t sources = (link_.placement.nodes() - 1) * link_.lanes;
   const uint32_t receive_slots = sources * (link_.receive_buffers + link_.eager_messages);
-  const uint32_t count = own_ranks() * engine::kFabricLanes * link_.send_buffers;
+  const uint32_t count = own_ranks() * link_.lanes * link_.send_buffers;
   send_slots_.resize(count);
   sends_ended_.reserve(count);
   uint32_t id = 0;
   for (uint32_t index = 0; index < own_ranks(); ++index) {
     ranks_.push_back(std::make_unique<RankQueues>(link_.send_buffers, receive_slots));
     for (uint32_t lane = 0; lane < engine::kFabricLanes; ++lane) {
+      if (!uses(static_cast<engine::FabricLane>(lane))) {
+        continue;
+      }
       ranks_.back()->dropped[lane].reserve(link_.send_buffers);
       for (uint32_t i = 0; i < link_.send_buffers; ++i, ++id) {
         SendSlot& slot = send_slots_[id];
@@ -145,13 +150,13 @@ void GroupChannel::make_send_slots(std::byte** memory) {
 void GroupChannel::make_receive_slots(std::byte** memory) {
   const engine::Placement& placement = link_.placement;
   const uint32_t per_link = link_.receive_buffers + link_.eager_messages;
-  receive_slots_.resize(uint64_t{placement.nodes() - 1} * engine::kFabricLanes * per_link);
+  receive_slots_.resize(uint64_t{placement.nodes() - 1} * link_.lanes * per_link);
   receives_ended_.reserve(receive_slots_.size());
   uint32_t id = 0;
   for (uint32_t node = 0; node < placement.nodes(); ++node) {
     for (uint32_t lane = 0; lane < engine::kFabricLanes; ++lane) {
       links_.push_back(nullptr);
-      if (node == placement.own_node) {
+      if (node == placement.own_node || !uses(static_cast<engine::FabricLane>(lane))) {
         continue;
       }
       links_.back() = std::make_unique<PeerLink>(placement.ranks_on(node) * link_.send_buffers);
@@ -160,6 +165,7 @@ void GroupChannel::make_receive_slots(std::byte** memory) {
       from.node = node;
       from.lane = static_cast<engine::FabricLane>(lane);
       from.credits = link_.eager_messages;
+      from.weight = from.lane == engine::FabricLane::kThroughput ? link_.weight : 1;
       for (CreditSlot& slot : from.credit_slots) {
         slot.from = &from;
       }
@@ -177,8 +183,9 @@ void GroupChannel::make_receive_slots(std::byte** memory) {
   }
 }
 
-engine::SendBuffer GroupChannel::take(uint32_t rank, engine::FabricLane lane) {
+engine::SendBuffer GroupChannel::take(uint32_t rank, engine::FabricLane wanted) {
   RankQueues& own = queues(rank);
+  const engine::FabricLane lane = uses(wanted) ? wanted : engine::FabricLane::kThroughput;
   std::vector<uint32_t>& dropped = own.dropped[static_cast<uint32_t>(lane)];
   uint32_t id = 0;
   if (!dropped.empty()) {
@@ -204,6 +211,7 @@ void GroupChannel::send(uint32_t rank, const engine::SendBuffer& buffer, const e
   slot.header.source_rank = rank;
   slot.header.entries = header.entries;
   slot.header.sequence = header.sequence;
+  slot.header.view = header.view;
   slot.header.lane = static_cast<uint32_t>(slot.lane);
   slot.header.bytes = static_cast<uint32_t>(std::min(bytes, link_.message_bytes));
   (void)queues(rank).submitted[static_cast<uint32_t>(slot.lane)].push(buffer.id);  // has room for every buffer
@@ -228,7 +236,8 @@ bool GroupChannel::receive(uint32_t rank, engine::Arrival* arrival) {
                      .node = slot.from->node,
                      .targets = slot.header.targets,
                      .entries = slot.header.entries,
-                     .sequence = slot.header.sequence};
+                     .sequence = slot.header.sequence,
+                     .view = slot.header.view};
   arrival->data = slot.data;
   arrival->bytes = slot.header.bytes;
   arrival->arrived_ns = slot.arrived_ns;

@@ -17,6 +17,8 @@
 #include "daemon/fabric/lane.h"
 #include "daemon/fabric/options.h"
 #include "daemon/fabric/peer.h"
+#include "daemon/fabric/rail_loads.h"
+#include "daemon/fabric/receive_share.h"
 #include "daemon/fabric/spsc_queue.h"
 #include "daemon/fabric/waker.h"
 #include "daemon/fabric/wire.h"
@@ -26,7 +28,7 @@ namespace expertd::fabric {
 /// What the channel uses of its surroundings; all outlive it.
 struct ChannelSurroundings {
   uint64_t own_node_id = 0;
-  const Peer::Lanes* lanes = nullptr;
+  RailLoads* loads = nullptr;  // by engine::FabricLane
   MemoryPort* memory = nullptr;
   engine::WakePort* wake = nullptr;
   Waker* waker = nullptr;  // of the fabric thread
@@ -66,9 +68,19 @@ class GroupChannel final : public engine::FabricPort {
   void tell_gone(uint32_t rank, uint64_t through);
   /// A rank of `node` is gone. False: it is no rank of it, or was gone already.
   bool hear_gone(uint32_t node, const WireGone& header);
-  /// Advances everything that can be advanced; true when something moved.
-  bool run_once();
-  /// Whether a rank has left something that run_once() would take.
+  /// No loop calls for a local rank any more: its arrivals are let go, also those to come.
+  void forget(uint32_t rank);
+  /// Sends a message about views, behind those that wait for the node; the oldest of too many is dropped.
+  void tell_view(uint32_t node, const engine::ViewMessage& message);
+  /// The parts of a turn before and after rendezvous are received, which the peers' shares start; true when something
+  /// moved.
+  bool begin_turn();
+  bool end_turn();
+  /// Whether a rendezvous waits.
+  bool is_waiting() const { return deferred_ != 0; }
+  /// It is drained and goes.
+  void let_peers_go();
+  /// Whether a rank has left something that a turn would take.
   bool has_work() const;
   /// The peer is lost and its endpoints are about to close.
   void lose(const Peer* peer);
@@ -91,6 +103,7 @@ class GroupChannel final : public engine::FabricPort {
     SpscQueue<uint32_t> arrived;                                      // fabric -> rank: receive slots
     SpscQueue<uint32_t> released;                                     // rank -> fabric: receive slots
     std::array<std::vector<uint32_t>, engine::kFabricLanes> dropped;  // the rank's own: send slots it did not need
+    bool forgotten = false;                                           // fabric thread
   };
   /// A send buffer. Filled by the rank between take() and send(), by the fabric thread after that.
   struct SendSlot {
@@ -100,6 +113,7 @@ class GroupChannel final : public engine::FabricPort {
     engine::FabricLane lane = engine::FabricLane::kLatency;
     std::byte* data = nullptr;
     uint32_t node = 0;
+    uint32_t rail = 0;
     ucs_status_t status = UCS_OK;
     WireMessage header;  // UCX reads it until the send has ended
   };
@@ -119,6 +133,7 @@ class GroupChannel final : public engine::FabricPort {
   struct Deferred {
     WireMessage header;
     void* descriptor = nullptr;
+    ucp_worker_h worker = nullptr;  // of the rail it came by
   };
   struct CreditSlot {
     PeerLink* from = nullptr;
@@ -133,19 +148,32 @@ class GroupChannel final : public engine::FabricPort {
     bool under_way = false;
     WireGone header;
   };
+  /// Messages about views that wait for a node; one at a time is under way.
+  struct ViewLink {
+    static constexpr uint32_t kMost = 8;  // whoever waits for an answer asks again
+    GroupChannel* channel = nullptr;
+    Peer* peer = nullptr;
+    std::array<engine::ViewMessage, kMost> waiting{};  // a ring: `count` from `first` on
+    uint32_t first = 0;
+    uint32_t count = 0;
+    bool under_way = false;
+    WireView header;
+  };
   /// One lane between this group's parts on two nodes. Fabric thread.
-  struct PeerLink {
+  struct PeerLink final : public ShareMember {
     explicit PeerLink(uint32_t most_deferred) : deferred(most_deferred), deferred_max(most_deferred) {}
+    uint64_t waiting_bytes() const override;
+    void start_waiting() override;
 
     GroupChannel* channel = nullptr;
     uint32_t node = 0;
     engine::FabricLane lane = engine::FabricLane::kLatency;
     Peer* peer = nullptr;
-    uint32_t credits = 0;              // eager messages that the other side has room for
-    uint32_t credits_owed = 0;         // slots of this side that came free and that it was not told of
-    std::vector<uint32_t> free;        // receive slots
-    std::vector<uint32_t> free_eager;  // receive slots
-    SpscQueue<Deferred> deferred;      // rendezvous that found no free slot, oldest first
+    uint32_t credits = 0;                  // eager messages that the other side has room for
+    uint32_t credits_owed = 0;             // slots of this side that came free and that it was not told of
+    std::vector<uint32_t> free;            // receive slots
+    std::vector<uint32_t> free_eager;      // receive slots
+    mutable SpscQueue<Deferred> deferred;  // rendezvous that found no free slot, oldest first
     uint32_t deferred_count = 0;
     const uint32_t deferred_max;  // all send buffers of the other side: more cannot be under way
     std::array<CreditSlot, 2> credit_slots;
@@ -158,6 +186,9 @@ class GroupChannel final : public engine::FabricPort {
   void make_send_slots(std::byte** memory);
   void make_receive_slots(std::byte** memory);
   uint64_t bytes_needed() const;
+  bool uses(engine::FabricLane lane) const {
+    return lane == engine::FabricLane::kThroughput || link_.lanes == engine::kFabricLanes;
+  }
   uint32_t own_ranks() const { return link_.placement.ranks_on(link_.placement.own_node); }
   RankQueues& queues(uint32_t rank) { return *ranks_[link_.placement.index_of[rank]]; }
   PeerLink& link_to(uint32_t node, engine::FabricLane lane) {
@@ -169,7 +200,6 @@ class GroupChannel final : public engine::FabricPort {
   bool pump_submitted(engine::FabricLane lane);
   bool end_sends();
   bool end_receives();
-  bool start_deferred();
   bool send_credits();
   void start_send(SendSlot& slot);
   void end_send(SendSlot& slot, ucs_status_t status);
@@ -181,11 +211,15 @@ class GroupChannel final : public engine::FabricPort {
   bool send_gone();
   void send_gone(GoneLink& to);
   bool gone_told() const;
+  bool send_views();
+  void send_view(ViewLink& to);
+  bool views_under_way() const;
   void wake_rank(uint32_t rank_index) { wake_ |= uint64_t{1} << rank_index; }
   void wake_ranks();
   static void on_sent(void* request, ucs_status_t status, void* slot);
   static void on_received(void* request, ucs_status_t status, size_t bytes, void* slot);
   static void on_gone_sent(void* request, ucs_status_t status, void* link);
+  static void on_view_sent(void* request, ucs_status_t status, void* link);
   static void on_credit_sent(void* request, ucs_status_t status, void* slot);
 
   const GroupLink link_;
@@ -209,6 +243,7 @@ class GroupChannel final : public engine::FabricPort {
   std::vector<GoneLink> gone_links_;                      // per node, without a peer for the own one
   std::array<uint64_t, base::kMaxLocalRanks> through_{};  // of local ranks that are gone, by their place
   uint64_t gone_ = 0;                                     // local ranks, by their place
+  std::vector<ViewLink> view_links_;                      // per node, without a peer for the own one
   std::vector<bool> gone_elsewhere_;                      // by rank: of other nodes
   uint64_t wake_ = 0;                                     // local ranks to wake at the end of the turn
   bool closing_ = false;

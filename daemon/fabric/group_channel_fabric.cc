@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The fabric thread's side of a channel. Callbacks of UCX put what ended into a list; run_once() acts on it.
+// The fabric thread's side of a channel. Callbacks of UCX put what ended into a list; the turn acts on it.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -20,6 +20,7 @@ void GroupChannel::use_peers(std::vector<Peer*> peers) {
   for (const std::unique_ptr<PeerLink>& link : links_) {
     if (link != nullptr) {
       link->peer = peers_[link->node];
+      link->peer->share(link->lane).join(link.get());
     }
   }
   for (Peer* peer : peers_) {
@@ -29,15 +30,32 @@ void GroupChannel::use_peers(std::vector<Peer*> peers) {
   }
   gone_elsewhere_.resize(link_.placement.ranks());
   gone_links_.resize(peers_.size());
+  view_links_.resize(peers_.size());
   for (size_t node = 0; node < peers_.size(); ++node) {
     gone_links_[node].channel = this;
     gone_links_[node].peer = peers_[node];
+    view_links_[node].channel = this;
+    view_links_[node].peer = peers_[node];
+  }
+}
+
+void GroupChannel::let_peers_go() {
+  for (const std::unique_ptr<PeerLink>& link : links_) {
+    if (link != nullptr) {
+      link->peer->share(link->lane).leave(link.get());
+    }
+  }
+  for (Peer* peer : peers_) {
+    if (peer != nullptr) {
+      --peer->groups;
+    }
   }
 }
 
 const char* GroupChannel::bad_field(uint32_t node, const WireMessage& header, const Incoming& incoming) const {
   const engine::Placement& placement = link_.placement;
-  if (header.lane >= engine::kFabricLanes || lane_of(static_cast<engine::FabricLane>(header.lane)) != incoming.lane) {
+  if (header.lane >= engine::kFabricLanes || !uses(static_cast<engine::FabricLane>(header.lane)) ||
+      lane_of(static_cast<engine::FabricLane>(header.lane)) != incoming.lane) {
     return "lane";
   }
   if (header.kind < static_cast<uint32_t>(engine::MessageKind::kCounts) ||
@@ -69,8 +87,8 @@ bool GroupChannel::accept(uint32_t node, const WireMessage& header, const Incomi
   PeerLink& from = link_to(node, static_cast<engine::FabricLane>(header.lane));
   *cause = DropCause::kOverrun;
   if (incoming.rendezvous) {
-    // Received in run_once(), so that nothing of UCX is called while it calls.
-    if (from.deferred_count == from.deferred_max || !from.deferred.push({header, incoming.data})) {
+    // Received in a turn, so that nothing of UCX is called while it calls.
+    if (from.deferred_count == from.deferred_max || !from.deferred.push({header, incoming.data, incoming.worker})) {
       *detail = "deferred messages";
       return false;
     }
@@ -90,12 +108,13 @@ bool GroupChannel::accept(uint32_t node, const WireMessage& header, const Incomi
   if (header.bytes != 0) {
     std::memcpy(slot.data, incoming.data, header.bytes);
   }
+  from.peer->share(from.lane).charge(from, header.bytes);
   deliver(slot);
   return true;
 }
 
 bool GroupChannel::credit(uint32_t node, const WireCredit& header) {
-  if (header.lane >= engine::kFabricLanes) {
+  if (header.lane >= engine::kFabricLanes || !uses(static_cast<engine::FabricLane>(header.lane))) {
     return false;
   }
   PeerLink& from = link_to(node, static_cast<engine::FabricLane>(header.lane));
@@ -106,17 +125,22 @@ bool GroupChannel::credit(uint32_t node, const WireCredit& header) {
   return true;
 }
 
-bool GroupChannel::run_once() {
+bool GroupChannel::begin_turn() {
   bool moved = end_receives();
   moved |= end_sends();
   moved |= pump_released();
   for (const engine::FabricLane lane : kEveryLane) {
     moved |= pump_submitted(lane);
   }
-  moved |= start_deferred();
-  moved |= end_receives();  // those that were there at once
+  return moved;
+}
+
+bool GroupChannel::end_turn() {
+  bool moved = end_receives();                          // those that were there at once
+  wanted_.store(deferred_, std::memory_order_seq_cst);  // pairs with the load in release()
   moved |= send_credits();
   moved |= send_gone();
+  moved |= send_views();
   wake_ranks();
   return moved;
 }
@@ -181,16 +205,20 @@ void GroupChannel::start_send(SendSlot& slot) {
   param.cb.send = on_sent;
   param.user_data = &slot;
   const size_t bytes = eager ? slot.header.bytes : std::max(slot.header.bytes, 1U);
+  RailLoads& loads = surroundings_.loads[static_cast<uint32_t>(slot.lane)];
+  slot.rail = loads.choose(link_.devices[slot.rank_index].value, bytes);
+  loads.started(slot.rail, bytes);
   LaneTraffic& traffic = peer->traffic(slot.lane);
   ++traffic.sent_messages;
   traffic.sent_bytes += slot.header.bytes;
   ++traffic.in_flight;
   ++sends_in_flight_;
-  const ucs_status_ptr_t sent = ucp_am_send_nbx(peer->endpoint(lane_of(slot.lane)), kWireMessage, &slot.header,
-                                                sizeof(slot.header), slot.data, bytes, &param);
+  const ucs_status_ptr_t sent = ucp_am_send_nbx(peer->endpoint(lane_of(slot.lane), slot.rail), kWireMessage,
+                                                &slot.header, sizeof(slot.header), slot.data, bytes, &param);
   if (!UCS_PTR_IS_PTR(sent)) {
     --sends_in_flight_;
     --traffic.in_flight;
+    loads.ended(slot.rail, bytes);
     end_send(slot, UCS_PTR_RAW_STATUS(sent));
   }
 }
@@ -207,6 +235,8 @@ bool GroupChannel::end_sends() {
   for (SendSlot* slot : sends_ended_) {
     --sends_in_flight_;
     --peers_[slot->node]->traffic(slot->lane).in_flight;
+    const uint64_t bytes = slot->header.credited != 0 ? slot->header.bytes : std::max(slot->header.bytes, 1U);
+    surroundings_.loads[static_cast<uint32_t>(slot->lane)].ended(slot->rail, bytes);
     end_send(*slot, slot->status);
   }
   const bool moved = !sends_ended_.empty();
@@ -225,23 +255,19 @@ void GroupChannel::end_send(SendSlot& slot, ucs_status_t status) {
   wake_rank(slot.rank_index);
 }
 
-bool GroupChannel::start_deferred() {
-  if (deferred_ == 0) {
-    return false;
+uint64_t GroupChannel::PeerLink::waiting_bytes() const {
+  if (deferred_count == 0 || free.empty()) {
+    return 0;
   }
-  bool moved = false;
-  for (const std::unique_ptr<PeerLink>& link : links_) {
-    while (link != nullptr && link->deferred_count != 0 && !link->free.empty()) {
-      Deferred next;
-      (void)link->deferred.pop(&next);
-      --link->deferred_count;
-      --deferred_;
-      start_receive(*link, next);
-      moved = true;
-    }
-  }
-  wanted_.store(deferred_, std::memory_order_seq_cst);  // pairs with the load in release()
-  return moved;
+  return std::max(deferred.front()->header.bytes, 1U);
+}
+
+void GroupChannel::PeerLink::start_waiting() {
+  Deferred next;
+  (void)deferred.pop(&next);
+  --deferred_count;
+  --channel->deferred_;
+  channel->start_receive(*this, next);
 }
 
 void GroupChannel::start_receive(PeerLink& from, const Deferred& deferred) {
@@ -255,8 +281,7 @@ void GroupChannel::start_receive(PeerLink& from, const Deferred& deferred) {
   param.user_data = &slot;
   ++receives_in_flight_;
   const ucs_status_ptr_t received =
-      ucp_am_recv_data_nbx((*surroundings_.lanes)[static_cast<uint32_t>(lane_of(from.lane))]->worker(),
-                           deferred.descriptor, slot.data, std::max(slot.header.bytes, 1U), &param);
+      ucp_am_recv_data_nbx(deferred.worker, deferred.descriptor, slot.data, std::max(slot.header.bytes, 1U), &param);
   if (!UCS_PTR_IS_PTR(received)) {
     slot.status = UCS_PTR_RAW_STATUS(received);
     receives_ended_.push_back(&slot);
@@ -273,6 +298,7 @@ void GroupChannel::on_received(void* request, ucs_status_t status, size_t /*byte
 bool GroupChannel::end_receives() {
   for (ReceiveSlot* slot : receives_ended_) {
     --receives_in_flight_;
+    slot->from->peer->share(slot->from->lane).ended(std::max(slot->header.bytes, 1U));
     end_receive(*slot, slot->status);
   }
   const bool moved = !receives_ended_.empty();
@@ -300,8 +326,15 @@ void GroupChannel::deliver(ReceiveSlot& slot) {
   slot.holders = static_cast<uint32_t>(std::popcount(slot.header.targets));
   for (uint64_t targets = slot.header.targets; targets != 0; targets &= targets - 1) {
     const uint32_t index = static_cast<uint32_t>(std::countr_zero(targets));
+    if (ranks_[index]->forgotten) {
+      --slot.holders;
+      continue;
+    }
     (void)ranks_[index]->arrived.push(slot.id);  // has room for every receive slot
     wake_rank(index);
+  }
+  if (slot.holders == 0) {
+    give_back(slot);
   }
 }
 
@@ -367,8 +400,7 @@ void GroupChannel::lose(const Peer* peer) {
     while (link->deferred.pop(&next)) {
       --link->deferred_count;
       --deferred_;
-      ucp_am_data_release((*surroundings_.lanes)[static_cast<uint32_t>(lane_of(link->lane))]->worker(),
-                          next.descriptor);
+      ucp_am_data_release(next.worker, next.descriptor);
     }
   }
   wanted_.store(deferred_, std::memory_order_seq_cst);
@@ -381,7 +413,7 @@ void GroupChannel::begin_close() {
 
 bool GroupChannel::drained() const {
   return closing_ && sends_in_flight_ == 0 && receives_in_flight_ == 0 && credits_in_flight_ == 0 && gone_told() &&
-         !has_work();
+         !views_under_way() && !has_work();
 }
 
 void GroupChannel::wake_ranks() {

@@ -30,6 +30,17 @@ bool GroupChannel::hear_gone(uint32_t node, const WireGone& header) {
   return true;
 }
 
+void GroupChannel::forget(uint32_t rank) {
+  RankQueues& own = queues(rank);
+  own.forgotten = true;
+  for (uint32_t id = 0; own.arrived.pop(&id);) {
+    ReceiveSlot& slot = receive_slots_[id];
+    if (--slot.holders == 0) {
+      give_back(slot);
+    }
+  }
+}
+
 bool GroupChannel::send_gone() {
   bool moved = false;
   for (GoneLink& link : gone_links_) {

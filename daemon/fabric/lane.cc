@@ -32,6 +32,9 @@ base::Status Lane::open(const LaneOptionList& options) {
   if (!settings.is_ok()) {
     return settings.status();
   }
+  for (const auto& [name, value] : options) {
+    devices_ = name == "devices" ? value : devices_;
+  }
   ucp_config_t* config = nullptr;
   EXPERTD_RETURN_IF_ERROR(ucx_status("reading UCX's configuration", ucp_config_read(nullptr, nullptr, &config)));
   for (const UcxSetting& setting : settings.value()) {
@@ -47,6 +50,13 @@ base::Status Lane::open(const LaneOptionList& options) {
                                                                setting.value + ": " + ucs_status_string(set));
     }
   }
+  std::string effective;
+  for (const UcxSetting& setting : settings.value()) {
+    const char* const given = ::getenv(setting.variable.c_str());
+    effective += (effective.empty() ? "" : " ") + setting.variable + "=" + (given != nullptr ? given : setting.value);
+  }
+  base::log_info("a lane of the fabric opens",
+                 {{"lane", kLaneNames[static_cast<uint32_t>(kind_)]}, {"settings", effective}});
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME | UCP_PARAM_FIELD_ESTIMATED_NUM_EPS;
   params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
@@ -102,6 +112,7 @@ ucs_status_t Lane::on_message(void* handler, const void* header, size_t header_b
   const Handler& of = *static_cast<Handler*>(handler);
   const bool rendezvous = (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) != 0;
   const bool kept = of.lane->sink_->incoming({.lane = of.lane->kind_,
+                                              .worker = of.lane->worker_,
                                               .type = of.type,
                                               .header = header,
                                               .header_bytes = header_bytes,

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Lane: one UCX context with one worker, and what arrives on it. Three of them in a daemon, so that lanes can have
-// other options and nothing of one queues behind another. Created and destroyed by a control thread while no thread
-// runs it; everything else is of the fabric thread. Endpoints (peer.h) are closed before it.
+// Lane: one UCX context with one worker, and what arrives on it. A daemon has one per lane, so that lanes can have
+// other options and nothing of one queues behind another, and of a lane with several devices one per device: its rails.
+// Created and destroyed by a control thread while no thread runs it; everything else is of the fabric thread. Endpoints
+// (peer.h) are closed before it.
 #pragma once
 
 #include <ucp/api/ucp.h>
@@ -17,7 +18,8 @@ namespace expertd::fabric {
 /// One active message as UCX hands it over; valid during the call.
 struct Incoming {
   LaneKind lane = LaneKind::kControl;
-  uint16_t type = 0;  // WireType
+  ucp_worker_h worker = nullptr;  // of the rail it came by
+  uint16_t type = 0;              // WireType
   const void* header = nullptr;
   size_t header_bytes = 0;
   void* data = nullptr;  // the payload, or with rendezvous its descriptor
@@ -45,6 +47,8 @@ class Lane {
   /// Before the thread starts.
   base::Status receive_into(IncomingSink* sink);
   const std::string& address() const { return address_; }
+  /// As the options have it; empty: UCX's choice.
+  const std::string& devices() const { return devices_; }
   int event_fd() const { return event_fd_; }
   ucp_worker_h worker() const { return worker_; }
 
@@ -69,8 +73,12 @@ class Lane {
   ucp_worker_h worker_ = nullptr;
   int event_fd_ = -1;  // the worker's
   std::string address_;
+  std::string devices_;
   IncomingSink* sink_ = nullptr;
   std::array<Handler, kWireTypes> handlers_{};
 };
+
+/// Of each lane its rails, at least one.
+using Lanes = std::array<std::vector<std::unique_ptr<Lane>>, kLanes>;
 
 }  // namespace expertd::fabric

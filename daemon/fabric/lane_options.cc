@@ -171,13 +171,34 @@ base::Result<std::vector<UcxSetting>> lane_settings(LaneKind lane, const LaneOpt
     seen.push_back(option->name);
     EXPERTD_RETURN_IF_ERROR(check_value(*option, value));
     if ((option->transports & transports) == 0) {
-      return refused(name, value, "it means nothing to the lane's transports");
+      return refused(
+          name, value,
+          "it means nothing to the lane's transports; leave it out, or name in fabric.transports one that it "
+          "is for");
     }
     // What the lane is given comes in place of what every lane gets.
     std::erase_if(settings, [&](const UcxSetting& each) { return each.variable == option->variable; });
     settings.push_back({std::string(option->variable), std::string(option->key), value});
   }
   return settings;
+}
+
+base::Result<std::vector<LaneOptionList>> rails_of(LaneKind lane, const LaneOptionList& options) {
+  const auto devices =
+      std::find_if(options.begin(), options.end(), [](const auto& option) { return option.first == "devices"; });
+  if (lane == LaneKind::kControl || devices == options.end()) {
+    return std::vector<LaneOptionList>{options};
+  }
+  EXPERTD_RETURN_IF_ERROR(lane_settings(lane, options).status());
+  const std::vector<std::string_view> names = split(devices->second);
+  if (names.size() > kMaxRails) {
+    return refused("devices", devices->second, "a lane has at most " + std::to_string(kMaxRails) + " of them");
+  }
+  std::vector<LaneOptionList> rails(names.size(), options);
+  for (size_t rail = 0; rail < names.size(); ++rail) {
+    rails[rail][static_cast<size_t>(devices - options.begin())].second = std::string(names[rail]);
+  }
+  return rails;
 }
 
 }  // namespace expertd::fabric

@@ -21,4 +21,8 @@ struct UcxSetting {
 /// what it may be.
 base::Result<std::vector<UcxSetting>> lane_settings(LaneKind lane, const LaneOptionList& options);
 
+/// The options of each rail of a lane: one per device of the latency and the throughput lane, one in all of the control
+/// lane. CONFIG_BAD_VALUE names too many devices.
+base::Result<std::vector<LaneOptionList>> rails_of(LaneKind lane, const LaneOptionList& options);
+
 }  // namespace expertd::fabric

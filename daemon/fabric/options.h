@@ -29,6 +29,14 @@ inline constexpr LaneKind lane_of(engine::FabricLane lane) {
   return lane == engine::FabricLane::kLatency ? LaneKind::kLatency : LaneKind::kThroughput;
 }
 
+/// A lane with several devices has a rail for each: a worker and endpoints of its own.
+inline constexpr uint32_t kMaxRails = 8;
+
+/// By which rail a message of a rank leaves: by that of its device's number, by the one with the least to carry, or by
+/// its own as long as that has not much more to carry than another.
+enum class Route : uint32_t { kAuto = 0, kRail = 1, kSpread = 2 };
+inline constexpr std::array<const char*, 3> kRouteNames = {"auto", "rail", "spread"};
+
 /// Options of one lane by name and value; lane_options.h has the list. Unknown names and values are refused.
 using LaneOptionList = std::vector<std::pair<std::string, std::string>>;
 
@@ -43,7 +51,11 @@ class MemoryPort {
 
 struct FabricOptions {
   std::string name;  // of this node, for people
+  /// Several devices of the latency and of the throughput lane become rails; the control lane has one worker.
   std::array<LaneOptionList, kLanes> lanes;
+  Route route = Route::kAuto;
+  /// Bytes of rendezvous on the throughput lane that move at once from one peer by one rail; one message at least.
+  uint64_t window_bytes = 1024 * 1024;
   HeartbeatOptions heartbeat;
   uint64_t spin_ns = 50'000;               // the thread spins so long after the last work, then sleeps
   uint64_t task_limit_ns = 5'000'000'000;  // a control thread waits so long for the fabric thread
@@ -55,7 +67,8 @@ struct FabricOptions {
 struct NodeIdentity {
   uint64_t node_id = 0;  // random, of this run of the daemon; never 0
   std::string name;
-  std::array<std::string, kLanes> addresses;  // of the lanes' workers, opaque bytes, at most kMaxAddressBytes each
+  /// Of the lanes' workers by rail, opaque bytes, at most kMaxAddressBytes each.
+  std::array<std::vector<std::string>, kLanes> addresses;
 };
 inline constexpr size_t kMaxAddressBytes = 4096;
 
@@ -67,11 +80,14 @@ struct GroupLink {
   std::vector<uint64_t> node_ids;          // per node of the placement, the own one too; the others are connected
   std::vector<base::DeviceIndex> devices;  // of the local ranks, in the order of Placement::ranks_of[own_node]
   uint64_t message_bytes = 256 * 1024;
-  uint32_t send_buffers = 4;        // per (local rank, lane), message_bytes each
-  uint32_t receive_buffers = 4;     // per (node, lane), message_bytes each
-  uint64_t eager_bytes = 8 * 1024;  // a message up to this size goes at once while the receiver has credits
-  uint32_t eager_messages = 16;     // per (node, lane): these credits, eager_bytes each
+  uint32_t send_buffers = 4;              // per (local rank, lane), message_bytes each
+  uint32_t receive_buffers = 4;           // per (node, lane), message_bytes each
+  uint64_t eager_bytes = 8 * 1024;        // a message up to this size goes at once while the receiver has credits
+  uint32_t eager_messages = 16;           // per (node, lane): these credits, eager_bytes each
+  uint32_t lanes = engine::kFabricLanes;  // 1: the throughput lane alone, and no buffers for the other
+  uint32_t weight = 1;                    // on the throughput lane beside other groups, 1..kMaxWeight
 };
+inline constexpr uint32_t kMaxWeight = base::kMaxBandwidthRatio;
 inline constexpr uint32_t kMaxBuffersPerLane = 64;
 inline constexpr uint64_t kMaxMessageBytes = 16 * 1024 * 1024;
 
@@ -132,6 +148,15 @@ struct PeerSnapshot {
   std::array<LaneTraffic, engine::kFabricLanes> lanes{};
 };
 
+/// What left by one rail, to all peers since the start.
+struct RailSnapshot {
+  LaneKind lane = LaneKind::kThroughput;
+  std::string device;  // empty: UCX's choice
+  uint64_t sent_messages = 0;
+  uint64_t sent_bytes = 0;
+  uint64_t under_way_bytes = 0;
+};
+
 /// How long heartbeats took there and back, of all peers since the start.
 inline constexpr std::array<uint64_t, 10> kRttBoundsNs = {20'000,    50'000,    100'000,    200'000,     500'000,
                                                           1'000'000, 5'000'000, 20'000'000, 100'000'000, 500'000'000};
@@ -151,6 +176,7 @@ struct RttHistogram {
 
 struct FabricSnapshot {
   std::vector<PeerSnapshot> peers;  // connected ones and the last incarnation of lost ones
+  std::vector<RailSnapshot> rails;  // by lane and rail; the control lane has none
   std::array<uint64_t, kDropCauses> dropped{};
   std::array<uint64_t, kLossCauses> lost{};
   std::array<LaneTraffic, engine::kFabricLanes> traffic{};  // with all peers ever, forgotten ones too
@@ -171,6 +197,8 @@ class FabricObserver {
   virtual void node_lost(uint64_t node_id, const std::string& name, LossCause cause, const std::string& detail) = 0;
   /// A rank of another node takes no part in operations of the group behind `through` any more. Once per rank.
   virtual void rank_gone(uint64_t group_key, uint32_t rank, uint64_t through) = 0;
+  /// A message about views of a group that is open here, of its node `node`.
+  virtual void view_message(uint64_t group_key, uint32_t node, const engine::ViewMessage& message) = 0;
   /// For the watchdog: at least twice a second.
   virtual void beat(uint64_t now_ns) = 0;
 };

@@ -23,8 +23,17 @@ const char* loss_cause_name(LossCause cause) {
   return "unknown";
 }
 
-Peer::Peer(const NodeIdentity& identity, const Setting& setting, uint64_t now_ns)
-    : node_id_(identity.node_id), name_(identity.name), setting_(setting), heartbeat_(setting.heartbeat, now_ns) {
+// What goes by the latency lane is not many bytes, and waits for nobody's turn.
+Peer::Peer(const NodeIdentity& identity, const Lanes& lanes, const Setting& setting, uint64_t now_ns)
+    : node_id_(identity.node_id),
+      name_(identity.name),
+      setting_(setting),
+      heartbeat_(setting.heartbeat, now_ns),
+      shares_{ReceiveShare(UINT64_MAX),
+              ReceiveShare(setting.window_bytes * lanes[static_cast<uint32_t>(LaneKind::kThroughput)].size())} {
+  for (uint32_t lane = 0; lane < kLanes; ++lane) {
+    endpoints_[lane].resize(lanes[lane].size());
+  }
   for (Signal& signal : signals_) {
     signal.peer = this;
   }
@@ -32,18 +41,15 @@ Peer::Peer(const NodeIdentity& identity, const Setting& setting, uint64_t now_ns
 
 base::Result<std::unique_ptr<Peer>> Peer::create(const NodeIdentity& identity, const Lanes& lanes,
                                                  const Setting& setting, uint64_t now_ns) {
-  std::unique_ptr<Peer> peer(new Peer(identity, setting, now_ns));
+  std::unique_ptr<Peer> peer(new Peer(identity, lanes, setting, now_ns));
   const base::Status opened = peer->open(identity, lanes);
   if (!opened.is_ok()) {
     // Endpoints that did open close by themselves; nothing was sent on them that names this object.
-    for (Endpoint& endpoint : peer->endpoints_) {
-      if (endpoint.ep != nullptr) {
-        ucp_request_param_t param{};
-        param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
-        param.flags = UCP_EP_CLOSE_FLAG_FORCE;
-        const ucs_status_ptr_t closing = ucp_ep_close_nbx(endpoint.ep, &param);
-        if (UCS_PTR_IS_PTR(closing)) {
-          ucp_request_free(closing);
+    peer->close_endpoints();
+    for (std::vector<Endpoint>& rails : peer->endpoints_) {
+      for (Endpoint& endpoint : rails) {
+        if (endpoint.closing != nullptr) {
+          ucp_request_free(endpoint.closing);
         }
       }
     }
@@ -54,21 +60,30 @@ base::Result<std::unique_ptr<Peer>> Peer::create(const NodeIdentity& identity, c
 
 base::Status Peer::open(const NodeIdentity& identity, const Lanes& lanes) {
   for (uint32_t i = 0; i < kLanes; ++i) {
-    Endpoint& endpoint = endpoints_[i];
-    endpoint.peer = this;
-    endpoint.lane = static_cast<LaneKind>(i);
-    ucp_ep_params_t params{};
-    params.field_mask =
-        UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | UCP_EP_PARAM_FIELD_ERR_HANDLER;
-    params.address = reinterpret_cast<const ucp_address_t*>(identity.addresses[i].data());
-    params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
-    params.err_handler.cb = on_error;
-    params.err_handler.arg = &endpoint;
-    EXPERTD_RETURN_IF_ERROR(ucx_status(std::string("opening its ") + kLaneNames[i] +
-                                           " lane (both sides need a transport in common that notices a dead peer)",
-                                       ucp_ep_create(lanes[i]->worker(), &params, &endpoint.ep)));
+    for (uint32_t rail = 0; rail < endpoints_[i].size(); ++rail) {
+      Endpoint& endpoint = endpoints_[i][rail];
+      endpoint.peer = this;
+      endpoint.lane = static_cast<LaneKind>(i);
+      // Rail to rail where both sides have the same number of them, as nodes of one kind do.
+      const std::vector<std::string>& addresses = identity.addresses[i];
+      EXPERTD_RETURN_IF_ERROR(open(addresses[rail % addresses.size()], *lanes[i][rail], &endpoint));
+    }
   }
   return base::Status::ok();
+}
+
+base::Status Peer::open(const std::string& address, const Lane& lane, Endpoint* endpoint) {
+  ucp_ep_params_t params{};
+  params.field_mask =
+      UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | UCP_EP_PARAM_FIELD_ERR_HANDLER;
+  params.address = reinterpret_cast<const ucp_address_t*>(address.data());
+  params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
+  params.err_handler.cb = on_error;
+  params.err_handler.arg = endpoint;
+  return ucx_status(std::string("opening its ") + kLaneNames[static_cast<uint32_t>(endpoint->lane)] + " lane" +
+                        (lane.devices().empty() ? "" : " by " + lane.devices()) +
+                        " (both sides need a transport in common that notices a dead peer)",
+                    ucp_ep_create(lane.worker(), &params, &endpoint->ep));
 }
 
 void Peer::on_error(void* endpoint, ucp_ep_h /*ep*/, ucs_status_t status) {
@@ -89,27 +104,35 @@ void Peer::fail(LossCause cause, std::string detail) {
 
 void Peer::lose() {
   state_ = PeerState::kLost;
-  for (Endpoint& endpoint : endpoints_) {
-    if (endpoint.ep == nullptr) {
-      continue;
+  close_endpoints();
+}
+
+void Peer::close_endpoints() {
+  for (std::vector<Endpoint>& rails : endpoints_) {
+    for (Endpoint& endpoint : rails) {
+      if (endpoint.ep == nullptr) {
+        continue;
+      }
+      ucp_request_param_t param{};
+      param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
+      param.flags = UCP_EP_CLOSE_FLAG_FORCE;
+      const ucs_status_ptr_t closing = ucp_ep_close_nbx(endpoint.ep, &param);
+      endpoint.closing = UCS_PTR_IS_PTR(closing) ? closing : nullptr;
+      endpoint.ep = nullptr;
     }
-    ucp_request_param_t param{};
-    param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
-    param.flags = UCP_EP_CLOSE_FLAG_FORCE;
-    const ucs_status_ptr_t closing = ucp_ep_close_nbx(endpoint.ep, &param);
-    endpoint.closing = UCS_PTR_IS_PTR(closing) ? closing : nullptr;
-    endpoint.ep = nullptr;
   }
 }
 
 bool Peer::closed() {
   bool all = lost() && signals_under_way_ == 0;
-  for (Endpoint& endpoint : endpoints_) {
-    if (endpoint.closing != nullptr && ucp_request_check_status(endpoint.closing) != UCS_INPROGRESS) {
-      ucp_request_free(endpoint.closing);
-      endpoint.closing = nullptr;
+  for (std::vector<Endpoint>& rails : endpoints_) {
+    for (Endpoint& endpoint : rails) {
+      if (endpoint.closing != nullptr && ucp_request_check_status(endpoint.closing) != UCS_INPROGRESS) {
+        ucp_request_free(endpoint.closing);
+        endpoint.closing = nullptr;
+      }
+      all = all && endpoint.ep == nullptr && endpoint.closing == nullptr;
     }
-    all = all && endpoint.ep == nullptr && endpoint.closing == nullptr;
   }
   return all;
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Peer: one other daemon, with an endpoint per lane that all groups share, its heartbeat, and its state: connecting ->
-// up
+// Peer: one other daemon, with an endpoint per lane and rail that all groups share, its heartbeat, and its state:
+// connecting -> up
 // -> lost; a lost one never comes back, the same daemon connected anew is another Peer. Fabric thread only. Owned by
 // Core, and outlives the groups that use it and every callback of UCX that may name it.
 #pragma once
@@ -13,16 +13,16 @@
 
 #include "daemon/fabric/lane.h"
 #include "daemon/fabric/options.h"
+#include "daemon/fabric/receive_share.h"
 
 namespace expertd::fabric {
 
 class Peer {
  public:
-  using Lanes = std::array<std::unique_ptr<Lane>, kLanes>;
-
   struct Setting {
     uint64_t own_node_id = 0;
     HeartbeatOptions heartbeat;
+    uint64_t window_bytes = 0;  // of the throughput lane, per rail
     bool* attention = nullptr;  // set when a peer failed, so that the thread need not look at each
   };
 
@@ -37,7 +37,8 @@ class Peer {
   const std::string& name() const { return name_; }
   PeerState state() const { return state_; }
   bool lost() const { return state_ == PeerState::kLost; }
-  ucp_ep_h endpoint(LaneKind lane) const { return endpoints_[static_cast<uint32_t>(lane)].ep; }
+  ucp_ep_h endpoint(LaneKind lane, uint32_t rail = 0) const { return endpoints_[static_cast<uint32_t>(lane)][rail].ep; }
+  ReceiveShare& share(engine::FabricLane lane) { return shares_[static_cast<uint32_t>(lane)]; }
   uint64_t rtt_ns() const { return heartbeat_.rtt_ns(); }
   const std::array<LaneTraffic, engine::kFabricLanes>& traffic() const { return traffic_; }
   LaneTraffic& traffic(engine::FabricLane lane) { return traffic_[static_cast<uint32_t>(lane)]; }
@@ -82,8 +83,10 @@ class Peer {
   };
   static constexpr uint32_t kSignals = 8;  // more than that under way, and another would tell nothing new
 
-  Peer(const NodeIdentity& identity, const Setting& setting, uint64_t now_ns);
+  Peer(const NodeIdentity& identity, const Lanes& lanes, const Setting& setting, uint64_t now_ns);
   base::Status open(const NodeIdentity& identity, const Lanes& lanes);
+  static base::Status open(const std::string& address, const Lane& lane, Endpoint* endpoint);
+  void close_endpoints();
   bool send(WireSignal signal, uint64_t sent_ns);
   static void on_error(void* endpoint, ucp_ep_h ep, ucs_status_t status);
   static void on_signal_sent(void* request, ucs_status_t status, void* signal);
@@ -93,7 +96,7 @@ class Peer {
   const Setting setting_;
   PeerState state_ = PeerState::kConnecting;
   Heartbeat heartbeat_;
-  std::array<Endpoint, kLanes> endpoints_{};
+  std::array<std::vector<Endpoint>, kLanes> endpoints_;  // by lane and own rail; they stay where they are
   std::array<Signal, kSignals> signals_{};
   uint32_t signals_under_way_ = 0;
   bool pong_due_ = false;
@@ -103,6 +106,7 @@ class Peer {
   std::string detail_;
   uint64_t sends_failed_ = 0;
   std::array<LaneTraffic, engine::kFabricLanes> traffic_{};
+  std::array<ReceiveShare, engine::kFabricLanes> shares_;
 };
 
 }  // namespace expertd::fabric

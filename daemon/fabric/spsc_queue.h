@@ -49,6 +49,15 @@ class SpscQueue {
     return true;
   }
 
+  /// Consumer: what pop() would give; null: nothing. Valid until that.
+  const T* front() {
+    const uint64_t head = head_.load(std::memory_order_relaxed);
+    if (head == tail_seen_) {
+      tail_seen_ = tail_.load(std::memory_order_acquire);  // pairs with the store in push()
+    }
+    return head == tail_seen_ ? nullptr : &elements_[head & mask_];
+  }
+
   /// Consumer: whether pop() would give something.
   bool empty() const {
     return head_.load(std::memory_order_relaxed) == tail_.load(std::memory_order_seq_cst);  // with the sleepers' fence

@@ -42,6 +42,8 @@ session::ErrorDetail check_config(const session::GroupConfig& config, uint32_t r
       {"dynamic_ll_tokens", config.dynamic_ll_tokens, 0, config.max_tokens},
       {"capture_lanes", config.capture_lanes, 0, inference ? engine::kMostCaptureLanes : 0},
       {"executor", static_cast<uint64_t>(config.executor), 0, static_cast<uint64_t>(session::Executor::kCopyEngine)},
+      {"communication.virtual_lanes", config.communication.virtual_lanes, 1, base::kMaxVirtualLanes},
+      {"communication.bandwidth_ratio", config.communication.bandwidth_ratio, 1, base::kMaxBandwidthRatio},
   };
   for (const Range& range : ranges) {
     if (range.value < range.minimum || range.value > range.maximum) {
@@ -65,6 +67,11 @@ session::ErrorDetail check_config(const session::GroupConfig& config, uint32_t r
     return out_of_range("dispatch_dtypes", std::to_string(config.dispatch_dtypes),
                         "sets with bf16 (" + std::to_string(EXPERTD_PAYLOAD_BF16) + ") or bytes (" +
                             std::to_string(EXPERTD_PAYLOAD_BYTES) + ") in mode normal, or 0");
+  }
+  if (!config.communication.use_nvlink &&
+      (config.executor == session::Executor::kCopyEngine || config.capture_lanes != 0)) {
+    // Both are made of copies and stores between GPUs that reach each other.
+    return out_of_range("communication.use_nvlink", "false", "true with executor = copy_engine or capture_lanes");
   }
   if (config.dynamic_ll_tokens != 0 && config.mode == GroupMode::kAuto) {
     return out_of_range("mode", std::to_string(static_cast<uint64_t>(config.mode)),
@@ -92,6 +99,10 @@ session::ErrorDetail compare_configs(const session::GroupConfig& first, const se
       {"dynamic_ll_tokens", first.dynamic_ll_tokens, other.dynamic_ll_tokens},
       {"capture_lanes", first.capture_lanes, other.capture_lanes},
       {"executor", static_cast<uint64_t>(first.executor), static_cast<uint64_t>(other.executor)},
+      {"communication.use_nvlink", first.communication.use_nvlink, other.communication.use_nvlink},
+      {"communication.use_rdma", first.communication.use_rdma, other.communication.use_rdma},
+      {"communication.virtual_lanes", first.communication.virtual_lanes, other.communication.virtual_lanes},
+      {"communication.bandwidth_ratio", first.communication.bandwidth_ratio, other.communication.bandwidth_ratio},
   };
   session::ErrorDetail error;
   for (const auto& row : rows) {

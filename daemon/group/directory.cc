@@ -35,6 +35,7 @@ engine::GroupShape shape_of(const session::GroupConfig& config) {
   shape.max_tokens = config.max_tokens;
   shape.low_latency = config.mode != session::GroupMode::kNormal;
   shape.capture_lanes = config.capture_lanes;
+  shape.peer_access = config.communication.use_nvlink;
   return shape;
 }
 
@@ -239,6 +240,8 @@ std::unique_ptr<Formation> Directory::form(const std::string& name, Pending&& pe
   settings.dynamic_ll_tokens = config.dynamic_ll_tokens;
   settings.group_key = placed == nullptr ? 0 : placed->key;
   settings.placement = std::move(placement);
+  settings.fabric_lanes = config.communication.virtual_lanes;
+  settings.fabric_weight = config.communication.bandwidth_ratio;
   for (auto& [rank, member] : pending.members) {
     settings.shape.devices[rank] = member.device;
     by_session_[member.session.value].emplace_back(settings.shape.id.value, rank);
@@ -338,7 +341,7 @@ std::vector<session::GroupSnapshot> Directory::snapshot() const {
                       .config = formed.config,
                       .epoch = shared->epoch(),
                       .joined = formed.present,
-                      .lost = shared->lost(),
+                      .lost = shared->has_views() ? shared->view().lost : shared->lost(),
                       .ops = shared->launched_ops(),
                       .executor = formed.executor,
                       .rank_nodes = {}});

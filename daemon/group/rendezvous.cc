@@ -66,7 +66,7 @@ session::ErrorDetail check_identity(const NodeIdentity& node) {
   size_t bytes = 0;
   for (const LaneAddress& lane : node.lanes) {
     if (lane.lane >= kMaxLanes || (seen >> lane.lane & 1) != 0) {
-      return out_of_range("node.lanes.lane", std::to_string(lane.lane), "each of 0..7 once");
+      return out_of_range("node.lanes.lane", std::to_string(lane.lane), "each of 0..23 once");
     }
     seen |= 1U << lane.lane;
     bytes += lane.bytes.size();

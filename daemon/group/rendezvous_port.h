@@ -17,7 +17,7 @@ namespace expertd::group {
 
 inline constexpr uint32_t kMaxNodes = 64;        // of a rendezvous; fabric.max_nodes is at most this
 inline constexpr uint32_t kMaxGroupRanks = 512;  // of a group over all nodes
-inline constexpr uint32_t kMaxLanes = 8;         // of a node
+inline constexpr uint32_t kMaxLanes = 24;        // of a node, with rails
 inline constexpr size_t kMaxLaneBytes = 4096;    // address of one lane
 inline constexpr size_t kMaxLanesBytes = 16384;  // addresses of a node
 inline constexpr size_t kMaxNameBytes = 64;      // of groups and nodes, printable ASCII

@@ -28,6 +28,15 @@ enum class GroupMode : uint32_t { kUnspecified = 0, kNormal = 1, kInference = 2,
 enum class Executor : uint32_t { kAuto = 0, kSm = 1, kCopyEngine = 2 };
 enum class OnRankLoss : uint32_t { kUnspecified = 0, kFail = 1, kMask = 2 };
 
+/// What a group uses of the links inside of a node and between nodes.
+struct CommunicationPattern {
+  bool use_nvlink = true;        // false: GPUs of a node exchange through memory of the host
+  bool use_rdma = true;          // false: all ranks are on one node
+  uint32_t virtual_lanes = 2;    // 1: everything between nodes goes by the throughput lane
+  uint32_t bandwidth_ratio = 1;  // weight on the throughput lane beside other groups
+  friend bool operator==(const CommunicationPattern&, const CommunicationPattern&) = default;
+};
+
 struct GroupConfig {
   uint32_t expert_parallel_size = 0;
   uint32_t num_experts = 0;
@@ -44,6 +53,7 @@ struct GroupConfig {
   Executor executor = Executor::kAuto;
   bool copy_kernels = false;  // what the rank's client has: not one of the things that ranks have in common
   uint32_t copies = 0;        // nor is this: a set of expertd_copies that it evaluates a rule for
+  CommunicationPattern communication;
   friend bool operator==(const GroupConfig&, const GroupConfig&) = default;
 };
 
@@ -189,6 +199,20 @@ struct SessionSnapshot {
 };
 
 /// What the daemon has to do with daemons of other nodes; all empty where it is not enabled.
+/// One device of a lane, and what left by it.
+struct FabricRailSnapshot {
+  std::string device;  // empty: UCX's choice
+  uint64_t sent_messages = 0;
+  uint64_t sent_bytes = 0;
+  uint64_t under_way_bytes = 0;
+};
+
+struct FabricLaneSnapshot {
+  std::string name;
+  std::vector<std::string> options;  // "traffic_class=106"
+  std::vector<FabricRailSnapshot> rails;
+};
+
 struct FabricStatusSnapshot {
   bool enabled = false;
   std::string backend;
@@ -208,7 +232,10 @@ struct FabricStatusSnapshot {
   uint32_t peers_lost = 0;
   uint32_t groups = 0;
   uint64_t memory_bytes = 0;
-  std::string cause;  // why the fabric did not answer; the counts are then those of its last answer
+  std::string cause;          // why the fabric did not answer; the counts are then those of its last answer
+  std::string backend_cause;  // why the backend is not direct
+  std::string route;
+  std::vector<FabricLaneSnapshot> lanes;
 };
 
 struct PeerLaneSnapshot {
@@ -269,9 +296,40 @@ struct OpCounterSnapshot {
 };
 
 /// What operators see and may do.
+/// A daemon of the cluster, as the rendezvous knows it.
+struct NodePlace {
+  std::string name;
+  uint64_t id = 0;
+  std::string address;
+};
+
+/// Of one lane of the fabric from one node to another.
+struct PairLaneSnapshot {
+  std::string lane;
+  std::string device;           // empty: all of the lane, together
+  uint64_t latency_p50_ns = 0;  // one way
+  uint64_t latency_p99_ns = 0;
+  uint64_t bytes_per_second = 0;
+};
+
+/// Measurements between nodes. Any thread; nothing waits, the callback comes once from a thread of the implementation.
+class MeshApi {
+ public:
+  using Listed = std::function<void(const base::Status&, const std::vector<NodePlace>&)>;
+  using Measured = std::function<void(const base::Status&, const std::vector<PairLaneSnapshot>&)>;
+
+  virtual ~MeshApi() = default;
+  virtual std::string node() const = 0;
+  virtual void list_nodes(Listed done) = 0;
+  /// BAD_STATE while another one is on.
+  virtual void measure_pair(uint64_t source_id, uint64_t destination_id, uint64_t timeout_ns, Measured done) = 0;
+};
+
 class OperatorApi {
  public:
   virtual ~OperatorApi() = default;
+  /// Null where the fabric is off.
+  virtual MeshApi* mesh() { return nullptr; }
   virtual StatusSnapshot status() = 0;
   virtual std::vector<SessionSnapshot> sessions() = 0;
   virtual std::vector<OpCounterSnapshot> counters() = 0;

@@ -23,6 +23,8 @@ class GroupFabric {
   virtual base::Result<std::shared_ptr<engine::FabricPort>> open(const group::Placed& placed,
                                                                  const engine::GroupSettings& settings,
                                                                  uint64_t deadline_ns) = 0;
+  /// SessionService::tend_views() may have something to do earlier than it said. Any thread; does not block.
+  virtual void views_changed() = 0;
 };
 
 }  // namespace expertd::session

@@ -18,6 +18,7 @@ namespace {
 // While an ended session waits for its last operations the housekeeper looks this often; joins expire at this grain.
 constexpr std::chrono::milliseconds kReclaimPoll(1);
 constexpr std::chrono::milliseconds kJoinPoll(20);
+constexpr uint64_t kSettleNs = 300'000'000;
 
 }  // namespace
 
@@ -26,7 +27,8 @@ SessionService::SessionService(const ServiceOptions& options, std::vector<Device
     : options_(options),
       devices_(std::move(devices)),
       observer_(observer),
-      directory_({options.op_timeout_ns, options.first_op_timeout_ns}) {}
+      directory_({options.op_timeout_ns, options.first_op_timeout_ns}),
+      views_([this](const engine::GroupShared& group) { wake_group(group); }) {}
 
 SessionService::~SessionService() {
   stop(base::now_ns());
@@ -64,6 +66,9 @@ void SessionService::stop(uint64_t deadline_ns) {
   if (housekeeper_.joinable()) {
     housekeeper_.join();
   }
+  // Nodes that are left need this one's voice to go on without its ranks.
+  views_.settle(std::min(deadline_ns, base::now_ns() + kSettleNs));
+  views_.clear();
 }
 
 uint32_t SessionService::begin_drain() {
@@ -256,6 +261,7 @@ bool SessionService::try_reclaim(const SessionRef& session) {
   // Devices may block, and whoever looks at sessions takes their locks: none is held from here on.
   for (const auto& [group, membership] : memberships) {
     session->place.device->destroy_group(base::GroupId{group}, base::Rank{membership.rank});
+    forget(*membership.group, membership.rank);
   }
   buffers.clear();
   for (auto& [token, pending] : fds) {

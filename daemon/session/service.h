@@ -24,6 +24,7 @@
 #include "daemon/session/descriptor_closer.h"
 #include "daemon/session/executor_choice.h"
 #include "daemon/session/group_fabric.h"
+#include "daemon/session/group_views.h"
 #include "daemon/session/last_word.h"
 #include "daemon/session/loop_port.h"
 
@@ -70,6 +71,12 @@ class SessionService final : public SessionApi, public AttachApi {
   /// thread but a loop's.
   void remote_rank_gone(uint64_t group_key, uint32_t rank, uint64_t through);
   void node_lost(uint64_t node_id);
+  /// A message about views of a group, of its node `node`. Any thread but a loop's.
+  void view_message(uint64_t group_key, uint32_t node, const engine::ViewMessage& message) {
+    views_.receive(group_key, node, message);
+  }
+  /// Advances what the nodes of groups agree on; when to be called next, UINT64_MAX: after views_changed().
+  uint64_t tend_views(uint64_t now_ns) { return views_.tend(now_ns); }
 
   base::Status start();
   /// Ends every session and waits until all are reclaimed, at most until deadline_ns.
@@ -148,9 +155,11 @@ class SessionService final : public SessionApi, public AttachApi {
   void place(const Placement& placement);
   void refuse_placed(const Placement& placement);
   void answer_rest();
-  base::Status open_fabric(const group::Formation& formation);
+  ErrorDetail open_fabric(const group::Formation& formation);
+  base::Status open_port(const group::Formation& formation);
   void report_formed(Formed formed);
   void tell_gone(const engine::GroupShared& group, uint32_t rank);
+  static void forget(const engine::GroupShared& group, uint32_t rank);
   static void mark_formed(Session& session, base::GroupId group);
   ExecutorChoice executor_of(const group::Formation& formation) const;
   base::Status grant_exchange(const group::Formation& formation, const group::Member& member, JoinGrant* grant);
@@ -165,6 +174,7 @@ class SessionService final : public SessionApi, public AttachApi {
   std::vector<DeviceEntry> devices_;
   SessionObserver* observer_;
   group::Directory directory_;
+  GroupViews views_;
   group::RendezvousPort* rendezvous_ = nullptr;  // null: this node is the only one
   GroupFabric* fabric_ = nullptr;
   DescriptorCloser closer_;

@@ -16,6 +16,7 @@ namespace {
 
 constexpr uint64_t kRendezvousGraceNs = 2'000'000'000ULL;
 constexpr std::chrono::milliseconds kQuietPoll(1);
+constexpr uint64_t kMaskNs = 5'000'000'000;  // for the nodes of a group to agree on a mask
 
 // The window is where ll_dispatch leaves its results, and ll_combine finds its input, when the caller gives no memory
 // of its own. It has room for the payloads that the group carries, and exists whatever they are: only an operation
@@ -40,7 +41,8 @@ base::Result<GroupPlan> SessionService::plan_group(base::SessionId id, const Gro
   const device::Device& device = *found.value()->place.device;
   const device::DeviceInfo info = device.info();
   // Where the other ranks will be is not known: as for the tables, on GPUs that reach each other.
-  const ExecutorFacts own{info.is_cuda,           info.mps_active,     true,
+  const bool reaches_all = config.communication.use_nvlink || config.expert_parallel_size == 1;
+  const ExecutorFacts own{info.is_cuda,           info.mps_active,     reaches_all,
                           info.kernels == "bulk", config.copy_kernels, config.copies};
   const ExecutorChoice choice = choose_executor(config, {own});
   EXPERTD_RETURN_IF_ERROR(choice.error.status);
@@ -166,15 +168,17 @@ void SessionService::join_group(base::SessionId id, const JoinRequest& request, 
   }
 }
 
-// Whether two of its GPUs do not reach each other, so that their ranks exchange through memory of the host.
+// Whether two of its GPUs do not reach each other, or are not to, so that their ranks exchange through memory of the
+// host.
 bool SessionService::needs_relay(const group::Formation& formation) const {
+  const bool may_reach = formation.config.communication.use_nvlink;
   std::vector<device::DeviceInfo> infos;
   for (const group::Member& member : formation.members) {
     infos.push_back(devices_[member.device.value].device->info());
   }
   for (size_t from = 0; from < infos.size(); ++from) {
     for (size_t to = 0; to < infos.size(); ++to) {
-      const bool reaches = (infos[from].peer_access_mask >> formation.members[to].device.value & 1) != 0;
+      const bool reaches = may_reach && (infos[from].peer_access_mask >> formation.members[to].device.value & 1) != 0;
       if (from != to && infos[from].is_cuda && infos[to].is_cuda && !reaches) {
         return true;
       }
@@ -190,7 +194,9 @@ ExecutorChoice SessionService::executor_of(const group::Formation& formation) co
     const device::DeviceInfo info = devices_[member.device.value].device->info();
     const bool reaches_all =
         std::all_of(formation.members.begin(), formation.members.end(), [&](const group::Member& other) {
-          return other.device == member.device || (info.peer_access_mask >> other.device.value & 1) != 0;
+          const bool reaches =
+              formation.config.communication.use_nvlink && (info.peer_access_mask >> other.device.value & 1) != 0;
+          return other.device == member.device || reaches;
         });
     ranks.push_back(
         {info.is_cuda, info.mps_active, reaches_all, info.kernels == "bulk", member.copy_kernels, member.copies});
@@ -232,7 +238,7 @@ void SessionService::form_group(std::unique_ptr<group::Formation> formation) {
   const ExecutorChoice choice = executor_of(*formation);
   ErrorDetail error = choice.error;
   if (error.status.is_ok() && formation->shared->spans_nodes()) {
-    error.status = open_fabric(*formation);
+    error = open_fabric(*formation);
   }
   if (error.status.is_ok() && choice.rule.copies != 0) {
     const bool high_throughput = (choice.rule.copies & EXPERTD_COPIES_HT) != 0;
@@ -396,6 +402,7 @@ base::Status SessionService::remove_membership(const SessionRef& session, base::
     session->memberships.erase(found);
   }
   session->place.device->destroy_group(group, base::Rank{rank});
+  forget(*shared, rank);
   return window == 0 ? base::Status::ok() : remove_buffer(session, window, deadline_ns);
 }
 
@@ -437,8 +444,16 @@ base::Result<MaskReply> SessionService::group_mask(base::SessionId id, base::Gro
     if (((exclude | readmit) & ~shared->all_ranks()) != 0) {
       return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "mask names ranks beyond expert_parallel_size");
     }
-    shared->change_excluded(exclude, readmit);
-    wake_group(*shared);
+    if (shared->has_views()) {
+      EXPERTD_RETURN_IF_ERROR(views_.change_mask(*shared, exclude, readmit, base::now_ns() + kMaskNs));
+    } else {
+      shared->change_excluded(exclude, readmit);
+      wake_group(*shared);
+    }
+  }
+  if (shared->has_views()) {
+    const engine::View view = shared->view();
+    return MaskReply{view.epoch, view.lost, view.excluded};
   }
   return MaskReply{shared->epoch(), shared->lost(), shared->excluded()};
 }

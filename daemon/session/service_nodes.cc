@@ -31,14 +31,18 @@ base::Status check_devices(const group::Placed& placed) {
   return base::Status::ok();
 }
 
-// Nodes do not agree yet on the operation from which a mask holds: two of them could run one operation with two masks.
-base::Status check_loss(const engine::GroupSettings& settings) {
-  if (settings.mask_on_loss) {
-    return base::Status(EXPERTD_REASON_UNSUPPORTED,
-                        "on_rank_loss = mask is for groups on one node so far; join with fail, and after a loss leave "
-                        "and join again");
+ErrorDetail check_rdma(const group::Formation& formation) {
+  ErrorDetail error;
+  if (!formation.config.communication.use_rdma) {
+    error.field = "communication.use_rdma";
+    error.value = "false";
+    error.other_value = "true for ranks on " + std::to_string(formation.placed->nodes.size()) + " nodes";
+    error.status = base::Status(EXPERTD_REASON_UNSUPPORTED,
+                                "communication.use_rdma = false, but the ranks of group \"" + formation.name +
+                                    "\" are on " + std::to_string(formation.placed->nodes.size()) +
+                                    " nodes; join them on one node, or leave use_rdma at its default");
   }
-  return base::Status::ok();
+  return error;
 }
 
 }  // namespace
@@ -46,6 +50,7 @@ base::Status check_loss(const engine::GroupSettings& settings) {
 void SessionService::use_nodes(group::RendezvousPort* rendezvous, GroupFabric* fabric) {
   rendezvous_ = rendezvous;
   fabric_ = fabric;
+  views_.on_change([fabric] { fabric->views_changed(); });
 }
 
 uint64_t SessionService::random_attempt() {
@@ -132,9 +137,16 @@ void SessionService::place(const Placement& placement) {
   }
 }
 
-base::Status SessionService::open_fabric(const group::Formation& formation) {
+ErrorDetail SessionService::open_fabric(const group::Formation& formation) {
+  ErrorDetail error = check_rdma(formation);
+  if (error.status.is_ok()) {
+    error.status = open_port(formation);
+  }
+  return error;
+}
+
+base::Status SessionService::open_port(const group::Formation& formation) {
   EXPERTD_RETURN_IF_ERROR(check_devices(*formation.placed));
-  EXPERTD_RETURN_IF_ERROR(check_loss(formation.shared->settings()));
   const uint64_t deadline_ns = base::now_ns() + formation.placed->form_timeout_ns;
   base::Result<std::shared_ptr<engine::FabricPort>> port =
       fabric_->open(*formation.placed, formation.shared->settings(), deadline_ns);
@@ -142,6 +154,11 @@ base::Status SessionService::open_fabric(const group::Formation& formation) {
     return port.status();
   }
   formation.shared->set_fabric(std::move(port).value());
+  std::vector<uint64_t> node_ids;
+  for (const group::NodeIdentity& node : formation.placed->nodes) {
+    node_ids.push_back(node.id);
+  }
+  views_.add(formation.shared, std::move(node_ids));
   return base::Status::ok();
 }
 
@@ -174,6 +191,14 @@ void SessionService::tell_gone(const engine::GroupShared& group, uint32_t rank) 
   }
   if (group.settings().group_key != 0) {
     rendezvous_->report_gone(group.settings().group_key, {rank});
+    views_.rank_gone(group.settings().group_key, rank);
+  }
+}
+
+// Others of the group go on: nothing may wait for a rank that takes nothing any more.
+void SessionService::forget(const engine::GroupShared& group, uint32_t rank) {
+  if (group.settings().fabric != nullptr) {
+    group.settings().fabric->forget(rank);
   }
 }
 
@@ -185,6 +210,7 @@ void SessionService::remote_rank_gone(uint64_t group_key, uint32_t rank, uint64_
       wake_group(*shared);
     }
   }
+  views_.rank_gone(group_key, rank);  // also of one whose ranks of this node have all left
 }
 
 void SessionService::node_lost(uint64_t node_id) {
@@ -196,11 +222,12 @@ void SessionService::node_lost(uint64_t node_id) {
         gone.push_back(rank);
       }
     }
+    wake_group(*shared);
     if (!gone.empty()) {
       rendezvous_->report_gone(shared->settings().group_key, gone);
     }
-    wake_group(*shared);
   }
+  views_.node_lost(node_id);
 }
 
 }  // namespace expertd::session

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Label gpu. Two daemons with a GPU each, or with the same one, as two nodes: their ranks exchange through pinned memory
-// and the fabric. Every result is that of the reference, and a peer that dies or stays away ends an operation.
+// Label gpu. Two daemons with a GPU each, or with the same one, as two nodes: their ranks exchange through pinned
+// memory and the fabric. Every result is that of the reference, and a peer that dies or stays away ends an operation.
 #include "tests/device/process_fixture.h"
 #include "tests/support/daemon_cluster.h"
 
@@ -33,8 +33,8 @@ class ProcessNodes : public ProcessTest {
 
   static uint32_t gpu_of(uint32_t node) { return machine().uuids.size() > 1 ? node : 0; }
   bool attach_to(FaultClient& client, uint32_t node) {
-    const std::string to = "attach " + cluster_->node(node).attach_socket() + " " + device(gpu_of(node)) + " rank" +
-                           std::to_string(node);
+    const std::string to =
+        "attach " + cluster_->node(node).attach_socket() + " " + device(gpu_of(node)) + " rank" + std::to_string(node);
     return is_ok(expect_ok(client, to)) && is_ok(expect_ok(client, "memory malloc"));
   }
   std::vector<FaultClient*> both() { return {first_.get(), second_.get()}; }

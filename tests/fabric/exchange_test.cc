@@ -7,6 +7,7 @@
 #include <set>
 #include <thread>
 
+#include "daemon/base/clock.h"
 #include "tests/fabric/fabric_pair.h"
 
 namespace expertd::fabric_test {
@@ -47,10 +48,12 @@ TEST_P(FabricExchange, CarriesMessagesOfEverySizeOnBothLanesBothWays) {
                                    .targets = 1,
                                    .entries = 3,
                                    .sequence = sequence++};
+        const uint64_t sent_ns = base::now_ns();
         ASSERT_TRUE(send(world.node(from), from, header, bytes));
         engine::Arrival arrival;
         ASSERT_TRUE(receive(world.node(to), to, &arrival)) << bytes << " bytes";
         EXPECT_EQ(arrival.bytes, bytes);
+        EXPECT_TRUE(arrival.arrived_ns > sent_ns && arrival.arrived_ns <= base::now_ns());
         EXPECT_EQ(arrival.header.kind, header.kind);
         EXPECT_EQ(arrival.header.lane, lane);
         EXPECT_EQ(arrival.header.op, 7U);

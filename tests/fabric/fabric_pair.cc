@@ -9,7 +9,10 @@
 
 namespace expertd::fabric_test {
 
-void Bell::wake(base::DeviceIndex /*device*/) {
+void Bell::wake(base::DeviceIndex device) {
+  if (on_wake) {
+    on_wake(device);
+  }
   const std::lock_guard<std::mutex> lock(mutex_);
   ++wakes_;
   rung_.notify_all();
@@ -60,6 +63,17 @@ std::vector<uint64_t> Bell::up() {
 std::vector<Bell::Loss> Bell::lost() {
   const std::lock_guard<std::mutex> lock(mutex_);
   return lost_;
+}
+
+void Bell::view_message(uint64_t group_key, uint32_t node, const engine::ViewMessage& message) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  said_.push_back({group_key, node, message});
+  rung_.notify_all();
+}
+
+std::vector<Bell::Said> Bell::said() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return said_;
 }
 
 std::vector<Bell::Gone> Bell::gone() {

@@ -25,7 +25,11 @@ class Bell final : public engine::WakePort, public fabric::FabricObserver {
   void node_lost(uint64_t node_id, const std::string& name, fabric::LossCause cause,
                  const std::string& detail) override;
   void rank_gone(uint64_t group_key, uint32_t rank, uint64_t through) override;
+  void view_message(uint64_t group_key, uint32_t node, const engine::ViewMessage& message) override;
   void beat(uint64_t now_ns) override;
+
+  /// On the fabric's thread, where a rank's loop is woken; set before a group is open.
+  std::function<void(base::DeviceIndex device)> on_wake;
 
   /// True once `ready` is, which is looked at after every ring and every few milliseconds.
   bool wait(const std::function<bool()>& ready, std::chrono::milliseconds limit = kLimit);
@@ -42,7 +46,13 @@ class Bell final : public engine::WakePort, public fabric::FabricObserver {
     uint64_t through = 0;
     friend bool operator==(const Gone&, const Gone&) = default;
   };
+  struct Said {
+    uint64_t group_key = 0;
+    uint32_t node = 0;
+    engine::ViewMessage message;
+  };
   std::vector<Gone> gone();
+  std::vector<Said> said();
   std::vector<uint64_t> up();
   std::vector<Loss> lost();
   uint64_t beats();
@@ -54,6 +64,7 @@ class Bell final : public engine::WakePort, public fabric::FabricObserver {
   std::vector<uint64_t> up_;
   std::vector<Loss> lost_;
   std::vector<Gone> gone_;
+  std::vector<Said> said_;
   uint64_t beats_ = 0;
   uint64_t wakes_ = 0;
 };

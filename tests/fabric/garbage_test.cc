@@ -25,7 +25,7 @@ class FabricGarbage : public testing::Test {
     ASSERT_NO_FATAL_FAILURE(world_.connect());
     ASSERT_NO_FATAL_FAILURE(world_.wait_up());
     ASSERT_NO_FATAL_FAILURE(world_.open());
-    sender_ = std::make_unique<RawSender>(world_.node(0).fabric->identity().addresses[kLatencyLane]);
+    sender_ = std::make_unique<RawSender>(world_.node(0).fabric->identity().addresses[kLatencyLane][0]);
     ASSERT_TRUE(sender_->ready());
   }
 
@@ -195,7 +195,7 @@ TEST_F(FabricGarbage, ARankThatIsGoneAgainOrIsNotItsOwnCostsTheConnection) {
   header.epoch = good().epoch + 1;
   header.rank = 2;
   header.through = 5;
-  RawSender control(world_.node(0).fabric->identity().addresses[0]);
+  RawSender control(world_.node(0).fabric->identity().addresses[0][0]);
   ASSERT_TRUE(control.ready());
   const auto send_gone = [&] {
     return control.send(fabric::kWireGone, &header, sizeof(header), nullptr, 0, UCP_AM_SEND_FLAG_EAGER);
@@ -219,7 +219,7 @@ TEST_F(FabricGarbage, ARankOfAnotherNodeCannotBeGone) {
   header.group_key = good().group_key;
   header.epoch = good().epoch;
   header.rank = 0;
-  RawSender control(world_.node(0).fabric->identity().addresses[0]);
+  RawSender control(world_.node(0).fabric->identity().addresses[0][0]);
   ASSERT_TRUE(control.ready());
   ASSERT_TRUE(control.send(fabric::kWireGone, &header, sizeof(header), nullptr, 0, UCP_AM_SEND_FLAG_EAGER));
   EXPECT_TRUE(counted(DropCause::kBadField, 1));
@@ -231,7 +231,7 @@ TEST_F(FabricGarbage, AHeartbeatForAnotherIncarnationIsNoSignOfLife) {
   header.prefix.source_node = good().prefix.source_node;
   header.destination_node = world_.node(0).fabric->identity().node_id + 1;
   header.signal = fabric::kSignalPing;
-  RawSender control(world_.node(0).fabric->identity().addresses[0]);
+  RawSender control(world_.node(0).fabric->identity().addresses[0][0]);
   ASSERT_TRUE(control.ready());
   ASSERT_TRUE(control.send(fabric::kWireHeartbeat, &header, sizeof(header), nullptr, 0, UCP_AM_SEND_FLAG_EAGER));
   EXPECT_TRUE(counted(DropCause::kUnknownNode, 1));

@@ -57,6 +57,52 @@ TEST_P(FabricGone, IsToldWhenTheGroupClosesRightBehind) {
   EXPECT_TRUE(bell(0).wait([&] { return world_.snapshot(0).groups_closing == 0; }));
 }
 
+TEST_P(FabricGone, ARankThatTakesNothingHoldsNoBufferOnceItIsForgotten) {
+  constexpr uint64_t kBytes = 64 * 1024;  // by rendezvous
+  const engine::MessageHeader to_gone{.kind = engine::MessageKind::kRows, .op = 1, .node = 1, .targets = 0b01};
+  for (uint32_t i = 0; i < world_.link(0).receive_buffers + world_.link(0).send_buffers; ++i) {
+    ASSERT_TRUE(send(world_.node(0), 0, to_gone, kBytes));
+  }
+  engine::MessageHeader to_other = to_gone;
+  to_other.targets = 0b10;
+  ASSERT_TRUE(send(world_.node(0), 1, to_other, kBytes));
+  engine::Arrival arrival;
+  EXPECT_FALSE(receive(world_.node(1), 3, &arrival, std::chrono::milliseconds(100)));
+  world_.node(1).port->forget(2);
+  ASSERT_TRUE(receive(world_.node(1), 3, &arrival));
+  EXPECT_EQ(wrong_bytes(arrival), 0U);
+  world_.node(1).port->release(3, arrival);
+  for (uint32_t i = 0; i < 3 * world_.link(0).receive_buffers; ++i) {
+    ASSERT_TRUE(send(world_.node(0), 0, to_gone, kBytes)) << "those to come hold none either";
+  }
+}
+
+TEST_P(FabricGone, SaysWhatNodesAgreeOn) {
+  engine::ViewMessage message;
+  message.kind = engine::ViewKind::kPromise;
+  message.epoch = 7;
+  message.ballot = 65;
+  message.accepted = 64;
+  message.value = {{7, 11, 2, 4}, 63};
+  message.report = {10, 1, 2, 3, 4};
+  world_.node(0).port->tell_view(1, message);
+  ASSERT_TRUE(bell(1).wait([&] { return !bell(1).said().empty(); }));
+  const Bell::Said said = bell(1).said()[0];
+  EXPECT_EQ(said.group_key, key());
+  EXPECT_EQ(said.node, 0U);
+  EXPECT_EQ(said.message.kind, message.kind);
+  EXPECT_EQ(said.message.ballot, 65U);
+  EXPECT_EQ(said.message.accepted, 64U);
+  EXPECT_EQ(said.message.value.view, message.value.view);
+  EXPECT_EQ(said.message.value.made, 63U);
+  EXPECT_EQ(said.message.report.last, 10U);
+  EXPECT_EQ(said.message.report.lost_nodes, 1U);
+  EXPECT_EQ(said.message.report.gone, 2U);
+  EXPECT_EQ(said.message.report.exclude, 3U);
+  EXPECT_EQ(said.message.report.readmit, 4U);
+  EXPECT_TRUE(bell(2).said().empty());
+}
+
 TEST_P(FabricGone, ALostNodeHoldsNobodyUp) {
   world_.node(2).port.reset();
   world_.node(2).fabric->stop();

@@ -9,15 +9,12 @@
 #include <string>
 #include <vector>
 
-#include "tests/fault/node_fault.h"
+#include "tests/fault/node_clients.h"
 #include "tests/integration/pending_join.h"
 #include "tests/support/clock_jump.h"
 
 namespace expertd::support {
 namespace {
-
-using std::chrono::milliseconds;
-using std::chrono::seconds;
 
 constexpr int64_t kDay = 24 * 3600;
 constexpr uint64_t kJoinNs = 500'000'000;
@@ -32,8 +29,10 @@ std::string day_in(int64_t seconds_ahead) {
 }
 
 /// Both daemons have the clock that is set; the first hosts the rendezvous.
-class Clock : public NodeFault {
+class Clock : public NodeClients {
  protected:
+  Clock() : NodeClients(2) {}
+
   void SetUp() override {
     if (!clock_.problem().empty()) {
       GTEST_SKIP() << clock_.problem() << ". NOT RUN: clocks that are set (the code is still checked by limits.py)";

@@ -10,13 +10,16 @@
 #include <string>
 #include <vector>
 
-#include "tests/fault/node_fault.h"
+#include "tests/fault/node_clients.h"
 #include "tests/support/node_network.h"
 
 namespace expertd::support {
 namespace {
 
 using std::chrono::seconds;
+
+constexpr double kSilentMs = 600;     // until silence is a loss and operations have ended
+constexpr double kRecoveryMs = 2000;  // until rounds run again
 
 const std::vector<uint32_t> kFirst = {0, 1};   // the ranks of the first node
 const std::vector<uint32_t> kSecond = {2, 3};  // of the second
@@ -28,9 +31,9 @@ std::vector<uint32_t> both(const std::vector<uint32_t>& some, const std::vector<
   return ranks;
 }
 
-class Network : public NodeFault {
+class Network : public NodeClients {
  protected:
-  explicit Network(uint32_t nodes = 2) : NodeFault(nodes), network_(nodes) { cluster_.use_network(&network_); }
+  explicit Network(uint32_t nodes = 2) : NodeClients(nodes), network_(nodes) { cluster_.use_network(&network_); }
   ~Network() override { clients_.clear(); }
 
   void SetUp() override {

@@ -11,17 +11,20 @@
 #include <string>
 #include <vector>
 
-#include "tests/fault/node_fault.h"
+#include "tests/fault/node_clients.h"
 
 namespace expertd::support {
 namespace {
 
-using std::chrono::milliseconds;
 using std::chrono::seconds;
 
-class NodeDeath : public NodeFault {
+constexpr double kKilledMs = 50;      // until a killed daemon is found lost
+constexpr double kSilentMs = 600;     // until a stopped one is, and until operations have ended in either case
+constexpr double kRecoveryMs = 2000;  // until rounds run again
+
+class NodeDeath : public NodeClients {
  protected:
-  using NodeFault::NodeFault;
+  explicit NodeDeath(uint32_t nodes = 2) : NodeClients(nodes) {}
 };
 
 TEST_F(NodeDeath, AKilledDaemonEndsTheOperationsOfTheOthersAndComesBack) {

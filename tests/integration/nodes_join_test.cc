@@ -172,18 +172,57 @@ TEST_F(NodesJoin, AJoinThatTimesOutNamesTheRanksThatAreMissing) {
   EXPECT_LT(elapsed_ms(begin), worst_bound_ms(2000));
 }
 
-TEST_F(NodesJoin, MaskOnLossIsRefusedOverSeveralNodesAndTakenOnOne) {
+TEST_F(NodesJoin, MaskOnLossIsTakenOverSeveralNodesAndOnOne) {
   const auto with_mask = [](expertd_group_options_t* options) { options->on_rank_loss = EXPERTD_RANK_LOSS_MASK; };
-  RankGroup over_two(cluster_.seats(1), "masked", with_mask);
+  for (const uint32_t nodes : {2U, 1U}) {
+    RankGroup group(cluster_.seats(2, nodes), "masked", with_mask);
+    ASSERT_TRUE(group.ok()) << group.failure();
+    group.run([](Rank& rank) { EXPECT_TRUE(barrier(rank.group).outcome.ok()); });
+  }
+}
+
+TEST_F(NodesJoin, WithoutRdmaAGroupIsRefusedOverSeveralNodesAndTakenOnOne) {
+  const auto without = [](expertd_group_options_t* options) {
+    options->communication.use_rdma = EXPERTD_USE_NO;
+    options->communication.use_nvlink = EXPERTD_USE_NO;  // host devices have none to use
+  };
+  RankGroup over_two(cluster_.seats(1), "near", without);
   for (uint32_t index : {0U, 1U}) {
     const Outcome& joined = over_two.rank(index).joined;
     EXPECT_EQ(joined.status.reason, EXPERTD_REASON_UNSUPPORTED) << describe(joined);
-    expect_words(joined, {"on_rank_loss", "mask"});
+    expect_words(joined, {"communication.use_rdma", "2 nodes"});
   }
-  std::printf("%s\n", over_two.failure().c_str());
-  RankGroup on_one(cluster_.seats(2, 1), "masked", with_mask);
+  RankGroup on_one(cluster_.seats(2, 1), "near", without);
   ASSERT_TRUE(on_one.ok()) << on_one.failure();
   on_one.run([](Rank& rank) { EXPECT_TRUE(barrier(rank.group).outcome.ok()); });
+}
+
+TEST_F(NodesJoin, GroupsOfOneLaneAndOfAnyRatioWorkAndRanksAgreeOnThem) {
+  const auto patterned = [](expertd_group_options_t* options) {
+    options->communication.virtual_lanes = 1;
+    options->communication.bandwidth_ratio = 64;
+  };
+  const RandomCase random_case = make_case(OpKind::kLlDispatch, {.ranks = 2, .hidden = 256});
+  RankGroup group(cluster_.seats(1), "one lane", [&](expertd_group_options_t* options) {
+    configure(random_case, options);
+    patterned(options);
+  });
+  ASSERT_TRUE(group.ok()) << group.failure();
+  EXPECT_EQ(run_low_latency(&group, random_case, Place::kWindow), "");
+  const ClientSession first = attach(0, 2);
+  const ClientSession second = attach(1, 2);
+  expertd_group_options_t joins = small_group("ratios", 0, 2);
+  patterned(&joins);
+  PendingJoin waiting(first, joins);
+  expertd_group_options_t other = small_group("ratios", 1, 2);
+  patterned(&other);
+  other.communication.bandwidth_ratio = 2;
+  const Outcome outcome = join_until(second, other, EXPERTD_REASON_CONFIG_MISMATCH);
+  expect_words(outcome, {"communication.bandwidth_ratio", "64", "2"});
+  joins.rank = 1;
+  PendingJoin completes(second, joins);
+  EXPECT_TRUE(completes.outcome().ok()) << describe(completes.outcome());
+  EXPECT_TRUE(waiting.outcome().ok()) << describe(waiting.outcome());
 }
 
 TEST_F(NodesJoin, TheBenchmarkVerifiesWhatItRunsOverBothNodes) {

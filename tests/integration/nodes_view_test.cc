@@ -1,39 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // What is seen of groups over two daemons: expertctl and metrics beside two real ones that exchange over loopback.
-#include <arpa/inet.h>
 #include <gtest/gtest.h>
-#include <netinet/in.h>
-#include <sys/socket.h>
 
 #include <atomic>
 #include <nlohmann/json.hpp>
 
-#include "daemon/base/fd.h"
 #include "tests/integration/moe_case.h"
-#include "tests/support/daemon_process.h"
+#include "tests/support/daemon_cluster.h"
 
 namespace expertd::support {
 namespace {
 
 using nlohmann::json;
 using std::chrono::seconds;
-
-/// Nobody's at the moment of the call.
-uint16_t free_port() {
-  const base::ScopedFd fd(::socket(AF_INET, SOCK_STREAM, 0));
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t size = sizeof(address);
-  auto* const any = reinterpret_cast<sockaddr*>(&address);
-  return ::bind(fd.get(), any, size) == 0 && ::getsockname(fd.get(), any, &size) == 0 ? ntohs(address.sin_port) : 0;
-}
-
-std::vector<std::string> node_flags(const std::string& name, uint16_t own_port, uint16_t rendezvous_port) {
-  const std::string host = "127.0.0.1:";
-  return {"--fabric-enabled=true", "--fabric-node-name=" + name, "--fabric-listen=" + host + std::to_string(own_port),
-          "--fabric-rendezvous=" + host + std::to_string(rendezvous_port)};
-}
 
 json ctl(const std::string& verb, const DaemonProcess& daemon) {
   const RunResult result = run_program("expertctl", {verb, "--socket", daemon.control_socket(), "--json"}, seconds(60));
@@ -44,43 +23,36 @@ json ctl(const std::string& verb, const DaemonProcess& daemon) {
 /// Two daemons with two host devices each; the first hosts the rendezvous.
 class NodesView : public ::testing::Test {
  protected:
-  void SetUp() override {
-    ASSERT_TRUE(first_.start());
-    ASSERT_TRUE(second_.start());
-  }
-  std::vector<Seat> seats() const {
-    return {{first_.attach_socket(), "host:0"},
-            {first_.attach_socket(), "host:1"},
-            {second_.attach_socket(), "host:0"},
-            {second_.attach_socket(), "host:1"}};
-  }
+  void SetUp() override { ASSERT_TRUE(cluster_.start()); }
+  DaemonProcess& first() { return cluster_.node(0); }
+  DaemonProcess& second() { return cluster_.node(1); }
+  std::vector<Seat> seats() const { return cluster_.seats(2); }
 
-  const uint16_t port_ = free_port();
-  DaemonProcess first_{2, node_flags("node-a", port_, port_)};
-  DaemonProcess second_{2, node_flags("node-b", 0, port_)};
+  DaemonCluster cluster_{2, 2};
 };
 
 TEST_F(NodesView, PeersAreSeenFromTheFirstGroupToTheirLoss) {
-  EXPECT_EQ(ctl("peers", first_)["peers"].size(), 0U);
-  EXPECT_TRUE(wait_until([&] { return ctl("status", second_)["fabric"]["rendezvous_node"] == "node-a"; }, seconds(10)));
+  EXPECT_EQ(ctl("peers", first())["peers"].size(), 0U);
+  EXPECT_TRUE(wait_until([&] { return ctl("status", second())["fabric"]["rendezvous_node"] == "n1"; }, seconds(10)));
   RankGroup group(seats(), "over");
   ASSERT_TRUE(group.ok()) << group.failure();
   group.run([](Rank& rank) { EXPECT_TRUE(barrier(rank.group).outcome.ok()) << expertd_last_message(); });
 
-  const json status = ctl("status", first_)["fabric"];
+  const json status = ctl("status", first())["fabric"];
   EXPECT_EQ(status["enabled"], true);
   EXPECT_EQ(status["backend"], "staged");
-  EXPECT_EQ(status["node"], "node-a");
+  EXPECT_NE(status["backend_cause"], "") << "why it is not direct";
+  EXPECT_EQ(status["node"], "n1");
   EXPECT_EQ(status["rendezvous_hosting"], true);
   EXPECT_EQ(status["peers_up"], 1);
   EXPECT_EQ(status["groups"], 1);
-  const json list = ctl("peers", first_);
+  const json list = ctl("peers", first());
   ASSERT_EQ(list["peers"].size(), 1U) << list;
   const json& peer = list["peers"][0];
-  EXPECT_EQ(peer["name"], "node-b");
+  EXPECT_EQ(peer["name"], "n2");
   EXPECT_EQ(peer["state"], "up");
   EXPECT_NE(peer["address"], "");
-  EXPECT_EQ(peer["node_id"], ctl("status", second_)["fabric"]["node_id"]);
+  EXPECT_EQ(peer["node_id"], ctl("status", second())["fabric"]["node_id"]);
   uint64_t sent = 0;
   uint64_t received = 0;
   for (const json& lane : peer["lanes"]) {
@@ -90,15 +62,50 @@ TEST_F(NodesView, PeersAreSeenFromTheFirstGroupToTheirLoss) {
   EXPECT_GE(sent, 2U) << "the counts of each rank";
   EXPECT_GE(received, 2U);
 
-  second_.kill();
-  EXPECT_TRUE(wait_until([&] { return ctl("peers", first_)["peers"][0]["state"] == "lost"; }, seconds(10)));
-  const json lost = ctl("peers", first_)["peers"][0];
+  second().kill();
+  EXPECT_TRUE(wait_until([&] { return ctl("peers", first())["peers"][0]["state"] == "lost"; }, seconds(10)));
+  const json lost = ctl("peers", first())["peers"][0];
   EXPECT_NE(lost["cause"], "");
   EXPECT_NE(lost["detail"], "");
 }
 
+/// Of a daemon with a fabric whose rendezvous is nowhere.
+std::vector<std::string> lonely_flags() {
+  return {"--fabric-enabled=true", "--fabric-node-name=n1", "--fabric-listen=127.0.0.1:0",
+          "--fabric-rendezvous=127.0.0.1:1"};
+}
+
+TEST(NodesBackend, DirectIsRefusedWhereItCannotBeProven) {
+  std::vector<std::string> flags = lonely_flags();
+  flags.push_back("--fabric-require=direct");
+  DaemonProcess daemon(1, flags);
+  daemon.launch();
+  EXPECT_EQ(daemon.wait_exit(seconds(20)), 69) << daemon.log();
+  EXPECT_NE(daemon.log().find("fabric.require = direct"), std::string::npos) << daemon.log();
+  EXPECT_NE(daemon.log().find("1.18"), std::string::npos) << "and what would do: " << daemon.log();
+}
+
+TEST(NodesLanes, KeysOfALaneAreShownAndThoseThatMeanNothingAreRefused) {
+  std::vector<std::string> flags = lonely_flags();
+  flags.insert(flags.end(), {"--fabric-transports=tcp", "--fabric-devices=lo", "--fabric-route=spread"});
+  DaemonProcess daemon(1, flags);
+  ASSERT_TRUE(daemon.start());
+  const json status = ctl("status", daemon)["fabric"];
+  EXPECT_EQ(status["route"], "spread");
+  ASSERT_EQ(status["lanes"].size(), 3U) << status;
+  EXPECT_EQ(status["lanes"][2]["name"], "throughput");
+  EXPECT_EQ(status["lanes"][2]["rails"][0]["device"], "lo");
+
+  flags.push_back("--fabric-latency-traffic-class=106");
+  DaemonProcess refused(1, flags);
+  refused.launch();
+  EXPECT_EQ(refused.wait_exit(seconds(20)), 78) << refused.log();
+  EXPECT_NE(refused.log().find("latency"), std::string::npos) << refused.log();
+  EXPECT_NE(refused.log().find("traffic_class"), std::string::npos) << refused.log();
+}
+
 TEST_F(NodesView, MetricsCountWhatCrosses) {
-  for (const DaemonProcess* daemon : {&first_, &second_}) {
+  for (const DaemonProcess* daemon : {&first(), &second()}) {
     EXPECT_EQ(daemon->metric("expertd_fabric_backend_info{backend=\"staged\""), 1);
     EXPECT_EQ(daemon->metric("expertd_fabric_messages_total"), 0);
     EXPECT_EQ(daemon->metric("expertd_fabric_peers"), 0);
@@ -110,7 +117,7 @@ TEST_F(NodesView, MetricsCountWhatCrosses) {
   RankGroup group(seats(), "counted", [&](expertd_group_options_t* options) { configure(random_case, options); });
   ASSERT_TRUE(group.ok()) << group.failure();
   EXPECT_EQ(run_high_throughput(&group, random_case, Place::kRegistered), "");
-  for (const DaemonProcess* daemon : {&first_, &second_}) {
+  for (const DaemonProcess* daemon : {&first(), &second()}) {
     EXPECT_EQ(daemon->metric("expertd_fabric_peers{state=\"up\"}"), 1);
     EXPECT_EQ(daemon->metric("expertd_groups_spanning"), 1);
     EXPECT_GT(daemon->metric("expertd_fabric_messages_total{lane=\"throughput\",direction=\"sent\"}"), 0);
@@ -123,10 +130,10 @@ TEST_F(NodesView, MetricsCountWhatCrosses) {
     const std::string dropped = "expertd_fabric_dropped_total";
     EXPECT_EQ(daemon->metric(dropped), daemon->metric(dropped + "{cause=\"unknown_node\"}"));
   }
-  second_.kill();
-  EXPECT_TRUE(first_.metric_becomes("expertd_fabric_peers{state=\"lost\"}", 1));
-  EXPECT_EQ(first_.metric("expertd_fabric_peer_failures_total"), 1);
-  EXPECT_GT(first_.metric("expertd_fabric_bytes_total"), 0) << "what went to a lost peer went";
+  second().kill();
+  EXPECT_TRUE(first().metric_becomes("expertd_fabric_peers{state=\"lost\"}", 1));
+  EXPECT_EQ(first().metric("expertd_fabric_peer_failures_total"), 1);
+  EXPECT_GT(first().metric("expertd_fabric_bytes_total"), 0) << "what went to a lost peer went";
 }
 
 // A rank of the other node issues after all others every time; both nodes say so.
@@ -153,7 +160,7 @@ TEST_F(NodesView, SlowestNamesTheRankThatIsAlwaysLate) {
       EXPECT_TRUE(finish(event).outcome.ok()) << expertd_last_message();
     });
   }
-  for (const DaemonProcess* daemon : {&first_, &second_}) {
+  for (const DaemonProcess* daemon : {&first(), &second()}) {
     // The daemon keeps it just after the client has seen the operation end.
     json slowest;
     EXPECT_TRUE(wait_until(
@@ -167,13 +174,13 @@ TEST_F(NodesView, SlowestNamesTheRankThatIsAlwaysLate) {
     EXPECT_EQ(slowest["submissions_alone"], false);
     const json& rank = slowest["ranks"][0];
     EXPECT_EQ(rank["group"], "held");
-    EXPECT_EQ(rank["node"], "node-b") << slowest;
+    EXPECT_EQ(rank["node"], "n2") << slowest;
     EXPECT_GT(rank["p50_ns"], kLateNs / 2) << slowest;
     ASSERT_GE(slowest["nodes"].size(), 1U) << slowest;
-    EXPECT_EQ(slowest["nodes"][0]["name"], "node-b") << slowest;
+    EXPECT_EQ(slowest["nodes"][0]["name"], "n2") << slowest;
     EXPECT_GT(slowest["nodes"][0]["share"], 0.5) << slowest;
     // The first node sees the counts of both ranks of the second come together, once the late one has issued.
-    EXPECT_TRUE(daemon == &first_ || (rank["rank"] == kLate && rank["share"] > 0.5)) << slowest;
+    EXPECT_TRUE(daemon == &first() || (rank["rank"] == kLate && rank["share"] > 0.5)) << slowest;
   }
 }
 

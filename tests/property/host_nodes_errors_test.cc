@@ -227,6 +227,33 @@ TEST(HostNodesErrors, NodesWithDifferentMasksDoNotRun) {
   EXPECT_TRUE(ran > 0 || std::getenv("EXPERTD_SEED") != nullptr);
 }
 
+/// What a node that is left out had still to say about an operation comes among the messages of those who are left.
+TEST(HostNodesErrors, MessagesOfAnotherViewWriteNothing) {
+  for (auto& run : cases(kErrorCases / 3)) {
+    const engine::Placement& placement = run->world->placement();
+    for (uint32_t i = 0; i < 8; ++i) {
+      engine::MessageHeader header;
+      header.kind = static_cast<engine::MessageKind>(run->random.between(1, 4));
+      header.op = 1;
+      header.source_rank = run->random.below(placement.ranks());
+      header.node = (placement.node_of[header.source_rank] + 1) % placement.nodes();
+      for (const uint32_t target : placement.ranks_of[header.node]) {
+        header.targets |= uint64_t{active(run->dispatch.shape.active_ranks, target)} << placement.index_of[target];
+      }
+      if (header.targets == 0) {
+        continue;
+      }
+      header.entries = 1;
+      header.view = test::NodeWorld::kView - 1;
+      run->world->network->inject(placement.node_of[header.source_rank], header,
+                                  std::vector<std::byte>(run->random.below(400), std::byte{1}));
+    }
+    ASSERT_EQ(run->run_dispatch(run->dispatch), "") << repro_line(run->dispatch);
+    ASSERT_EQ(run->run_combine(), "") << repro_line(run->dispatch);
+    ASSERT_TRUE(run->world->network->quiet()) << repro_line(run->dispatch);
+  }
+}
+
 /// Loses one message of a dispatch; whoever waited for it names the rank, and the next dispatch runs.
 TEST(HostNodesErrors, WhoWaitsForALostMessageNamesItsSource) {
   uint32_t named = 0;

@@ -64,6 +64,28 @@ TEST(HostNodes, OperationsFollowEachOtherWithoutWaiting) {
   }
 }
 
+/// The ranks of whole nodes are left out after an operation that they took part in.
+TEST(HostNodes, NodesAreLeftOutOneAfterTheOther) {
+  for (const uint64_t seed : seeds_to_run(kCases / 5)) {
+    NodesCase run(seed, seed % 2 == 0 ? OpKind::kDispatch : OpKind::kLlDispatch);
+    if (run.nodes == 0) {
+      continue;
+    }
+    for (uint32_t left = run.nodes; left != 0; --left) {
+      run.dispatch.later_active = run.dispatch.shape.active_ranks;
+      ASSERT_EQ(run.run_dispatch(run.dispatch), "") << left << " nodes: " << repro_line(run.dispatch);
+      ASSERT_EQ(run.run_combine(), "") << left << " nodes: " << repro_line(run.dispatch);
+      for (const uint32_t rank : run.world->placement().ranks_of[left - 1]) {
+        run.dispatch.shape.active_ranks &= ~(uint64_t{1} << rank);
+      }
+      if (run.dispatch.shape.active_ranks == 0) {
+        break;
+      }
+    }
+    ASSERT_TRUE(run.world->network->quiet()) << repro_line(run.dispatch);
+  }
+}
+
 /// Copies of rows that have to cross: one per token and other node with a rank that gets it.
 size_t token_node_pairs(const NodesCase& run) {
   std::set<std::tuple<int32_t, int32_t, uint32_t>> pairs;

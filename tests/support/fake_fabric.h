@@ -47,6 +47,12 @@ class FakeNetwork {
     }
     return false;
   }
+  /// A message that no part sent, of a rank of `from` to the node of the header, arrives now if there is a buffer.
+  void inject(uint32_t from, const engine::MessageHeader& header, std::vector<std::byte> body) {
+    Message message{header, std::move(body), from, header.node, header.source_rank, &injected_};
+    injected_ = 1;
+    (void)ports_[header.node]->accept(&message);
+  }
   /// Nothing is under way, and no rank keeps a message or a buffer.
   bool quiet() const {
     return under_way_.empty() && std::all_of(ports_.begin(), ports_.end(), [](const auto& port) {
@@ -187,6 +193,7 @@ class FakeNetwork {
   support::Random* random_;
   std::vector<std::unique_ptr<Port>> ports_;
   std::vector<Message> under_way_;
+  uint32_t injected_ = 0;  // buffers that it seems to come from
 };
 
 }  // namespace expertd::test

@@ -60,6 +60,7 @@ class Client {
   std::string attach(std::istringstream& words);
   std::string join(std::istringstream& words);
   std::string rounds(uint64_t count, bool until_a_line);
+  std::string masked(uint64_t count);
   OpEnd round(std::string* wrong);
   OpEnd dispatch(uint64_t number);
   OpEnd combine(uint32_t rows);
@@ -169,7 +170,10 @@ std::string Client::check(uint64_t number, uint64_t mask) const {
     for (uint32_t i = 0; i < kHidden; ++i) {
       const auto sent = static_cast<float>((number + rank_ * 5 + token * 3 + i) % 64);
       if (float_of(combined_[token * kHidden + i]) != copies * sent) {
-        return "failed WRONG_RESULT token " + std::to_string(token) + " mask " + std::to_string(mask);
+        std::ostringstream text;
+        text << "failed WRONG_RESULT token " << token << " channel " << i << " mask " << mask << ": "
+             << float_of(combined_[token * kHidden + i]) << ", not " << copies * sent;
+        return text.str();
       }
     }
   }
@@ -208,6 +212,54 @@ std::string Client::rounds(uint64_t count, bool until_a_line) {
     }
   }
   return "ok rounds=" + std::to_string(done) + " degraded=" + std::to_string(degraded_);
+}
+
+// Every round is two operations, whatever becomes of the first, so that ranks that a loss ends at different operations
+// stay in step.
+std::string Client::masked(uint64_t count) {
+  struct Span {
+    uint64_t first, last, mask;
+  };
+  std::vector<Span> spans;
+  uint64_t failures = 0;
+  double gap_ms = 0;
+  uint64_t good_ns = monotonic_ns();
+  const auto note = [&](uint64_t op, const OpEnd& end) {
+    if (!end.outcome.ok()) {
+      ++failures;
+      return;
+    }
+    gap_ms = std::max(gap_ms, elapsed_ms(good_ns));
+    good_ns = monotonic_ns();
+    if (spans.empty() || spans.back().mask != end.result.rank_mask) {
+      spans.push_back({op, op, end.result.rank_mask});
+    }
+    spans.back().last = op;
+  };
+  std::string wrong;
+  const uint64_t first = round_;
+  for (; wrong.empty() && round_ != first + count; ++round_) {
+    const OpEnd sent = dispatch(round_);
+    note(2 * round_ + 1, sent);
+    const OpEnd back = sent.outcome.ok() ? combine(sent.result.recv_rows) : barrier(group_);
+    note(2 * round_ + 2, back);
+    if (sent.outcome.ok()) {
+      wrong = back.outcome.ok() ? check(round_, sent.result.rank_mask & back.result.rank_mask) : "";
+      static_cast<void>(expertd_handle_free(group_, handle_));
+    }
+    if (round_ == first) {
+      std::cout << "ok looping" << std::endl;
+    }
+  }
+  if (!wrong.empty()) {
+    return wrong + " in round " + std::to_string(round_);
+  }
+  std::ostringstream text;
+  text << "ok failed=" << failures << " gap=" << gap_ms << " masks=";
+  for (const Span& span : spans) {
+    text << span.first << "-" << span.last << ":" << span.mask << ",";
+  }
+  return text.str();
 }
 
 // After a failure the ranks may stand at different operations: those that are behind see the failures of the ones they
@@ -270,6 +322,9 @@ std::string Client::run(const std::string& verb, std::istringstream& words) {
   }
   uint64_t number = 0;
   words >> number;
+  if (verb == "masked") {
+    return masked(number);
+  }
   return verb == "rounds" ? rounds(number, false) : run_simple(verb, number);
 }
 

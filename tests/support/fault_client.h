@@ -25,6 +25,8 @@ struct ClientProgram {
 ///   alloc BYTES                     window BYTES                      release            reattach MS
 ///   barrier [MS]                    round                             rounds N           state
 ///   loop                            rounds until one fails or a line arrives; "ok rounds=N degraded=N"
+///   masked N                        N rounds, on through failures; "ok failed=N gap=MS masks=FIRST-LAST:MASK,...":
+///                                   operations that failed, the longest time without a good one, and the good ones
 ///   sync                            barriers until one succeeds, for ranks that a failure left apart
 ///   submit                          issues a barrier and does not wait
 ///   wait [MS]                       waits for it

@@ -127,6 +127,7 @@ bool NodeWorld::launch(Op* op, uint32_t rank) {
   spec.ranks = shape_.ranks;
   spec.rank = rank;
   spec.active_ranks = active_of ? active_of(rank) : op->active;
+  spec.epoch = kView;
   spec.page = static_cast<uint32_t>(op->number % engine::kExchangePages);
   spec.flags = &op->flags[node];
   spec.placement = &network->placement(node);

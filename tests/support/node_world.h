@@ -26,6 +26,7 @@ struct NodeOpSettings {
 
 class NodeWorld {
  public:
+  static constexpr uint32_t kView = 3;  // the epoch of all operations
   /// `message_bytes`: 0 for little more than the case needs.
   NodeWorld(const support::RandomCase& random_case, uint32_t nodes, uint64_t seed);
 

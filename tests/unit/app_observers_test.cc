@@ -169,7 +169,7 @@ class OperatorViewTest : public ::testing::Test {
   OperatorView& view() {
     if (view_ == nullptr) {
       view_ = std::make_unique<OperatorView>(
-          facts_, &sessions_, std::make_shared<metrics::Blocks>(), [](uint64_t) {}, [this] { return nodes_; });
+          facts_, &sessions_, std::make_shared<metrics::Blocks>(), [](uint64_t) {}, [this] { return nodes_; }, nullptr);
     }
     return *view_;
   }

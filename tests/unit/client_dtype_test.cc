@@ -58,6 +58,32 @@ TEST_F(ClientDtypes, AreAnyForACallerThatDoesNotKnowThem) {
   EXPECT_EQ(EXPERTD_REASON_ARGUMENT_RANGE, expertd_group_join(session_, &options, &group).reason);
 }
 
+TEST_F(ClientSession, TheCommunicationOfAGroupIsTheDefaultUnlessItIsGiven) {
+  expertd_group_options_t options = group_options();
+  expertd_group_t* group = nullptr;
+  ASSERT_EQ(0, expertd_group_join(session_, &options, &group).reason) << message();
+  EXPECT_FALSE(daemon_.config().communication().has_use_nvlink());
+  EXPECT_FALSE(daemon_.config().communication().has_use_rdma());
+  options.name = "given";
+  options.communication = {EXPERTD_USE_NO, EXPERTD_USE_YES, 1, 3};
+  ASSERT_EQ(0, expertd_group_join(session_, &options, &group).reason) << message();
+  EXPECT_TRUE(daemon_.config().communication().has_use_nvlink());
+  EXPECT_FALSE(daemon_.config().communication().use_nvlink());
+  EXPECT_TRUE(daemon_.config().communication().use_rdma());
+  EXPECT_EQ(1u, daemon_.config().communication().virtual_lanes());
+  EXPECT_EQ(3u, daemon_.config().communication().bandwidth_ratio());
+  // A caller of before has something else behind its struct.
+  options.name = "before";
+  options.struct_size = offsetof(expertd_group_options_t, communication);
+  ASSERT_EQ(0, expertd_group_join(session_, &options, &group).reason) << message();
+  EXPECT_EQ(0u, daemon_.config().communication().bandwidth_ratio());
+  options.struct_size = sizeof(options);
+  options.name = "neither";
+  options.communication.use_rdma = 3;
+  EXPECT_EQ(EXPERTD_REASON_ARGUMENT_RANGE, expertd_group_join(session_, &options, &group).reason);
+  EXPECT_NE(message().find("use_rdma"), std::string::npos) << message();
+}
+
 TEST_F(ClientDtypes, LeaveNoRoomForScalesBesideBf16) {
   expertd_group_t* group = join_with(EXPERTD_DISPATCH_BF16);
   ASSERT_NE(nullptr, group);

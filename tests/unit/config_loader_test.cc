@@ -322,6 +322,28 @@ TEST_F(ConfigLoader, ReadsTheFabric) {
   EXPECT_EQ(fabric.max_nodes, 64U);
   EXPECT_TRUE(fabric.transports.empty());
   EXPECT_EQ(fabric.devices, (std::vector<std::string>{"mlx5_0:1"}));
+  EXPECT_EQ(fabric.route, FabricRoute::kAuto);
+  for (const FabricLaneConfig& lane : fabric.lanes) {
+    EXPECT_TRUE(lane.devices.empty());
+    EXPECT_EQ(lane.service_level, -1);
+    EXPECT_EQ(lane.traffic_class, -1);
+    EXPECT_EQ(lane.adaptive_routing, AdaptiveRouting::kDefault);
+  }
+}
+
+TEST_F(ConfigLoader, ReadsWhatEachLaneHasOfItsOwn) {
+  write(
+      "[fabric]\nenabled = true\nrendezvous = [\"a:9465\"]\nroute = \"spread\"\ncontrol_service_level = 1\n"
+      "latency_traffic_class = 106\nthroughput_devices = [\"mlx5_0:1\", \"mlx5_1:1\"]\n"
+      "throughput_adaptive_routing = \"try\"\n");
+  const FabricConfig fabric = loaded().config.fabric;
+  EXPECT_EQ(fabric.route, FabricRoute::kSpread);
+  EXPECT_EQ(fabric.lanes[0].service_level, 1);
+  EXPECT_EQ(fabric.lanes[1].traffic_class, 106);
+  EXPECT_EQ(fabric.lanes[2].devices, (std::vector<std::string>{"mlx5_0:1", "mlx5_1:1"}));
+  EXPECT_EQ(fabric.lanes[2].adaptive_routing, AdaptiveRouting::kTry);
+  write("[fabric]\nlatency_traffic_class = 256\n");
+  EXPECT_NE(mistake(EXPERTD_REASON_CONFIG_BAD_VALUE).find("latency_traffic_class"), std::string::npos);
 }
 
 TEST_F(ConfigLoader, TakesTheRendezvousFromTheEnvironmentToo) {

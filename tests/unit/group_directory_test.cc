@@ -2,6 +2,7 @@
 // The rendezvous of a node: joining, refusing, expiring, leaving and joining again.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <string>
@@ -101,19 +102,28 @@ TEST_P(DirectoryMismatch, NamesTheFieldAndBothValues) {
 
 INSTANTIATE_TEST_SUITE_P(
     EveryField, DirectoryMismatch,
-    testing::Values(Difference{"expert_parallel_size", [](auto& c) { c.expert_parallel_size = 4; }, "2", "4"},
-                    Difference{"num_experts", [](auto& c) { c.num_experts = 16; }, "8", "16"},
-                    Difference{"hidden", [](auto& c) { c.hidden = 640; }, "512", "640"},
-                    Difference{"top_k", [](auto& c) { c.top_k = 2; }, "4", "2"},
-                    Difference{"max_tokens", [](auto& c) { c.max_tokens = 65; }, "64", "65"},
-                    Difference{"mode", [](auto& c) { c.mode = session::GroupMode::kNormal; }, "3", "1"},
-                    Difference{"on_rank_loss", [](auto& c) { c.on_rank_loss = session::OnRankLoss::kMask; }, "1", "2"},
-                    Difference{"op_timeout_ns", [](auto& c) { c.op_timeout_ns = 9; }, "0", "9"},
-                    Difference{"first_op_timeout_ns", [](auto& c) { c.first_op_timeout_ns = 9; }, "0", "9"},
-                    Difference{"dispatch_dtypes", [](auto& c) { c.dispatch_dtypes = 5; }, "0", "5"},
-                    Difference{"capture_lanes", [](auto& c) { c.capture_lanes = 2; }, "0", "2"},
-                    Difference{"executor", [](auto& c) { c.executor = session::Executor::kSm; }, "0", "1"}),
-    [](const auto& row) { return std::string(row.param.field); });
+    testing::Values(
+        Difference{"expert_parallel_size", [](auto& c) { c.expert_parallel_size = 4; }, "2", "4"},
+        Difference{"num_experts", [](auto& c) { c.num_experts = 16; }, "8", "16"},
+        Difference{"hidden", [](auto& c) { c.hidden = 640; }, "512", "640"},
+        Difference{"top_k", [](auto& c) { c.top_k = 2; }, "4", "2"},
+        Difference{"max_tokens", [](auto& c) { c.max_tokens = 65; }, "64", "65"},
+        Difference{"mode", [](auto& c) { c.mode = session::GroupMode::kNormal; }, "3", "1"},
+        Difference{"communication.use_nvlink", [](auto& c) { c.communication.use_nvlink = false; }, "1", "0"},
+        Difference{"communication.use_rdma", [](auto& c) { c.communication.use_rdma = false; }, "1", "0"},
+        Difference{"communication.virtual_lanes", [](auto& c) { c.communication.virtual_lanes = 1; }, "2", "1"},
+        Difference{"communication.bandwidth_ratio", [](auto& c) { c.communication.bandwidth_ratio = 3; }, "1", "3"},
+        Difference{"on_rank_loss", [](auto& c) { c.on_rank_loss = session::OnRankLoss::kMask; }, "1", "2"},
+        Difference{"op_timeout_ns", [](auto& c) { c.op_timeout_ns = 9; }, "0", "9"},
+        Difference{"first_op_timeout_ns", [](auto& c) { c.first_op_timeout_ns = 9; }, "0", "9"},
+        Difference{"dispatch_dtypes", [](auto& c) { c.dispatch_dtypes = 5; }, "0", "5"},
+        Difference{"capture_lanes", [](auto& c) { c.capture_lanes = 2; }, "0", "2"},
+        Difference{"executor", [](auto& c) { c.executor = session::Executor::kSm; }, "0", "1"}),
+    [](const auto& row) {
+      std::string name = row.param.field;
+      std::replace(name.begin(), name.end(), '.', '_');
+      return name;
+    });
 
 TEST_F(DirectoryTest, HoldsTheRanksOfADynamicGroupToOneThreshold) {
   session::GroupConfig config = config_of(2);
@@ -200,6 +210,34 @@ TEST_F(DirectoryTest, GivesTheGroupTheCaptureLanesOfItsConfiguration) {
   ASSERT_NE(formation_, nullptr);
   EXPECT_EQ(formation_->shared->settings().shape.capture_lanes, 2U);
   EXPECT_EQ(directory_.snapshot().front().config.capture_lanes, 2U);
+}
+
+TEST_F(DirectoryTest, HandsOnHowTheGroupCommunicatesAndBoundsIt) {
+  session::GroupConfig config = config_of(1);
+  config.communication = {.use_nvlink = false, .use_rdma = true, .virtual_lanes = 1, .bandwidth_ratio = 64};
+  EXPECT_TRUE(join(0, config).status.is_ok());
+  ASSERT_NE(formation_, nullptr);
+  EXPECT_FALSE(formation_->shared->settings().shape.peer_access);
+  EXPECT_EQ(formation_->shared->settings().fabric_lanes, 1U);
+  EXPECT_EQ(formation_->shared->settings().fabric_weight, 64U);
+  const auto refused = [&](auto change) {
+    session::GroupConfig other = config_of(1);
+    change(&other);
+    return check_config(other, 0).field;
+  };
+  EXPECT_EQ(refused([](auto* c) { c->communication.virtual_lanes = 3; }), "communication.virtual_lanes");
+  EXPECT_EQ(refused([](auto* c) { c->communication.virtual_lanes = 0; }), "communication.virtual_lanes");
+  EXPECT_EQ(refused([](auto* c) { c->communication.bandwidth_ratio = 65; }), "communication.bandwidth_ratio");
+  EXPECT_EQ(refused([](auto* c) {
+              c->communication.use_nvlink = false;
+              c->executor = session::Executor::kCopyEngine;
+            }),
+            "communication.use_nvlink");
+  EXPECT_EQ(refused([](auto* c) {
+              c->communication.use_nvlink = false;
+              c->capture_lanes = 1;
+            }),
+            "communication.use_nvlink");
 }
 
 TEST_F(DirectoryTest, RefusesARankBeyondTheGroup) {

@@ -185,7 +185,7 @@ TEST_F(RendezvousTest, RefusesWhatIsOutOfRangeByName) {
       {"node.name", [](RankJoin*, NodeIdentity* n) { n->name = ""; }},
       {"node.name", [](RankJoin*, NodeIdentity* n) { n->name = "\x80"; }},
       {"node.address", [](RankJoin*, NodeIdentity* n) { n->address = std::string(301, 'x'); }},
-      {"node.lanes.lane", [](RankJoin*, NodeIdentity* n) { n->lanes[0].lane = 8; }},
+      {"node.lanes.lane", [](RankJoin*, NodeIdentity* n) { n->lanes[0].lane = 24; }},
       {"node.lanes.lane", [](RankJoin*, NodeIdentity* n) { n->lanes.push_back(n->lanes[0]); }},
       {"node.lanes.address", [](RankJoin*, NodeIdentity* n) { n->lanes[0].bytes = ""; }},
       {"node.lanes.address", [](RankJoin*, NodeIdentity* n) { n->lanes[0].bytes = std::string(4097, 'x'); }},

@@ -121,7 +121,7 @@ uint32_t CudaDevice::peers_broken(const GroupEntry& group, uint32_t lane, bool* 
     const Registry::GroupTable* table =
         rank == group.shape.rank || elsewhere
             ? nullptr
-                                 : registry_->groups[group.shape.devices[rank].value].load(std::memory_order_acquire);
+            : registry_->groups[group.shape.devices[rank].value].load(std::memory_order_acquire);
     const GroupEntry* peer = table == nullptr ? nullptr : table->find(group.shape.id.value);
     if (peer == nullptr || (peer->lanes[lane] == nullptr && peer->node_lanes[lane] == nullptr)) {
       continue;

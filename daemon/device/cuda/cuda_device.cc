@@ -344,7 +344,8 @@ base::Result<uint64_t> CudaDevice::relay_ranks(const engine::GroupShape& shape) 
                                                           std::to_string(device.value) +
                                                           ", which is no GPU: a group has one kind of device");
     }
-    ranks |= reaches(*other) ? 0 : uint64_t{1} << r;
+    const bool direct = reaches(*other) && (shape.peer_access || other->view.index == gpu_.view.index);
+    ranks |= direct ? 0 : uint64_t{1} << r;
   }
   return ranks;
 }
@@ -357,16 +358,22 @@ bool CudaDevice::is_linked(const engine::GroupShape& shape) const {
   for (uint32_t r = 0; r < shape.ranks; ++r) {
     members |= uint64_t{1} << shape.devices[r].value;
   }
+  if (!shape.peer_access && shape.ranks > 1) {
+    return false;
+  }
   return bulk_copies_ && std::all_of(all_.begin(), all_.end(), [members](const GpuFacts& gpu) {
            const bool member = ((members >> gpu.view.index.value) & 1) != 0;
            return !member || (gpu.has_bulk_copies && (gpu.peer_mask & members) == members);
          });
 }
 
-bool CudaDevice::may_be_linked(uint32_t ranks) const {
+bool CudaDevice::may_be_linked(const engine::GroupShape& shape) const {
+  if (!shape.peer_access && shape.ranks > 1) {
+    return false;
+  }
   const auto reached = std::count_if(all_.begin(), all_.end(),
                                      [this](const GpuFacts& gpu) { return gpu.has_bulk_copies && reaches(gpu); });
-  return bulk_copies_ && static_cast<uint64_t>(reached) >= ranks;
+  return bulk_copies_ && static_cast<uint64_t>(reached) >= shape.ranks;
 }
 
 base::Status CudaDevice::allocate_tables(GroupEntry* entry) {
@@ -394,7 +401,7 @@ base::Status CudaDevice::allocate_tables(GroupEntry* entry) {
 base::Result<GroupMemory> CudaDevice::plan_group(const engine::GroupShape& shape, uint32_t handle_limit) const {
   EXPERTD_RETURN_IF_ERROR(check_shape(shape));
   engine::GroupShape served = shape;
-  served.low_latency = shape.low_latency && may_be_linked(shape.ranks);
+  served.low_latency = shape.low_latency && may_be_linked(shape);
   const GroupLayout layout = group_layout(served, handle_limit);
   const ScopedContext context(driver_, gpu_.view.context);
   const auto allocated = VmmMemory::allocation_bytes(reach(false), layout.total_bytes);
@@ -409,8 +416,9 @@ base::Result<GroupMemory> CudaDevice::plan_group(const engine::GroupShape& shape
     }
     exchange = bytes.value();
   }
-  const bool relayed = shape.ranks > 1 &&
-                       !std::all_of(all_.begin(), all_.end(), [this](const GpuFacts& other) { return reaches(other); });
+  const bool all_reached =
+      std::all_of(all_.begin(), all_.end(), [this](const GpuFacts& other) { return reaches(other); });
+  const bool relayed = shape.ranks > 1 && (!shape.peer_access || !all_reached);
   GroupMemory memory = group_memory(layout, allocated.value(), relayed);
   memory.table_bytes += exchange;
   if (const expertd_exchange_ht_layout ht = copy_layout(shape).ht; ht.total_bytes != 0) {

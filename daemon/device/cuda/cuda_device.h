@@ -109,13 +109,13 @@ class CudaDevice : public Device, public engine::DevicePort {
     bool waits_doorbell = false;
     bool links = false;  // its chain is that of the link kernels
     bool low_latency = false;
-    bool copies = false;     // its chain is one of copies, beside kernels of the client
-    bool ht = false;         // with `copies`: that of high throughput
-    bool nodes = false;      // of a group over several nodes
+    bool copies = false;      // its chain is one of copies, beside kernels of the client
+    bool ht = false;          // with `copies`: that of high throughput
+    bool nodes = false;       // of a group over several nodes
     bool nodes_open = false;  // and more of its chain is to come
-    kernels::OpShape shape;  // with `copies`
-    uint32_t sms = 0;        // multiprocessors that its largest kernel takes; 0: it has no kernels
-    uint32_t entries = 0;    // counted against its stream
+    kernels::OpShape shape;   // with `copies`
+    uint32_t sms = 0;         // multiprocessors that its largest kernel takes; 0: it has no kernels
+    uint32_t entries = 0;     // counted against its stream
     uint32_t capture_entry = 0;
     uint32_t capture_words = 0;
     uint64_t launch_ns = 0;
@@ -143,8 +143,8 @@ class CudaDevice : public Device, public engine::DevicePort {
   base::Result<uint64_t> relay_ranks(const engine::GroupShape& shape) const;
   /// Whether the link kernels serve the group: the same answer on all its devices.
   bool is_linked(const engine::GroupShape& shape) const;
-  /// Whether they may serve a group of that many ranks, as far as that is known before it has devices.
-  bool may_be_linked(uint32_t ranks) const;
+  /// Whether they may serve such a group, as far as that is known before it has devices.
+  bool may_be_linked(const engine::GroupShape& shape) const;
   base::Status allocate_tables(GroupEntry* entry);
   /// The group's capture lanes, with words of its session.
   base::Status create_lanes(GroupEntry* entry);
@@ -154,6 +154,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   static void share_inboxes(GroupEntry* entry);
   base::Status warm_up(CUstream stream);
 
+  bool has_room(const engine::LaunchSpec& spec, const SessionEntry* session) const;
   Part* take_part();
   /// Keeps the operation for replays instead of running it.
   void capture(const engine::LaunchSpec& spec, Part* part);
@@ -290,8 +291,8 @@ class CudaDevice : public Device, public engine::DevicePort {
   uint32_t parts_in_flight_ = 0;
   bool launch_refused_ = false;  // nobody wakes the loop when a close that held launches back is over
   uint64_t next_part_ = 1;
-  bool capturing_ = false;       // a group has capture lanes
-  bool node_lanes_ = false;      // and one over several nodes does
+  bool capturing_ = false;   // a group has capture lanes
+  bool node_lanes_ = false;  // and one over several nodes does
   uint64_t health_checked_ns_ = 0;
 };
 

@@ -58,16 +58,21 @@ bool CudaDevice::is_exchanging(base::GroupId group) const {
   return entry != nullptr && entry->nodes != nullptr && entry->nodes->is_open();
 }
 
-bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords& words, engine::PartId* part) {
-  SessionEntry* session = sessions_.find(spec.own->session.value);
+/// Whether the session's stream may have the part now.
+bool CudaDevice::has_room(const engine::LaunchSpec& spec, const SessionEntry* session) const {
   if (session != nullptr && session->queued_entries + entries_of(spec) > kMaxStreamEntries) {
     return false;
   }
   if (session != nullptr && session->open_part != 0) {
     return false;  // the rest of a chain is still to come, and nothing may stand in front of it
   }
-  if (spec.placement != nullptr && is_exchanging(spec.group)) {
-    return false;  // one operation of a group over several nodes at a time
+  return spec.placement == nullptr || !is_exchanging(spec.group);  // one operation over several nodes at a time
+}
+
+bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords& words, engine::PartId* part) {
+  SessionEntry* session = sessions_.find(spec.own->session.value);
+  if (!has_room(spec, session)) {
+    return false;
   }
   launch_refused_ = !gpu_.view.gate->try_enter();
   if (launch_refused_) {
@@ -324,6 +329,9 @@ void CudaDevice::report_part(const Part& part, engine::Outcome* outcome) const {
   }
   outcome->capture_entry = part.capture_entry;
   outcome->capture_words = part.capture_words;
+  if (part.nodes) {
+    outcome->exchanged = part.group->nodes->exchanged;
+  }
   const bool finished = load_word(facts.done) == part.id && facts.verdict == kernels::cuda::kVerdictGo;
   if (finished) {
     outcome->report = facts.report;

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "daemon/base/clock.h"
 #include "daemon/kernels/cuda/launch.h"
 #include "daemon/kernels/host/tables.h"
 #include "proto/abi/expertd_reason.h"
@@ -64,14 +65,18 @@ bool CudaDevice::NodeChain::turn(bool* moved) {
   *moved |= receive();
   if (nodes_.stage == Stage::kRouting && load_word(nodes_.facts()->progress.routed) >= part_.group_op) {
     nodes_.stage = Stage::kCounting;
+    nodes_.counts_ns[part_.rank] = base::now_ns();
     *moved = true;
   }
   if (nodes_.stage == Stage::kCounting) {
     *moved |= send_counts();
+    see_peers();
     if (!counts_are_there()) {
       return spread_rows(moved);
     }
     *moved = true;
+    note_last();
+    note_bytes();
     if (!decide()) {
       nodes_.stage = Stage::kClosed;
       return true;
@@ -90,8 +95,8 @@ bool CudaDevice::NodeChain::turn(bool* moved) {
   if (driver_failed_) {
     return false;
   }
-  const bool went_on = dispatches() ? pack_rows(moved) && spread_rows(moved)
-                                    : pack_pulls(moved) && serve_pulls(moved) && combine(moved);
+  const bool went_on =
+      dispatches() ? pack_rows(moved) && spread_rows(moved) : pack_pulls(moved) && serve_pulls(moved) && combine(moved);
   return went_on && (!is_complete() || end());
 }
 
@@ -122,37 +127,17 @@ void CudaDevice::NodeChain::send(const engine::SendBuffer& buffer, engine::Messa
   nodes_.outbox.send(buffer, header, bytes);
 }
 
-// Every rank of a node has a matrix of its own, so all of them are told.
-bool CudaDevice::NodeChain::send_counts() {
-  bool moved = false;
-  for (uint32_t node = 0; nodes_.counts_for != 0 && node < nodes_.nodes; ++node) {
-    if ((nodes_.counts_for >> node & 1) == 0) {
-      continue;
-    }
-    const engine::SendBuffer buffer = nodes_.op.fabric->take(part_.rank, nodes_.op.lane);
-    if (buffer.data == nullptr) {
-      break;
-    }
-    const NodeNotice& notice = nodes_.notices[part_.rank];
-    const uint64_t bytes = uint64_t{notice.row_ints} * sizeof(int32_t);
-    std::memcpy(buffer.data, &notice, sizeof(notice));
-    std::memcpy(buffer.data + sizeof(notice), nodes_.row(part_.rank) + nodes_.row_ints - notice.row_ints, bytes);
-    send(buffer, engine::MessageKind::kCounts, node, 1, places_of(node), sizeof(notice) + bytes);
-    nodes_.counts_for &= ~(uint64_t{1} << node);
-    moved = true;
-  }
-  return moved;
-}
-
 bool CudaDevice::NodeChain::receive() {
   engine::Arrival arrival;
   uint32_t taken = 0;
-  while (taken < kTurnArrivals && nodes_.rows_waiting_count < kWaitingRows && has_batch() && nodes_.inbox.next(&arrival)) {
+  while (taken < kTurnArrivals && nodes_.rows_waiting_count < kWaitingRows && has_batch() &&
+         nodes_.inbox.next(&arrival)) {
     ++taken;
     const engine::MessageHeader& header = arrival.header;
-    const bool member = nodes_.op.is_elsewhere(header.source_rank) &&
-                        nodes_.op.placement->node_of[header.source_rank] == header.node;
-    if (!member || spoiled(header.source_rank)) {
+    const bool member =
+        nodes_.op.is_elsewhere(header.source_rank) && nodes_.op.placement->node_of[header.source_rank] == header.node;
+    // What comes of another view is of a node that the others have left out, or of one of its ranks.
+    if (!member || header.view != nodes_.op.view || spoiled(header.source_rank)) {
       nodes_.inbox.release(arrival);
     } else if (!take(arrival)) {
       spoil(header.source_rank);
@@ -183,113 +168,6 @@ bool CudaDevice::NodeChain::take(const engine::Arrival& arrival) {
   }
   nodes_.inbox.release(arrival);
   return false;
-}
-
-bool CudaDevice::NodeChain::take_counts(const engine::Arrival& arrival) {
-  const uint32_t source = arrival.header.source_rank;
-  if ((nodes_.counted >> source & 1) != 0) {
-    return false;
-  }
-  NodeNotice& notice = nodes_.notices[source];
-  const uint32_t counts = nodes_.row_ints - kernels::kCountRowErrorInts;
-  int32_t* row = nodes_.row(source);
-  bool good = arrival.bytes >= sizeof(notice);
-  if (good) {
-    std::memcpy(&notice, arrival.data, sizeof(notice));
-    good = (notice.row_ints == nodes_.row_ints || notice.row_ints == kernels::kCountRowErrorInts) &&
-           arrival.bytes == sizeof(notice) + uint64_t{notice.row_ints} * sizeof(int32_t);
-  }
-  std::fill_n(row, nodes_.row_ints, 0);
-  if (good) {
-    std::memcpy(row + nodes_.row_ints - notice.row_ints, arrival.data + sizeof(notice),
-                arrival.bytes - sizeof(notice));
-    const int64_t most = int64_t{base::kMaxTokens} * base::kMaxTopK;  // as on host devices
-    good = std::all_of(row, row + counts, [most](int32_t rows) { return rows >= 0 && rows <= most; });
-  }
-  if (!good) {  // then all ranks of this node end as if the source had been refused
-    std::fill_n(row, nodes_.row_ints, 0);
-    notice = nodes_.notices[part_.rank];
-    notice.reason = EXPERTD_REASON_INTERNAL;
-  }
-  nodes_.counted |= uint64_t{1} << source;
-  return good;
-}
-
-/// What another rank of this node has for operations in this order; null when it is not there.
-const NodeGroup* CudaDevice::NodeChain::local_peer(uint32_t rank) const {
-  const GroupEntry* peer = device_.find_peer(nodes_.spec, rank);
-  if (peer == nullptr || nodes_.lane == 0) {
-    return peer == nullptr ? nullptr : peer->nodes.get();
-  }
-  const NodeLane* lane = peer->node_lanes[nodes_.lane - 1].get();
-  return lane == nullptr ? nullptr : lane->nodes.get();
-}
-
-uint64_t CudaDevice::NodeChain::missing_counts() const {
-  uint64_t missing = 0;
-  for (uint32_t rank = 0; rank < nodes_.ranks; ++rank) {
-    if (!nodes_.op.takes_part(rank) || rank == part_.rank) {
-      continue;
-    }
-    bool there = (nodes_.counted >> rank & 1) != 0;
-    if (nodes_.op.placement->is_local(rank)) {
-      const NodeGroup* peer = local_peer(rank);
-      there = peer != nullptr && load_word(peer->facts()->progress.routed) >= part_.group_op;
-    }
-    missing |= uint64_t{there ? 0U : 1U} << rank;
-  }
-  return missing;
-}
-
-bool CudaDevice::NodeChain::counts_are_there() const {
-  return nodes_.counts_for == 0 && missing_counts() == 0;
-}
-
-// All ranks of all nodes have the same notices before them.
-bool CudaDevice::NodeChain::decide() {
-  for (uint32_t rank = 0; rank < nodes_.ranks; ++rank) {
-    if (nodes_.op.is_elsewhere(rank)) {
-      kernels::PeerView& view = nodes_.params.peers.views[rank];
-      view.capacity_rows = nodes_.notices[rank].capacity_rows;
-      view.in_rows = nodes_.notices[rank].capacity_rows;
-    }
-  }
-  kernels::OpShape shape = shape_;
-  shape.rank = part_.rank;
-  return notices_agree(nodes_.notices, shape, {&nodes_.report, &nodes_.peer_reason}) &&
-         (nodes_.capture_number == 0 || replays_agree());
-}
-
-/// Whether all ranks replay the same captured operation. A notice without a Reason says in its value which it is.
-bool CudaDevice::NodeChain::replays_agree() {
-  for (uint32_t rank = 0; rank < nodes_.ranks; ++rank) {
-    uint64_t replayed = nodes_.capture_number;
-    if (nodes_.op.is_elsewhere(rank)) {
-      replayed = static_cast<uint64_t>(nodes_.notices[rank].value);
-    } else if (nodes_.op.takes_part(rank) && rank != part_.rank) {
-      // Written before the rank's routed flag, which has been seen.
-      replayed = local_peer(rank)->replays[part_.group_op % 2].load(std::memory_order_acquire);
-    }
-    if (replayed != nodes_.capture_number) {
-      nodes_.report.reason = EXPERTD_REASON_OP_MISMATCH;
-      nodes_.report.rank = static_cast<int32_t>(rank);
-      return false;
-    }
-  }
-  return true;
-}
-
-/// The rows that came over the fabric stand beside those that this node's ranks wrote.
-bool CudaDevice::NodeChain::put_rows() {
-  const uint64_t bytes = uint64_t{nodes_.row_ints} * sizeof(int32_t);
-  for (uint32_t rank = 0; routes() && rank < nodes_.ranks; ++rank) {
-    if (nodes_.op.is_elsewhere(rank) &&
-        driver_.cuMemcpyAsync(address_of(nodes_.params.op.counts + uint64_t{rank} * nodes_.row_ints),
-                              address_of(nodes_.row(rank)), bytes, stream_) != CUDA_SUCCESS) {
-      return false;
-    }
-  }
-  return true;
 }
 
 bool CudaDevice::NodeChain::begin_moving() {

@@ -61,12 +61,15 @@ class CudaDevice::NodeChain {
   bool spoiled(uint32_t rank) const { return (nodes_.spoiled >> rank & 1) != 0; }
   void spoil(uint32_t rank);
 
-  // node_chain.cc
+  // node_chain.cc, node_counts.cc
   bool send_counts();
   bool receive();
   bool take(const engine::Arrival& arrival);
   bool take_counts(const engine::Arrival& arrival);
   bool counts_are_there() const;
+  void see_peers();
+  void note_last();
+  void note_bytes();
   bool decide();
   bool replays_agree();
   const NodeGroup* local_peer(uint32_t rank) const;

@@ -28,9 +28,8 @@ void CudaDevice::NodeChain::begin_pulls() {
 
 /// Opens the next window with a buffer for each node; false: there are none, or no window is free.
 bool CudaDevice::NodeChain::open_window(Batch* batch, cu::PackPullsJob* job) {
-  const auto free = std::find_if(nodes_.windows.begin(), nodes_.windows.end(), [](const NodeWindow& window) {
-    return window.stage == NodeWindow::Stage::kFree;
-  });
+  const auto free = std::find_if(nodes_.windows.begin(), nodes_.windows.end(),
+                                 [](const NodeWindow& window) { return window.stage == NodeWindow::Stage::kFree; });
   const uint32_t others = other_nodes();
   if (free == nodes_.windows.end() || job->windows + others > cu::kPullWindows) {
     return false;
@@ -127,8 +126,7 @@ bool CudaDevice::NodeChain::take_pulls(const engine::Arrival& arrival, const ker
   const uint32_t rank = arrival.header.source_rank;
   const uint32_t entries = arrival.header.entries;
   NodeSource& source = nodes_.sources[rank];
-  const kernels::EntryLayout pulls =
-      kernels::pulls_layout(shape_, nodes_.op.node_ranks(nodes_.op.placement->own_node));
+  const kernels::EntryLayout pulls = kernels::pulls_layout(shape_, nodes_.op.node_ranks(nodes_.op.placement->own_node));
   const uint64_t sums = sizeof(head) + uint64_t{entries} * kernels::sums_layout(shape_, head).stride;
   const bool good = combines() && nodes_.op.serves(rank) &&
                     (head.flags & ~(kernels::kMessageWeights | kernels::kMessageLastLane)) == 0 &&
@@ -213,8 +211,7 @@ void CudaDevice::NodeChain::end_served(Batch* batch) {
     }
     const kernels::MessageHead head{.flags = filled.head.flags & kernels::kMessageWeights};
     std::memcpy(filled.buffer.data, &head, sizeof(head));
-    send(filled.buffer, engine::MessageKind::kSums, filled.node, filled.pulls.header.entries,
-         nodes_.op.place_bit(rank),
+    send(filled.buffer, engine::MessageKind::kSums, filled.node, filled.pulls.header.entries, nodes_.op.place_bit(rank),
          sizeof(head) + uint64_t{filled.pulls.header.entries} * kernels::sums_layout(shape_, filled.head).stride);
   }
 }
@@ -247,10 +244,9 @@ bool CudaDevice::NodeChain::take_sums(const engine::Arrival& arrival, const kern
   batch->arrivals[batch->arrival_count++] = arrival;
   found->waits &= ~(uint64_t{1} << node);
   found->here |= uint64_t{1} << node;
-  driver_failed_ = driver_failed_ ||
-                   driver_.cuMemcpyAsync(reinterpret_cast<CUdeviceptr>(nodes_.sums(index, node)),
-                                         reinterpret_cast<CUdeviceptr>(arrival.data + sizeof(head)), bytes,
-                                         stream_) != CUDA_SUCCESS;
+  driver_failed_ = driver_failed_ || driver_.cuMemcpyAsync(reinterpret_cast<CUdeviceptr>(nodes_.sums(index, node)),
+                                                           reinterpret_cast<CUdeviceptr>(arrival.data + sizeof(head)),
+                                                           bytes, stream_) != CUDA_SUCCESS;
   driver_failed_ = !put_tick(batch) || driver_failed_;
   return true;
 }

@@ -57,8 +57,8 @@ bool CudaDevice::NodeChain::take_rows(const engine::Arrival& arrival, const kern
   if (good) {
     const kernels::EntryLayout layout =
         kernels::rows_layout(shape_, head, nodes_.op.node_ranks(nodes_.op.placement->own_node));
-    good = arrival.bytes == sizeof(head) + uint64_t{entries} * layout.stride &&
-           (head.last == 0 || source.expected == 0);
+    good =
+        arrival.bytes == sizeof(head) + uint64_t{entries} * layout.stride && (head.last == 0 || source.expected == 0);
   }
   if (good) {
     ++source.arrived;
@@ -89,8 +89,7 @@ bool CudaDevice::NodeChain::spread_rows(bool* moved) {
       message.entries = reinterpret_cast<const char*>(arrival.data) + sizeof(message.head);
       message.count = arrival.header.entries;
       message.source = arrival.header.source_rank;
-      message.layout =
-          kernels::rows_layout(shape_, message.head, nodes_.op.node_ranks(nodes_.op.placement->own_node));
+      message.layout = kernels::rows_layout(shape_, message.head, nodes_.op.node_ranks(nodes_.op.placement->own_node));
       batch->arrivals[batch->arrival_count++] = arrival;
     }
     *moved = true;

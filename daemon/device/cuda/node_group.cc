@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <string>
 
-#include "daemon/device/host/node_pulls.h"
-
 namespace expertd::device::cuda {
 namespace {
 
@@ -35,6 +33,7 @@ NodeGroup::NodeGroup(const engine::GroupShape& shape, uint64_t bytes_of_message)
       outbox(shape.ranks),
       notices(shape.ranks),
       sources(shape.ranks),
+      counts_ns(shape.ranks),
       pulls_waiting(size_t{shape.ranks} * kNodeWindows) {
   table.nodes = nodes;
   table.own_node = shape.placement->own_node;
@@ -90,6 +89,8 @@ void NodeGroup::restart() {
   report = {};
   report.rank = -1;
   peer_reason = 0;
+  exchanged = {};
+  std::fill(counts_ns.begin(), counts_ns.end(), 0);
   packed_tokens = 0;
   moved_tokens = 0;
   all_packed = false;

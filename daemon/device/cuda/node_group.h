@@ -12,9 +12,9 @@
 
 #include "daemon/device/cuda/group_layout.h"
 #include "daemon/device/cuda/memory.h"
-#include "daemon/device/host/node_inbox.h"
-#include "daemon/device/host/node_notice.h"
-#include "daemon/device/host/node_outbox.h"
+#include "daemon/device/nodes/node_inbox.h"
+#include "daemon/device/nodes/node_notice.h"
+#include "daemon/device/nodes/node_outbox.h"
 #include "daemon/kernels/cuda/node_jobs.h"
 
 namespace expertd::device::cuda {
@@ -29,8 +29,8 @@ inline constexpr uint32_t kWaitingRows = 64;
 /// In pinned memory, written by the stream and read by the loop behind `ticks`.
 struct alignas(128) NodeFacts {
   kernels::cuda::Progress progress{};  // of the own rank; read by the loops of this node's other ranks
-  uint64_t ticks = 0;        // launches that ended, counted since the group began
-  uint32_t plan_reason = 0;  // of the plan of a dispatch
+  uint64_t ticks = 0;                  // launches that ended, counted since the group began
+  uint32_t plan_reason = 0;            // of the plan of a dispatch
   uint32_t unused = 0;
   kernels::cuda::NodeTotals totals{};
   uint32_t packed[kNodeBatches][kernels::cuda::kPackBuffers] = {};  // by launch: entries, per node or per window
@@ -42,14 +42,14 @@ struct NodeBatch {
   struct Filled {
     engine::SendBuffer buffer{};
     uint32_t node = 0;
-    uint32_t window = 0;         // kPulls
-    engine::Arrival pulls{};     // kServed: whose, and their place
-    bool last = false;           // kPulls: of the last window
+    uint32_t window = 0;          // kPulls
+    engine::Arrival pulls{};      // kServed: whose, and their place
+    bool last = false;            // kPulls: of the last window
     kernels::MessageHead head{};  // kServed: as it was asked
   };
   Kind kind = Kind::kFree;
   uint64_t tick = 0;
-  bool last = false;       // kRows: all tokens are packed
+  bool last = false;  // kRows: all tokens are packed
   uint32_t filled_count = 0;
   uint32_t arrival_count = 0;
   std::array<Filled, kernels::cuda::kPackBuffers> filled;  // kRows: by node, in the order of its entries
@@ -64,8 +64,8 @@ struct NodeWindow {
   Stage stage = Stage::kFree;
   uint32_t begin = 0;
   uint32_t end = 0;
-  uint64_t waits = 0;    // nodes whose sums have not arrived
-  uint64_t here = 0;     // nodes whose sums are in the device, or on their way before whatever is launched next
+  uint64_t waits = 0;  // nodes whose sums have not arrived
+  uint64_t here = 0;   // nodes whose sums are in the device, or on their way before whatever is launched next
   std::array<uint32_t, kernels::cuda::kMaxGpuNodes> asked{};  // entries
 };
 
@@ -99,8 +99,7 @@ struct NodeGroup {
     return reinterpret_cast<int32_t*>(static_cast<char*>(pinned->host()) + rows_at) + uint64_t{rank} * row_ints;
   }
   std::byte* pulls_place(uint32_t rank, uint32_t place) const {
-    return static_cast<std::byte*>(pinned->host()) + pulls_at +
-           (uint64_t{rank} * kNodeWindows + place) * pulls_bytes;
+    return static_cast<std::byte*>(pinned->host()) + pulls_at + (uint64_t{rank} * kNodeWindows + place) * pulls_bytes;
   }
   uint32_t* counters() const { return reinterpret_cast<uint32_t*>(memory->address()); }
   kernels::cuda::NodeTotals* totals() const {
@@ -136,25 +135,27 @@ struct NodeGroup {
   kernels::cuda::PartParams params;
   NodeInbox inbox;
   NodeOutbox outbox;
-  std::vector<NodeNotice> notices;   // per rank
-  std::vector<NodeSource> sources;   // per rank
-  uint32_t lane = 0;                 // of captured operations, plus one; 0: of the group's calls. Fixed
-  uint64_t capture_number = 0;       // of the captured operation that is replayed; 0: none
+  std::vector<NodeNotice> notices;  // per rank
+  std::vector<NodeSource> sources;  // per rank
+  uint32_t lane = 0;                // of captured operations, plus one; 0: of the group's calls. Fixed
+  uint64_t capture_number = 0;      // of the captured operation that is replayed; 0: none
   /// The same for the loops of this node's other ranks, by the parity of the replay's number.
   std::array<std::atomic<uint64_t>, 2> replays{};
-  bool notice_only = false;          // a rank of this node was refused, or it is a barrier: nothing moves
-  uint64_t counts_for = 0;           // nodes that have not been sent the counts
-  uint64_t counted = 0;              // ranks of other nodes whose counts are here
-  uint64_t spoiled = 0;              // ranks that sent what no honest one sends
+  bool notice_only = false;  // a rank of this node was refused, or it is a barrier: nothing moves
+  uint64_t counts_for = 0;   // nodes that have not been sent the counts
+  uint64_t counted = 0;      // ranks of other nodes whose counts are here
+  uint64_t spoiled = 0;      // ranks that sent what no honest one sends
   int32_t bad_rank = -1;
-  kernels::OpReport report;          // with a Reason: why the operation does not run
+  kernels::OpReport report;  // with a Reason: why the operation does not run
   uint32_t peer_reason = 0;
-  uint32_t packed_tokens = 0;        // of a dispatch: given to launches; of a combine: in windows
+  engine::Exchanged exchanged;
+  std::vector<uint64_t> counts_ns;  // per rank: when its counts were here
+  uint32_t packed_tokens = 0;       // of a dispatch: given to launches; of a combine: in windows
   bool all_packed = false;
   bool all_sent = false;
-  uint32_t moved_tokens = 0;         // of a combine
-  std::array<uint32_t, kernels::cuda::kMaxGpuNodes> messages{};  // sent, per node
-  kernels::MessageHead head;         // of own rows or pulls
+  uint32_t moved_tokens = 0;                                              // of a combine
+  std::array<uint32_t, kernels::cuda::kMaxGpuNodes> messages{};           // sent, per node
+  kernels::MessageHead head;                                              // of own rows or pulls
   std::array<kernels::EntryLayout, kernels::cuda::kMaxGpuNodes> layouts;  // of them, per node
   kernels::EntryLayout sums_layout;
   uint32_t window_tokens = 1;

@@ -53,9 +53,7 @@ struct NodeLane {
 
   Pinned* facts() const { return static_cast<Pinned*>(pinned->host()); }
   Pinned* device_facts() const { return reinterpret_cast<Pinned*>(pinned->device()); }
-  uint64_t* word(uint64_t offset) const {
-    return reinterpret_cast<uint64_t*>(static_cast<char*>(flag_page) + offset);
-  }
+  uint64_t* word(uint64_t offset) const { return reinterpret_cast<uint64_t*>(static_cast<char*>(flag_page) + offset); }
   bool uses(const engine::Mapping* mapping) const;
 
   // Fixed.

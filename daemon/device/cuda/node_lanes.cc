@@ -96,8 +96,8 @@ base::Status CudaDevice::create_node_lane(SessionEntry* session, uint32_t index,
 
 /// A capture runs nothing now: the ranks agree on it as on a barrier, and then it is kept.
 bool CudaDevice::open_capture(const engine::LaunchSpec& spec, Part* part) {
-  NodeLane* lane = spec.own->capture_lane < kMaxGroupLanes ? part->group->node_lanes[spec.own->capture_lane].get()
-                                                           : nullptr;
+  NodeLane* lane =
+      spec.own->capture_lane < kMaxGroupLanes ? part->group->node_lanes[spec.own->capture_lane].get() : nullptr;
   const bool all = spec.active_ranks == (uint64_t{2} << (spec.ranks - 1)) - 1;
   if (lane == nullptr || !all || lane->entries.size() >= kernels::cuda::kMostCapturedEntries) {
     return false;
@@ -217,14 +217,16 @@ bool CudaDevice::start_replay(GroupEntry* group, NodeLane* lane, uint64_t entry,
   nodes.op.number = NodeInbox::in_order(nodes.lane, lane->number);
   nodes.op.rank = part.rank;
   nodes.op.active = part.active_ranks;
+  nodes.op.view = taken.spec.epoch;
   nodes.op.lane = engine::FabricLane::kLatency;
   nodes.op.message_bytes = nodes.message_bytes;
   nodes.op.params = &nodes.params.op;
   std::fill_n(nodes.row(part.rank), nodes.row_ints, 0);
   nodes.restart();
   // Its caller has rung, so that even an operation that fails at once may write its outputs.
-  const bool marked = driver_.cuStreamWriteValue64(lane->stream, reinterpret_cast<CUdeviceptr>(&words.state->started_part),
-                                                   lane->part, CU_STREAM_WRITE_VALUE_DEFAULT) == CUDA_SUCCESS;
+  const bool marked =
+      driver_.cuStreamWriteValue64(lane->stream, reinterpret_cast<CUdeviceptr>(&words.state->started_part), lane->part,
+                                   CU_STREAM_WRITE_VALUE_DEFAULT) == CUDA_SUCCESS;
   if (lane->broken != 0) {
     return marked && abort_replay(group, lane);
   }

@@ -27,7 +27,8 @@ base::Status CudaDevice::allocate_nodes(const engine::GroupShape& shape, GroupEn
   }
   if (entry->relay_ranks != 0) {
     return base::Status(EXPERTD_REASON_UNSUPPORTED,
-                        "a group over several nodes needs GPUs that reach each other on each of them");
+                        std::string(shape.peer_access ? "" : "communication.use_nvlink = false: ") +
+                            "a group over several nodes needs GPUs that reach each other on each of them");
   }
   auto nodes = NodeGroup::create(reach(false), &pool_, shape);
   if (!nodes.is_ok()) {
@@ -79,6 +80,7 @@ bool CudaDevice::open_nodes(const engine::LaunchSpec& spec, Part* part) {
   nodes.op.number = spec.group_op;
   nodes.op.rank = spec.rank;
   nodes.op.active = spec.active_ranks;
+  nodes.op.view = spec.epoch;
   nodes.op.lane =
       spec.own->traffic == engine::Traffic::kLatency ? engine::FabricLane::kLatency : engine::FabricLane::kThroughput;
   nodes.op.message_bytes = nodes.message_bytes;
@@ -193,7 +195,8 @@ void CudaDevice::close_nodes(Part* part) {
   part->nodes_open = false;
   part->session->open_part = 0;
   --ht_open_;
-  part->chain_broken = !NodeChain(*this, *part, part->group->nodes.get(), part->session->stream).close() || part->chain_broken;
+  part->chain_broken =
+      !NodeChain(*this, *part, part->group->nodes.get(), part->session->stream).close() || part->chain_broken;
 }
 
 /// Behind the last kernel of the part.

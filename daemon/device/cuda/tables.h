@@ -107,11 +107,11 @@ struct GroupEntry {
   std::unique_ptr<PinnedMemory> shared;  // with relay_ranks: sync pages, counts, relay
   std::unique_ptr<VmmMemory> exchange;   // of a group by copy engines
   expertd_exchange_layout exchange_layout{};
-  std::unique_ptr<HtGroup> ht;  // with `exchange`, where high throughput goes by copies too
+  std::unique_ptr<HtGroup> ht;       // with `exchange`, where high throughput goes by copies too
   std::unique_ptr<NodeGroup> nodes;  // of a group over several nodes
   std::array<std::unique_ptr<NodeLane>, kMaxGroupLanes> node_lanes;
-  CUdeviceptr flag_page = 0;    // of the rank's session, with `exchange`
-  uint64_t last_op = 0;         // operation launched last, and the ranks that took part; loop thread only
+  CUdeviceptr flag_page = 0;  // of the rank's session, with `exchange`
+  uint64_t last_op = 0;       // operation launched last, and the ranks that took part; loop thread only
   uint64_t last_active = ~uint64_t{0};
   uint32_t progress_index = 0;  // of the device's pinned progress words
   kernels::cuda::Progress* host_progress = nullptr;

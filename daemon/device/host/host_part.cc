@@ -104,6 +104,7 @@ bool HostPart::prepare_exchange(const engine::LaunchSpec& spec, HostGroupTables*
   node_.number = spec.group_op;
   node_.rank = spec.rank;
   node_.active = spec.active_ranks;
+  node_.view = spec.epoch;
   node_.params = &params_;
   node_.peers = peers_.data();
   node_.notices = tables->notices(spec.page);

@@ -46,6 +46,7 @@ bool NodeExchange::open(const NodePart& part) {
   op_.number = part.number;
   op_.rank = part.rank;
   op_.active = part.active;
+  op_.view = part.view;
   op_.lane =
       part.own->traffic == engine::Traffic::kLatency ? engine::FabricLane::kLatency : engine::FabricLane::kThroughput;
   op_.message_bytes = part.fabric->message_bytes();
@@ -79,8 +80,8 @@ bool NodeExchange::messages_suffice() const {
   uint64_t bytes = counts_message_bytes(shape.ranks, shape.experts);
   // As if all that may travel beside a row did.
   const kernels::MessageHead head{.flags = kernels::kMessageWeights,
-                               .side_elements = shape.side_elements,
-                               .side_element_bytes = shape.side_element_bytes};
+                                  .side_elements = shape.side_elements,
+                                  .side_element_bytes = shape.side_element_bytes};
   for (uint32_t node = 0; node < op_.placement->nodes(); ++node) {
     if (dispatches()) {
       bytes = std::max<uint64_t>(bytes, sizeof(head) + kernels::rows_layout(shape, head, op_.node_ranks(node)).stride);
@@ -159,7 +160,8 @@ bool NodeExchange::from_a_member(const engine::MessageHeader& header) const {
 // Nothing keeps the arrival: the fabric's buffers are shared by all ranks of the node.
 void NodeExchange::handle(const engine::Arrival& arrival) {
   const engine::MessageHeader& header = arrival.header;
-  if (!from_a_member(header) || spoiled(header.source_rank)) {
+  // What comes of another view is of a node that the others have left out, or of one of its ranks.
+  if (!from_a_member(header) || header.view != op_.view || spoiled(header.source_rank)) {
     inbox_.release(arrival);
     return;
   }

@@ -13,11 +13,11 @@
 #include <span>
 #include <vector>
 
-#include "daemon/device/host/node_inbox.h"
-#include "daemon/device/host/node_notice.h"
-#include "daemon/device/host/node_outbox.h"
 #include "daemon/device/host/node_pulls.h"
 #include "daemon/device/host/node_server.h"
+#include "daemon/device/nodes/node_inbox.h"
+#include "daemon/device/nodes/node_notice.h"
+#include "daemon/device/nodes/node_outbox.h"
 
 namespace expertd::device {
 
@@ -29,6 +29,7 @@ struct NodePart {
   uint64_t number = 0;
   uint32_t rank = 0;
   uint64_t active = 0;
+  uint32_t view = 0;
   kernels::OpParams* params = nullptr;  // of the own rank; counts is the matrix of the operation's page
   kernels::PeerView* peers = nullptr;   // of all ranks; what is known of those elsewhere is entered by decide()
   std::span<NodeNotice> notices;        // of the operation's page, one per rank

@@ -58,6 +58,8 @@ bool NodePulls::advance(uint32_t tokens, kernels::OpReport* report) {
       window.done = sent_tokens_;
       window.waits = 0;
       window.gathered = false;
+      // Also of nodes that are not asked any more, because none of their ranks takes part now.
+      std::fill(window.asked.begin(), window.asked.end(), Asked{});
       opening_ = true;
       next_node_ = 0;
     }

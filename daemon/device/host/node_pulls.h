@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "daemon/device/host/node_memory.h"
-#include "daemon/device/host/node_outbox.h"
+#include "daemon/device/nodes/node_memory.h"
+#include "daemon/device/nodes/node_outbox.h"
 
 namespace expertd::device {
 

@@ -51,6 +51,26 @@ void to_proto(const group::NodeIdentity& node, peer::v1::NodeIdentity* message) 
   }
 }
 
+namespace {
+
+session::CommunicationPattern from_proto(const expertd::v1::CommunicationPattern& message) {
+  session::CommunicationPattern pattern;
+  pattern.use_nvlink = !message.has_use_nvlink() || message.use_nvlink();
+  pattern.use_rdma = !message.has_use_rdma() || message.use_rdma();
+  pattern.virtual_lanes = message.virtual_lanes() != 0 ? message.virtual_lanes() : pattern.virtual_lanes;
+  pattern.bandwidth_ratio = message.bandwidth_ratio() != 0 ? message.bandwidth_ratio() : pattern.bandwidth_ratio;
+  return pattern;
+}
+
+void to_proto(const session::CommunicationPattern& pattern, expertd::v1::CommunicationPattern* message) {
+  message->set_use_nvlink(pattern.use_nvlink);
+  message->set_use_rdma(pattern.use_rdma);
+  message->set_virtual_lanes(pattern.virtual_lanes);
+  message->set_bandwidth_ratio(pattern.bandwidth_ratio);
+}
+
+}  // namespace
+
 session::GroupConfig from_proto(const expertd::v1::GroupConfig& message) {
   session::GroupConfig config;
   config.expert_parallel_size = message.expert_parallel_size();
@@ -68,6 +88,7 @@ session::GroupConfig from_proto(const expertd::v1::GroupConfig& message) {
   config.executor = static_cast<session::Executor>(message.executor());
   config.copy_kernels = message.copy_kernels();
   config.copies = message.copies();
+  config.communication = from_proto(message.communication());
   return config;
 }
 
@@ -87,6 +108,7 @@ void to_proto(const session::GroupConfig& config, expertd::v1::GroupConfig* mess
   message->set_executor(static_cast<expertd::v1::GroupExecutor>(config.executor));
   message->set_copy_kernels(config.copy_kernels);
   message->set_copies(config.copies);
+  to_proto(config.communication, message->mutable_communication());
 }
 
 group::RankJoin from_proto(const peer::v1::JoinRankRequest& message) {

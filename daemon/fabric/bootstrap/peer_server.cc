@@ -94,6 +94,7 @@ base::Status PeerServer::Parts::start() {
   context.cluster_key = options.cluster_key;
   context.identity = options.identity;
   context.rendezvous = &rendezvous;
+  context.probes = options.probes;
   context.deadline_changed = [this] { wake(); };
   peer_service = make_peer_service(&context);
   rendezvous_service = make_rendezvous_service(&context);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "daemon/base/status.h"
+#include "daemon/fabric/bootstrap/probe_port.h"
 #include "daemon/group/rendezvous.h"
 
 namespace expertd::fabric {
@@ -19,6 +20,7 @@ struct PeerServerOptions {
   std::string cluster_key;  // every call must carry the same; empty: calls must carry none
   group::NodeIdentity identity;
   group::RendezvousOptions rendezvous;
+  ProbePort* probes = nullptr;  // measurements; outlives the server. Null: refused
   uint32_t connections_max = 256;
   uint64_t first_bytes_ns = 5'000'000'000;  // as in PeerListenerOptions
   uint64_t keepalive_ns = 10'000'000'000;   // a peer that answers no ping for this and half as long is cut off

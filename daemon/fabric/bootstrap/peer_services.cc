@@ -196,7 +196,66 @@ class PeerService final : public peer::v1::Peer::CallbackService {
     return reactor;
   }
 
+  grpc::ServerUnaryReactor* OpenProbe(grpc::CallbackServerContext* context, const peer::v1::OpenProbeRequest* request,
+                                      peer::v1::OpenProbeResponse* response) override {
+    auto call = HeldCall<peer::v1::OpenProbeResponse>::start(response);
+    grpc::ServerUnaryReactor* const reactor = call->reactor();
+    const ProbeOpening opening{from_proto(request->node()), request->probe(), request->bytes_max(),
+                               request->timeout_ns()};
+    const session::ErrorDetail error = admit_probe(*context, request->protocol_version(), opening.asker);
+    if (!error.status.is_ok()) {
+      call->finish(error);
+      return reactor;
+    }
+    peers_.probes->open(opening, [this, call](const session::ErrorDetail& ended) {
+      peer::v1::OpenProbeResponse out;
+      if (ended.status.is_ok()) {
+        to_proto(peers_.identity, out.mutable_node());
+      }
+      call->finish(ended, std::move(out));
+    });
+    return reactor;
+  }
+
+  grpc::ServerUnaryReactor* Measure(grpc::CallbackServerContext* context, const peer::v1::MeasureRequest* request,
+                                    peer::v1::MeasureResponse* response) override {
+    auto call = HeldCall<peer::v1::MeasureResponse>::start(response);
+    grpc::ServerUnaryReactor* const reactor = call->reactor();
+    const group::NodeIdentity to = from_proto(request->node());
+    const session::ErrorDetail error = admit_probe(*context, request->protocol_version(), to);
+    if (!error.status.is_ok()) {
+      call->finish(error);
+      return reactor;
+    }
+    peers_.probes->measure(to, request->timeout_ns(),
+                           [call](const session::ErrorDetail& ended, const std::vector<LaneSpeed>& lanes) {
+                             peer::v1::MeasureResponse out;
+                             for (const LaneSpeed& lane : lanes) {
+                               peer::v1::LaneSpeed* const shown = out.add_lanes();
+                               shown->set_lane(lane.lane);
+                               shown->set_latency_p50_ns(lane.latency_p50_ns);
+                               shown->set_latency_p99_ns(lane.latency_p99_ns);
+                               shown->set_bytes_per_second(lane.bytes_per_second);
+                             }
+                             call->finish(ended, std::move(out));
+                           });
+    return reactor;
+  }
+
  private:
+  session::ErrorDetail admit_probe(const grpc::CallbackServerContext& context, uint32_t version,
+                                   const group::NodeIdentity& other) const {
+    session::ErrorDetail error = admit(peers_, context, version);
+    if (error.status.is_ok()) {
+      error = group::check_identity(other);
+    }
+    if (error.status.is_ok() && peers_.probes == nullptr) {
+      error.status =
+          base::Status(EXPERTD_REASON_UNSUPPORTED, "node \"" + peers_.identity.name + "\" does not measure the fabric");
+    }
+    return error;
+  }
+
   PeerContext& peers_;
 };
 
@@ -262,6 +321,21 @@ class RendezvousService final : public peer::v1::Rendezvous::CallbackService {
       ranks.resize(std::min<size_t>(ranks.size(), group::kMaxGroupRanks));
       peers_.rendezvous->report_gone(message.group_key(), message.node_id(), ranks);
     });
+  }
+
+  grpc::ServerUnaryReactor* ListNodes(grpc::CallbackServerContext* context, const peer::v1::ListNodesRequest* request,
+                                      peer::v1::ListNodesResponse* response) override {
+    auto call = HeldCall<peer::v1::ListNodesResponse>::start(response);
+    grpc::ServerUnaryReactor* const reactor = call->reactor();
+    const session::ErrorDetail error = admit_host(peers_, *context, request->protocol_version());
+    peer::v1::ListNodesResponse out;
+    if (error.status.is_ok()) {
+      for (const group::Rendezvous::NodeSnapshot& node : peers_.rendezvous->nodes()) {
+        to_proto(group::NodeIdentity{node.id, node.name, node.address, {}}, out.add_nodes());
+      }
+    }
+    call->finish(error, std::move(out));
+    return reactor;
   }
 
  private:

@@ -10,6 +10,7 @@
 #include <memory>
 #include <string>
 
+#include "daemon/fabric/bootstrap/probe_port.h"
 #include "daemon/group/rendezvous.h"
 
 namespace expertd::fabric {
@@ -26,6 +27,7 @@ struct PeerContext {
   std::atomic<uint64_t> term{0};          // that it hosts in; 0: it is not elected
   std::atomic<uint64_t> until_ns{kEver};  // then it hosts no longer, whatever happens
   group::Rendezvous* rendezvous = nullptr;
+  ProbePort* probes = nullptr;             // null: this daemon does not measure
   std::function<void()> deadline_changed;  // the rendezvous may have an earlier one
 
   bool hosts_at(uint64_t now_ns) const {

@@ -172,11 +172,13 @@ namespace {
 
 /// Of the kernels for groups over several nodes.
 cudaError_t launch_node_null(const PartParams& null, cudaStream_t stream) {
-  const cudaError_t errors[] = {
-      launch_node_pack_rows(null, {}, {}, stream), launch_node_spread_rows(null, {}, {}, stream),
-      launch_node_pack_pulls(null, {}, {}, stream), launch_node_serve_pulls(null, {}, {}, stream),
-      launch_node_combine(null, {}, {}, stream),   launch_take_doorbell(nullptr, nullptr, 0, stream),
-      launch_swap_word({}, stream)};
+  const cudaError_t errors[] = {launch_node_pack_rows(null, {}, {}, stream),
+                                launch_node_spread_rows(null, {}, {}, stream),
+                                launch_node_pack_pulls(null, {}, {}, stream),
+                                launch_node_serve_pulls(null, {}, {}, stream),
+                                launch_node_combine(null, {}, {}, stream),
+                                launch_take_doorbell(nullptr, nullptr, 0, stream),
+                                launch_swap_word({}, stream)};
   for (const cudaError_t error : errors) {
     if (error != cudaSuccess) {
       return error;

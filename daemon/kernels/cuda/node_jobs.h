@@ -17,9 +17,9 @@ namespace expertd::kernels::cuda {
 
 /// Nodes of such a group at most: each has a rank.
 inline constexpr uint32_t kMaxGpuNodes = base::kMaxGpuRanks;
-inline constexpr uint32_t kPackBuffers = 32;     // of one launch, all nodes together
-inline constexpr uint32_t kNodeMessages = 8;     // of one launch
-inline constexpr uint32_t kPullWindows = 16;     // of one launch
+inline constexpr uint32_t kPackBuffers = 32;      // of one launch, all nodes together
+inline constexpr uint32_t kNodeMessages = 8;      // of one launch
+inline constexpr uint32_t kPullWindows = 16;      // of one launch
 inline constexpr uint32_t kMostPullTokens = 256;  // of one window
 
 /// Who sits where, as engine::Placement has it.
@@ -43,8 +43,8 @@ struct NodeTotals {
 struct PackRowsJob {
   uint32_t begin = 0;
   uint32_t end = 0;
-  MessageHead head;                       // which of weights and side travel; writing heads is the host's
-  EntryLayout layout[kMaxGpuNodes];       // rows_layout() of each node; the own one's is not read
+  MessageHead head;                  // which of weights and side travel; writing heads is the host's
+  EntryLayout layout[kMaxGpuNodes];  // rows_layout() of each node; the own one's is not read
   uint32_t per_message[kMaxGpuNodes] = {};
   uint32_t first_buffer[kMaxGpuNodes] = {};
   char* buffers[kPackBuffers] = {};  // where the first entry goes
@@ -93,8 +93,8 @@ struct ServePullsJob {
   };
   uint32_t messages = 0;
   Message message[kNodeMessages];
-  EntryLayout pulls;         // pulls_layout() of the own node
-  uint32_t local_ranks = 0;  // bits: of this node, that take part
+  EntryLayout pulls;                             // pulls_layout() of the own node
+  uint32_t local_ranks = 0;                      // bits: of this node, that take part
   uint32_t place_rank[base::kMaxGpuRanks] = {};  // by place of the own node: its rank
   NodeTotals* totals = nullptr;
 };
@@ -104,10 +104,10 @@ struct ServePullsJob {
 struct CombineNodesJob {
   uint32_t begin = 0;
   uint32_t end = 0;
-  const char* sums[kMaxGpuNodes] = {};      // by node: entries, device memory; null: none
-  uint32_t server[kMaxGpuNodes] = {};       // by node: the rank that summed, for bad_ranks
-  EntryLayout layout;                       // sums_layout()
-  const int32_t* positions = nullptr;       // as PackPullsJob wrote them
+  const char* sums[kMaxGpuNodes] = {};  // by node: entries, device memory; null: none
+  uint32_t server[kMaxGpuNodes] = {};   // by node: the rank that summed, for bad_ranks
+  EntryLayout layout;                   // sums_layout()
+  const int32_t* positions = nullptr;   // as PackPullsJob wrote them
   NodeTotals* totals = nullptr;
 };
 

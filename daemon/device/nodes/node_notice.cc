@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "daemon/device/host/node_notice.h"
+#include "daemon/device/nodes/node_notice.h"
 
 #include "proto/abi/expertd_reason.h"
 

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // NodeInbox: messages from other nodes for one rank of a group. Counts of operations that the rank has not come to yet
 // wait here as copies, a bounded number of them; no honest node sends anything else before it has this rank's counts.
-// Messages of operations that the rank is through with are let go. A rank that has operations in several orders (capture
-// lanes) has an inbox for each; whichever looks hands the others what is theirs. Loop thread of the rank.
+// Messages of operations that the rank is through with are let go. A rank that has operations in several orders
+// (capture lanes) has an inbox for each; whichever looks hands the others what is theirs. Loop thread of the rank.
 #pragma once
 
 #include <cstdint>
 #include <utility>
 #include <vector>
 
-#include "daemon/device/host/node_memory.h"
+#include "daemon/device/nodes/node_memory.h"
 #include "daemon/engine/ports.h"
 
 namespace expertd::device {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "daemon/device/host/node_outbox.h"
+#include "daemon/device/nodes/node_outbox.h"
 
 #include <algorithm>
 #include <bit>
@@ -33,6 +33,7 @@ void NodeOutbox::close() {
 void NodeOutbox::send(const engine::SendBuffer& buffer, engine::MessageHeader header, uint64_t bytes) {
   header.lane = op_->lane;
   header.op = op_->number;
+  header.view = op_->view;
   header.source_rank = op_->rank;
   const uint32_t kind = static_cast<uint32_t>(header.kind) - 1;
   header.sequence = sequences_[size_t{kind} * open_.size() + header.node]++;

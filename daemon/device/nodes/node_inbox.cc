@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "daemon/device/host/node_inbox.h"
+#include "daemon/device/nodes/node_inbox.h"
 
 namespace expertd::device {
 
@@ -7,6 +7,8 @@ namespace {
 // Of each other rank the counts of the next operation come early. More than that only when operations were aborted
 // there and not here; what has no place is lost then, and costs an operation its deadline.
 constexpr uint32_t kEarlyPerRank = 2;
+// A rank that was told of a loss first has done with all it had submitted, and so may another have before it.
+constexpr uint64_t kMostAhead = uint64_t{2} * EXPERTD_RING_SLOTS_MAX;
 }  // namespace
 
 NodeInbox::NodeInbox(uint32_t ranks, uint64_t counts_bytes)
@@ -53,7 +55,7 @@ bool NodeInbox::next_early(engine::Arrival* arrival) {
 }
 
 void NodeInbox::keep_early(engine::Arrival arrival) {
-  if (arrival.header.kind != engine::MessageKind::kCounts || arrival.header.op > number_ + engine::kExchangePages) {
+  if (arrival.header.kind != engine::MessageKind::kCounts || arrival.header.op > number_ + kMostAhead) {
     return;
   }
   for (size_t place = 0; place < early_.size(); ++place) {

@@ -8,7 +8,7 @@
 #include <span>
 #include <vector>
 
-#include "daemon/device/host/node_op.h"
+#include "daemon/device/nodes/node_op.h"
 
 namespace expertd::device {
 

@@ -18,6 +18,7 @@ struct NodeOp {
   uint64_t number = 0;
   uint32_t rank = 0;
   uint64_t active = 0;
+  uint32_t view = 0;  // epoch of the membership that `active` is of
   engine::FabricLane lane = engine::FabricLane::kThroughput;
   uint64_t message_bytes = 0;
   const kernels::OpParams* params = nullptr;  // of the own rank

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the tests of faults between nodes have in common: daemons that reach each other over tcp, clients as processes,
-// and expectations of how a loss is told. One thread; tests only.
+// Daemons of several nodes with client processes on them, which are told what to do together. Tests only.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -16,14 +15,11 @@
 
 namespace expertd::support {
 
-inline constexpr double kKilledMs = 50;      // until a killed daemon is found lost
-inline constexpr double kSilentMs = 600;     // until a silent one is, and until operations have ended in either case
-inline constexpr double kRecoveryMs = 2000;  // until rounds run again
-inline constexpr uint32_t kRanks = 2;        // of each node
-
-class NodeFault : public ::testing::Test {
+class NodeClients : public ::testing::Test {
  protected:
-  explicit NodeFault(uint32_t nodes = 2) : cluster_(nodes, kRanks + 1) {}
+  static constexpr uint32_t kRanks = 2;  // of each node
+
+  explicit NodeClients(uint32_t nodes) : cluster_(nodes, kRanks + 1) {}
 
   void SetUp() override { ASSERT_TRUE(cluster_.start()); }
 
@@ -62,9 +58,10 @@ class NodeFault : public ::testing::Test {
     return good;
   }
   /// These clients become ranks 0.. of a group.
-  bool join(const std::vector<uint32_t>& members, const std::string& name) {
+  bool join(const std::vector<uint32_t>& members, const std::string& name, const std::string& on_loss = "fail") {
     for (uint32_t rank = 0; rank < members.size(); ++rank) {
-      client(members[rank]).send("join " + name + " " + std::to_string(rank) + " " + std::to_string(members.size()));
+      client(members[rank])
+          .send("join " + name + " " + std::to_string(rank) + " " + std::to_string(members.size()) + " " + on_loss);
     }
     return expect_ok(members, "join");
   }

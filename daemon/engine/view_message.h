@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the nodes of a group send each other to agree on its views; daemon/engine/view_change.h says when. Values only.
+#pragma once
+
+#include <cstdint>
+
+namespace expertd::engine {
+
+inline constexpr uint32_t kViewNodes = 64;
+
+/// A generation of a group's membership: who takes part in operations from `from` on. Ranks are bits.
+struct View {
+  uint64_t epoch = 1;
+  uint64_t from = 1;
+  uint64_t lost = 0;      // gone, or of lost nodes
+  uint64_t excluded = 0;  // by request
+  uint64_t out() const { return lost | excluded; }
+  friend bool operator==(const View&, const View&) = default;
+};
+
+enum class ViewKind : uint32_t {
+  kReport = 1,    // a node wants a change, or to hear of one that it missed
+  kPrepare = 2,   // a ballot of the next view
+  kPromise = 3,   // to the ballot, or that a higher one has it
+  kAccept = 4,    // the next view, as the ballot has it
+  kAccepted = 5,  // the ballot's view
+  kCommit = 6,    // the view is decided
+  kOut = 7,       // the sender takes no part in the group any more
+};
+inline constexpr uint32_t kViewKinds = 7;
+
+/// A view that was proposed, and the ballot that it was first proposed with: whose promises it is made of.
+struct ViewValue {
+  View view;
+  uint64_t made = 0;
+};
+
+/// What a node knows and wishes.
+struct ViewReport {
+  uint64_t last = 0;        // the last operation that was decided there
+  uint64_t lost_nodes = 0;  // bits of nodes that it has lost
+  uint64_t gone = 0;        // ranks that it was told of, or its own
+  uint64_t exclude = 0;     // ranks that it wants excluded
+  uint64_t readmit = 0;     // and back
+};
+
+struct ViewMessage {
+  ViewKind kind = ViewKind::kReport;
+  uint64_t epoch = 0;     // of the view that is to be agreed on; kCommit: of the one that was
+  uint64_t ballot = 0;    // grows; the low bits are the node whose it is
+  uint64_t accepted = 0;  // kPromise: the ballot with which `value` was accepted; 0: none was
+  ViewValue value;        // kPromise, kAccept, kCommit
+  ViewReport report;      // kPromise
+};
+
+}  // namespace expertd::engine

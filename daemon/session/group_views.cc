@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "daemon/session/group_views.h"
+
+#include <algorithm>
+#include <bit>
+#include <chrono>
+#include <string>
+#include <vector>
+
+#include "daemon/base/clock.h"
+#include "daemon/base/log.h"
+
+namespace expertd::session {
+
+namespace {
+
+constexpr std::chrono::milliseconds kLook(5);
+constexpr uint64_t kReleaseNs = 50'000'000;  // a group whose ranks have left is looked at so often
+
+std::string ranks_text(uint64_t ranks) {
+  std::string text;
+  for (; ranks != 0; ranks &= ranks - 1) {
+    text += (text.empty() ? "" : ",") + std::to_string(std::countr_zero(ranks));
+  }
+  return text.empty() ? "none" : text;
+}
+
+}  // namespace
+
+/// One group here. What it has to send is sent when the state machine is through with what made it send.
+class GroupViews::Member final : public engine::ViewHost {
+ public:
+  Member(std::shared_ptr<engine::GroupShared> group, std::vector<uint64_t> node_ids, const engine::ViewOptions& options,
+         const Wake* wake)
+      : group_(std::move(group)),
+        node_ids_(std::move(node_ids)),
+        change_(*group_->settings().placement, options, this),
+        wake_(wake) {}
+
+  engine::GroupShared& group() { return *group_; }
+  engine::ViewChange& change() { return change_; }
+  const engine::ViewChange& change() const { return change_; }
+  const engine::GroupShared& group() const { return *group_; }
+  const std::vector<uint64_t>& node_ids() const { return node_ids_; }
+  bool is_used() const { return group_.use_count() > 1; }
+
+  uint64_t hold() override { return group_->hold(); }
+  void install(const engine::View& view, bool held) override {
+    group_->install(view, held);
+    base::log_info("a group's view", {{"group", std::to_string(group_->settings().shape.id.value)},
+                                      {"epoch", std::to_string(view.epoch)},
+                                      {"from_operation", std::to_string(view.from)},
+                                      {"lost", ranks_text(view.lost)},
+                                      {"excluded", ranks_text(view.excluded)}});
+    (*wake_)(*group_);
+  }
+  void end(engine::ViewEnd end) override {
+    group_->end_views();
+    base::log_error(
+        "this node's part of a group ends; leave the group and join again",
+        {{"group", std::to_string(group_->settings().shape.id.value)}, {"cause", engine::view_end_text(end)}});
+    (*wake_)(*group_);
+  }
+  void send(uint32_t node, const engine::ViewMessage& message) override { to_send_.emplace_back(node, message); }
+
+  void send_all() {
+    for (const auto& [node, message] : to_send_) {
+      group_->settings().fabric->tell_view(node, message);
+    }
+    to_send_.clear();
+  }
+
+ private:
+  std::shared_ptr<engine::GroupShared> group_;
+  std::vector<uint64_t> node_ids_;  // by node of the group
+  engine::ViewChange change_;
+  const Wake* wake_;
+  std::vector<std::pair<uint32_t, engine::ViewMessage>> to_send_;
+};
+
+GroupViews::GroupViews(Wake wake, const engine::ViewOptions& options) : wake_(std::move(wake)), options_(options) {}
+
+GroupViews::~GroupViews() = default;
+
+void GroupViews::add(const std::shared_ptr<engine::GroupShared>& group, std::vector<uint64_t> node_ids) {
+  if (!group->has_views()) {
+    return;
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_ptr<Member>& member = members_[group->settings().group_key];
+  member = std::make_unique<Member>(group, std::move(node_ids), options_, &wake_);
+  // Who was lost since the fabric was opened is told to the group alone.
+  const engine::Placement& placement = *group->settings().placement;
+  for (uint32_t node = 0; node < placement.nodes(); ++node) {
+    uint64_t ranks = 0;
+    for (const uint32_t rank : placement.ranks_of[node]) {
+      ranks |= uint64_t{1} << rank;
+    }
+    const uint64_t lost = ranks & group->lost();
+    if (node != placement.own_node && lost == ranks) {
+      member->change().node_lost(node, base::now_ns());
+    }
+    for (uint64_t left = lost; left != 0; left &= left - 1) {
+      member->change().rank_gone(static_cast<uint32_t>(std::countr_zero(left)), base::now_ns());
+    }
+  }
+  moved(member.get());
+}
+
+GroupViews::Member* GroupViews::find(uint64_t group_key) {
+  const auto found = members_.find(group_key);
+  return found == members_.end() ? nullptr : found->second.get();
+}
+
+void GroupViews::moved(Member* member) {
+  member->send_all();
+  changed_.notify_all();
+  if (stir_) {
+    stir_();
+  }
+}
+
+void GroupViews::rank_gone(uint64_t group_key, uint32_t rank) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (Member* member = find(group_key)) {
+    member->change().rank_gone(rank, base::now_ns());
+    moved(member);
+  }
+}
+
+void GroupViews::node_lost(uint64_t node_id) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& [key, member] : members_) {
+    const std::vector<uint64_t>& ids = member->node_ids();
+    const auto found = std::find(ids.begin(), ids.end(), node_id);
+    if (found != ids.end()) {
+      member->change().node_lost(static_cast<uint32_t>(found - ids.begin()), base::now_ns());
+      moved(member.get());
+    }
+  }
+}
+
+void GroupViews::receive(uint64_t group_key, uint32_t node, const engine::ViewMessage& message) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Member* member = find(group_key);
+  if (member == nullptr) {
+    return;  // this node has no rank in it any more
+  }
+  if (!member->change().receive(node, message, base::now_ns())) {
+    base::log_warn("a message about a group's views makes no sense and is dropped",
+                   {{"node", std::to_string(node)}, {"kind", std::to_string(static_cast<uint32_t>(message.kind))}});
+  }
+  moved(member);
+}
+
+base::Status GroupViews::change_mask(const engine::GroupShared& group, uint64_t exclude, uint64_t readmit,
+                                     uint64_t deadline_ns) {
+  const uint64_t key = group.settings().group_key;
+  std::unique_lock<std::mutex> lock(mutex_);
+  Member* member = find(key);
+  if (member != nullptr && ((group.excluded() | exclude) & ~readmit) == group.excluded()) {
+    return base::Status::ok();
+  }
+  uint64_t wish = 0;
+  if (member != nullptr) {
+    wish = member->change().ask(exclude, readmit, base::now_ns());
+    moved(member);
+  }
+  while (member != nullptr && member->change().ended() == engine::ViewEnd::kNone) {
+    if (member->change().granted() >= wish) {
+      return base::Status::ok();
+    }
+    if (base::now_ns() >= deadline_ns) {
+      return base::Status(EXPERTD_REASON_TIMEOUT, "the nodes of the group have not agreed on the mask yet");
+    }
+    changed_.wait_for(lock, kLook);
+    member = find(key);
+  }
+  return base::Status(
+      EXPERTD_REASON_PEER_LOST,
+      std::string("this node takes no part in the group any more: ") +
+          (member == nullptr ? "its ranks have left" : engine::view_end_text(member->change().ended())) +
+          "; leave the group and join again");
+}
+
+// The last user's end closes the group on the fabric; until the others have a view without this node's ranks they ask
+// it, and it has to answer.
+bool GroupViews::is_over(const Member& member) {
+  return !member.is_used() && member.change().next_ns() == UINT64_MAX;
+}
+
+uint64_t GroupViews::tend(uint64_t now_ns) {
+  uint64_t next_ns = UINT64_MAX;
+  std::vector<std::unique_ptr<Member>> over;  // destroyed behind the lock: that waits for the fabric
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto entry = members_.begin(); entry != members_.end();) {
+      Member& member = *entry->second;
+      member.change().tend(now_ns);
+      member.send_all();
+      next_ns = std::min(next_ns, member.change().next_ns());
+      if ((member.group().local_ranks() & ~member.group().lost()) == 0) {
+        next_ns = std::min(next_ns, now_ns + kReleaseNs);
+      }
+      if (is_over(member)) {
+        over.push_back(std::move(entry->second));
+        entry = members_.erase(entry);
+      } else {
+        ++entry;
+      }
+    }
+    changed_.notify_all();
+  }
+  return next_ns;
+}
+
+void GroupViews::clear() {
+  Members members;  // destroyed behind the lock
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    members.swap(members_);
+  }
+}
+
+void GroupViews::settle(uint64_t deadline_ns) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  const auto settled = [](const auto& entry) { return entry.second->change().next_ns() == UINT64_MAX; };
+  while (!std::all_of(members_.begin(), members_.end(), settled) && base::now_ns() < deadline_ns) {
+    changed_.wait_for(lock, kLook);
+  }
+}
+
+}  // namespace expertd::session
