@@ -38,6 +38,7 @@ WALL_CLOCK_PLACES = {
     "daemon/fabric/bootstrap/peer_call.h": OF_GRPC,
     "daemon/fabric/bootstrap/peer_server.cc": OF_GRPC,
     "daemon/fabric/bootstrap/peer_services.cc": OF_GRPC,
+    "daemon/fabric/bootstrap/probe_calls.cc": OF_GRPC,
     "daemon/group/etcd/etcd_store.cc": OF_GRPC,
 }
 
