@@ -145,6 +145,21 @@ TEST_F(BootstrapRelay, AConnectionThatIsAlwaysCutEndsTheJoinAtItsDeadline) {
   expect_group(&second_, "afterwards");
 }
 
+/// A daemon that has long looked in vain looks anew when somebody wants to join.
+TEST_F(BootstrapRelay, AJoinDoesNotWaitForTheRestBetweenSearches) {
+  Relay relay;
+  TestNode rested({.name = "d",
+                   .id = 44,
+                   .rendezvous = {relay.address()},
+                   .backoff_min_ns = 60 * kSecond,
+                   .backoff_max_ns = 60 * kSecond});
+  EXPECT_TRUE(support::wait_until([&] { return !rested.client().state().cause.empty(); }, kPatience));
+  relay.set_target(host_.address());
+  const double ms = expect_group(&rested, "rested");
+  std::printf("a join in the middle of a rest: placed after %.0f ms\n", ms);
+  EXPECT_LT(ms, support::worst_bound_ms(1000));
+}
+
 TEST_F(BootstrapRelay, HalfOpenConnectionsHoldUpNoOtherJoin) {
   relay_.set_mute(true);
   relay_.cut();
