@@ -86,7 +86,7 @@ class FabricProbe : public testing::Test {
   /// Sent by the bare program over the latency lane.
   bool send(const WireProbe& header, uint32_t bytes, uint32_t flags = UCP_AM_SEND_FLAG_EAGER) {
     if (raw_ == nullptr) {
-      raw_ = std::make_unique<RawSender>(world_.node(0).fabric->identity().addresses[1]);
+      raw_ = std::make_unique<RawSender>(world_.node(0).fabric->identity().addresses[1].front());
     }
     return raw_->ready() && raw_->send(fabric::kWireProbe, &header, sizeof(header), payload_.data(), bytes, flags);
   }
@@ -274,16 +274,19 @@ TEST_F(FabricProbe, NoiseOfItsSizeNeverGetsThrough) {
 // The answering side by hand, so that nothing is answered between two asks.
 TEST(FabricProbeAnswerer, TakesAWindowOfAsksAndThenOnlyTheEnd) {
   const fabric::FabricOptions options = options_for("tcp", "self");
-  fabric::Peer::Lanes lanes;
+  fabric::Lanes lanes;
   fabric::NodeIdentity identity{.node_id = 2, .name = "self", .addresses = {}};
   for (uint32_t i = 0; i < fabric::kLanes; ++i) {
     auto lane = fabric::Lane::create(static_cast<fabric::LaneKind>(i), options.lanes[i]);
     ASSERT_TRUE(lane.is_ok()) << lane.status().message();
-    lanes[i] = std::move(lane).value();
-    identity.addresses[i] = lanes[i]->address();
+    lanes[i].push_back(std::move(lane).value());
+    identity.addresses[i].push_back(lanes[i].front()->address());
   }
   bool attention = false;
-  auto peer = fabric::Peer::create(identity, lanes, {1, options.heartbeat, &attention}, base::now_ns());
+  auto peer = fabric::Peer::create(
+      identity, lanes,
+      {.own_node_id = 1, .heartbeat = options.heartbeat, .window_bytes = options.window_bytes, .attention = &attention},
+      base::now_ns());
   ASSERT_TRUE(peer.is_ok()) << peer.status().message();
   {
     fabric::ProbeAnswerer answerer(1, peer.value().get(), &lanes, {2, kProbe, 64, UINT64_MAX},
@@ -312,8 +315,8 @@ TEST(FabricProbeAnswerer, TakesAWindowOfAsksAndThenOnlyTheEnd) {
   peer.value()->lose();
   const uint64_t deadline_ns = base::now_ns() + 10 * kSecondNs;
   while (!peer.value()->closed() && base::now_ns() < deadline_ns) {
-    for (const std::unique_ptr<fabric::Lane>& lane : lanes) {
-      (void)lane->progress();
+    for (const std::vector<std::unique_ptr<fabric::Lane>>& rails : lanes) {
+      (void)rails.front()->progress();
     }
   }
   EXPECT_TRUE(peer.value()->closed());
