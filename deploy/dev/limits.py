@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Checks the limits that the house sets itself: files of at most 500 lines, functions of at most 70, an SPDX line at the
-top of every source, no TODO of the kind now, no path of somebody's machine.
+top of every source, no TODO of the kind now, no path of somebody's machine, no wall clock outside of the places that
+are named here: whoever sets it must move no deadline.
 
 limits [ROOT]: exits 1 with one line per breach.
 """
@@ -21,6 +22,25 @@ NO_TEXT = {".desc", ".bin", ".png"}
 # Spelt so that this file does not match itself.
 MACHINE_PATH = re.compile(r"(?<![\w.$}~/-])/(?:%s)/\w" % "|".join(("home", "work", "root", "Users")))
 TODO_NOW = "TODO" + "(now)"
+# Readings of the wall clock and waits until a time of it.
+WALL_CLOCK = re.compile(
+    r"\b(?:system_clock|high_resolution_clock|CLOCK_REALTIME\w*|CLOCK_TAI|gettimeofday|timespec_get|ftime"
+    r"|sem_timedwait|pthread_\w+_timed\w+|mq_timed\w+|GPR_CLOCK_REALTIME)\b|(?<![\w.>])time\(\s*(?:nullptr|NULL|0|&\w+)\s*\)"
+)
+WITHOUT_WALL_CLOCK = ("daemon/", "client/", "proto/")
+# gRPC takes and gives deadlines as a time of the wall clock; each of these converts with the clock of that moment.
+OF_GRPC = "deadlines of gRPC"
+WALL_CLOCK_PLACES = {
+    "client/ctl/bench_report.cc": "the date in a report",
+    "client/ctl/daemon_client.cc": OF_GRPC,
+    "daemon/base/log.cc": "the time of a line",
+    "daemon/control/control_server.cc": OF_GRPC,
+    "daemon/fabric/bootstrap/peer_call.h": OF_GRPC,
+    "daemon/fabric/bootstrap/peer_server.cc": OF_GRPC,
+    "daemon/fabric/bootstrap/peer_services.cc": OF_GRPC,
+    "daemon/fabric/bootstrap/probe_calls.cc": OF_GRPC,
+    "daemon/group/etcd/etcd_store.cc": OF_GRPC,
+}
 
 TOKENS = re.compile(
     r"//[^\n]*|/\*.*?\*/"
@@ -98,6 +118,15 @@ def wants_spdx(path, lines):
     return path.suffix in WITH_SPDX or path.name in WITH_SPDX_NAMES or (lines and lines[0].startswith("#!"))
 
 
+def wall_clocks(path, text):
+    """Lines of a source that look at the wall clock and are not in a place named for it."""
+    name = path.as_posix()
+    if path.suffix not in C_LIKE or not name.startswith(WITHOUT_WALL_CLOCK) or name in WALL_CLOCK_PLACES:
+        return []
+    code = TOKENS.sub(blank, text)
+    return [code.count("\n", 0, match.start()) + 1 for match in WALL_CLOCK.finditer(code)]
+
+
 def check_file(path, text):
     """Breaches of one file as (line, message)."""
     lines = text.splitlines()
@@ -112,6 +141,8 @@ def check_file(path, text):
     for begin, length in functions(path, text):
         if length > FUNCTION_LINES_MAX:
             breaches.append((begin, f"a function of {length} lines; the limit is {FUNCTION_LINES_MAX}"))
+    for line in wall_clocks(path, text):
+        breaches.append((line, "the wall clock; times are base::now_ns(), CLOCK_MONOTONIC"))
     for number, line in enumerate(lines, 1):
         if TODO_NOW in line:
             breaches.append((number, f"{TODO_NOW} does not land"))

@@ -64,6 +64,8 @@ class TestNode {
     uint32_t connections_max = 256;
     bool hosts_by_list = true;                     // false: only the test tells the server whether it hosts
     std::function<group::Elected()> elected = {};  // in place of `rendezvous`
+    uint64_t backoff_min_ns = 10'000'000;
+    uint64_t backoff_max_ns = 200'000'000;
   };
 
   explicit TestNode(Settings settings) : settings_(std::move(settings)) {
@@ -139,8 +141,8 @@ class TestNode {
     options.own_port = server_->port();
     options.own_listen = settings_.listen;
     options.presence_ns = kSecond / 5;
-    options.backoff_min_ns = 10'000'000;
-    options.backoff_max_ns = 200'000'000;
+    options.backoff_min_ns = settings_.backoff_min_ns;
+    options.backoff_max_ns = settings_.backoff_max_ns;
     base::Result<std::unique_ptr<RendezvousClient>> client = RendezvousClient::create(options, [this](bool hosting) {
       if (PeerServer* const server = current_.load(); server != nullptr && settings_.hosts_by_list) {
         server->set_hosting(hosting);

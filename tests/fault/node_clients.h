@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <vector>
@@ -78,6 +79,19 @@ class NodeClients : public ::testing::Test {
       EXPECT_TRUE(std::find(lost.begin(), lost.end(), named) != lost.end()) << "rank " << rank << ": " << end;
     }
     return worst_ms;
+  }
+
+  static double outage_s() {
+    const char* const text = std::getenv("EXPERTD_TEST_OUTAGE_S");
+    return text == nullptr ? 0 : std::strtod(text, nullptr);
+  }
+  /// Ranks of a group run rounds for EXPERTD_TEST_OUTAGE_S seconds (0; `make soak` says 60), so that what is away stays
+  /// away for so long.
+  void outlast(const std::vector<uint32_t>& ranks) {
+    const uint64_t begin = monotonic_ns();
+    do {
+      ASSERT_TRUE(tell(ranks, "rounds 10"));
+    } while (elapsed_ms(begin) < outage_s() * 1000);
   }
 
   /// How often a daemon has said that a node is lost.

@@ -76,7 +76,7 @@ TEST_F(NodeDeath, AStoppedDaemonIsLostAndWritesNothingLater) {
   // of the old group under way.
   ASSERT_TRUE(tell({0, 1}, "leave"));
   ASSERT_TRUE(join({0, 1}, "left"));
-  ASSERT_TRUE(tell({0, 1}, "rounds 10"));
+  ASSERT_NO_FATAL_FAILURE(outlast({0, 1}));
   ASSERT_TRUE(loop({0, 1}));
   const uint64_t awake = monotonic_ns();
   cluster_.node(1).resume();

@@ -60,6 +60,9 @@ std::vector<char*> pointers(const std::vector<std::string>& texts) {
       ::dup2(given[target], target);
     }
   }
+  if (options.network_namespace >= 0 && ::setns(options.network_namespace, CLONE_NEWNET) != 0) {
+    ::_exit(kExitNoNamespace);
+  }
   // CUDA looks itself up in /proc, which must be that of the namespace.
   if (options.own_pid_namespace && (::mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0 ||
                                     ::mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, nullptr) != 0)) {

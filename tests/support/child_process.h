@@ -18,9 +18,10 @@ struct ChildOptions {
   int output = -1;
   int error = -1;
   bool own_pid_namespace = false;  // it is process 1 there, with a /proc of its own; needs root
+  int network_namespace = -1;      // a descriptor of the one it is in; -1: this process's own; another needs root
 };
 
-/// Its exit codes when the program was never reached.
+/// Its exit codes when the program was never reached (the second: a namespace was not to be had).
 inline constexpr int kExitNoProgram = 127;
 inline constexpr int kExitNoNamespace = 126;
 

@@ -15,27 +15,33 @@ constexpr int kTries = 3;
 }  // namespace
 
 DaemonCluster::DaemonCluster(uint32_t nodes, uint32_t devices, std::vector<std::string> flags)
-    : devices_(devices), flags_(std::move(flags)), own_flags_(nodes), nodes_(nodes) {
+    : devices_(devices), flags_(std::move(flags)), own_flags_(nodes), rendezvous_(nodes), nodes_(nodes) {
   make();  // addresses are asked for before the start
 }
 
 void DaemonCluster::make() {
   const bool elected = std::any_of(flags_.begin(), flags_.end(),
                                    [](const std::string& flag) { return flag.rfind("--fabric-etcd=", 0) == 0; });
+  const std::vector<uint16_t> ports = free_ports(nodes());
   addresses_.clear();
-  for (const uint16_t port : free_ports(nodes())) {
-    addresses_.push_back("127.0.0.1:" + std::to_string(port));
+  for (uint32_t index = 0; index < nodes(); ++index) {
+    const std::string host = network_ == nullptr ? "127.0.0.1" : network_->address(index);
+    addresses_.push_back(host + ":" + std::to_string(ports[index]));
   }
   for (uint32_t index = 0; index < nodes(); ++index) {
     std::vector<std::string> flags = {"--fabric-enabled=true", "--fabric-listen=" + address(index),
                                       "--fabric-node-name=" + name(index), "--fabric-transports=tcp",
-                                      "--fabric-devices=lo"};
+                                      network_ == nullptr ? "--fabric-devices=lo" : "--fabric-devices=eth0"};
     if (!elected) {
-      flags.push_back("--fabric-rendezvous=" + address(0));
+      flags.push_back("--fabric-rendezvous=" + (rendezvous_[index].empty() ? address(0) : rendezvous_[index]));
     }
     flags.insert(flags.end(), flags_.begin(), flags_.end());
     flags.insert(flags.end(), own_flags_[index].begin(), own_flags_[index].end());
     nodes_[index] = std::make_unique<DaemonProcess>(devices_, std::move(flags));
+    nodes_[index]->set_environment(environment_);
+    if (network_ != nullptr) {
+      nodes_[index]->use_network_namespace(network_->descriptor(index));
+    }
     if (start_limit_.count() != 0) {
       nodes_[index]->set_start_limit(start_limit_);
     }

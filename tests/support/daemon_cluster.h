@@ -8,9 +8,11 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/support/daemon_process.h"
+#include "tests/support/node_network.h"
 #include "tests/support/rank_threads.h"
 
 namespace expertd::support {
@@ -22,6 +24,12 @@ class DaemonCluster {
 
   /// Before start(): flags of one daemon alone, and how long each may take.
   void add_flags(uint32_t node, std::vector<std::string> flags);
+  /// Before start(): another address at which one daemon finds the rendezvous.
+  void set_rendezvous(uint32_t node, const std::string& address) { rendezvous_[node] = address; }
+  /// Before start(): the network of the daemons in place of loopback; it outlives the object.
+  void use_network(const NodeNetwork* network) { network_ = network; }
+  /// Before start(): "NAME=value" for every daemon.
+  void set_environment(std::vector<std::string> variables) { environment_ = std::move(variables); }
   void set_start_limit(std::chrono::milliseconds limit) { start_limit_ = limit; }
   /// Starts all at once; with other ports when somebody took one of these meanwhile. False with their logs.
   bool start();
@@ -30,7 +38,7 @@ class DaemonCluster {
   DaemonProcess& node(uint32_t index) { return *nodes_[index]; }
   /// "n1" is node 0.
   static std::string name(uint32_t index) { return "n" + std::to_string(index + 1); }
-  /// "127.0.0.1:PORT", where other daemons reach it.
+  /// "127.0.0.1:PORT" or as in the network, known since start(): where other daemons reach it.
   const std::string& address(uint32_t index) const { return addresses_[index]; }
 
   /// `ranks` devices of each of the first `nodes` daemons (0: of all), in the order of nodes; those of another group
@@ -43,6 +51,9 @@ class DaemonCluster {
   const uint32_t devices_;
   const std::vector<std::string> flags_;
   std::vector<std::vector<std::string>> own_flags_;
+  std::vector<std::string> rendezvous_;  // empty: that of all
+  const NodeNetwork* network_ = nullptr;
+  std::vector<std::string> environment_;
   std::chrono::milliseconds start_limit_{0};  // 0: that of every daemon
   std::vector<std::unique_ptr<DaemonProcess>> nodes_;
   std::vector<std::string> addresses_;

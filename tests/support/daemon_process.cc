@@ -72,12 +72,10 @@ std::string binary_directory() {
   return there ? beside.string() : std::string(EXPERTD_BINARY_DIR) + "/bin";
 }
 
-RunResult run_program(const std::vector<std::string>& arguments, std::chrono::milliseconds limit) {
+RunResult run_child(ChildOptions options, std::chrono::milliseconds limit) {
   const TempDir directory;
-  note_wait("the end of " + arguments.front());
-  ChildOptions options;
-  options.arguments = arguments;
-  const pid_t pid = spawn(options, directory.file("stdout"), directory.file("stderr"));
+  note_wait("the end of " + options.arguments.front());
+  const pid_t pid = spawn(std::move(options), directory.file("stdout"), directory.file("stderr"));
   int status = 0;
   RunResult result;
   bool ended = pid > 0 && reap_child(pid, &status, limit);
@@ -89,6 +87,12 @@ RunResult run_program(const std::vector<std::string>& arguments, std::chrono::mi
   result.output = read_text(directory.file("stdout"));
   result.error = read_text(directory.file("stderr"));
   return result;
+}
+
+RunResult run_program(const std::vector<std::string>& arguments, std::chrono::milliseconds limit) {
+  ChildOptions options;
+  options.arguments = arguments;
+  return run_child(std::move(options), limit);
 }
 
 RunResult run_program(const std::string& name, const std::vector<std::string>& arguments,
@@ -129,6 +133,8 @@ void DaemonProcess::launch() {
   metrics_port_ = 0;
   ChildOptions options;
   options.arguments = arguments_;
+  options.environment = environment_;
+  options.network_namespace = network_namespace_;
   options.own_pid_namespace = own_pid_namespace_;
   pid_ = spawn(options, directory_.file("stdout"), directory_.file("stderr"));
 }

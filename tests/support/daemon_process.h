@@ -8,8 +8,10 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "tests/support/child_process.h"
 #include "tests/support/temp_dir.h"
 
 namespace expertd::support {
@@ -25,6 +27,7 @@ struct RunResult {
 };
 
 /// Runs a program and waits for its end.
+RunResult run_child(ChildOptions options, std::chrono::milliseconds limit);
 RunResult run_program(const std::vector<std::string>& arguments, std::chrono::milliseconds limit);
 /// Runs a program of binary_directory() with these arguments and waits for its end.
 RunResult run_program(const std::string& name, const std::vector<std::string>& arguments,
@@ -45,6 +48,10 @@ class DaemonProcess {
   /// From the next start on: how long it may take, and whether it is process 1 of a pid namespace of its own.
   void set_start_limit(std::chrono::milliseconds limit) { start_limit_ = limit; }
   void use_own_pid_namespace() { own_pid_namespace_ = true; }
+  /// From the next start on: in this network namespace (a descriptor that outlives the object), where its metrics
+  /// cannot be reached from here; with these variables.
+  void use_network_namespace(int fd) { network_namespace_ = fd; }
+  void set_environment(std::vector<std::string> variables) { environment_ = std::move(variables); }
   /// Starts it (again, in the same directory) and returns when it answers; false with the log when it does not.
   bool start();
   /// start() in two parts, so that several can start at once: begins it; then waits, and says nothing when it failed.
@@ -87,7 +94,9 @@ class DaemonProcess {
   TempDir directory_;
   std::vector<std::string> arguments_;
   std::chrono::milliseconds start_limit_{20'000};
+  std::vector<std::string> environment_;
   bool own_pid_namespace_ = false;
+  int network_namespace_ = -1;
   pid_t pid_ = -1;
   uint16_t metrics_port_ = 0;
 };

@@ -19,6 +19,7 @@ constexpr int kAnswerBytesMax = 2 << 20;
 constexpr int kKeepaliveMs = 2'000;
 constexpr int kKeepaliveTimeoutMs = 2'000;
 constexpr size_t kCauseBytesMax = 512;
+constexpr uint64_t kRestOfJoinsNs = 100'000'000;  // the longest rest between searches that somebody's join waits for
 
 std::shared_ptr<grpc::Channel> open_channel(const std::string& target) {
   grpc::ChannelArguments arguments;
@@ -179,6 +180,10 @@ void RendezvousLoop::accept(std::shared_ptr<PeerCall> call, const session::Error
   }
   if (call->kind() == CallKind::kWithdraw) {
     end_withdrawn(*call);
+  }
+  if (host_ == Host::kResting && call->kind() == CallKind::kJoin) {
+    // The rest may have grown to seconds while nobody asked, and the host be back since.
+    next_search_ns_ = std::min(next_search_ns_, resting_since_ns_ + kRestOfJoinsNs);
   }
   if (host_ == Host::kFound) {
     send(call);
@@ -411,6 +416,7 @@ void RendezvousLoop::host_found(const peer::v1::HelloResponse& answer) {
 
 void RendezvousLoop::search_failed() {
   host_ = Host::kResting;
+  resting_since_ns_ = base::now_ns();
   stubs_.reset();
   backoff_ns_ = std::clamp(backoff_ns_ * 2, options_.backoff_min_ns, options_.backoff_max_ns);
   next_search_ns_ = search_anew_ ? 0 : base::now_ns() + jittered(backoff_ns_);
@@ -423,6 +429,7 @@ void RendezvousLoop::search_failed() {
 
 void RendezvousLoop::lose_host(const std::string& cause) {
   host_ = Host::kResting;
+  resting_since_ns_ = base::now_ns();
   cause_ = cause;
   cause_.resize(std::min(cause_.size(), kCauseBytesMax));
   backoff_ns_ = std::clamp(backoff_ns_ * 2, options_.backoff_min_ns, options_.backoff_max_ns);

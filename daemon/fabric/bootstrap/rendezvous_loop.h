@@ -86,6 +86,7 @@ class RendezvousLoop {
   session::ErrorDetail refusal_;      // of a candidate in this search
   uint64_t next_hello_ns_ = 0;
   uint64_t next_search_ns_ = 0;
+  uint64_t resting_since_ns_ = 0;
   uint64_t backoff_ns_ = 0;
 
   mutable std::mutex mutex_;
