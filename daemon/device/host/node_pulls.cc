@@ -13,8 +13,7 @@ namespace {
 constexpr uint32_t kMostWindowTokens = 256;
 }  // namespace
 
-NodePulls::NodePulls(uint32_t ranks)
-    : memory_(uint64_t{ranks} * kPullWindows, kSumsBytes), messages_(ranks), partials_(ranks) {
+NodePulls::NodePulls(uint32_t ranks) : memory_(uint64_t{ranks} * 2, kSumsBytes), messages_(ranks), partials_(ranks) {
   for (Window& window : windows_) {
     window.asked.resize(ranks);
   }
@@ -47,13 +46,11 @@ void NodePulls::begin(std::span<const uint32_t> capacities) {
     fitting = std::min(fitting, (std::min(op_->message_bytes, kPullsBytes) - sizeof(head_)) / pulls.stride);
   }
   window_tokens_ = static_cast<uint32_t>(std::clamp<uint64_t>(fitting, 1, kMostWindowTokens));
-  const uint32_t others = std::max(op_->placement->nodes(), 2U) - 1;
-  most_windows_ = std::clamp(kSumMessages / others, 2U, kPullWindows);
 }
 
 bool NodePulls::advance(uint32_t tokens, kernels::OpReport* report) {
   bool moved = false;
-  if (in_flight_ < most_windows_ && !all_sent_) {
+  if (in_flight_ < windows_.size() && !all_sent_) {
     Window& window = windows_[(oldest_ + in_flight_) % windows_.size()];
     if (!opening_) {
       const uint32_t end = std::min(op_->params->shape.tokens, sent_tokens_ + window_tokens_);
@@ -191,7 +188,7 @@ bool NodePulls::take(const engine::Arrival& arrival, const kernels::MessageHead&
     Asked& asked = window.asked[node];
     if ((window.waits >> node & 1) != 0 && fits(window, asked, entries)) {
       engine::Arrival sums = arrival;
-      if (!memory_.keep(uint64_t{(oldest_ + i) % kPullWindows} * partials_.size() + node, &sums)) {
+      if (!memory_.keep(uint64_t{(oldest_ + i) % 2} * partials_.size() + node, &sums)) {
         return false;
       }
       window.waits &= ~(uint64_t{1} << node);

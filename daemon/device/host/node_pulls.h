@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// NodePulls: a rank's combine as far as it concerns other nodes. Its tokens are taken in windows, several at a time:
-// for each the nodes are sent what to sum, and when all their sums are there the window's tokens are finished. A window
-// is such that what one node sends for it is one message, so copies of no more messages per node than windows are kept.
-// Few nodes have more windows under way, since each answers one window at a time. Loop thread.
+// NodePulls: a rank's combine as far as it concerns other nodes. Its tokens are taken in windows, two at a time: for
+// each the nodes are sent what to sum, and when all their sums are there the window's tokens are finished. A window is
+// such that what one node sends for it is one message, so copies of no more than two messages per node are ever kept.
+// Loop thread.
 #pragma once
 
 #include <array>
@@ -15,14 +15,9 @@
 namespace expertd::device {
 
 /// Most bytes of a message of pulls, which whoever serves them keeps, and of the sums that come back: some 16 rows of
-/// 7168 channels. Memory is there for kPullWindows of each per rank and node, of which only what is used is ever
-/// touched.
+/// 7168 channels. Memory is there for two of each per rank and node, of which only what is used is ever touched.
 inline constexpr uint64_t kPullsBytes = uint64_t{16} * 1024;
 inline constexpr uint64_t kSumsBytes = uint64_t{256} * 1024;
-/// Windows of a rank under way at most, and messages of sums that it may have under way from all nodes together, but
-/// for two windows, which there always are.
-inline constexpr uint32_t kPullWindows = 8;
-inline constexpr uint32_t kSumMessages = 16;
 
 class NodePulls {
  public:
@@ -69,9 +64,8 @@ class NodePulls {
   uint64_t pulled_bytes_ = 0;
   kernels::EntryLayout sums_;
   uint32_t window_tokens_ = 1;
-  std::array<Window, kPullWindows> windows_;
-  uint32_t most_windows_ = 2;  // of this operation
-  NodeMemory memory_;          // per window and node
+  std::array<Window, 2> windows_;
+  NodeMemory memory_;  // per window and node
   uint32_t oldest_ = 0;
   uint32_t in_flight_ = 0;    // whole windows
   bool opening_ = false;      // the one behind them is sent to some nodes
