@@ -36,6 +36,9 @@ void fill(google::protobuf::Message* message, uint32_t* next) {
       case Field::CPPTYPE_ENUM:
         reflection->SetEnumValue(message, field, 1 + static_cast<int>((*next)++ % 2));
         break;
+      case Field::CPPTYPE_MESSAGE:
+        fill(reflection->MutableMessage(message, field), next);
+        break;
       default:
         FAIL() << "this test does not know how to fill " << field->full_name();
     }
