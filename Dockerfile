@@ -12,20 +12,21 @@ RUN apt-get update \
  && install-packages build \
  && rm -rf /var/lib/apt/lists/*
 
-# A UCX that reaches memory of GPUs, for the backend direct of the fabric: --build-arg UCX=cuda, with a BUILD_BASE that has CUDA. By
-# default the distribution's, which goes through memory of the host. Not built where the project is tested.
+# A UCX that reaches memory of GPUs, for the backend direct of the fabric: --build-arg UCX=cuda, with a BUILD_BASE that has CUDA, and
+# --build-context ucx-source=FOLDER, the unpacked release of UCX 1.18 or newer. By default the distribution's, which goes through memory of
+# the host. Not built where the project is tested.
+FROM scratch AS ucx-source
+
 FROM deps AS ucx-distribution
 RUN install -d /opt/ucx
 
 FROM deps AS ucx-cuda
-ARG UCX_VERSION=1.18.1
-ADD https://github.com/openucx/ucx/releases/download/v${UCX_VERSION}/ucx-${UCX_VERSION}.tar.gz /tmp/ucx.tar.gz
-RUN tar -C /tmp -xzf /tmp/ucx.tar.gz \
- && cd /tmp/ucx-${UCX_VERSION} \
+COPY --from=ucx-source / /tmp/ucx/
+RUN cd /tmp/ucx \
  && ./contrib/configure-release --prefix=/opt/ucx --enable-mt --with-verbs --with-cuda=/usr/local/cuda \
       --without-go --without-java --disable-static \
  && make -j"$(nproc)" && make install \
- && rm -rf /tmp/ucx*
+ && rm -rf /tmp/ucx
 
 FROM ucx-${UCX} AS ucx
 

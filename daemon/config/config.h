@@ -72,7 +72,7 @@ struct SessionConfig {
 };
 
 enum class FabricRoute { kAuto, kRail, kSpread };
-enum class AdaptiveRouting { kDefault, kNo, kTry, kYes };
+enum class AdaptiveRouting { kDefault, kOff, kTry, kOn };
 
 /// One lane's own; what is not given is left to UCX.
 struct FabricLaneConfig {

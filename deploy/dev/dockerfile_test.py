@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-STAGES = ["deps", "build", "runtime"]
+STAGES = ["deps", "ucx-source", "ucx-distribution", "ucx-cuda", "ucx", "build", "runtime"]
 
 
 def instructions(text):
@@ -32,7 +32,7 @@ def check_bases(parsed, stages):
     breaches = []
     for alias, base, _ in stages:
         image = re.sub(r"\$\{(\w+)\}", lambda m: defaults.get(m.group(1), ""), base)
-        if image in STAGES:
+        if image in STAGES or image == "scratch":
             continue
         if ":" not in image or image.endswith(":latest"):
             breaches.append(f"stage {alias}: the base '{image}' has no fixed tag")
