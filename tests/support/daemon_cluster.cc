@@ -61,7 +61,7 @@ bool DaemonCluster::start() {
     if (failed == nodes_.end()) {
       return true;
     }
-    const bool taken = (*failed)->log().find("in use") != std::string::npos;
+    const bool taken = (*failed)->log().find("ADDRESS_IN_USE") != std::string::npos;
     if (!taken || attempt == kTries) {
       std::fprintf(stderr, "a daemon did not start:\n%s\n", (*failed)->log().c_str());
       return false;
