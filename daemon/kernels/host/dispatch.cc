@@ -94,25 +94,6 @@ void dispatch_lane(Dispatcher* run, uint32_t token, uint32_t lane) {
   }
 }
 
-/// The largest magnitude of a group. Magnitudes order like their bits, and integer maxima vectorise; NaNs count as
-/// zero.
-float group_amax(const uint16_t* __restrict in) {
-  int32_t largest = 0;
-  for (uint32_t i = 0; i < kScaleGroup; ++i) {
-    const int32_t magnitude = in[i] & 0x7fff;
-    const int32_t counted = magnitude > 0x7f80 ? 0 : magnitude;
-    largest = counted > largest ? counted : largest;
-  }
-  return bf16_to_float(static_cast<uint16_t>(largest));
-}
-
-/// A function of its own, so that the compiler believes `restrict` and vectorises without checks for overlap.
-void encode_group(const uint16_t* __restrict in, float scale, uint8_t* __restrict out) {
-  for (uint32_t i = 0; i < kScaleGroup; ++i) {
-    out[i] = float_to_e4m3(divide_exact(bf16_to_float(in[i]), scale));
-  }
-}
-
 bool has_rows(const OpParams& params, uint32_t token) {
   const int32_t* rows = params.routing.token_expert + size_t{token} * params.shape.top_k;
   return std::any_of(rows, rows + params.shape.top_k, [](int32_t row) { return row >= 0; });
@@ -157,15 +138,6 @@ void land_rows(Dispatcher* run, uint32_t token) {
 }
 
 }  // namespace
-
-void quantise_row(const uint16_t* row, uint32_t hidden, ScaleForm form, uint8_t* payload, float* scales) {
-  for (uint32_t group = 0; group < hidden / kScaleGroup; ++group) {
-    const size_t at = size_t{group} * kScaleGroup;
-    const float exact = group_scale(group_amax(row + at));
-    scales[group] = form == ScaleForm::kFloat32 ? exact : round_scale(exact);
-    encode_group(row + at, scales[group], payload + at);
-  }
-}
 
 uint32_t dispatch_range(const OpParams& params, const PeerView* peers, const TokenRange& tokens, RowPacker* packer,
                         OpReport* report) {
