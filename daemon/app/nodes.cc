@@ -297,8 +297,14 @@ base::Status Nodes::wait_up(const group::NodeIdentity& node, uint64_t deadline_n
       return base::Status::ok();
     }
     if (stop_ || base::now_ns() >= deadline_ns) {
-      return base::Status(EXPERTD_REASON_PEER_LOST,
-                          "node " + node.name + " at " + node.address + " did not answer on the fabric");
+      return base::Status(
+          EXPERTD_REASON_PEER_LOST,
+          "node " + node.name + " at " + node.address +
+              " gave its addresses but no sign of life over the fabric (transports " +
+              (config_.transports.empty() ? "auto" : joined(config_.transports)) +
+              "): one was expected from it by the control lane before the join's deadline; look whether "
+              "fabric.transports and fabric.devices fit both nodes and whether packets pass both ways "
+              "(expertctl doctor on each, expertctl mesh)");
     }
     changed_.wait_for(lock, kLook);
   }

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <bit>
 
+#include "daemon/engine/late_ranks.h"
+
 namespace expertd::engine {
 
 namespace {
@@ -330,7 +332,8 @@ bool Engine::advance_running(EngineSession& session, Op& op, bool may_work, uint
   } else if (now_ns >= op.request.deadline_ns) {
     uint64_t ranks = 0;
     const uint32_t missing = port_->missing(op.part, &ranks);
-    group.request_abort(op.number, {.reason = EXPERTD_REASON_TIMEOUT, .missing = missing, .rank = lowest_rank(ranks)});
+    const uint64_t active = group.entry(op.number).active.load(std::memory_order_acquire);
+    group.request_abort(op.number, late_failure(group.settings().placement.get(), active, missing, ranks));
     wake_group(group);
   }
   if (group.abort_requested(op.number, &op.failure)) {
