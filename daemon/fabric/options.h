@@ -187,7 +187,8 @@ struct FabricSnapshot {
   uint64_t turns = 0;           // of the thread
 };
 
-/// Sees what happens to peers. Fabric thread: must not block and must not call the fabric.
+/// Sees what happens to peers. On the control lane's thread but for beat(): must not block and must not call the
+/// fabric.
 class FabricObserver {
  public:
   virtual ~FabricObserver() = default;
@@ -199,8 +200,8 @@ class FabricObserver {
   virtual void rank_gone(uint64_t group_key, uint32_t rank, uint64_t through) = 0;
   /// A message about views of a group that is open here, of its node `node`.
   virtual void view_message(uint64_t group_key, uint32_t node, const engine::ViewMessage& message) = 0;
-  /// For the watchdog: at least twice a second.
-  virtual void beat(uint64_t now_ns) = 0;
+  /// For the watchdog: at least twice a second, of each lane's thread on that.
+  virtual void beat(LaneKind lane, uint64_t now_ns) = 0;
 };
 
 }  // namespace expertd::fabric

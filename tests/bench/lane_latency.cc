@@ -143,7 +143,7 @@ class Side final : public engine::WakePort, public fabric::FabricObserver {
   }
   void rank_gone(uint64_t /*key*/, uint32_t /*rank*/, uint64_t /*through*/) override {}
   void view_message(uint64_t /*key*/, uint32_t /*node*/, const engine::ViewMessage& /*message*/) override {}
-  void beat(uint64_t /*now_ns*/) override {}
+  void beat(fabric::LaneKind /*lane*/, uint64_t /*now_ns*/) override {}
   bool lost() const { return lost_.load(); }
 
  private:
