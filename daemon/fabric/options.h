@@ -57,8 +57,8 @@ struct FabricOptions {
   /// Bytes of rendezvous on the throughput lane that move at once from one peer by one rail; one message at least.
   uint64_t window_bytes = 1024 * 1024;
   HeartbeatOptions heartbeat;
-  uint64_t spin_ns = 50'000;               // the thread spins so long after the last work, then sleeps
-  uint64_t task_limit_ns = 5'000'000'000;  // a control thread waits so long for the fabric thread
+  uint64_t spin_ns = 50'000;               // a thread spins so long after the last work, then sleeps
+  uint64_t task_limit_ns = 5'000'000'000;  // a control thread waits so long for a thread of the fabric
   uint64_t stop_limit_ns = 1'000'000'000;  // stop() waits so long for what is in flight
   MemoryPort* memory = nullptr;            // null: anonymous memory of the process
 };

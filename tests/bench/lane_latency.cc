@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // lane_latency [TRANSPORT] [ROUNDS]: how long a small message of the latency lane takes there and back between two
 // processes, alone and while the throughput lane carries as much as it can both ways. Both in turns, so that what else
-// the machine does meets both; on each side a thread polls as the loop of a rank, and does nothing else, so that what is
-// measured is the fabric. Prints a line per round and the ratio of the p99 over all.
+// the machine does meets both; on each side a thread polls as the loop of a rank, and does nothing else, so that what
+// is measured is the fabric. Prints a line per round and the ratio of the p99 over all.
 #include <sys/wait.h>
 #include <unistd.h>
 
