@@ -211,6 +211,12 @@ PartFacts NodesGroup::facts(uint32_t rank) const {
   return ranks_[rank]->facts.get<PartFacts>(1)[0];
 }
 
+bool NodesGroup::exchanges(uint32_t rank, uint32_t node) const {
+  const std::vector<uint32_t>& ranks = placement_.ranks_of[node];
+  return node != placement_.node_of[rank] &&
+         std::any_of(ranks.begin(), ranks.end(), [this](uint32_t other) { return active(other); });
+}
+
 // Dispatch.
 
 void NodesGroup::run_dispatch() {
@@ -257,7 +263,7 @@ uint32_t NodesGroup::fill_pack_job(uint32_t rank, uint32_t begin, PackRowsJob* j
   const uint32_t buffers = (job->end - job->begin + per_message - 1) / per_message;
   uint32_t place = 0;
   for (uint32_t node = 0; node < nodes_; ++node) {
-    if (node == placement_.node_of[rank]) {
+    if (!exchanges(rank, node)) {
       continue;
     }
     job->layout[node] = kernels::rows_layout(shape, job->head, node_ranks(node));
@@ -284,7 +290,7 @@ void NodesGroup::pack_rows(uint32_t rank) {
     }
     for (uint32_t node = 0; node < nodes_; ++node) {
       ASSERT_LE(job.packed[node], job.end - job.begin);
-      ASSERT_TRUE(node != placement_.node_of[rank] || job.packed[node] == 0) << "rows for the own node";
+      ASSERT_TRUE(exchanges(rank, node) || job.packed[node] == 0) << "rows for a node that takes none";
       for (uint32_t done = 0, i = 0; done < job.packed[node]; ++i) {
         const uint32_t count = std::min(job.per_message[node], job.packed[node] - done);
         messages_.push_back({rank, node, count, job.head, job.buffers[job.first_buffer[node] + i]});
