@@ -66,8 +66,8 @@ fabric::NodeIdentity identity_of(const group::NodeIdentity& node) {
 }  // namespace
 
 base::Result<std::unique_ptr<Nodes>> Nodes::create(const config::FabricConfig& config, engine::WakePort* wake,
-                                                   supervise::Beat* beat, device::Device* gpu) {
-  std::unique_ptr<Nodes> nodes(new Nodes(config, beat));
+                                                   const Beats& beats, device::Device* gpu) {
+  std::unique_ptr<Nodes> nodes(new Nodes(config, beats));
   base::Result<std::string> key = fabric::read_cluster_key(config.cluster_key_file);
   if (!key.is_ok()) {
     return key.status();
@@ -86,7 +86,9 @@ Nodes::~Nodes() {
     server_->shutdown(base::now_ns() + kServerShutdownNs);
   }
   fabric_.reset();
-  beat_->retire();
+  for (supervise::Beat* beat : beats_) {
+    beat->retire();
+  }
 }
 
 base::Status Nodes::open_fabric(engine::WakePort* wake, device::Device* gpu) {
