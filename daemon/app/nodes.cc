@@ -9,6 +9,7 @@
 #include "daemon/app/fabric_setup.h"
 #include "daemon/base/clock.h"
 #include "daemon/base/log.h"
+#include "daemon/device/nodes/node_messages.h"
 #include "daemon/fabric/bootstrap/address.h"
 #include "daemon/fabric/bootstrap/node_facts.h"
 #include "daemon/fabric/ucx_probe.h"
@@ -18,7 +19,7 @@ namespace expertd::app {
 
 namespace {
 
-// Of groups on GPUs: times fabric.message_bytes, and send buffers of a rank.
+// Of groups on GPUs: times fabric.message_bytes at least, and send buffers of a rank.
 constexpr uint64_t kGpuMessages = 4;
 constexpr uint32_t kGpuSendBuffers = 8;
 
@@ -350,7 +351,9 @@ base::Result<std::shared_ptr<engine::FabricPort>> Nodes::open(const group::Place
   if (placed.ranks.front().facts.cuda) {
     // Launches of a few microseconds fill and empty them, and each needs one of every node.
     const auto others = static_cast<uint32_t>(placed.nodes.size() - 1);
-    link.message_bytes = std::min(link.message_bytes * kGpuMessages, fabric::kMaxMessageBytes);
+    link.message_bytes =
+        std::max(link.message_bytes * kGpuMessages, device::low_latency_message_bytes(settings.shape, link.placement));
+    link.message_bytes = std::min(link.message_bytes, fabric::kMaxMessageBytes);
     link.send_buffers = std::min(std::max(kGpuSendBuffers, 2 * others), fabric::kMaxBuffersPerLane);
   }
   base::Result<std::unique_ptr<engine::FabricPort>> port = fabric_->open_group(link);

@@ -28,10 +28,11 @@ void CudaDevice::NodeChain::begin_pulls() {
 
 /// Opens the next window with a buffer for each node; false: there are none, or no window is free.
 bool CudaDevice::NodeChain::open_window(Batch* batch, cu::PackPullsJob* job) {
-  const auto free = std::find_if(nodes_.windows.begin(), nodes_.windows.end(),
+  const auto end_of_windows = nodes_.windows.begin() + nodes_.window_count;
+  const auto free = std::find_if(nodes_.windows.begin(), end_of_windows,
                                  [](const NodeWindow& window) { return window.stage == NodeWindow::Stage::kFree; });
   const uint32_t others = other_nodes();
-  if (free == nodes_.windows.end() || job->windows + others > cu::kPullWindows) {
+  if (free == end_of_windows || job->windows + others > cu::kPullWindows) {
     return false;
   }
   const uint32_t before = batch->filled_count;

@@ -13,14 +13,17 @@
 #include "daemon/device/cuda/group_layout.h"
 #include "daemon/device/cuda/memory.h"
 #include "daemon/device/nodes/node_inbox.h"
+#include "daemon/device/nodes/node_messages.h"
 #include "daemon/device/nodes/node_notice.h"
 #include "daemon/device/nodes/node_outbox.h"
 #include "daemon/kernels/cuda/node_jobs.h"
 
 namespace expertd::device::cuda {
 
-/// Windows of a combine under way: with 72 tokens each (rows of 7168 channels in messages of 1 MiB) 8 MiB of sums.
+/// Windows of a combine under way at most: with 72 tokens each (rows of 7168 channels in messages of 1 MiB) 8 MiB of
+/// sums per node.
 inline constexpr uint32_t kNodeWindows = 8;
+static_assert(kernels::cuda::kMostPullTokens == kMostWindowTokens);
 /// Launches that touch messages and have not ended. One that finds no place is made in a later turn.
 inline constexpr uint32_t kNodeBatches = 16;
 /// Rows that arrived and wait for a launch: all buffers that a node may fill at once.
@@ -118,6 +121,7 @@ struct NodeGroup {
   uint32_t ranks;
   uint32_t row_ints;
   uint64_t message_bytes;
+  uint32_t window_count;  // of `windows`
   uint64_t pulls_bytes = 0;
   uint64_t rows_at = 0;
   uint64_t pulls_at = 0;
