@@ -234,7 +234,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   Part part_of(const GroupEntry& group, const NodeLane& lane) const;
   bool start_replay(GroupEntry* group, NodeLane* lane, uint64_t entry, uint64_t now_ns);
   bool abort_replay(GroupEntry* group, NodeLane* lane);
-  bool release_replay(GroupEntry* group, NodeLane* lane);
+  bool release_replay(GroupEntry* group, NodeLane* lane, bool tells);
   void note_replay(NodeLane* lane, uint64_t now_ns) const;
   bool turn_replay(GroupEntry* group, NodeLane* lane, uint64_t now_ns, bool* moved);
   bool turn_arm(GroupEntry* group, NodeLane* lane, uint64_t now_ns, bool* moved);
@@ -244,7 +244,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   bool launch_nodes(const engine::LaunchSpec& spec, Part* part);
   bool open_nodes(const engine::LaunchSpec& spec, Part* part);
   void advance_nodes(Part* part);
-  void close_nodes(Part* part);
+  bool close_nodes(Part* part);
   void drop_nodes(const Part& part);
   uint32_t missing_nodes(const Part& part, uint64_t* ranks) const;
 

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "daemon/base/clock.h"
+#include "daemon/device/cuda/host_word.h"
 #include "daemon/device/cuda/node_chain.h"
 #include "daemon/engine/fabric_port.h"
 #include "proto/abi/expertd_reason.h"
@@ -147,7 +148,6 @@ bool CudaDevice::launch_nodes(const engine::LaunchSpec& spec, Part* part) {
   ht_spin_until_ns_ = part->launch_ns + kSpinNs;
   const ScopedContext context(driver_, gpu_.view.context);
   if (!NodeChain(*this, *part, part->group->nodes.get(), part->session->stream).begin()) {
-    close_nodes(part);
     part->chain_broken = true;
     fail_launch(part, EXPERTD_REASON_CUDA);
   }
@@ -164,7 +164,6 @@ void CudaDevice::advance_nodes(Part* part) {
     ht_spin_until_ns_ = base::now_ns() + kSpinNs;
   }
   if (!enqueued) {
-    close_nodes(part);
     part->chain_broken = true;
     fail_launch(part, EXPERTD_REASON_CUDA);
     return;
@@ -178,18 +177,25 @@ void CudaDevice::advance_nodes(Part* part) {
   }
   if (part->group->nodes->report.reason != 0) {
     part->end_reason = part->group->nodes->report.reason;
-    part->chain_broken = !chain.close();
     send_rescue(part);
+    return;
   }
   part->session->open_part = 0;
   --ht_open_;
   part->nodes_open = false;
 }
 
-/// A part that ends before its chain is whole gets its end.
-void CudaDevice::close_nodes(Part* part) {
+/// A part that ends before its chain is whole gets its end, once its kernels know of the abort: before that the end
+/// would take it for a good one. True when it has it.
+bool CudaDevice::close_nodes(Part* part) {
   if (!part->nodes_open) {
-    return;
+    return true;
+  }
+  if (!part->rescue_sent) {
+    send_rescue(part);
+  }
+  if (load_word(host_facts(part->id)->rescued) != part->id) {
+    return false;
   }
   const ScopedContext context(driver_, gpu_.view.context);
   part->nodes_open = false;
@@ -197,6 +203,7 @@ void CudaDevice::close_nodes(Part* part) {
   --ht_open_;
   part->chain_broken =
       !NodeChain(*this, *part, part->group->nodes.get(), part->session->stream).close() || part->chain_broken;
+  return true;
 }
 
 /// Behind the last kernel of the part.
