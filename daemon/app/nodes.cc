@@ -93,11 +93,12 @@ Nodes::~Nodes() {
 }
 
 base::Status Nodes::open_fabric(engine::WakePort* wake, device::Device* gpu) {
-  EXPERTD_RETURN_IF_ERROR(choose_backend());
+  EXPERTD_RETURN_IF_ERROR(choose_backend(gpu));
   fabric::FabricOptions options = fabric_options(config_, identity_.name);
   if (gpu != nullptr) {
     memory_ = std::make_unique<FabricMemory>(gpu);
     options.memory = memory_.get();
+    options.gpu_memory = gpu_memory_.get();
     options.window_bytes *= kGpuMessages;  // groups on GPUs have messages that much larger
   }
   base::Result<std::unique_ptr<fabric::Fabric>> created = fabric::Fabric::create(options, wake, this);
@@ -110,14 +111,17 @@ base::Status Nodes::open_fabric(engine::WakePort* wake, device::Device* gpu) {
   return base::Status::ok();
 }
 
-base::Status Nodes::choose_backend() {
-  // Kernels have messages in pinned memory of the host; the fabric is given none of a GPU, so nothing can prove it yet.
-  fabric::UcxProbe probe(nullptr);
+base::Status Nodes::choose_backend(device::Device* gpu) {
+  ProbeGpuMemory memory(gpu);
+  fabric::UcxProbe probe(gpu == nullptr ? nullptr : &memory);
   base::Result<fabric::BackendChoice> choice = fabric::choose_backend(config_.require_direct, probe);
   if (!choice.is_ok()) {
     return choice.status();
   }
   backend_ = std::move(choice).value();
+  if (backend_.live == fabric::Backend::kDirect) {
+    gpu_memory_ = std::make_unique<FabricGpuMemory>(gpu);
+  }
   base::log_info("backend of the fabric",
                  {{"backend", fabric::backend_name(backend_.live)}, {"cause", backend_.cause}});
   return base::Status::ok();
@@ -354,6 +358,7 @@ base::Result<std::shared_ptr<engine::FabricPort>> Nodes::open(const group::Place
     link.message_bytes =
         std::max(link.message_bytes * kGpuMessages, device::low_latency_message_bytes(settings.shape, link.placement));
     link.message_bytes = std::min(link.message_bytes, fabric::kMaxMessageBytes);
+    link.gpu_memory = gpu_memory_ != nullptr;
     link.send_buffers = std::min(std::max(kGpuSendBuffers, 2 * others), fabric::kMaxBuffersPerLane);
   }
   base::Result<std::unique_ptr<engine::FabricPort>> port = fabric_->open_group(link);

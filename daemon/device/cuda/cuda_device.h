@@ -68,6 +68,8 @@ class CudaDevice : public Device, public engine::DevicePort {
   DeviceInfo info() const override;
   engine::DevicePort& port() override { return *this; }
   base::Status share_host_memory(void* data, uint64_t bytes) override;
+  base::Result<std::unique_ptr<HeldMemory>> create_fabric_memory(uint64_t bytes) override;
+  base::Status copy_and_wait(void* to, const void* from, uint64_t bytes) override;
   base::Result<Window> create_window(uint64_t bytes) override;
   base::Result<uint64_t> window_size(uint64_t bytes) const override;
   base::Result<std::unique_ptr<HeldMemory>> import_fd(base::ScopedFd fd, uint64_t offset, uint64_t bytes,

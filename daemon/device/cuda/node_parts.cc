@@ -114,6 +114,28 @@ base::Status CudaDevice::share_host_memory(void* data, uint64_t bytes) {
   return base::Status::ok();
 }
 
+base::Result<std::unique_ptr<HeldMemory>> CudaDevice::create_fabric_memory(uint64_t bytes) {
+  const std::lock_guard<std::mutex> lock(control_mutex_);
+  const ScopedContext context(driver_, gpu_.view.context);
+  Reach everybody = reach(true);
+  everybody.adapters = true;
+  auto memory = VmmMemory::create(everybody, bytes, &pool_);
+  if (!memory.is_ok()) {
+    return memory.status();
+  }
+  EXPERTD_RETURN_IF_ERROR(zero(*memory.value()));
+  return std::unique_ptr<HeldMemory>(std::move(memory).value());
+}
+
+base::Status CudaDevice::copy_and_wait(void* to, const void* from, uint64_t bytes) {
+  const std::lock_guard<std::mutex> lock(control_mutex_);
+  const ScopedContext context(driver_, gpu_.view.context);
+  EXPERTD_DRIVER_CALL(driver_, cuMemcpyAsync(reinterpret_cast<CUdeviceptr>(to), reinterpret_cast<CUdeviceptr>(from),
+                                             bytes, control_stream_));
+  EXPERTD_DRIVER_CALL(driver_, cuStreamSynchronize(control_stream_));
+  return base::Status::ok();
+}
+
 /// One rank has one queue of messages and operations in several orders.
 void CudaDevice::share_inboxes(GroupEntry* entry) {
   if (entry->nodes == nullptr) {
