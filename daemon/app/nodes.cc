@@ -19,10 +19,6 @@ namespace expertd::app {
 
 namespace {
 
-// Of groups on GPUs: times fabric.message_bytes at least, and send buffers of a rank.
-constexpr uint64_t kGpuMessages = 4;
-constexpr uint32_t kGpuSendBuffers = 8;
-
 constexpr uint64_t kServerShutdownNs = 1'000'000'000;
 constexpr std::chrono::milliseconds kLook(20);
 constexpr size_t kViewsWaiting = 1024;  // more are dropped: whoever waits for an answer asks again
@@ -94,12 +90,11 @@ Nodes::~Nodes() {
 
 base::Status Nodes::open_fabric(engine::WakePort* wake, device::Device* gpu) {
   EXPERTD_RETURN_IF_ERROR(choose_backend(gpu));
-  fabric::FabricOptions options = fabric_options(config_, identity_.name);
+  fabric::FabricOptions options = fabric_options(config_, identity_.name, gpu != nullptr);
   if (gpu != nullptr) {
     memory_ = std::make_unique<FabricMemory>(gpu);
     options.memory = memory_.get();
     options.gpu_memory = gpu_memory_.get();
-    options.window_bytes *= kGpuMessages;  // groups on GPUs have messages that much larger
   }
   base::Result<std::unique_ptr<fabric::Fabric>> created = fabric::Fabric::create(options, wake, this);
   if (!created.is_ok()) {
@@ -254,7 +249,7 @@ NodeFacts Nodes::facts() {
   facts.transports = config_.transports.empty() ? "auto" : joined(config_.transports);
   facts.backend = fabric::backend_name(backend_.live);
   facts.backend_cause = backend_.cause;
-  facts.options = fabric_options(config_, identity_.name);
+  facts.options = fabric_options(config_, identity_.name, memory_ != nullptr);
   facts.hosting = server_->hosting();
   facts.now_ns = base::now_ns();
   base::Result<fabric::FabricSnapshot> snapshot = fabric_->snapshot();
@@ -348,18 +343,15 @@ base::Result<std::shared_ptr<engine::FabricPort>> Nodes::open(const group::Place
   for (const uint32_t rank : link.placement.ranks_of[link.placement.own_node]) {
     link.devices.push_back(settings.shape.devices[rank]);
   }
-  link.message_bytes = config_.message_bytes;
-  link.receive_buffers = config_.messages_per_peer;
   link.lanes = settings.fabric_lanes;
   link.weight = settings.fabric_weight;
-  if (placed.ranks.front().facts.cuda) {
-    // Launches of a few microseconds fill and empty them, and each needs one of every node.
-    const auto others = static_cast<uint32_t>(placed.nodes.size() - 1);
-    link.message_bytes =
-        std::max(link.message_bytes * kGpuMessages, device::low_latency_message_bytes(settings.shape, link.placement));
-    link.message_bytes = std::min(link.message_bytes, fabric::kMaxMessageBytes);
+  const bool on_gpus = placed.ranks.front().facts.cuda;
+  size_messages(config_, static_cast<uint32_t>(placed.nodes.size()), on_gpus, &link);
+  if (on_gpus) {
+    // So that one message holds a low latency operation's rows or sums for a node.
+    const uint64_t wanted = device::low_latency_message_bytes(settings.shape, link.placement);
+    link.message_bytes = std::min(std::max(link.message_bytes, wanted), fabric::kMaxMessageBytes);
     link.gpu_memory = gpu_memory_ != nullptr;
-    link.send_buffers = std::min(std::max(kGpuSendBuffers, 2 * others), fabric::kMaxBuffersPerLane);
   }
   base::Result<std::unique_ptr<engine::FabricPort>> port = fabric_->open_group(link);
   if (!port.is_ok()) {
