@@ -338,9 +338,8 @@ base::Result<std::shared_ptr<engine::FabricPort>> Nodes::open(const group::Place
   for (const group::NodeIdentity& node : placed.nodes) {
     link.node_ids.push_back(node.id);
   }
-  for (const uint32_t rank : link.placement.ranks_of[link.placement.own_node]) {
-    link.devices.push_back(settings.shape.devices[rank]);
-  }
+  const auto places = link.placement.ranks_on(link.placement.own_node);
+  link.devices.assign(settings.shape.devices.begin(), settings.shape.devices.begin() + places);
   link.message_bytes = config_.message_bytes;
   link.receive_buffers = config_.messages_per_peer;
   link.lanes = settings.fabric_lanes;

@@ -62,7 +62,7 @@ class CudaNodes : public testing::Test {
     auto unused = support::make_handles(op.random_case);
     GroupMemory gpu = support::make_dispatch(op.random_case, &unused);
     group->run({op.random_case, nullptr, nullptr, op.one, &gpu}, *matrix);
-    expect_ended(*group, op.one, gpu, op.random_case.shape.active_ranks);
+    expect_ended(*group, op.one, gpu, op.random_case.shape.active_ranks.low());
     const bool runs = !fails(op.one);
     it->pending.clear();
     return runs;
@@ -74,7 +74,7 @@ class CudaNodes : public testing::Test {
     const auto& op = it->pending.back();
     GroupMemory gpu = support::make_combine(op.random_case, &it->handles, op.rows, op.in_rows);
     group->run({op.random_case, &op.rows, &op.in_rows, op.many, &gpu}, matrix);
-    expect_ended(*group, op.many, gpu, op.random_case.shape.active_ranks);
+    expect_ended(*group, op.many, gpu, op.random_case.shape.active_ranks.low());
     it->pending.clear();
   }
 

@@ -55,7 +55,8 @@ class Case:
             hidden, tokens, ll_tokens = min(hidden, 1024), max(8, tokens // 2), max(8, ll_tokens // 2)
             iterations = 4
         if nodes * ranks_per_node > 64:
-            hidden = 128
+            # 512 ranks have a count matrix of 2 MiB for every operation and handle, and windows for rows of all of them.
+            hidden, tokens, ll_tokens, iterations = 128, 8, 8, 2
         self.nodes = nodes
         self.ranks_per_node = ranks_per_node
         self.ranks = nodes * ranks_per_node

@@ -263,7 +263,7 @@ TEST_P(EngineRunningTimeout, SaysWhatTheDeviceWaitedForAndFromWhom) {
   FakeGroup group(3);
   for (uint32_t rank = 0; rank < 3; ++rank) {
     group[rank].port.missing_what = GetParam();
-    group[rank].port.missing_ranks = 4;
+    group[rank].port.missing_ranks = base::RankSet(4);
   }
   group.submit_all();
   ASSERT_TRUE(group.settle(1));

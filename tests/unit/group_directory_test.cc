@@ -341,7 +341,7 @@ TEST_F(DirectoryTest, MarksTheRanksOfAnEndedSessionLost) {
   const auto groups = directory_.snapshot();
   ASSERT_EQ(groups.size(), 1U);
   EXPECT_EQ(groups[0].joined, 1U);
-  EXPECT_EQ(groups[0].lost, 2U);
+  EXPECT_EQ(groups[0].lost, base::RankSet(2));
 }
 
 TEST_F(DirectoryTest, LetsTheRanksJoinAnewAfterALoss) {

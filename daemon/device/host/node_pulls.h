@@ -21,7 +21,7 @@ inline constexpr uint64_t kSumsBytes = uint64_t{256} * 1024;
 
 class NodePulls {
  public:
-  explicit NodePulls(uint32_t ranks);
+  explicit NodePulls(uint32_t nodes);
   void open(const NodeOp* op, NodeOutbox* outbox);
   bool ok() const { return memory_.ok(); }
   void close() { op_ = nullptr; }
