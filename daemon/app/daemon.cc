@@ -163,14 +163,19 @@ base::Status Daemon::start_nodes() {
   if (!config.enabled) {
     return base::Status::ok();
   }
-  base::Result<supervise::Beat*> beat = watchdog_.add("fabric", base::now_ns());
-  if (!beat.is_ok()) {
-    return beat.status();
+  Nodes::Beats beats{};
+  for (uint32_t lane = 0; lane < fabric::kLanes; ++lane) {
+    base::Result<supervise::Beat*> beat =
+        watchdog_.add(std::string("fabric-") + fabric::kLaneNames[lane], base::now_ns());
+    if (!beat.is_ok()) {
+      return beat.status();
+    }
+    beats[lane] = beat.value();
   }
   const auto gpu = std::find_if(devices_.begin(), devices_.end(),
                                 [](const std::unique_ptr<device::Device>& device) { return device->info().is_cuda; });
   base::Result<std::unique_ptr<Nodes>> nodes =
-      Nodes::create(config, this, beat.value(), gpu == devices_.end() ? nullptr : gpu->get());
+      Nodes::create(config, this, beats, gpu == devices_.end() ? nullptr : gpu->get());
   if (!nodes.is_ok()) {
     return nodes.status();
   }

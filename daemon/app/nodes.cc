@@ -18,10 +18,6 @@ namespace expertd::app {
 
 namespace {
 
-// Of groups on GPUs: times fabric.message_bytes, and send buffers of a rank.
-constexpr uint64_t kGpuMessages = 4;
-constexpr uint32_t kGpuSendBuffers = 8;
-
 constexpr uint64_t kServerShutdownNs = 1'000'000'000;
 constexpr std::chrono::milliseconds kLook(20);
 constexpr size_t kViewsWaiting = 1024;  // more are dropped: whoever waits for an answer asks again
@@ -66,8 +62,8 @@ fabric::NodeIdentity identity_of(const group::NodeIdentity& node) {
 }  // namespace
 
 base::Result<std::unique_ptr<Nodes>> Nodes::create(const config::FabricConfig& config, engine::WakePort* wake,
-                                                   supervise::Beat* beat, device::Device* gpu) {
-  std::unique_ptr<Nodes> nodes(new Nodes(config, beat));
+                                                   const Beats& beats, device::Device* gpu) {
+  std::unique_ptr<Nodes> nodes(new Nodes(config, beats));
   base::Result<std::string> key = fabric::read_cluster_key(config.cluster_key_file);
   if (!key.is_ok()) {
     return key.status();
@@ -86,16 +82,17 @@ Nodes::~Nodes() {
     server_->shutdown(base::now_ns() + kServerShutdownNs);
   }
   fabric_.reset();
-  beat_->retire();
+  for (supervise::Beat* beat : beats_) {
+    beat->retire();
+  }
 }
 
 base::Status Nodes::open_fabric(engine::WakePort* wake, device::Device* gpu) {
   EXPERTD_RETURN_IF_ERROR(choose_backend());
-  fabric::FabricOptions options = fabric_options(config_, identity_.name);
+  fabric::FabricOptions options = fabric_options(config_, identity_.name, gpu != nullptr);
   if (gpu != nullptr) {
     memory_ = std::make_unique<FabricMemory>(gpu);
     options.memory = memory_.get();
-    options.window_bytes *= kGpuMessages;  // groups on GPUs have messages that much larger
   }
   base::Result<std::unique_ptr<fabric::Fabric>> created = fabric::Fabric::create(options, wake, this);
   if (!created.is_ok()) {
@@ -247,7 +244,7 @@ NodeFacts Nodes::facts() {
   facts.transports = config_.transports.empty() ? "auto" : joined(config_.transports);
   facts.backend = fabric::backend_name(backend_.live);
   facts.backend_cause = backend_.cause;
-  facts.options = fabric_options(config_, identity_.name);
+  facts.options = fabric_options(config_, identity_.name, memory_ != nullptr);
   facts.hosting = server_->hosting();
   facts.now_ns = base::now_ns();
   base::Result<fabric::FabricSnapshot> snapshot = fabric_->snapshot();
@@ -340,16 +337,9 @@ base::Result<std::shared_ptr<engine::FabricPort>> Nodes::open(const group::Place
   }
   const auto places = link.placement.ranks_on(link.placement.own_node);
   link.devices.assign(settings.shape.devices.begin(), settings.shape.devices.begin() + places);
-  link.message_bytes = config_.message_bytes;
-  link.receive_buffers = config_.messages_per_peer;
   link.lanes = settings.fabric_lanes;
   link.weight = settings.fabric_weight;
-  if (placed.ranks.front().facts.cuda) {
-    // Launches of a few microseconds fill and empty them, and each needs one of every node.
-    const auto others = static_cast<uint32_t>(placed.nodes.size() - 1);
-    link.message_bytes = std::min(link.message_bytes * kGpuMessages, fabric::kMaxMessageBytes);
-    link.send_buffers = std::min(std::max(kGpuSendBuffers, 2 * others), fabric::kMaxBuffersPerLane);
-  }
+  size_messages(config_, static_cast<uint32_t>(placed.nodes.size()), placed.ranks.front().facts.cuda, &link);
   base::Result<std::unique_ptr<engine::FabricPort>> port = fabric_->open_group(link);
   if (!port.is_ok()) {
     return port.status();

@@ -30,10 +30,13 @@ namespace expertd::app {
 
 class Nodes final : public session::GroupFabric, private fabric::FabricObserver {
  public:
-  /// Opens the fabric and the peer services; `wake` and `beat` outlive it.
+  /// Of the fabric's threads, by lane.
+  using Beats = std::array<supervise::Beat*, fabric::kLanes>;
+
+  /// Opens the fabric and the peer services; `wake` and the beats outlive it.
   /// `gpu`: one of the daemon's, which shares the fabric's buffers; null when it has none.
   static base::Result<std::unique_ptr<Nodes>> create(const config::FabricConfig& config, engine::WakePort* wake,
-                                                     supervise::Beat* beat, device::Device* gpu);
+                                                     const Beats& beats, device::Device* gpu);
   ~Nodes() override;
   Nodes(const Nodes&) = delete;
   Nodes& operator=(const Nodes&) = delete;
@@ -72,7 +75,7 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   };
   using Event = std::variant<RankGone, NodeLost, ViewSaid>;
 
-  Nodes(const config::FabricConfig& config, supervise::Beat* beat) : config_(config), beat_(beat) {}
+  Nodes(const config::FabricConfig& config, const Beats& beats) : config_(config), beats_(beats) {}
   base::Status choose_backend();
   base::Status open_fabric(engine::WakePort* wake, device::Device* gpu);
   base::Status open_services();
@@ -94,10 +97,10 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
     post(RankGone{group_key, rank, through});
   }
   void view_message(uint64_t group_key, uint32_t node, const engine::ViewMessage& message) override;
-  void beat(uint64_t now_ns) override { beat_->beat(now_ns); }
+  void beat(fabric::LaneKind lane, uint64_t now_ns) override { beats_[static_cast<uint32_t>(lane)]->beat(now_ns); }
 
   const config::FabricConfig config_;
-  supervise::Beat* beat_;
+  const Beats beats_;
   group::NodeIdentity identity_;
   std::string cluster_key_;
   fabric::BackendChoice backend_;

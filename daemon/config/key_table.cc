@@ -413,7 +413,9 @@ constexpr Key kKeys[] = {
      .min = 1,
      .max = 64,
      .default_text = "4",
-     .sentence = "Messages under way at once, per lane, from a rank and to a node.",
+     .sentence =
+         "Messages under way at once, per lane, from a rank and to a node; fewer to a node on host devices over "
+         "more than 13 nodes.",
      .set = [](Config& c, const Value& v) { c.fabric.messages_per_peer = to_u32(v); }},
     {.section = "fabric",
      .name = "max_nodes",

@@ -61,8 +61,9 @@ struct MessageHeader {
 
 /// Memory that a rank fills and sends. Valid from take() until send() or drop().
 struct SendBuffer {
-  std::byte* data = nullptr;  // null: none is free
-  uint64_t capacity = 0;      // bytes
+  std::byte* data = nullptr;                  // null: none is free
+  uint64_t capacity = 0;                      // bytes
+  FabricLane lane = FabricLane::kThroughput;  // that it goes by, which need not be the one asked for
   uint32_t id = 0;
 };
 

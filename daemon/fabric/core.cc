@@ -2,19 +2,12 @@
 #include "daemon/fabric/core.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 
 #include "daemon/base/clock.h"
 #include "daemon/base/log.h"
 
 namespace expertd::fabric {
-
-std::string hex(uint64_t value) {
-  std::array<char, 17> text{};
-  std::snprintf(text.data(), text.size(), "%016llx", static_cast<unsigned long long>(value));
-  return text.data();
-}
 
 const char* drop_cause_name(DropCause cause) {
   switch (cause) {
@@ -48,21 +41,16 @@ Peer* Core::find_peer(uint64_t node_id) const {
 
 bool Core::run_once(uint64_t now_ns) {
   ++turns_;
-  bool moved = progress(LaneKind::kLatency);
+  now_ns_ = now_ns;
   // A heartbeat announces no more to come soon, so that the thread need not spin for it.
-  (void)progress(LaneKind::kControl);
-  moved |= progress(LaneKind::kThroughput);
-  for (RailLoads& loads : loads_) {
-    loads.look(now_ns);
+  const uint64_t arrived_before = arrived_;
+  if (rails_.front()->progress() && arrived_ == arrived_before) {
+    settling_.stir(now_ns);
   }
-  for (const std::unique_ptr<GroupChannel>& group : groups_) {
-    moved |= group->begin_turn();
+  bool moved = hear_lanes();
+  for (const std::shared_ptr<GroupChannel>& group : groups_) {
+    moved |= group->control().run_once();
   }
-  moved |= start_receives();
-  for (const std::unique_ptr<GroupChannel>& group : groups_) {
-    moved |= group->end_turn();
-  }
-  moved |= probes_.run_once(now_ns);
   if (attention_ || now_ns >= next_ns_) {
     attention_ = false;
     tend_peers(now_ns);
@@ -72,24 +60,32 @@ bool Core::run_once(uint64_t now_ns) {
   return moved;
 }
 
-bool Core::progress(LaneKind lane) {
-  bool moved = false;
-  for (const std::unique_ptr<Lane>& rail : lanes_[static_cast<uint32_t>(lane)]) {
-    moved |= rail->progress();
-  }
-  return moved;
-}
-
-bool Core::start_receives() {
-  if (std::none_of(groups_.begin(), groups_.end(), [](const auto& group) { return group->is_waiting(); })) {
+bool Core::hear_lanes() {
+  if (setting_.crossing->reports.empty()) {
     return false;
   }
-  bool moved = false;
-  for (const std::unique_ptr<Peer>& peer : peers_) {
-    moved |= peer->share(engine::FabricLane::kLatency).run();
-    moved |= peer->share(engine::FabricLane::kThroughput).run();
+  const std::vector<LaneReport> reports = setting_.crossing->reports.take();
+  // A peer that stops says so before it closes the endpoints of its lanes: what it said is here by now, and is heard
+  // before what became of the endpoints.
+  while (rails_.front()->progress()) {
   }
-  return moved;
+  for (const LaneReport& report : reports) {
+    hear(report);
+  }
+  return true;
+}
+
+void Core::hear(const LaneReport& report) {
+  for (const std::unique_ptr<Peer>& peer : peers_) {
+    if (peer->connection() != report.connection) {
+      continue;
+    }
+    if (report.kind == LaneReport::Kind::kFailed) {
+      peer->fail(report.cause, report.detail);
+    } else if (peer->lanes_to_let_go > 0 && --peer->lanes_to_let_go == 0) {
+      tell_lost(*peer);
+    }
+  }
 }
 
 void Core::tend_peers(uint64_t now_ns) {
@@ -114,11 +110,13 @@ bool Core::lose_failed() {
 }
 
 void Core::lose(Peer& peer) {
-  for (const std::unique_ptr<GroupChannel>& group : groups_) {
-    group->lose(&peer);
-  }
-  probes_.lose(&peer);
   peer.lose();
+  peer.lanes_to_let_go = engine::kFabricLanes;
+  setting_.crossing->let_go(peer.connection());
+}
+
+// Not before no lane takes anything of it any more.
+void Core::tell_lost(const Peer& peer) {
   ++lost_[static_cast<uint32_t>(peer.cause())];
   if (stopping_) {
     return;
@@ -137,21 +135,18 @@ void Core::lose(Peer& peer) {
 bool Core::forget_closed() {
   bool moved = false;
   for (size_t i = 0; i < groups_.size();) {
-    if (!groups_[i]->drained()) {
+    if (!groups_[i]->control().drained()) {
       ++i;
       continue;
     }
-    groups_[i]->let_peers_go();
+    groups_[i]->control().let_peers_go();
     groups_.erase(groups_.begin() + static_cast<std::ptrdiff_t>(i));
     moved = true;
   }
   for (size_t i = 0; i < peers_.size();) {
     Peer& peer = *peers_[i];
-    const bool gone = peer.lost() && peer.closed() && peer.groups == 0;
+    const bool gone = peer.lost() && peer.closed() && peer.users == 0 && peer.lanes_to_let_go == 0;
     if (gone && (peers_.size() > 2 * kMaxNodes || find_peer(peer.node_id()) != &peer)) {
-      for (uint32_t lane = 0; lane < engine::kFabricLanes; ++lane) {
-        forgotten_[lane] += peer.traffic()[lane];
-      }
       peers_.erase(peers_.begin() + static_cast<std::ptrdiff_t>(i));
       moved = true;
     } else {
@@ -162,12 +157,7 @@ bool Core::forget_closed() {
 }
 
 bool Core::prepare_sleep() {
-  if (attention_ || std::any_of(groups_.begin(), groups_.end(), [](const auto& group) { return group->has_work(); })) {
-    return false;
-  }
-  return std::all_of(lanes_.begin(), lanes_.end(), [](const auto& rails) {
-    return std::all_of(rails.begin(), rails.end(), [](const std::unique_ptr<Lane>& lane) { return lane->arm(); });
-  });
+  return !attention_ && setting_.crossing->reports.empty() && rails_.front()->arm();
 }
 
 void Core::was_late(uint64_t gap_ns) {
@@ -178,7 +168,7 @@ void Core::was_late(uint64_t gap_ns) {
 
 void Core::beat(uint64_t now_ns) {
   if (setting_.observer != nullptr) {
-    setting_.observer->beat(now_ns);
+    setting_.observer->beat(LaneKind::kControl, now_ns);
   }
 }
 
@@ -186,14 +176,15 @@ void Core::begin_stop() {
   stopping_ = true;
   stop_flush_until_ns_ = base::now_ns() + setting_.stop_flush_ns;
   open_groups_.clear();
-  probes_.end_all();
-  for (const std::unique_ptr<GroupChannel>& group : groups_) {
-    group->begin_close();
+  for (const std::shared_ptr<GroupChannel>& group : groups_) {
+    group->control().begin_close();
   }
 }
 
 bool Core::quiet(uint64_t now_ns) {
-  if (!groups_.empty() && now_ns < stop_flush_until_ns_) {
+  const bool flushed =
+      groups_.empty() && setting_.crossing->lanes_flushed.load(std::memory_order_seq_cst) == engine::kFabricLanes;
+  if (!flushed && now_ns < stop_flush_until_ns_) {
     return false;
   }
   if (!said_bye_) {
@@ -205,7 +196,7 @@ bool Core::quiet(uint64_t now_ns) {
     }
     return false;
   }
-  bool closed = groups_.empty() && probes_.quiet();
+  bool closed = groups_.empty();
   for (const std::unique_ptr<Peer>& peer : peers_) {
     if (!peer->lost() && (!peer->signals_under_way() || now_ns >= stop_flush_until_ns_)) {
       peer->fail(LossCause::kDisconnected, "this daemon stops");
@@ -225,53 +216,33 @@ bool Core::drop(DropCause cause, Peer* from, const std::string& detail) {
   return false;
 }
 
-Peer* Core::sender(const Incoming& message, const WirePrefix& prefix, DropCause* cause) {
-  *cause = DropCause::kMalformed;
-  if (prefix.magic != kWireMagic) {
-    return nullptr;
-  }
-  *cause = DropCause::kVersion;
-  if (prefix.version != kWireVersion) {
-    return nullptr;
-  }
-  *cause = DropCause::kMalformed;
-  if (prefix.type != message.type) {
-    return nullptr;
-  }
-  *cause = DropCause::kUnknownNode;
-  Peer* peer = find_peer(prefix.source_node);
-  return peer == nullptr || peer->lost() || peer->failed() ? nullptr : peer;
-}
-
 bool Core::incoming(const Incoming& message) {
+  ++arrived_;
   if (stopping_) {
     return false;
   }
   WirePrefix prefix;
-  if (message.header_bytes < sizeof(prefix)) {
-    return drop(DropCause::kMalformed);
-  }
-  std::memcpy(&prefix, message.header, sizeof(prefix));
   DropCause cause = DropCause::kMalformed;
-  Peer* from = sender(message, prefix, &cause);
-  if (from == nullptr) {
+  if (!read_prefix(message, &prefix, &cause)) {
     return drop(cause);
   }
+  Peer* from = find_peer(prefix.source_node);
+  if (from == nullptr || from->lost() || from->failed()) {
+    return drop(DropCause::kUnknownNode);
+  }
   switch (static_cast<WireType>(message.type)) {
-    case kWireMessage:
-      return take_message(message, from);
-    case kWireCredit:
-      return take_credit(message, from);
     case kWireHeartbeat:
       return take_heartbeat(message, from);
     case kWireGone:
       return take_gone(message, from);
     case kWireView:
       return take_view(message, from);
+    case kWireMessage:
+    case kWireCredit:
     case kWireProbe:
-      return take_probe(message, from);
+      break;
   }
-  return drop(DropCause::kMalformed);
+  return drop(DropCause::kMalformed, from, "a kind of message that goes by the data lanes alone");
 }
 
 GroupChannel* Core::group_of(uint64_t key, uint32_t epoch, const Peer* from, uint32_t* node, DropCause* cause) {
@@ -287,34 +258,14 @@ GroupChannel* Core::group_of(uint64_t key, uint32_t epoch, const Peer* from, uin
   }
   // A group of this key that the sender is no member of is unknown to it as well.
   *cause = DropCause::kUnknownGroup;
-  const std::vector<Peer*>& peers = group->peers();
+  const std::vector<Peer*>& peers = group->control().peers();
   const auto member = std::find(peers.begin(), peers.end(), from);
   *node = static_cast<uint32_t>(member - peers.begin());
   return member == peers.end() ? nullptr : group;
 }
 
-bool Core::take_message(const Incoming& message, Peer* from) {
-  WireMessage header;
-  if (message.header_bytes != sizeof(header)) {
-    return drop(DropCause::kMalformed, from, "the header's size");
-  }
-  std::memcpy(&header, message.header, sizeof(header));
-  uint32_t node = 0;
-  DropCause cause = DropCause::kUnknownGroup;
-  GroupChannel* group = group_of(header.group_key, header.epoch, from, &node, &cause);
-  if (group == nullptr) {
-    return drop(cause);
-  }
-  bool kept = false;
-  const char* detail = nullptr;
-  if (!group->accept(node, header, message, &kept, &cause, &detail)) {
-    return drop(cause, from, detail);
-  }
-  return kept;
-}
-
-bool Core::take_credit(const Incoming& message, Peer* from) {
-  WireCredit header;
+bool Core::take_gone(const Incoming& message, Peer* from) {
+  WireGone header;
   if (message.header_bytes != sizeof(header) || message.bytes != 0) {
     return drop(DropCause::kMalformed, from, "the header's size");
   }
@@ -325,25 +276,7 @@ bool Core::take_credit(const Incoming& message, Peer* from) {
   if (group == nullptr) {
     return drop(cause);
   }
-  if (!group->credit(node, header) || lane_of(static_cast<engine::FabricLane>(header.lane)) != message.lane) {
-    return drop(DropCause::kBadField, from, "credits that were never given out");
-  }
-  return false;
-}
-
-bool Core::take_gone(const Incoming& message, Peer* from) {
-  WireGone header;
-  if (message.header_bytes != sizeof(header) || message.bytes != 0 || message.lane != LaneKind::kControl) {
-    return drop(DropCause::kMalformed, from, "the header's size");
-  }
-  std::memcpy(&header, message.header, sizeof(header));
-  uint32_t node = 0;
-  DropCause cause = DropCause::kUnknownGroup;
-  GroupChannel* group = group_of(header.group_key, header.epoch, from, &node, &cause);
-  if (group == nullptr) {
-    return drop(cause);
-  }
-  if (!group->hear_gone(node, header)) {
+  if (!group->control().hear_gone(node, header)) {
     return drop(DropCause::kBadField, from, "a rank that is gone already, or is not its own");
   }
   if (setting_.observer != nullptr) {
@@ -354,7 +287,7 @@ bool Core::take_gone(const Incoming& message, Peer* from) {
 
 bool Core::take_view(const Incoming& message, Peer* from) {
   WireView header;
-  if (message.header_bytes != sizeof(header) || message.bytes != 0 || message.lane != LaneKind::kControl) {
+  if (message.header_bytes != sizeof(header) || message.bytes != 0) {
     return drop(DropCause::kMalformed, from, "the header's size");
   }
   std::memcpy(&header, message.header, sizeof(header));
@@ -374,7 +307,7 @@ bool Core::take_view(const Incoming& message, Peer* from) {
 
 bool Core::take_heartbeat(const Incoming& message, Peer* from) {
   WireHeartbeat header;
-  if (message.header_bytes != sizeof(header) || message.bytes != 0 || message.lane != LaneKind::kControl) {
+  if (message.header_bytes != sizeof(header) || message.bytes != 0) {
     return drop(DropCause::kMalformed, from, "the header's size");
   }
   std::memcpy(&header, message.header, sizeof(header));
@@ -398,29 +331,13 @@ bool Core::take_heartbeat(const Incoming& message, Peer* from) {
   return false;
 }
 
-FabricSnapshot Core::snapshot() const {
-  FabricSnapshot snapshot{
-      .peers = {}, .rails = {}, .dropped = dropped_, .lost = lost_, .traffic = forgotten_, .rtt = rtt_};
+ControlSnapshot Core::snapshot() const {
+  ControlSnapshot snapshot{.peers = {}, .dropped = dropped_, .lost = lost_, .rtt = rtt_, .turns = turns_};
   for (const std::unique_ptr<Peer>& peer : peers_) {
-    for (uint32_t lane = 0; lane < engine::kFabricLanes; ++lane) {
-      snapshot.traffic[lane] += peer->traffic()[lane];
-    }
     if (find_peer(peer->node_id()) == peer.get()) {
-      snapshot.peers.push_back(peer->snapshot());
+      snapshot.peers.emplace_back(peer->connection(), peer->snapshot());
     }
   }
-  for (const std::unique_ptr<GroupChannel>& group : groups_) {
-    ++(group->closing() ? snapshot.groups_closing : snapshot.groups);
-    snapshot.memory_bytes += group->memory_bytes();
-  }
-  for (const auto lane : {engine::FabricLane::kLatency, engine::FabricLane::kThroughput}) {
-    const RailLoads& loads = loads_[static_cast<uint32_t>(lane)];
-    for (uint32_t rail = 0; rail < loads.rails(); ++rail) {
-      snapshot.rails.push_back({lane_of(lane), lanes_[static_cast<uint32_t>(lane_of(lane))][rail]->devices(),
-                                loads.sent_messages(rail), loads.sent_bytes(rail), loads.under_way_bytes(rail)});
-    }
-  }
-  snapshot.turns = turns_;
   return snapshot;
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What control threads ask of the core: lanes, connections, groups.
+// What control threads ask of the core: its lane, connections, groups.
 #include <algorithm>
 
 #include "daemon/base/clock.h"
@@ -8,30 +8,16 @@
 
 namespace expertd::fabric {
 
-base::Status Core::open_lanes(const std::array<LaneOptionList, kLanes>& options) {
-  for (uint32_t i = 0; i < kLanes; ++i) {
-    const auto kind = static_cast<LaneKind>(i);
-    base::Result<std::vector<LaneOptionList>> rails = rails_of(kind, options[i]);
-    if (!rails.is_ok()) {
-      return rails.status().with_context(std::string("opening the fabric's lane ") + kLaneNames[i]);
-    }
-    for (const LaneOptionList& rail : rails.value()) {
-      base::Result<std::unique_ptr<Lane>> lane = Lane::create(kind, rail);
-      if (!lane.is_ok()) {
-        return lane.status();
-      }
-      lanes_[i].push_back(std::move(lane).value());
-      EXPERTD_RETURN_IF_ERROR(lanes_[i].back()->receive_into(this));
-    }
+base::Status Core::open_lane(const LaneOptionList& options) {
+  base::Result<Rails> rails = open_rails(LaneKind::kControl, options, this);
+  if (!rails.is_ok()) {
+    return rails.status();
   }
-  for (const auto lane : {engine::FabricLane::kLatency, engine::FabricLane::kThroughput}) {
-    const auto& rails = lanes_[static_cast<uint32_t>(lane_of(lane))];
-    loads_[static_cast<uint32_t>(lane)].use_rails(static_cast<uint32_t>(rails.size()));
-  }
+  rails_ = std::move(rails).value();
   return base::Status::ok();
 }
 
-base::Status Core::connect(const NodeIdentity& identity) {
+base::Status Core::check_new(const NodeIdentity& identity, bool* known) const {
   if (identity.node_id == 0 || identity.node_id == setting_.node_id) {
     return base::Status(EXPERTD_REASON_ARGUMENT_RANGE,
                         "node \"" + identity.name + "\" has no id or this daemon's own; every daemon makes its own");
@@ -45,8 +31,9 @@ base::Status Core::connect(const NodeIdentity& identity) {
                           "node \"" + identity.name + "\" gave no address of a lane, or one that is too long");
     }
   }
-  const Peer* known = find_peer(identity.node_id);
-  if (known != nullptr && !known->lost() && !known->failed()) {
+  const Peer* last = find_peer(identity.node_id);
+  *known = last != nullptr && !last->lost() && !last->failed();
+  if (*known) {
     return base::Status::ok();
   }
   const auto living = std::count_if(peers_.begin(), peers_.end(), [](const auto& peer) { return !peer->lost(); });
@@ -55,15 +42,18 @@ base::Status Core::connect(const NodeIdentity& identity) {
                                                            std::to_string(living + 2) + " of at most " +
                                                            std::to_string(kMaxNodes));
   }
-  const Peer::Setting setting{.own_node_id = setting_.node_id,
-                              .heartbeat = setting_.heartbeat,
-                              .window_bytes = setting_.window_bytes,
-                              .attention = &attention_};
-  base::Result<std::unique_ptr<Peer>> peer = Peer::create(identity, lanes_, setting, base::now_ns());
+  return base::Status::ok();
+}
+
+base::Status Core::connect(const NodeIdentity& identity, ConnectionId connection) {
+  const Peer::Setting setting{
+      .own_node_id = setting_.node_id, .heartbeat = setting_.heartbeat, .attention = &attention_};
+  base::Result<std::unique_ptr<Peer>> peer = Peer::create(identity, connection, rails_, setting, base::now_ns());
   if (!peer.is_ok()) {
     return peer.status();
   }
   peers_.push_back(std::move(peer).value());
+  settling_.stir(base::now_ns());
   next_ns_ = 0;
   return base::Status::ok();
 }
@@ -78,8 +68,8 @@ base::Status Core::disconnect(uint64_t node_id) {
   return base::Status::ok();
 }
 
-base::Status Core::open(std::unique_ptr<GroupChannel>* channel) {
-  const GroupLink& link = (*channel)->link();
+base::Status Core::open(const std::shared_ptr<GroupChannel>& channel) {
+  const GroupLink& link = channel->link();
   if (open_groups_.contains(link.key)) {
     return base::Status(EXPERTD_REASON_BAD_STATE, "a group with this key is open already; close its old epoch first");
   }
@@ -87,24 +77,25 @@ base::Status Core::open(std::unique_ptr<GroupChannel>* channel) {
   for (uint32_t node = 0; node < link.placement.nodes(); ++node) {
     Peer* peer = node == link.placement.own_node ? nullptr : find_peer(link.node_ids[node]);
     if (node != link.placement.own_node && (peer == nullptr || peer->lost() || peer->failed())) {
-      return base::Status(EXPERTD_REASON_PEER_LOST, "node " + std::to_string(node) + " of the group (id " +
-                                                        hex(link.node_ids[node]) +
-                                                        ") is not connected; connect it first");
+      return not_connected(link, node);
     }
     if (peer != nullptr && std::find(peers.begin(), peers.end(), peer) != peers.end()) {
       return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "two nodes of the group have one id");
     }
     peers.push_back(peer);
   }
-  (*channel)->use_peers(std::move(peers));
-  open_groups_.emplace(link.key, channel->get());
-  groups_.push_back(std::move(*channel));
+  channel->control().use_peers(std::move(peers));
+  open_groups_.emplace(link.key, channel.get());
+  groups_.push_back(channel);
   return base::Status::ok();
 }
 
 void Core::close(GroupChannel* channel) {
-  open_groups_.erase(channel->link().key);
-  channel->begin_close();
+  const auto open = open_groups_.find(channel->link().key);
+  if (open != open_groups_.end() && open->second == channel) {
+    open_groups_.erase(open);
+    channel->control().begin_close();
+  }
 }
 
 }  // namespace expertd::fabric

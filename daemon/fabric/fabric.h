@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Fabric: how this daemon exchanges with the daemons of other nodes, over UCX; one per daemon, owned by the composition
-// root. Its functions are for control threads and wait for the fabric thread, a few microseconds as a rule; what the
+// root. Its functions are for control threads and wait for threads of lanes, a few microseconds as a rule; what the
 // loops of devices call is in the FabricPort that open_group() gives. Without UCX in it, so that others may include it.
 #pragma once
 
@@ -16,8 +16,8 @@ namespace expertd::fabric {
 
 class Fabric {
  public:
-  /// Opens the lanes and starts the thread. `wake` and `observer` (may be null) outlive it. CONFIG_BAD_VALUE names an
-  /// option that is wrong, UNAVAILABLE the transports or devices that are not there.
+  /// Opens the lanes and starts their threads. `wake` and `observer` (may be null) outlive it. CONFIG_BAD_VALUE names
+  /// an option that is wrong, UNAVAILABLE the transports or devices that are not there.
   static base::Result<std::unique_ptr<Fabric>> create(const FabricOptions& options, engine::WakePort* wake,
                                                       FabricObserver* observer);
   /// Stops it. The ports it gave are gone before.
@@ -50,7 +50,7 @@ class Fabric {
   /// For status and metrics.
   base::Result<FabricSnapshot> snapshot();
 
-  /// Lets what is under way end, tells the peers, and ends the thread; at most FabricOptions::stop_limit_ns.
+  /// Lets what is under way end, tells the peers, and ends the threads; at most FabricOptions::stop_limit_ns.
   void stop();
 
  private:

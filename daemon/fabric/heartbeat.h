@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Heartbeat: when to send a sign of life to one peer daemon, when its silence has lasted too long, and how long a round
-// trip takes. Pure: the time comes from the caller, the fabric thread.
+// trip takes. Pure: the time comes from the caller, the control lane's thread.
 #pragma once
 
 #include <algorithm>

@@ -3,11 +3,30 @@
 
 #include <stdlib.h>
 
+#include <cstring>
+#include <utility>
+
 #include "daemon/base/log.h"
 #include "daemon/fabric/lane_options.h"
 #include "daemon/fabric/ucx_status.h"
 
 namespace expertd::fabric {
+
+bool read_prefix(const Incoming& message, WirePrefix* prefix, DropCause* cause) {
+  *cause = DropCause::kMalformed;
+  if (message.header_bytes < sizeof(*prefix)) {
+    return false;
+  }
+  std::memcpy(prefix, message.header, sizeof(*prefix));
+  if (prefix->magic != kWireMagic) {
+    return false;
+  }
+  if (prefix->version != kWireVersion) {
+    *cause = DropCause::kVersion;
+    return false;
+  }
+  return prefix->type == message.type;
+}
 
 base::Result<std::unique_ptr<Lane>> Lane::create(LaneKind kind, const LaneOptionList& options) {
   std::unique_ptr<Lane> lane(new Lane(kind));
@@ -105,6 +124,24 @@ base::Status Lane::receive_into(IncomingSink* sink) {
         ucx_status("setting a UCX receive handler", ucp_worker_set_am_recv_handler(worker_, &param)));
   }
   return base::Status::ok();
+}
+
+base::Result<Rails> open_rails(LaneKind kind, const LaneOptionList& options, IncomingSink* sink) {
+  base::Result<std::vector<LaneOptionList>> lists = rails_of(kind, options);
+  if (!lists.is_ok()) {
+    return lists.status().with_context(std::string("opening the fabric's lane ") +
+                                       kLaneNames[static_cast<uint32_t>(kind)]);
+  }
+  Rails rails;
+  for (const LaneOptionList& list : lists.value()) {
+    base::Result<std::unique_ptr<Lane>> rail = Lane::create(kind, list);
+    if (!rail.is_ok()) {
+      return rail.status();
+    }
+    EXPERTD_RETURN_IF_ERROR(rail.value()->receive_into(sink));
+    rails.push_back(std::move(rail).value());
+  }
+  return rails;
 }
 
 ucs_status_t Lane::on_message(void* handler, const void* header, size_t header_bytes, void* data, size_t bytes,

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Lane: one UCX context with one worker, and what arrives on it. A daemon has one per lane, so that lanes can have
 // other options and nothing of one queues behind another, and of a lane with several devices one per device: its rails.
-// Created and destroyed by a control thread while no thread runs it; everything else is of the fabric thread. Endpoints
-// (peer.h) are closed before it.
+// Created and destroyed by a control thread while no thread runs it; everything else is of the lane's thread. Endpoints
+// (endpoints.h) are closed before it.
 #pragma once
 
 #include <ucp/api/ucp.h>
 
+#include <array>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "daemon/fabric/options.h"
 #include "daemon/fabric/wire.h"
@@ -26,6 +28,9 @@ struct Incoming {
   size_t bytes = 0;
   bool rendezvous = false;
 };
+
+/// What every message begins with. False: it is no message of this protocol, for `cause`.
+bool read_prefix(const Incoming& message, WirePrefix* prefix, DropCause* cause);
 
 /// Where a lane's messages go. Called within progress(): looks, copies, enqueues, and calls nothing of UCX.
 class IncomingSink {
@@ -78,7 +83,9 @@ class Lane {
   std::array<Handler, kWireTypes> handlers_{};
 };
 
-/// Of each lane its rails, at least one.
-using Lanes = std::array<std::vector<std::unique_ptr<Lane>>, kLanes>;
+/// Those of one lane, at least one.
+using Rails = std::vector<std::unique_ptr<Lane>>;
+/// Opens the rails that the options of a lane ask for and has their messages go to `sink`; errors as Lane::create.
+base::Result<Rails> open_rails(LaneKind kind, const LaneOptionList& options, IncomingSink* sink);
 
 }  // namespace expertd::fabric

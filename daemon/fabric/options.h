@@ -57,8 +57,8 @@ struct FabricOptions {
   /// Bytes of rendezvous on the throughput lane that move at once from one peer by one rail; one message at least.
   uint64_t window_bytes = 1024 * 1024;
   HeartbeatOptions heartbeat;
-  uint64_t spin_ns = 50'000;               // the thread spins so long after the last work, then sleeps
-  uint64_t task_limit_ns = 5'000'000'000;  // a control thread waits so long for the fabric thread
+  uint64_t spin_ns = 50'000;               // a thread spins so long after the last work, then sleeps
+  uint64_t task_limit_ns = 5'000'000'000;  // a control thread waits so long for a thread of the fabric
   uint64_t stop_limit_ns = 1'000'000'000;  // stop() waits so long for what is in flight
   MemoryPort* memory = nullptr;            // null: anonymous memory of the process
 };
@@ -187,7 +187,8 @@ struct FabricSnapshot {
   uint64_t turns = 0;           // of the thread
 };
 
-/// Sees what happens to peers. Fabric thread: must not block and must not call the fabric.
+/// Sees what happens to peers. On the control lane's thread but for beat(): must not block and must not call the
+/// fabric.
 class FabricObserver {
  public:
   virtual ~FabricObserver() = default;
@@ -199,8 +200,8 @@ class FabricObserver {
   virtual void rank_gone(uint64_t group_key, uint32_t rank, uint64_t through) = 0;
   /// A message about views of a group that is open here, of its node `node`.
   virtual void view_message(uint64_t group_key, uint32_t node, const engine::ViewMessage& message) = 0;
-  /// For the watchdog: at least twice a second.
-  virtual void beat(uint64_t now_ns) = 0;
+  /// For the watchdog: at least twice a second, of each lane's thread on that.
+  virtual void beat(LaneKind lane, uint64_t now_ns) = 0;
 };
 
 }  // namespace expertd::fabric

@@ -1,9 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "daemon/fabric/peer.h"
 
-#include "daemon/fabric/ucx_status.h"
+#include <cstdio>
+#include <utility>
 
 namespace expertd::fabric {
+
+std::string hex(uint64_t value) {
+  std::array<char, 17> text{};
+  std::snprintf(text.data(), text.size(), "%016llx", static_cast<unsigned long long>(value));
+  return text.data();
+}
 
 const char* loss_cause_name(LossCause cause) {
   switch (cause) {
@@ -23,73 +30,28 @@ const char* loss_cause_name(LossCause cause) {
   return "unknown";
 }
 
-// What goes by the latency lane is not many bytes, and waits for nobody's turn.
-Peer::Peer(const NodeIdentity& identity, const Lanes& lanes, const Setting& setting, uint64_t now_ns)
+Peer::Peer(const NodeIdentity& identity, ConnectionId connection, const Rails& rails, const Setting& setting,
+           uint64_t now_ns)
     : node_id_(identity.node_id),
       name_(identity.name),
+      connection_(connection),
       setting_(setting),
       heartbeat_(setting.heartbeat, now_ns),
-      shares_{ReceiveShare(UINT64_MAX),
-              ReceiveShare(setting.window_bytes * lanes[static_cast<uint32_t>(LaneKind::kThroughput)].size())} {
-  for (uint32_t lane = 0; lane < kLanes; ++lane) {
-    endpoints_[lane].resize(lanes[lane].size());
-  }
+      endpoints_(LaneKind::kControl, rails, this) {
   for (Signal& signal : signals_) {
     signal.peer = this;
   }
 }
 
-base::Result<std::unique_ptr<Peer>> Peer::create(const NodeIdentity& identity, const Lanes& lanes,
-                                                 const Setting& setting, uint64_t now_ns) {
-  std::unique_ptr<Peer> peer(new Peer(identity, lanes, setting, now_ns));
-  const base::Status opened = peer->open(identity, lanes);
+base::Result<std::unique_ptr<Peer>> Peer::create(const NodeIdentity& identity, ConnectionId connection,
+                                                 const Rails& rails, const Setting& setting, uint64_t now_ns) {
+  std::unique_ptr<Peer> peer(new Peer(identity, connection, rails, setting, now_ns));
+  const base::Status opened =
+      peer->endpoints_.open(identity.addresses[static_cast<uint32_t>(LaneKind::kControl)], rails);
   if (!opened.is_ok()) {
-    // Endpoints that did open close by themselves; nothing was sent on them that names this object.
-    peer->close_endpoints();
-    for (std::vector<Endpoint>& rails : peer->endpoints_) {
-      for (Endpoint& endpoint : rails) {
-        if (endpoint.closing != nullptr) {
-          ucp_request_free(endpoint.closing);
-        }
-      }
-    }
     return opened.with_context("connecting to node \"" + identity.name + "\"");
   }
   return peer;
-}
-
-base::Status Peer::open(const NodeIdentity& identity, const Lanes& lanes) {
-  for (uint32_t i = 0; i < kLanes; ++i) {
-    for (uint32_t rail = 0; rail < endpoints_[i].size(); ++rail) {
-      Endpoint& endpoint = endpoints_[i][rail];
-      endpoint.peer = this;
-      endpoint.lane = static_cast<LaneKind>(i);
-      // Rail to rail where both sides have the same number of them, as nodes of one kind do.
-      const std::vector<std::string>& addresses = identity.addresses[i];
-      EXPERTD_RETURN_IF_ERROR(open(addresses[rail % addresses.size()], *lanes[i][rail], &endpoint));
-    }
-  }
-  return base::Status::ok();
-}
-
-base::Status Peer::open(const std::string& address, const Lane& lane, Endpoint* endpoint) {
-  ucp_ep_params_t params{};
-  params.field_mask =
-      UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | UCP_EP_PARAM_FIELD_ERR_HANDLER;
-  params.address = reinterpret_cast<const ucp_address_t*>(address.data());
-  params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
-  params.err_handler.cb = on_error;
-  params.err_handler.arg = endpoint;
-  return ucx_status(std::string("opening its ") + kLaneNames[static_cast<uint32_t>(endpoint->lane)] + " lane" +
-                        (lane.devices().empty() ? "" : " by " + lane.devices()) +
-                        " (both sides need a transport in common that notices a dead peer)",
-                    ucp_ep_create(lane.worker(), &params, &endpoint->ep));
-}
-
-void Peer::on_error(void* endpoint, ucp_ep_h /*ep*/, ucs_status_t status) {
-  const Endpoint& of = *static_cast<Endpoint*>(endpoint);
-  of.peer->fail(LossCause::kTransport, std::string("its ") + kLaneNames[static_cast<uint32_t>(of.lane)] +
-                                           " lane broke: " + ucs_status_string(status));
 }
 
 void Peer::fail(LossCause cause, std::string detail) {
@@ -104,37 +66,7 @@ void Peer::fail(LossCause cause, std::string detail) {
 
 void Peer::lose() {
   state_ = PeerState::kLost;
-  close_endpoints();
-}
-
-void Peer::close_endpoints() {
-  for (std::vector<Endpoint>& rails : endpoints_) {
-    for (Endpoint& endpoint : rails) {
-      if (endpoint.ep == nullptr) {
-        continue;
-      }
-      ucp_request_param_t param{};
-      param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
-      param.flags = UCP_EP_CLOSE_FLAG_FORCE;
-      const ucs_status_ptr_t closing = ucp_ep_close_nbx(endpoint.ep, &param);
-      endpoint.closing = UCS_PTR_IS_PTR(closing) ? closing : nullptr;
-      endpoint.ep = nullptr;
-    }
-  }
-}
-
-bool Peer::closed() {
-  bool all = lost() && signals_under_way_ == 0;
-  for (std::vector<Endpoint>& rails : endpoints_) {
-    for (Endpoint& endpoint : rails) {
-      if (endpoint.closing != nullptr && ucp_request_check_status(endpoint.closing) != UCS_INPROGRESS) {
-        ucp_request_free(endpoint.closing);
-        endpoint.closing = nullptr;
-      }
-      all = all && endpoint.ep == nullptr && endpoint.closing == nullptr;
-    }
-  }
-  return all;
+  endpoints_.close();
 }
 
 bool Peer::heard(const WireHeartbeat& heartbeat, uint64_t now_ns) {
@@ -178,7 +110,7 @@ void Peer::tend(uint64_t now_ns) {
 }
 
 bool Peer::send(WireSignal signal, uint64_t sent_ns) {
-  const ucp_ep_h ep = endpoint(LaneKind::kControl);
+  const ucp_ep_h ep = endpoint();
   for (Signal& each : signals_) {
     if (each.under_way || ep == nullptr) {
       continue;
@@ -218,9 +150,7 @@ PeerSnapshot Peer::snapshot() const {
           .cause = cause_,
           .detail = detail_,
           .rtt_ns = heartbeat_.rtt_ns(),
-          .heard_ns = heartbeat_.heard_ns(),
-          .sends_failed = sends_failed_,
-          .lanes = traffic_};
+          .heard_ns = heartbeat_.heard_ns()};
 }
 
 }  // namespace expertd::fabric

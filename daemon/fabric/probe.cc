@@ -13,9 +13,9 @@ namespace {
 constexpr uint32_t kLeastMessages = 2;  // with fewer there is no figure, whatever a run's time is
 }  // namespace
 
-ProbeSide::ProbeSide(uint64_t own_node, Peer* peer, uint64_t probe, uint64_t deadline_ns)
-    : peer_(peer), own_node_(own_node), probe_(probe), deadline_ns_(deadline_ns) {
-  ++peer_->groups;  // the peer stays as long as this
+ProbeSide::ProbeSide(uint64_t own_node, engine::FabricLane lane, LanePeer* peer, uint64_t probe, uint64_t deadline_ns)
+    : lane_(lane), peer_(peer), own_node_(own_node), probe_(probe), deadline_ns_(deadline_ns) {
+  ++peer_->users;  // the peer stays as long as this
 }
 
 bool ProbeSide::send(Sending* sending, const std::byte* payload) {
@@ -23,7 +23,8 @@ bool ProbeSide::send(Sending* sending, const std::byte* payload) {
   header.prefix.source_node = own_node_;
   header.destination_node = peer_->node_id();
   header.probe = probe_;
-  const ucp_ep_h ep = peer_->endpoint(lane_of(static_cast<engine::FabricLane>(header.lane)));
+  header.lane = static_cast<uint32_t>(lane_);
+  const ucp_ep_h ep = peer_->endpoint();
   if (ep == nullptr || peer_->failed()) {
     return false;
   }
@@ -54,8 +55,9 @@ void ProbeSide::fail_peer(const char* what, ucs_status_t status) {
   peer_->fail(LossCause::kTransport, std::string(what) + ": " + ucs_status_string(status));
 }
 
-ProbeAsker::ProbeAsker(uint64_t own_node, Peer* peer, const ProbePlan& plan, ProbeMemory payload, ProbeDone done)
-    : ProbeSide(own_node, peer, plan.probe, plan.deadline_ns),
+ProbeAsker::ProbeAsker(uint64_t own_node, engine::FabricLane lane, LanePeer* peer, const ProbePlan& plan,
+                       ProbeMemory payload, ProbeDone done)
+    : ProbeSide(own_node, lane, peer, plan.probe, plan.deadline_ns),
       plan_(plan),
       payload_(std::move(payload)),
       done_(std::move(done)) {
@@ -110,7 +112,6 @@ bool ProbeAsker::ask(WireProbeSignal signal, uint32_t bytes) {
     }
     WireProbe& header = each.sending.header;
     header.signal = signal;
-    header.lane = static_cast<uint32_t>(signal == kProbeEnd ? engine::FabricLane::kLatency : run().lane);
     header.sequence = ++sequence_;
     header.bytes = bytes;
     each.sent_ns = base::now_ns();  // not the turn's: several asks of a turn begin one after the other
@@ -127,7 +128,7 @@ bool ProbeAsker::ask(WireProbeSignal signal, uint32_t bytes) {
 
 bool ProbeAsker::answered(const WireProbe& header, uint64_t now_ns) {
   for (Ask& each : asks_) {
-    if (!each.waits || each.sending.header.sequence != header.sequence || each.sending.header.lane != header.lane) {
+    if (!each.waits || each.sending.header.sequence != header.sequence) {
       continue;
     }
     each.waits = false;
@@ -170,10 +171,9 @@ bool ProbeAsker::drained() const {
   return ended_ && std::none_of(asks_.begin(), asks_.end(), [](const Ask& ask) { return ask.sending.under_way; });
 }
 
-ProbeAnswerer::ProbeAnswerer(uint64_t own_node, Peer* peer, const Lanes* lanes, const ProbeOffer& offer,
+ProbeAnswerer::ProbeAnswerer(uint64_t own_node, engine::FabricLane lane, LanePeer* peer, const ProbeOffer& offer,
                              ProbeMemory memory)
-    : ProbeSide(own_node, peer, offer.probe, offer.deadline_ns),
-      lanes_(lanes),
+    : ProbeSide(own_node, lane, peer, offer.probe, offer.deadline_ns),
       bytes_max_(offer.bytes_max),
       memory_(std::move(memory)) {
   for (Slot& slot : slots_) {
@@ -199,7 +199,7 @@ bool ProbeAnswerer::asked(const WireProbe& header, const Incoming& message, bool
   *kept = message.rendezvous;
   free->descriptor = message.rendezvous ? message.data : nullptr;
   free->stage = message.rendezvous ? Stage::kOffered : Stage::kReceived;
-  free->lane = message.lane;
+  free->worker = message.worker;
   free->status = UCS_OK;
   free->sending.header = header;
   end_asked_ |= header.signal == kProbeEnd;
@@ -241,9 +241,8 @@ void ProbeAnswerer::receive(Slot* slot) {
   param.user_data = slot;
   slot->stage = Stage::kReceiving;
   // Of two slots with one place the bytes may mix; nobody reads them.
-  const ucs_status_ptr_t received =
-      ucp_am_recv_data_nbx((*lanes_)[static_cast<uint32_t>(slot->lane)].front()->worker(), slot->descriptor,
-                           memory_.data() + place * bytes_max_, slot->sending.header.bytes, &param);
+  const ucs_status_ptr_t received = ucp_am_recv_data_nbx(
+      slot->worker, slot->descriptor, memory_.data() + place * bytes_max_, slot->sending.header.bytes, &param);
   slot->descriptor = nullptr;
   if (!UCS_PTR_IS_PTR(received)) {
     slot->status = UCS_PTR_RAW_STATUS(received);
@@ -264,15 +263,14 @@ void ProbeAnswerer::answer(Slot* slot) {
     fail_peer("a probe of it could not be received", slot->status);
     return;
   }
-  slot->sending.header = {
-      .signal = kProbeAnswer, .lane = slot->sending.header.lane, .sequence = slot->sending.header.sequence};
+  slot->sending.header = {.signal = kProbeAnswer, .sequence = slot->sending.header.sequence};
   if (!ended_ && !peer_->lost() && send(&slot->sending, nullptr)) {
     slot->stage = Stage::kAnswering;
   }
 }
 
 void ProbeAnswerer::let_go(Slot* slot) {
-  ucp_am_data_release((*lanes_)[static_cast<uint32_t>(slot->lane)].front()->worker(), slot->descriptor);
+  ucp_am_data_release(slot->worker, slot->descriptor);
   slot->descriptor = nullptr;
   slot->stage = Stage::kFree;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Measurements between two daemons, beside all groups: ProbeAsker sends and times, ProbeAnswerer answers what it was
-// opened for. One of the two per daemon at a time. Fabric thread; owned by Probes, which Core turns. What UCX may still
-// name after its end stays until it has drained.
+// Measurements of a data lane between two daemons, beside all groups: ProbeAsker sends and times, ProbeAnswerer answers
+// what it was opened for. One of the two per lane at a time. Of the lane's thread; owned by Probes, which LaneCore
+// turns. What UCX may still name after its end stays until it has drained.
 #pragma once
 
 #include <ucp/api/ucp.h>
@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "daemon/fabric/lane.h"
+#include "daemon/fabric/lane_peer.h"
 #include "daemon/fabric/options.h"
-#include "daemon/fabric/peer.h"
 #include "daemon/fabric/probe_plan.h"
 #include "daemon/fabric/wire.h"
 
@@ -24,12 +24,12 @@ using ProbeMemory = std::vector<std::byte>;
 /// What both sides have in common: the peer, and what is under way to it.
 class ProbeSide {
  public:
-  ProbeSide(uint64_t own_node, Peer* peer, uint64_t probe, uint64_t deadline_ns);
-  virtual ~ProbeSide() { --peer_->groups; }
+  ProbeSide(uint64_t own_node, engine::FabricLane lane, LanePeer* peer, uint64_t probe, uint64_t deadline_ns);
+  virtual ~ProbeSide() { --peer_->users; }
   ProbeSide(const ProbeSide&) = delete;
   ProbeSide& operator=(const ProbeSide&) = delete;
 
-  const Peer* peer() const { return peer_; }
+  const LanePeer* peer() const { return peer_; }
   uint64_t probe() const { return probe_; }
   uint64_t deadline_ns() const { return deadline_ns_; }
   bool ended() const { return ended_; }
@@ -45,7 +45,8 @@ class ProbeSide {
   bool send(Sending* sending, const std::byte* payload);
   void fail_peer(const char* what, ucs_status_t status);
 
-  Peer* const peer_;
+  const engine::FabricLane lane_;
+  LanePeer* const peer_;
   bool ended_ = false;
 
  private:
@@ -58,8 +59,9 @@ class ProbeSide {
 
 class ProbeAsker final : public ProbeSide {
  public:
-  /// `payload` has the bytes of the largest run.
-  ProbeAsker(uint64_t own_node, Peer* peer, const ProbePlan& plan, ProbeMemory payload, ProbeDone done);
+  /// Runs of `lane` alone, and then the end. `payload` has the bytes of the largest run.
+  ProbeAsker(uint64_t own_node, engine::FabricLane lane, LanePeer* peer, const ProbePlan& plan, ProbeMemory payload,
+             ProbeDone done);
 
   bool run_once(uint64_t now_ns);
   /// False: it answers what was not asked.
@@ -98,7 +100,8 @@ class ProbeAsker final : public ProbeSide {
 class ProbeAnswerer final : public ProbeSide {
  public:
   /// `memory` has kProbeWindow times the largest size.
-  ProbeAnswerer(uint64_t own_node, Peer* peer, const Lanes* lanes, const ProbeOffer& offer, ProbeMemory memory);
+  ProbeAnswerer(uint64_t own_node, engine::FabricLane lane, LanePeer* peer, const ProbeOffer& offer,
+                ProbeMemory memory);
 
   bool run_once();
   /// False: more, or larger, than was agreed; `kept`: the payload's descriptor is kept.
@@ -111,8 +114,8 @@ class ProbeAnswerer final : public ProbeSide {
   struct Slot {
     ProbeAnswerer* of = nullptr;
     Stage stage = Stage::kFree;
-    LaneKind lane = LaneKind::kLatency;
-    void* descriptor = nullptr;  // of a payload that is not received yet
+    ucp_worker_h worker = nullptr;  // of the rail it came by
+    void* descriptor = nullptr;     // of a payload that is not received yet
     ucs_status_t status = UCS_OK;
     Sending sending;
   };
@@ -124,7 +127,6 @@ class ProbeAnswerer final : public ProbeSide {
   void let_go(Slot* slot);
   static void on_received(void* request, ucs_status_t status, size_t bytes, void* slot);
 
-  const Lanes* const lanes_;
   const uint32_t bytes_max_;
   ProbeMemory memory_;
   bool end_asked_ = false;
@@ -142,9 +144,11 @@ class Probes {
   bool run_once(uint64_t now_ns);
   /// A probe message of `from` whose size is right. False: dropped for `cause`, at the cost of the peer with a
   /// `detail`.
-  bool incoming(const WireProbe& header, const Incoming& message, const Peer* from, bool* kept, DropCause* cause,
+  bool incoming(const WireProbe& header, const Incoming& message, const LanePeer* from, bool* kept, DropCause* cause,
                 const char** detail);
-  void lose(const Peer* peer);
+  void lose(const LanePeer* peer);
+  /// Ends an offer, if it is that of this probe.
+  void close(uint64_t probe);
   /// This daemon stops.
   void end_all();
   bool quiet() const { return asker_ == nullptr && answerer_ == nullptr && ending_.empty(); }

@@ -51,7 +51,7 @@ struct ProbeOffer {
   uint64_t deadline_ns = 0;  // absolute, base::now_ns clock
 };
 
-/// Once, on the fabric thread, which it must not keep. TIMEOUT, PEER_LOST or CANCELLED.
+/// Once, on a thread of the fabric, which it must not keep. TIMEOUT, PEER_LOST or CANCELLED.
 using ProbeDone = std::function<void(const base::Status&, const std::vector<ProbeFigures>&)>;
 
 }  // namespace expertd::fabric

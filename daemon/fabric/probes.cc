@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which probe a message is of, how long probes live, and what Core has to do with them.
+// Which probe a message is of, how long probes live, and what LaneCore has to do with them.
 #include <algorithm>
 #include <cstring>
 #include <utility>
 
 #include "daemon/base/clock.h"
-#include "daemon/fabric/core.h"
+#include "daemon/fabric/lane_core.h"
 #include "daemon/fabric/probe.h"
 
 namespace expertd::fabric {
@@ -40,8 +40,8 @@ bool Probes::retire() {
   return moved || ending_.size() != before;
 }
 
-bool Probes::incoming(const WireProbe& header, const Incoming& message, const Peer* from, bool* kept, DropCause* cause,
-                      const char** detail) {
+bool Probes::incoming(const WireProbe& header, const Incoming& message, const LanePeer* from, bool* kept,
+                      DropCause* cause, const char** detail) {
   *kept = false;
   *detail = nullptr;
   *cause = DropCause::kBadField;
@@ -74,15 +74,21 @@ bool Probes::incoming(const WireProbe& header, const Incoming& message, const Pe
   return true;
 }
 
-void Probes::lose(const Peer* peer) {
+void Probes::lose(const LanePeer* peer) {
   if (asker_ != nullptr && asker_->peer() == peer) {
-    asker_->end(base::Status(EXPERTD_REASON_PEER_LOST,
-                             "node \"" + peer->name() + "\" was lost while it was measured: " + peer->detail()));
+    asker_->end(base::Status(EXPERTD_REASON_PEER_LOST, "node \"" + peer->name() + "\" was lost while it was measured"));
   }
   if (answerer_ != nullptr && answerer_->peer() == peer) {
     answerer_->end();
   }
   (void)retire();  // who was told of the end may begin the next one at once
+}
+
+void Probes::close(uint64_t probe) {
+  if (answerer_ != nullptr && answerer_->probe() == probe) {
+    answerer_->end();
+  }
+  (void)retire();
 }
 
 void Probes::end_all() {
@@ -105,36 +111,40 @@ uint64_t Probes::next_ns() const {
   return next_ns;
 }
 
-base::Result<Peer*> Core::peer_to_probe(uint64_t node_id) const {
+base::Result<LanePeer*> LaneCore::peer_to_probe(uint64_t node_id) const {
+  if (stopping_) {
+    return base::Status(EXPERTD_REASON_CANCELLED, "this daemon stops");
+  }
   if (probes_.busy()) {
     return base::Status(EXPERTD_REASON_BAD_STATE,
                         "another measurement is on at this node; try again when it has ended");
   }
-  Peer* peer = find_peer(node_id);
+  LanePeer* peer = find_peer(node_id);
   if (peer == nullptr || peer->lost() || peer->failed()) {
     return base::Status(EXPERTD_REASON_PEER_LOST, "the node to measure is not connected");
   }
   return peer;
 }
 
-base::Status Core::open_probe(const ProbeOffer& offer, ProbeMemory memory) {
-  const base::Result<Peer*> peer = peer_to_probe(offer.node_id);
+base::Status LaneCore::open_probe(const ProbeOffer& offer, ProbeMemory memory) {
+  const base::Result<LanePeer*> peer = peer_to_probe(offer.node_id);
   if (peer.is_ok()) {
-    probes_.open(std::make_unique<ProbeAnswerer>(setting_.node_id, peer.value(), &lanes_, offer, std::move(memory)));
+    probes_.open(
+        std::make_unique<ProbeAnswerer>(setting_.node_id, setting_.lane, peer.value(), offer, std::move(memory)));
   }
   return peer.status();
 }
 
-base::Status Core::begin_probe(const ProbePlan& plan, ProbeMemory payload, ProbeDone done) {
-  const base::Result<Peer*> peer = peer_to_probe(plan.node_id);
+base::Status LaneCore::begin_probe(const ProbePlan& plan, ProbeMemory payload, ProbeDone done) {
+  const base::Result<LanePeer*> peer = peer_to_probe(plan.node_id);
   if (peer.is_ok()) {
-    probes_.begin(
-        std::make_unique<ProbeAsker>(setting_.node_id, peer.value(), plan, std::move(payload), std::move(done)));
+    probes_.begin(std::make_unique<ProbeAsker>(setting_.node_id, setting_.lane, peer.value(), plan, std::move(payload),
+                                               std::move(done)));
   }
   return peer.status();
 }
 
-bool Core::take_probe(const Incoming& message, Peer* from) {
+bool LaneCore::take_probe(const Incoming& message, LanePeer* from) {
   WireProbe header;
   if (message.header_bytes != sizeof(header)) {
     return drop(DropCause::kMalformed, from, "the header's size");

@@ -8,6 +8,7 @@
 #include <future>
 #include <memory>
 #include <system_error>
+#include <utility>
 
 #include "daemon/base/clock.h"
 #include "daemon/base/limits.h"
@@ -41,13 +42,30 @@ base::Status ProgressThread::start(Progressed* progressed, const std::vector<int
   return base::Status::ok();
 }
 
+void ProgressThread::begin_stop() {
+  stop_.store(true, std::memory_order_seq_cst);
+  waker_.wake();
+}
+
 void ProgressThread::stop() {
   if (!thread_.joinable()) {
     return;
   }
-  stop_.store(true, std::memory_order_seq_cst);
-  waker_.wake();
+  begin_stop();
   thread_.join();
+}
+
+bool ProgressThread::post(std::function<void()> task) {
+  {
+    const std::lock_guard<std::mutex> lock(tasks_mutex_);
+    if (tasks_ended_ || tasks_.size() >= base::kMaxLoopTasks) {
+      return false;
+    }
+    tasks_.push_back(std::move(task));
+  }
+  tasks_waiting_.fetch_add(1, std::memory_order_seq_cst);
+  waker_.wake();
+  return true;
 }
 
 base::Status ProgressThread::run(const std::function<void()>& task) {
@@ -128,7 +146,7 @@ uint64_t ProgressThread::sleep(uint64_t now_ns) {
 }
 
 void ProgressThread::thread_main() {
-  (void)::pthread_setname_np(::pthread_self(), "expertd-fabric");
+  (void)::pthread_setname_np(::pthread_self(), options_.name);
   uint64_t turn_ns = base::now_ns();
   uint64_t work_ns = turn_ns;
   uint64_t beat_ns = 0;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// ProgressThread: the one thread that touches UCX. It turns its Progressed, runs tasks of control threads between
-// turns, spins a while after the last work, and then sleeps until an event descriptor, a Waker or the next deadline.
-// Owned by Fabric.
+// ProgressThread: the one thread that touches the UCX workers of a lane. It turns its Progressed, runs tasks of control
+// threads between turns, spins a while after the last work, and then sleeps until an event descriptor, a Waker or the
+// next deadline. Owned by Fabric.
 #pragma once
 
 #include <poll.h>
@@ -37,6 +37,7 @@ class Progressed {
 };
 
 struct ProgressOptions {
+  const char* name = "expertd-fabric";  // of the thread, at most 15 characters
   uint64_t spin_ns = 50'000;
   uint64_t task_limit_ns = 5'000'000'000;
   uint64_t stop_limit_ns = 1'000'000'000;
@@ -51,13 +52,18 @@ class ProgressThread {
 
   /// `event_fds` wake it while it sleeps; they and `progressed` outlive it.
   base::Status start(Progressed* progressed, const std::vector<int>& event_fds);
-  /// Waits until everything is quiet, at most stop_limit_ns.
+  /// From now on it comes to its end, at most stop_limit_ns; any thread.
+  void begin_stop();
+  /// begin_stop(), and waits for the end.
   void stop();
   Waker& waker() { return waker_; }
 
   /// Runs `task` on the thread and waits for it. Any other thread. INTERNAL when the thread does not answer in time
   /// (the task then never runs), UNAVAILABLE when it has ended.
   base::Status run(const std::function<void()>& task);
+  /// Runs `task` on the thread and does not wait. Any thread. False: it never will, since the thread ends or has too
+  /// much to do.
+  bool post(std::function<void()> task);
 
  private:
   void thread_main();

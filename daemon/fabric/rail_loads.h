@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // RailLoads: by which of a lane's rails (devices with a worker of their own) a message leaves. A rail's load is what is
 // under way on it and what it took since the lane was last idle, over all peers, since they share the device. What it
-// took counts in bytes and not by time, so that rails are even however fast they are. Pure, of the fabric thread. Owned
-// by Core.
+// took counts in bytes and not by time, so that rails are even however fast they are. Pure, of the lane's thread. Owned
+// by LaneCore.
 #pragma once
 
 #include <array>

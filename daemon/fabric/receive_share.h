@@ -2,8 +2,8 @@
 // ReceiveShare: which group's rendezvous is received next of those that wait on one lane of one peer. It is the
 // receiver who decides when the bytes of a rendezvous move, and who knows whether there is a buffer for them, so a
 // share holds what is moving to a window and gives groups turns by their weights in bytes, without ever waiting for a
-// group that has nothing to move or no buffer. Pure, of the fabric thread. Owned by the Peer; members leave before
-// they go.
+// group that has nothing to move or no buffer. Pure, of the lane's thread. Owned by the LanePeer; members leave
+// before they go.
 #pragma once
 
 #include <cstdint>

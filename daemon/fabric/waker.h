@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Waker: lets any thread wake the fabric thread, and costs a system call only while that one sleeps. Owned by the
+// Waker: lets any thread wake a lane's thread, and costs a system call only while that one sleeps. Owned by the
 // ProgressThread.
 #pragma once
 
@@ -20,7 +20,7 @@ class Waker {
   bool valid() const { return event_.valid(); }
   int fd() const { return event_.get(); }
 
-  /// Any thread, after it published what the fabric thread shall find.
+  /// Any thread, after it published what the lane's thread shall find.
   void wake() {
     // Pairs with the fence in sleep_begins(): either the thread sees what was published or this sees it sleeping.
     std::atomic_thread_fence(std::memory_order_seq_cst);
@@ -30,7 +30,7 @@ class Waker {
     }
   }
 
-  /// Fabric thread: between these it looks once more for work and then waits on fd().
+  /// The lane's thread: between these it looks once more for work and then waits on fd().
   void sleep_begins() {
     sleeping_.store(true, std::memory_order_seq_cst);
     std::atomic_thread_fence(std::memory_order_seq_cst);

@@ -147,10 +147,6 @@ ErrorDetail SessionService::open_fabric(const group::Formation& formation) {
 
 base::Status SessionService::open_port(const group::Formation& formation) {
   EXPERTD_RETURN_IF_ERROR(check_devices(*formation.placed));
-  if (formation.placed->ranks.front().facts.cuda && formation.shared->settings().mask_on_loss) {
-    return base::Status(EXPERTD_REASON_UNSUPPORTED,
-                        "on_rank_loss = mask over several nodes is for host devices so far; join GPUs with fail");
-  }
   const uint64_t deadline_ns = base::now_ns() + formation.placed->form_timeout_ns;
   base::Result<std::shared_ptr<engine::FabricPort>> port =
       fabric_->open(*formation.placed, formation.shared->settings(), deadline_ns);

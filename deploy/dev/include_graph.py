@@ -28,12 +28,13 @@ FOLDERS = (
     ("daemon/config/", (BASE,)),
     ("daemon/transport/", (BASE, ABI, "daemon/engine/", "daemon/session/")),
     ("daemon/session/", (BASE, ABI, "daemon/engine/", "daemon/device/device.h", "daemon/group/directory.h", "daemon/group/rendezvous_port.h")),
-    ("daemon/control/", (BASE, ABI, "daemon/session/", "daemon/group/", "expertd/v1/")),
+    ("daemon/control/", (BASE, ABI, "daemon/session/", "daemon/group/", "daemon/rpc/", "expertd/v1/")),
+    ("daemon/rpc/", (BASE, ABI, "daemon/session/api.h")),
     ("daemon/group/", (BASE, ABI, "daemon/session/api.h", "daemon/engine/", "expertd/peer/")),
     ("daemon/engine/", (BASE, ABI, "daemon/kernels/op_params.h")),
     ("daemon/device/", (BASE, ABI, "daemon/engine/", "daemon/kernels/")),
     ("daemon/kernels/", ("daemon/base/limits.h", "daemon/base/rank_set.h", ABI)),
-    ("daemon/fabric/bootstrap/", (BASE, ABI, "daemon/engine/", "daemon/session/api.h", "daemon/group/", "expertd/")),
+    ("daemon/fabric/bootstrap/", (BASE, ABI, "daemon/engine/", "daemon/session/api.h", "daemon/group/", "daemon/rpc/", "expertd/")),
     ("daemon/fabric/", (BASE, ABI, "daemon/engine/", "expertd/peer/")),
     ("daemon/metrics/", (BASE, ABI)),
     ("daemon/supervise/", (BASE, ABI)),
@@ -43,7 +44,7 @@ FOLDERS = (
     ("tests/", EVERYTHING),
 )
 
-GRPC_USERS = ("daemon/control/", "daemon/group/etcd", "daemon/fabric/bootstrap", "client/ctl/", "tests/")
+GRPC_USERS = ("daemon/control/", "daemon/rpc/", "daemon/group/etcd", "daemon/fabric/bootstrap", "client/ctl/", "tests/")
 CUDA_USERS = ("daemon/device/cuda/", "daemon/kernels/cuda/", "client/src/cuda_import", "tests/device/", "tests/support/cuda",
               "tests/bench/")
 # Name of the library, pattern of its headers, prefixes that may include them.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // lane_latency [TRANSPORT] [ROUNDS]: how long a small message of the latency lane takes there and back between two
 // processes, alone and while the throughput lane carries as much as it can both ways. Both in turns, so that what else
-// the machine does meets both; the loops of ranks run where the fabric wakes them, so that what is measured is the
-// fabric. Prints a line per round and the ratio of the p99 over all.
+// the machine does meets both; on each side a thread polls as the loop of a rank, and does nothing else, so that what
+// is measured is the fabric. Prints a line per round and the ratio of the p99 over all.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -53,6 +53,15 @@ class Side final : public engine::WakePort, public fabric::FabricObserver {
     fabric_ = std::move(made).value();
   }
 
+  ~Side() override {
+    stop_.store(true);
+    if (rank_.joinable()) {
+      rank_.join();
+    }
+  }
+  Side(const Side&) = delete;
+  Side& operator=(const Side&) = delete;
+
   void open(FILE* from, int to) {
     const std::string line = fabric_test::identity_to_text(fabric_->identity()) + "\n";
     (void)!::write(to, line.data(), line.size());
@@ -85,7 +94,7 @@ class Side final : public engine::WakePort, public fabric::FabricObserver {
     require(opened.status());
     port_ = std::move(opened).value();
     // Nobody sends before both have opened it and look at what comes.
-    open_.store(true);
+    rank_ = std::thread([this] { rank_main(); });
     (void)!::write(to, "o\n", 2);
     if (std::fgets(read.data(), static_cast<int>(read.size()), from) == nullptr) {
       std::exit(1);
@@ -98,7 +107,7 @@ class Side final : public engine::WakePort, public fabric::FabricObserver {
     uint64_t large_bytes = 0;     // that came in
   };
 
-  /// Small messages one after the other, phase by phase; everything but the first on the fabric's thread.
+  /// Small messages one after the other, phase by phase.
   const std::vector<Phase>& measure(uint32_t rounds) {
     phases_.resize(1 + 2 * rounds);  // the first is for warming up
     for (size_t i = 0; i < phases_.size(); ++i) {
@@ -107,7 +116,7 @@ class Side final : public engine::WakePort, public fabric::FabricObserver {
     }
     end_ns_ = base::now_ns() + kPhaseNs;
     const uint64_t deadline_ns = base::now_ns() + 2 * phases_.size() * kPhaseNs + kLimitNs;
-    send_small(0);
+    begin_.store(true);
     while (!done_.load()) {
       if (lost_.load() || base::now_ns() > deadline_ns) {
         std::fprintf(stderr, "the other side does not answer\n");
@@ -118,9 +127,33 @@ class Side final : public engine::WakePort, public fabric::FabricObserver {
     return phases_;
   }
 
-  void wake(base::DeviceIndex /*device*/) override {
-    if (!open_.load()) {
-      return;
+  /// The rank's loop polls.
+  void wake(base::DeviceIndex /*device*/) override {}
+  void node_up(uint64_t /*node_id*/, const std::string& /*name*/) override { up_.store(true); }
+  void node_lost(uint64_t /*id*/, const std::string& /*name*/, fabric::LossCause /*cause*/,
+                 const std::string& /*detail*/) override {
+    lost_.store(true);
+  }
+  void rank_gone(uint64_t /*key*/, uint32_t /*rank*/, uint64_t /*through*/) override {}
+  void view_message(uint64_t /*key*/, uint32_t /*node*/, const engine::ViewMessage& /*message*/) override {}
+  void beat(fabric::LaneKind /*lane*/, uint64_t /*now_ns*/) override {}
+  bool lost() const { return lost_.load(); }
+
+ private:
+  static void require(const base::Status& status) {
+    if (!status.is_ok()) {
+      std::fprintf(stderr, "%s\n", status.message().c_str());
+      std::exit(1);
+    }
+  }
+  void rank_main() {
+    while (!stop_.load(std::memory_order_relaxed)) {
+      turn();
+    }
+  }
+  void turn() {
+    if (begin_.load(std::memory_order_relaxed) && begin_.exchange(false)) {
+      send_small(0);
     }
     engine::Arrival arrival;
     while (port_->receive(own_, &arrival)) {
@@ -133,24 +166,6 @@ class Side final : public engine::WakePort, public fabric::FabricObserver {
     }
     if (busy_) {
       send_large();
-    }
-  }
-  void node_up(uint64_t /*node_id*/, const std::string& /*name*/) override { up_.store(true); }
-  void node_lost(uint64_t /*id*/, const std::string& /*name*/, fabric::LossCause /*cause*/,
-                 const std::string& /*detail*/) override {
-    open_.store(false);
-    lost_.store(true);
-  }
-  void rank_gone(uint64_t /*key*/, uint32_t /*rank*/, uint64_t /*through*/) override {}
-  void view_message(uint64_t /*key*/, uint32_t /*node*/, const engine::ViewMessage& /*message*/) override {}
-  void beat(uint64_t /*now_ns*/) override {}
-  bool lost() const { return lost_.load(); }
-
- private:
-  static void require(const base::Status& status) {
-    if (!status.is_ok()) {
-      std::fprintf(stderr, "%s\n", status.message().c_str());
-      std::exit(1);
     }
   }
   void small_arrived(const MessageHeader& header) {
@@ -199,7 +214,8 @@ class Side final : public engine::WakePort, public fabric::FabricObserver {
   const uint32_t own_;
   std::atomic<bool> up_{false};
   std::atomic<bool> lost_{false};
-  std::atomic<bool> open_{false};
+  std::atomic<bool> begin_{false};
+  std::atomic<bool> stop_{false};
   std::atomic<bool> done_{false};
   bool busy_ = false;
   uint64_t large_bytes_ = 0;
@@ -209,6 +225,7 @@ class Side final : public engine::WakePort, public fabric::FabricObserver {
   size_t phase_ = 0;
   std::unique_ptr<fabric::Fabric> fabric_;
   std::unique_ptr<engine::FabricPort> port_;
+  std::thread rank_;
 };
 
 double percentile_us(std::vector<uint64_t> times, double share) {

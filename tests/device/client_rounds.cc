@@ -155,7 +155,8 @@ Outcome Rounds::join(const std::string& name, uint32_t rank, uint32_t ranks, con
   options.top_k = kTopK;
   options.max_tokens = kTokens;
   options.mode = low_latency ? EXPERTD_MODE_INFERENCE : EXPERTD_MODE_NORMAL;
-  options.capture_lanes = mode == "captured" ? 2 : 0;
+  options.capture_lanes = mode.ends_with("captured") ? 2 : 0;
+  options.on_rank_loss = mode.starts_with("mask-") ? EXPERTD_RANK_LOSS_MASK : EXPERTD_RANK_LOSS_FAIL;
   options.executor = executor;
   options.op_timeout_ns = op_ns;
   options.first_op_timeout_ns = op_ns;
@@ -207,7 +208,7 @@ void Rounds::note_issued(expertd_event_t event, OpCounts* counts, bool split) {
   counts->issued.fetch_add(1, std::memory_order_relaxed);
 }
 
-Outcome Rounds::issue_normal(OpCounts* counts) {
+Outcome Rounds::issue_dispatch(expertd_handle_t* handle, expertd_event_t* event) {
   expertd_dispatch_args_t dispatch = EXPERTD_INIT(expertd_dispatch_args_t);
   dispatch.x = x_;
   dispatch.dtype = EXPERTD_BF16;
@@ -217,21 +218,29 @@ Outcome Rounds::issue_normal(OpCounts* counts) {
   dispatch.capacity_rows = ranks_ * kTokens;
   dispatch.recv_x = recv_x_;
   dispatch.recv_topk_idx = recv_idx_;
-  expertd_handle_t handle{};
-  expertd_event_t event{};
-  Outcome outcome = outcome_of(expertd_dispatch(group_, &dispatch, stream(), &handle, &event));
-  if (!outcome.ok()) {
-    return outcome;
-  }
-  note_issued(event, counts);
-  handles_.push_back(handle);
+  return outcome_of(expertd_dispatch(group_, &dispatch, stream(), handle, event));
+}
+
+Outcome Rounds::issue_combine(expertd_handle_t handle, expertd_event_t* event) {
   expertd_combine_args_t combine = EXPERTD_INIT(expertd_combine_args_t);
   combine.x = recv_x_;
   combine.rows = ranks_ * kTokens;  // of which those that arrived are read
   combine.handle = handle;
   combine.tokens = kTokens;
   combine.combined_x = combined_;
-  outcome = outcome_of(expertd_combine(group_, &combine, stream(), &event));
+  return outcome_of(expertd_combine(group_, &combine, stream(), event));
+}
+
+Outcome Rounds::issue_normal(OpCounts* counts) {
+  expertd_handle_t handle{};
+  expertd_event_t event{};
+  Outcome outcome = issue_dispatch(&handle, &event);
+  if (!outcome.ok()) {
+    return outcome;
+  }
+  note_issued(event, counts);
+  handles_.push_back(handle);
+  outcome = issue_combine(handle, &event);
   if (outcome.ok()) {
     note_issued(event, counts);
   }
@@ -329,11 +338,13 @@ void Rounds::collect(Issued* op, OpCounts* counts, BatchEnd* batch) {
   }
 }
 
-std::string Rounds::check(uint32_t tokens) const {
+std::string Rounds::check(uint32_t tokens, uint64_t mask) const {
   for (uint32_t token = 0; token < tokens; ++token) {
-    const bool second = token % 5 != 0;
-    const bool twice = second && target(token, 0) != target(token, 1);
-    const float factor = low_latency_ ? (second ? 0.75f : 0.5f) : (twice ? 2.0f : 1.0f);
+    const bool first = (mask >> target(token, 0) & 1) != 0;
+    const bool second = token % 5 != 0 && (mask >> target(token, 1) & 1) != 0;
+    const float rows =
+        (first ? 1.0f : 0.0f) + (second && (!first || target(token, 0) != target(token, 1)) ? 1.0f : 0.0f);
+    const float factor = low_latency_ ? (first ? 0.5f : 0.0f) + (second ? 0.25f : 0.0f) : rows;
     for (uint32_t channel = 0; channel < kHidden; ++channel) {
       const float expected = factor * sent(token, channel);
       const float found = float_of(host_out_[token * kHidden + channel]);

@@ -32,7 +32,7 @@ class Rounds {
   static constexpr uint32_t kTokens = 128;
   static constexpr uint32_t kHidden = 1024;
   static constexpr uint32_t kTopK = 2;
-  static constexpr uint32_t kMostRanks = 2;
+  static constexpr uint32_t kMostRanks = 4;
   /// Of the block that tensors lie in: so large that fifty that stay somewhere are seen in the GPU's free memory.
   static constexpr uint64_t kBlockBytes = 16 << 20;
 
@@ -46,7 +46,8 @@ class Rounds {
   /// `mode`: normal; ll; copy-normal, sm and copy, which are those of that executor and must then say that they had it;
   /// auto-sm-normal and auto-copy-normal, of no chosen executor, which must say that they had the one named; captured,
   /// which is ll with two capture lanes; or mixed-sm and mixed-copy, which are ll of no chosen executor with every
-  /// second round in halves: those are by copy engines, the others as named.
+  /// second round in halves: those are by copy engines, the others as named. mask-ll, mask-normal and mask-captured are
+  /// ll, normal and captured with on_rank_loss = mask.
   support::Outcome join(const std::string& name, uint32_t rank, uint32_t ranks, const std::string& mode,
                         uint64_t op_ns);
   support::Outcome leave();
@@ -56,6 +57,11 @@ class Rounds {
 
   /// Issues `depth` rounds, waits for all of them and checks the output of the last.
   BatchEnd batch(uint32_t depth, OpCounts* counts);
+  /// Rounds of two operations each, one after the other and on through failures, so that ranks that a loss ends at
+  /// different operations stay in step: every good result is checked under the mask that it was made with. `count`
+  /// rounds, or with `before` not 0 so many from the first operation with another mask on, up to a multiple of `count`.
+  /// What came of it goes into `text`; what is wrong is returned.
+  std::string masked(uint64_t count, uint64_t before, std::string* text);
   /// Issues a round of a normal group behind whatever the stream waits for, with the inputs that are there.
   support::Outcome issue(OpCounts* counts) { return issue_normal(counts); }
 
@@ -76,6 +82,8 @@ class Rounds {
   support::Outcome copy(void* destination, const void* source, uint64_t bytes);
   support::Outcome synchronize();
   support::Outcome upload();
+  support::Outcome issue_dispatch(expertd_handle_t* handle, expertd_event_t* event);
+  support::Outcome issue_combine(expertd_handle_t handle, expertd_event_t* event);
   support::Outcome issue_normal(OpCounts* counts);
   support::Outcome issue_low_latency(OpCounts* counts, BatchEnd* batch);
   void note_issued(expertd_event_t event, OpCounts* counts, bool split = false);
@@ -88,7 +96,8 @@ class Rounds {
   support::Outcome issue_ll_combine(uint32_t tokens, uint32_t flags, expertd_handle_t handle, uint16_t* out,
                                     expertd_event_t* event);
   support::Outcome fetch();
-  std::string check(uint32_t tokens) const;
+  std::string check(uint32_t tokens, uint64_t mask = ~uint64_t{0}) const;
+  std::string masked_round(support::OpEnd* sent, support::OpEnd* back);
   void* stream() const { return gpu_ == nullptr ? nullptr : gpu_->stream(); }
 
   expertd_session_t* session_ = nullptr;

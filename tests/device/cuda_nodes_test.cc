@@ -18,6 +18,7 @@ namespace {
 
 constexpr uint32_t kCases = 200;
 constexpr uint32_t kGarbageCases = 40;
+constexpr uint32_t kMaskedCases = 100;
 
 using support::NodesCase;
 
@@ -78,6 +79,45 @@ class CudaNodes : public testing::Test {
     it->pending.clear();
   }
 
+  /// Ranks that take part in the dispatch, and of those the ones that do in what follows: without a node, with one rank
+  /// of each node, on one node alone, or any.
+  static void mask(NodesCase* it) {
+    const engine::Placement& placement = it->world->placement();
+    const uint64_t all = (uint64_t{2} << (placement.ranks() - 1)) - 1;
+    const auto draw = [&] {
+      const uint32_t node = it->random.below(placement.nodes());
+      uint64_t of_node = 0;
+      uint64_t one_each = 0;
+      for (uint32_t rank = 0; rank < placement.ranks(); ++rank) {
+        of_node |= uint64_t{placement.node_of[rank] == node ? 1U : 0U} << rank;
+      }
+      for (const std::vector<uint32_t>& ranks : placement.ranks_of) {
+        one_each |= uint64_t{1} << ranks[it->random.below(static_cast<uint32_t>(ranks.size()))];
+      }
+      const uint64_t any = it->random.next() | uint64_t{1} << it->random.below(placement.ranks());
+      const uint64_t drawn[] = {all & ~of_node, of_node, one_each, any & all, all};
+      return drawn[it->random.below(5)];
+    };
+    it->dispatch.shape.active_ranks = draw();
+    const uint64_t later = it->dispatch.shape.active_ranks & draw();
+    it->dispatch.later_active = later != 0 ? later : it->dispatch.shape.active_ranks;
+  }
+
+  static void run_masked(OpKind kind) {
+    uint32_t ran = 0;
+    for (const uint64_t seed : support::seeds_to_run(kMaskedCases)) {
+      RandomCase made = support::make_random_case(seed, kind);
+      if (made.shape.ranks < 2 || made.shape.ranks > base::kMaxGpuRanks || testing::Test::HasFailure()) {
+        continue;
+      }
+      NodesCase it(seed, std::move(made));
+      mask(&it);
+      run_case(std::move(it), false);
+      ++ran;
+    }
+    std::printf("ran %u cases\n", ran);
+  }
+
   /// Dispatch, a cached dispatch (HT), and the combine with the same handle.
   static void run_case(NodesCase it, bool garbage) {
     SCOPED_TRACE(support::repro_line(it.dispatch) + " on " + std::to_string(it.nodes) + " nodes");
@@ -129,6 +169,14 @@ TEST_F(CudaNodes, LowLatencyEdges) {
   for (uint64_t seed = 2; seed < 10 && !HasFailure(); ++seed) {
     run_case(NodesCase(seed, make_edge_case(seed, 3)), false);
   }
+}
+
+TEST_F(CudaNodes, HighThroughputUnderMasks) {
+  run_masked(OpKind::kDispatch);
+}
+
+TEST_F(CudaNodes, LowLatencyUnderMasks) {
+  run_masked(OpKind::kLlDispatch);
 }
 
 TEST_F(CudaNodes, HighThroughputGarbage) {

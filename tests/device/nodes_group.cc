@@ -112,17 +112,7 @@ void NodesGroup::set_view(const CaseStep& step, const std::vector<Tensors>& tens
   const SerialRank& own = *ranks_[rank];
   params->peers.pages[peer] = (peer == rank ? own.page : own.sent_page).at<SyncPage>();
   view.counts = (peer == rank ? own.matrix : own.sent_matrix).at<int32_t>();
-  if (combines) {
-    view.in_x = tensors[peer].get(EXPERTD_IN_X);
-    const bool weights = params->op.shape.kind == OpKind::kCombine;
-    view.in_topk_weights = weights ? tensors[peer].get<float>(EXPERTD_IN_TOPK_WEIGHTS) : nullptr;
-    return;
-  }
-  view.out_x = tensors[peer].get(EXPERTD_OUT_X);
-  view.out_side = tensors[peer].get(EXPERTD_OUT_SIDE);
-  view.out_topk_idx = tensors[peer].get(EXPERTD_OUT_TOPK_IDX);
-  view.out_topk_weights = tensors[peer].get<float>(EXPERTD_OUT_TOPK_WEIGHTS);
-  view.out_src_info = tensors[peer].get<int32_t>(EXPERTD_OUT_SRC_INFO);
+  set_tensors_of(params->op.shape, tensors[peer], &view);
 }
 
 NodesGroup::Params NodesGroup::params_of(uint32_t rank, const CaseStep& step, const std::vector<Tensors>& tensors) {
@@ -131,24 +121,10 @@ NodesGroup::Params NodesGroup::params_of(uint32_t rank, const CaseStep& step, co
   params.op.shape = step.gpu->params[rank].shape;
   params.op.shape.capacity_rows = step.in_rows == nullptr ? params.op.shape.capacity_rows : (*step.in_rows)[rank];
   set_tensors(tensors[rank], &params.op);
-  params.op.routing = {own.token_rank.at<int32_t>(), own.token_expert.at<int32_t>(), own.topk.at<int32_t>(),
-                       own.counts.at<int32_t>()};
-  params.op.counts = own.matrix.at<int32_t>();
-  params.words = {part_,
-                  group_op_,
-                  group_op_,
-                  own.state.at<PartState>(),
-                  own.facts.at<PartFacts>(),
-                  own.progress.at<Progress>(),
-                  own.words.at<uint64_t>(),
-                  own.words.at<uint64_t>(sizeof(uint64_t))};
-  params.scratch = {own.plan.at<Plan>(),
-                    own.plan_work.at<PlanWork>(),
-                    own.block_rows.at<BlockRows>(),
-                    own.chunk_counts.at<int32_t>(),
-                    own.chunk_errors.at<uint32_t>(),
-                    own.rows.at<int32_t>(),
-                    own.left_blocks.at<uint64_t>()};
+  own.set_tables(&params);
+  params.words.part = part_;
+  params.words.group_op = group_op_;
+  params.words.seq = group_op_;
   params.table_top_k = shape_.top_k;
   params.multiprocessors = kSerialMultiprocessors;
   for (uint32_t j = 0; j < shape_.ranks; ++j) {
@@ -211,6 +187,12 @@ PartFacts NodesGroup::facts(uint32_t rank) const {
   return ranks_[rank]->facts.get<PartFacts>(1)[0];
 }
 
+bool NodesGroup::exchanges(uint32_t rank, uint32_t node) const {
+  const std::vector<uint32_t>& ranks = placement_.ranks_of[node];
+  return node != placement_.node_of[rank] &&
+         std::any_of(ranks.begin(), ranks.end(), [this](uint32_t other) { return active(other); });
+}
+
 // Dispatch.
 
 void NodesGroup::run_dispatch() {
@@ -257,7 +239,7 @@ uint32_t NodesGroup::fill_pack_job(uint32_t rank, uint32_t begin, PackRowsJob* j
   const uint32_t buffers = (job->end - job->begin + per_message - 1) / per_message;
   uint32_t place = 0;
   for (uint32_t node = 0; node < nodes_; ++node) {
-    if (node == placement_.node_of[rank]) {
+    if (!exchanges(rank, node)) {
       continue;
     }
     job->layout[node] = kernels::rows_layout(shape, job->head, node_ranks(node));
@@ -284,7 +266,7 @@ void NodesGroup::pack_rows(uint32_t rank) {
     }
     for (uint32_t node = 0; node < nodes_; ++node) {
       ASSERT_LE(job.packed[node], job.end - job.begin);
-      ASSERT_TRUE(node != placement_.node_of[rank] || job.packed[node] == 0) << "rows for the own node";
+      ASSERT_TRUE(exchanges(rank, node) || job.packed[node] == 0) << "rows for a node that takes none";
       for (uint32_t done = 0, i = 0; done < job.packed[node]; ++i) {
         const uint32_t count = std::min(job.per_message[node], job.packed[node] - done);
         messages_.push_back({rank, node, count, job.head, job.buffers[job.first_buffer[node] + i]});

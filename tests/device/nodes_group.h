@@ -82,6 +82,8 @@ class NodesGroup {
   kernels::cuda::NodeTable table_of(uint32_t rank) const;
   uint32_t node_ranks(uint32_t node) const { return static_cast<uint32_t>(placement_.ranks_of[node].size()); }
   bool active(uint32_t rank) const { return ((active_ >> rank) & 1) != 0; }
+  /// Another node with ranks that take part: there are buffers for no other.
+  bool exchanges(uint32_t rank, uint32_t node) const;
 
   void ran(const char* what, cudaError_t launched);
   template <typename Launch>

@@ -79,25 +79,32 @@ void NodesGroup::pack_pulls(uint32_t rank, const CaseStep& step) {
         continue;
       }
       const size_t bytes = size_t{end - begin} * kernels::pulls_layout(shape, node_ranks(node)).stride;
-      pulls_.push_back({.rank = rank, .node = node, .begin = begin, .end = end, .entries = take_pinned(bytes)});
+      char* entries = exchanges(rank, node) ? take_pinned(bytes) : nullptr;  // null: the window has none for the node
+      pulls_.push_back({.rank = rank, .node = node, .begin = begin, .end = end, .entries = entries});
     }
     begin = end;
   }
-  for (size_t next = first; next < pulls_.size();) {
+  std::vector<Pull*> packed;
+  for (size_t i = first; i < pulls_.size(); ++i) {
+    if (pulls_[i].entries != nullptr) {
+      packed.push_back(&pulls_[i]);
+    }
+  }
+  for (size_t next = 0; next < packed.size();) {
     PackPullsJob job;
     job.positions = positions_[rank]->at<int32_t>();
     const size_t before = next;
-    for (uint32_t most = random_->between(1, kPullWindows); job.windows < most && next < pulls_.size(); ++next) {
-      const Pull& pull = pulls_[next];
-      auto* packed = reinterpret_cast<uint32_t*>(take_pinned(sizeof(uint32_t)));
+    for (uint32_t most = random_->between(1, kPullWindows); job.windows < most && next < packed.size(); ++next) {
+      const Pull& pull = *packed[next];
+      auto* count = reinterpret_cast<uint32_t*>(take_pinned(sizeof(uint32_t)));
       job.window[job.windows++] = {
-          pull.node, pull.begin, pull.end, kernels::pulls_layout(shape, node_ranks(pull.node)), pull.entries, packed};
+          pull.node, pull.begin, pull.end, kernels::pulls_layout(shape, node_ranks(pull.node)), pull.entries, count};
     }
     ran("node_pack_pulls", launch_node_pack_pulls(params_[rank], table_of(rank), job, stream_));
     for (size_t i = before; i < next; ++i) {
-      pulls_[i].count = *job.window[i - before].packed;
-      ASSERT_LE(pulls_[i].count, pulls_[i].end - pulls_[i].begin);
-      expect_host_pulls(pulls_[i], step);
+      packed[i]->count = *job.window[i - before].packed;
+      ASSERT_LE(packed[i]->count, packed[i]->end - packed[i]->begin);
+      expect_host_pulls(*packed[i], step);
     }
   }
 }

@@ -74,6 +74,8 @@ class Client {
   std::string layout(uint64_t cases);
   std::string hooks(std::istringstream& words);
   std::string become(uint64_t uid);
+  std::string masked(std::istringstream& words);
+  std::string mask(std::istringstream& words);
   template <typename Cases>
   std::string exchange(std::istringstream& words);
   std::string batches(uint64_t count, uint32_t depth, bool until_a_line);
@@ -145,6 +147,8 @@ Client::Client() {
     const uint64_t count = number(words, 1);
     return said(graphs_.replay(seed, count, number(words, 0)), " replays=" + std::to_string(count));
   };
+  verbs_["masked"] = [this](auto& words) { return masked(words); };
+  verbs_["mask"] = [this](auto& words) { return mask(words); };
   verbs_["replay-time"] = [this](auto&) {
     double pair_us = 0;
     const std::string problem = graphs_.time(&pair_us);
@@ -283,6 +287,28 @@ std::string Client::become(uint64_t uid) {
   // The change took it away, and with it the process's own /proc.
   static_cast<void>(::prctl(PR_SET_DUMPABLE, 1));
   return said("", " uid=" + std::to_string(::getuid()));
+}
+
+std::string Client::masked(std::istringstream& words) {
+  const uint64_t count = number(words, 20);
+  std::string text;
+  std::string wrong = rounds_.masked(1, 0, &text);
+  if (wrong.empty()) {
+    std::cout << "ok looping" << std::endl;
+    wrong = rounds_.masked(count, number(words, 0), &text);
+  }
+  return said(wrong, text);
+}
+
+std::string Client::mask(std::istringstream& words) {
+  const uint64_t exclude = number(words, 0);
+  const uint64_t readmit = number(words, 0);
+  uint64_t lost = 0;
+  uint64_t excluded = 0;
+  uint64_t epoch = 0;
+  const Outcome outcome = outcome_of(expertd_group_mask(rounds_.group(), exclude, readmit, &lost, &excluded, &epoch));
+  return said(outcome, " lost=" + std::to_string(lost) + " excluded=" + std::to_string(excluded) +
+                           " epoch=" + std::to_string(epoch));
 }
 
 std::string Client::batches(uint64_t count, uint32_t depth, bool until_a_line) {

@@ -21,6 +21,10 @@ inline constexpr const char* kClientMode = "--client";
 ///                              end
 ///   count FILE                 counts operations in a shared file (OpCounts)
 ///   capture                    graphs (Graphs)               replay SEED N [IDLE_US]    replays=N, each checked
+///   masked N [BEFORE]          a round of a group with a mask-... mode, "ok looping", then N rounds, on through
+///                              failures, or so many from the first mask on that is not BEFORE (Rounds::masked):
+///                              failed= reason= gap=MS masks=FIRST-LAST:MASK,...
+///   mask EXCLUDE READMIT       bits of ranks; lost= excluded= epoch=
 ///   replay-time                pair_us=                      replay-alone               without the other ranks
 ///   layout N                   N random layouts against the reference; local= by the library's kernels, many_us=
 ///                              alone_us=

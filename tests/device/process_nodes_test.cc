@@ -112,7 +112,7 @@ TEST_F(ProcessNodes, APeerThatIsKilledEndsTheOperation) {
   ASSERT_TRUE(all_ok(both(), "join killed # 2 ll"));
   EXPECT_TRUE(all_ok(both(), "loop 4", seconds(60)));
   second_->signal_kill();
-  const std::string answer = first_->ask("state", seconds(30));
+  const std::string answer = first_->answer(seconds(30)).value_or("no answer");
   EXPECT_NE(answer.find("PEER_LOST"), std::string::npos) << answer;
 }
 
@@ -120,7 +120,7 @@ TEST_F(ProcessNodes, ADaemonThatIsKilledEndsTheOperation) {
   ASSERT_TRUE(all_ok(both(), "join daemon # 2 ll"));
   EXPECT_TRUE(all_ok(both(), "loop 4", seconds(60)));
   cluster_->node(1).kill();
-  const std::string answer = first_->ask("state", seconds(30));
+  const std::string answer = first_->answer(seconds(30)).value_or("no answer");
   EXPECT_NE(answer.find("PEER_LOST"), std::string::npos) << answer;
 }
 

@@ -66,6 +66,36 @@ SerialRank::SerialRank(const OpShape& shape)
       lane(sizeof(LaneState)),
       entry(sizeof(PartParams)) {}
 
+void SerialRank::set_tables(PartParams* params) const {
+  params->op.routing = {token_rank.at<int32_t>(), token_expert.at<int32_t>(), topk.at<int32_t>(), counts.at<int32_t>()};
+  params->op.counts = matrix.at<int32_t>();
+  params->words.state = state.at<PartState>();
+  params->words.facts = facts.at<PartFacts>();
+  params->words.progress = progress.at<Progress>();
+  params->words.completion = words.at<uint64_t>();
+  params->words.result = words.at<uint64_t>(sizeof(uint64_t));
+  params->scratch = {plan.at<Plan>(),
+                     plan_work.at<PlanWork>(),
+                     block_rows.at<BlockRows>(),
+                     chunk_counts.at<int32_t>(),
+                     chunk_errors.at<uint32_t>(),
+                     rows.at<int32_t>(),
+                     left_blocks.at<uint64_t>()};
+}
+
+void set_tensors_of(const OpShape& shape, const Tensors& tensors, kernels::PeerView* view) {
+  if (is_combine(shape)) {
+    view->in_x = tensors.get(EXPERTD_IN_X);
+    view->in_topk_weights = shape.kind == OpKind::kCombine ? tensors.get<float>(EXPERTD_IN_TOPK_WEIGHTS) : nullptr;
+    return;
+  }
+  view->out_x = tensors.get(EXPERTD_OUT_X);
+  view->out_side = tensors.get(EXPERTD_OUT_SIDE);
+  view->out_topk_idx = tensors.get(EXPERTD_OUT_TOPK_IDX);
+  view->out_topk_weights = tensors.get<float>(EXPERTD_OUT_TOPK_WEIGHTS);
+  view->out_src_info = tensors.get<int32_t>(EXPERTD_OUT_SRC_INFO);
+}
+
 SerialGroup::SerialGroup(const OpShape& shape, Kernels which) : shape_(shape), which_(which) {
   EXPECT_EQ(cudaSuccess, cudaStreamCreate(&stream_));  // a blocking one: copies are in order with its kernels
   for (uint32_t rank = 0; rank < shape.ranks; ++rank) {
@@ -128,24 +158,10 @@ SerialGroup::Params SerialGroup::params_of(uint32_t rank, const OpParams& host) 
   params.op = host;
   params.op.in = {};
   params.op.out = {};
-  params.op.routing = {own.token_rank.at<int32_t>(), own.token_expert.at<int32_t>(), own.topk.at<int32_t>(),
-                       own.counts.at<int32_t>()};
-  params.op.counts = own.matrix.at<int32_t>();
-  params.words = {part_,
-                  group_op_,
-                  seq_,
-                  own.state.at<PartState>(),
-                  own.facts.at<PartFacts>(),
-                  own.progress.at<Progress>(),
-                  own.words.at<uint64_t>(),
-                  own.words.at<uint64_t>(sizeof(uint64_t))};
-  params.scratch = {own.plan.at<Plan>(),
-                    own.plan_work.at<PlanWork>(),
-                    own.block_rows.at<BlockRows>(),
-                    own.chunk_counts.at<int32_t>(),
-                    own.chunk_errors.at<uint32_t>(),
-                    own.rows.at<int32_t>(),
-                    own.left_blocks.at<uint64_t>()};
+  own.set_tables(&params);
+  params.words.part = part_;
+  params.words.group_op = group_op_;
+  params.words.seq = seq_;
   params.table_top_k = shape_.top_k;
   params.multiprocessors = kSerialMultiprocessors;
   params.bulk_copies = which_ == Kernels::kLinked || which_ == Kernels::kCaptured ? 1 : 0;
@@ -171,16 +187,7 @@ void SerialGroup::set_peers(const CaseStep& step, const std::vector<Tensors>& te
     if (which_ == Kernels::kRelay && j != shape.rank) {
       continue;
     }
-    if (is_combine(shape)) {
-      view.in_x = tensors[j].get(EXPERTD_IN_X);
-      view.in_topk_weights = shape.kind == OpKind::kCombine ? tensors[j].get<float>(EXPERTD_IN_TOPK_WEIGHTS) : nullptr;
-    } else {
-      view.out_x = tensors[j].get(EXPERTD_OUT_X);
-      view.out_side = tensors[j].get(EXPERTD_OUT_SIDE);
-      view.out_topk_idx = tensors[j].get(EXPERTD_OUT_TOPK_IDX);
-      view.out_topk_weights = tensors[j].get<float>(EXPERTD_OUT_TOPK_WEIGHTS);
-      view.out_src_info = tensors[j].get<int32_t>(EXPERTD_OUT_SRC_INFO);
-    }
+    set_tensors_of(shape, tensors[j], &view);
   }
 }
 

@@ -30,6 +30,8 @@ enum class Heard : uint32_t { kAtOnce, kLastLate, kAllLate, kAborted };
 /// The memory of one rank that outlasts its operations.
 struct SerialRank {
   explicit SerialRank(const kernels::OpShape& shape);
+  /// Everything of it that is a part's own.
+  void set_tables(kernels::cuda::PartParams* params) const;
 
   Memory page, sent_page;                         // what the others tell this rank, and what it tells them
   Memory matrix, sent_matrix;                     // the same of the count matrix
@@ -39,6 +41,9 @@ struct SerialRank {
   Memory staging, relay;
   Memory lane, entry;  // of a capture lane: its state, and the one captured operation of its table
 };
+
+/// What others read or write of a rank's tensors in an operation.
+void set_tensors_of(const kernels::OpShape& shape, const Tensors& tensors, kernels::PeerView* view);
 
 class SerialGroup {
  public:

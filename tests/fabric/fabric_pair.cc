@@ -37,7 +37,7 @@ void Bell::rank_gone(uint64_t group_key, uint32_t rank, uint64_t through) {
   rung_.notify_all();
 }
 
-void Bell::beat(uint64_t /*now_ns*/) {
+void Bell::beat(fabric::LaneKind /*lane*/, uint64_t /*now_ns*/) {
   const std::lock_guard<std::mutex> lock(mutex_);
   ++beats_;
   rung_.notify_all();

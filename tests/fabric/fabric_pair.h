@@ -26,9 +26,9 @@ class Bell final : public engine::WakePort, public fabric::FabricObserver {
                  const std::string& detail) override;
   void rank_gone(uint64_t group_key, uint32_t rank, uint64_t through) override;
   void view_message(uint64_t group_key, uint32_t node, const engine::ViewMessage& message) override;
-  void beat(uint64_t now_ns) override;
+  void beat(fabric::LaneKind lane, uint64_t now_ns) override;
 
-  /// On the fabric's thread, where a rank's loop is woken; set before a group is open.
+  /// On threads of lanes, where a rank's loop is woken; set before a group is open.
   std::function<void(base::DeviceIndex device)> on_wake;
 
   /// True once `ready` is, which is looked at after every ring and every few milliseconds.

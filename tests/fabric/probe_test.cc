@@ -274,22 +274,20 @@ TEST_F(FabricProbe, NoiseOfItsSizeNeverGetsThrough) {
 // The answering side by hand, so that nothing is answered between two asks.
 TEST(FabricProbeAnswerer, TakesAWindowOfAsksAndThenOnlyTheEnd) {
   const fabric::FabricOptions options = options_for("tcp", "self");
-  fabric::Lanes lanes;
+  constexpr auto kKind = fabric::LaneKind::kLatency;
+  constexpr auto kPlace = static_cast<uint32_t>(kKind);
+  auto rail = fabric::Lane::create(kKind, options.lanes[kPlace]);
+  ASSERT_TRUE(rail.is_ok()) << rail.status().message();
+  fabric::Rails rails;
+  rails.push_back(std::move(rail).value());
   fabric::NodeIdentity identity{.node_id = 2, .name = "self", .addresses = {}};
-  for (uint32_t i = 0; i < fabric::kLanes; ++i) {
-    auto lane = fabric::Lane::create(static_cast<fabric::LaneKind>(i), options.lanes[i]);
-    ASSERT_TRUE(lane.is_ok()) << lane.status().message();
-    lanes[i].push_back(std::move(lane).value());
-    identity.addresses[i].push_back(lanes[i].front()->address());
-  }
-  bool attention = false;
-  auto peer = fabric::Peer::create(
-      identity, lanes,
-      {.own_node_id = 1, .heartbeat = options.heartbeat, .window_bytes = options.window_bytes, .attention = &attention},
-      base::now_ns());
+  identity.addresses[kPlace].push_back(rails.front()->address());
+  fabric::Crossing crossing;
+  auto peer = fabric::LanePeer::create(identity, 1, rails,
+                                       {.kind = kKind, .window_bytes = options.window_bytes, .crossing = &crossing});
   ASSERT_TRUE(peer.is_ok()) << peer.status().message();
   {
-    fabric::ProbeAnswerer answerer(1, peer.value().get(), &lanes, {2, kProbe, 64, UINT64_MAX},
+    fabric::ProbeAnswerer answerer(1, engine::FabricLane::kLatency, peer.value().get(), {2, kProbe, 64, UINT64_MAX},
                                    fabric::ProbeMemory(size_t{64} * fabric::kProbeWindow));
     WireProbe header;
     header.probe = kProbe;
@@ -308,16 +306,13 @@ TEST(FabricProbeAnswerer, TakesAWindowOfAsksAndThenOnlyTheEnd) {
     EXPECT_FALSE(kept);
     answerer.end();
     EXPECT_TRUE(answerer.drained());
-    EXPECT_EQ(peer.value()->groups, 1U);
+    EXPECT_EQ(peer.value()->users, 1U);
   }
-  EXPECT_EQ(peer.value()->groups, 0U);
-  peer.value()->fail(fabric::LossCause::kDisconnected, "the test ends");
-  peer.value()->lose();
+  EXPECT_EQ(peer.value()->users, 0U);
+  peer.value()->let_go();
   const uint64_t deadline_ns = base::now_ns() + 10 * kSecondNs;
   while (!peer.value()->closed() && base::now_ns() < deadline_ns) {
-    for (const std::vector<std::unique_ptr<fabric::Lane>>& rails : lanes) {
-      (void)rails.front()->progress();
-    }
+    (void)rails.front()->progress();
   }
   EXPECT_TRUE(peer.value()->closed());
 }

@@ -185,7 +185,7 @@ class TwoGroups {
       port.send(0, buffer, header, buffer.capacity);
     }
   }
-  /// On the fabric's thread, as the loop of a rank that is never late.
+  /// On the throughput lane's thread, as the loop of a rank that is never late.
   void arrived(uint32_t group) {
     engine::Arrival arrival;
     while (open_.load() && ports_[1][group]->receive(1, &arrival)) {

@@ -101,7 +101,7 @@ class FakeNetwork {
       buffers.push_back({std::make_unique<std::byte[]>(message_bytes()), &out});
       const auto id = static_cast<uint32_t>(buffers.size() - 1);
       std::memset(buffers[id].data.get(), 0xcd, message_bytes());
-      return {buffers[id].data.get(), message_bytes(), id};
+      return {buffers[id].data.get(), message_bytes(), lane, id};
     }
     void send(uint32_t /*rank*/, const engine::SendBuffer& buffer, const engine::MessageHeader& header,
               uint64_t bytes) override {

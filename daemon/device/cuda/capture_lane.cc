@@ -6,6 +6,7 @@
 
 #include "daemon/base/clock.h"
 #include "daemon/base/log.h"
+#include "daemon/device/cuda/host_word.h"
 #include "daemon/device/cuda/tables.h"
 #include "daemon/kernels/cuda/launch.h"
 #include "proto/abi/ring_v1.h"
@@ -32,11 +33,6 @@ struct Pinned {
   uint64_t swapped;
   std::array<std::array<PartParams, 2>, EXPERTD_RING_SLOTS_MAX> staging;  // by ring slot
 };
-
-/// Pairs with the release of the kernel or the order of the stream that writes the word.
-uint64_t load_word(const uint64_t& word) {
-  return std::atomic_ref<uint64_t>(const_cast<uint64_t&>(word)).load(std::memory_order_acquire);
-}
 
 CUstreamBatchMemOpParams write_op(const void* address, uint64_t value) {
   CUstreamBatchMemOpParams write{};

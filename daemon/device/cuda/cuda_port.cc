@@ -14,6 +14,7 @@
 
 #include "daemon/base/clock.h"
 #include "daemon/device/cuda/cuda_device.h"
+#include "daemon/device/cuda/host_word.h"
 #include "daemon/device/cuda/word_batch.h"
 #include "proto/abi/ring_v1.h"
 
@@ -21,12 +22,6 @@ namespace expertd::device::cuda {
 namespace {
 
 constexpr uint64_t kHealthIntervalNs = 10'000'000;
-
-/// Words of pinned memory that kernels and streams write. Acquire: pairs with the kernels' and the stream's release, so
-/// that the facts behind the word are there.
-uint64_t load_word(const uint64_t& word) {
-  return std::atomic_ref<uint64_t>(const_cast<uint64_t&>(word)).load(std::memory_order_acquire);
-}
 
 }  // namespace
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // High throughput parts by copy engines as the loop drives them (ht_chain.cc has the chain).
 #include <algorithm>
-#include <atomic>
 
 #include "daemon/base/clock.h"
+#include "daemon/device/cuda/host_word.h"
 #include "daemon/device/cuda/ht_chain.h"
 #include "daemon/device/cuda/word_batch.h"
 #include "proto/abi/ring_v1.h"
@@ -15,10 +15,6 @@ namespace {
 /// A chain that waits for the loop is looked at without naps for so long: the caller's compute that stands in front of
 /// a doorbell takes milliseconds, and what a nap adds would come on top of the operation. Behind that it is 1 in 100.
 constexpr uint64_t kSpinNs = 100'000'000;
-
-uint64_t load_word(const uint64_t& word) {
-  return std::atomic_ref<uint64_t>(const_cast<uint64_t&>(word)).load(std::memory_order_acquire);
-}
 
 }  // namespace
 

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "daemon/base/clock.h"
+#include "daemon/device/cuda/host_word.h"
 #include "daemon/kernels/cuda/launch.h"
 #include "daemon/kernels/host/tables.h"
 #include "proto/abi/expertd_reason.h"
@@ -19,10 +20,6 @@ using kernels::OpKind;
 using kernels::cuda::NodeTotals;
 
 constexpr uint32_t kTurnArrivals = 64;
-
-uint64_t load_word(const uint64_t& word) {
-  return std::atomic_ref<uint64_t>(const_cast<uint64_t&>(word)).load(std::memory_order_acquire);
-}
 
 CUdeviceptr address_of(const void* pointer) {
   return reinterpret_cast<CUdeviceptr>(pointer);

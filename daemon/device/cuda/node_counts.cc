@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "daemon/base/clock.h"
+#include "daemon/device/cuda/host_word.h"
 #include "daemon/device/cuda/node_chain.h"
 #include "daemon/kernels/host/tables.h"
 #include "proto/abi/expertd_reason.h"
@@ -12,10 +13,6 @@
 namespace expertd::device::cuda {
 
 namespace {
-
-uint64_t load_word(const uint64_t& word) {
-  return std::atomic_ref<uint64_t>(const_cast<uint64_t&>(word)).load(std::memory_order_acquire);
-}
 
 CUdeviceptr address_of(const void* pointer) {
   return reinterpret_cast<CUdeviceptr>(pointer);

@@ -7,6 +7,7 @@
 
 #include "daemon/base/clock.h"
 #include "daemon/base/log.h"
+#include "daemon/device/cuda/host_word.h"
 #include "daemon/device/cuda/node_chain.h"
 #include "daemon/device/cuda/node_lane.h"
 #include "daemon/device/cuda/word_batch.h"
@@ -24,10 +25,6 @@ using Stage = NodeLane::Stage;
 constexpr uint64_t kDrainPatienceNs = 1'000'000'000;
 /// While a graph replays, the next one comes soon: the loop looks without naps for so long.
 constexpr uint64_t kSpinNs = 20'000'000;
-
-uint64_t load_word(const uint64_t& word) {
-  return std::atomic_ref<uint64_t>(const_cast<uint64_t&>(word)).load(std::memory_order_acquire);
-}
 
 bool swap_doorbell(NodeLane* lane, CUstream rescue, uint64_t expected, uint64_t desired) {
   kernels::cuda::SwapParams params;

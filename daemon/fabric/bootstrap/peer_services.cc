@@ -6,101 +6,33 @@
 
 #include <charconv>
 #include <chrono>
-#include <mutex>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include "daemon/base/clock.h"
 #include "daemon/fabric/bootstrap/peer_convert.h"
+#include "daemon/rpc/held_call.h"
 #include "expertd/peer/v1/peer.grpc.pb.h"
 
 namespace expertd::fabric {
 
 namespace {
 
-/// One call in progress: ends exactly once, by its answer or by its cancellation. gRPC owns the reactor; the answer's
-/// side holds a shared handle that may outlive the call.
-template <typename Response>
-class HeldCall {
- public:
-  static std::shared_ptr<HeldCall> start(Response* response) {
-    auto call = std::make_shared<HeldCall>();
-    call->response_ = response;
-    call->reactor_ = new Reactor(call);  // deleted by its OnDone
-    return call;
-  }
-
-  /// For the service method to return; taken before anyone can end the call.
-  grpc::ServerUnaryReactor* reactor() {
-    const std::lock_guard lock(mutex_);
-    return reactor_;
-  }
-
-  /// Runs `cancelled` when nobody waits any more, also when that was before.
-  void on_cancel(std::function<void()> cancelled) {
-    {
-      const std::lock_guard lock(mutex_);
-      if (!was_cancelled_) {
-        cancelled_ = std::move(cancelled);
-        return;
-      }
-    }
-    cancelled();
-  }
-
-  void finish(const session::ErrorDetail& error, Response&& response = {}) {
-    grpc::ServerUnaryReactor* const reactor = claim();
-    if (reactor == nullptr) {
-      return;
-    }
-    response.set_protocol_version(kPeerProtocolVersion);
+/// Between daemons an error is part of the response.
+struct RefusalAnswer {
+  template <typename Response>
+  static grpc::Status give(const session::ErrorDetail& error, Response* response) {
+    response->set_protocol_version(kPeerProtocolVersion);
     if (!error.status.is_ok()) {
-      to_proto(error, response.mutable_refusal());
+      to_proto(error, response->mutable_refusal());
     }
-    // The claim keeps reactor and response alive: gRPC drops them only after Finish.
-    response_->Swap(&response);
-    reactor->Finish(grpc::Status::OK);
+    return grpc::Status::OK;
   }
-
- private:
-  class Reactor final : public grpc::ServerUnaryReactor {
-   public:
-    explicit Reactor(std::shared_ptr<HeldCall> call) : call_(std::move(call)) {}
-
-   private:
-    void OnCancel() override { call_->cancel(); }
-    void OnDone() override { delete this; }
-
-    const std::shared_ptr<HeldCall> call_;
-  };
-
-  grpc::ServerUnaryReactor* claim() {
-    const std::lock_guard lock(mutex_);
-    return std::exchange(reactor_, nullptr);
-  }
-
-  void cancel() {
-    std::function<void()> cancelled;
-    {
-      const std::lock_guard lock(mutex_);
-      was_cancelled_ = true;
-      cancelled = std::move(cancelled_);
-    }
-    if (cancelled) {
-      cancelled();
-    }
-    if (grpc::ServerUnaryReactor* const reactor = claim(); reactor != nullptr) {
-      reactor->Finish(grpc::Status::CANCELLED);
-    }
-  }
-
-  std::mutex mutex_;
-  grpc::ServerUnaryReactor* reactor_ = nullptr;  // under mutex_; null: ended
-  bool was_cancelled_ = false;                   // under mutex_
-  std::function<void()> cancelled_;              // under mutex_
-  Response* response_ = nullptr;                 // touched by the one who claimed
 };
+
+template <typename Response>
+using HeldCall = rpc::HeldCall<Response, RefusalAnswer>;
 
 /// Takes as long for every key of the same length, so that time tells nothing of where two differ.
 bool same_key(std::string_view given, std::string_view wanted) {

@@ -1,61 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0
-// The fabric thread's side of a channel. Callbacks of UCX put what ended into a list; the turn acts on it.
+// What the lane's thread does in a channel. Callbacks of UCX put what ended into a list; the turn acts on it.
 #include <algorithm>
 #include <bit>
 #include <cstring>
 
 #include "daemon/base/clock.h"
-#include "daemon/fabric/group_channel.h"
+#include "daemon/fabric/lane_channel.h"
 
 namespace expertd::fabric {
 
-namespace {
-
-constexpr engine::FabricLane kEveryLane[] = {engine::FabricLane::kLatency, engine::FabricLane::kThroughput};
-
-}  // namespace
-
-void GroupChannel::use_peers(std::vector<Peer*> peers) {
+void LaneChannel::use_peers(std::vector<LanePeer*> peers) {
   peers_ = std::move(peers);
-  for (const std::unique_ptr<PeerLink>& link : links_) {
-    if (link != nullptr) {
-      link->peer = peers_[link->node];
-      link->peer->share(link->lane).join(link.get());
-    }
-  }
-  for (Peer* peer : peers_) {
-    if (peer != nullptr) {
-      ++peer->groups;
-    }
-  }
-  gone_elsewhere_.resize(link_.placement.ranks());
-  gone_links_.resize(peers_.size());
-  view_links_.resize(peers_.size());
   for (size_t node = 0; node < peers_.size(); ++node) {
-    gone_links_[node].channel = this;
-    gone_links_[node].peer = peers_[node];
-    view_links_[node].channel = this;
-    view_links_[node].peer = peers_[node];
-  }
-}
-
-void GroupChannel::let_peers_go() {
-  for (const std::unique_ptr<PeerLink>& link : links_) {
-    if (link != nullptr) {
-      link->peer->share(link->lane).leave(link.get());
-    }
-  }
-  for (Peer* peer : peers_) {
-    if (peer != nullptr) {
-      --peer->groups;
+    if (peers_[node] != nullptr) {
+      links_[node]->peer = peers_[node];
+      peers_[node]->share().join(links_[node].get());
+      ++peers_[node]->users;
     }
   }
 }
 
-const char* GroupChannel::bad_field(uint32_t node, const WireMessage& header, const Incoming& incoming) const {
+void LaneChannel::let_peers_go() {
+  for (size_t node = 0; node < peers_.size(); ++node) {
+    if (peers_[node] != nullptr) {
+      peers_[node]->share().leave(links_[node].get());
+      --peers_[node]->users;
+    }
+  }
+}
+
+const char* LaneChannel::bad_field(uint32_t node, const WireMessage& header, const Incoming& incoming) const {
   const engine::Placement& placement = link_.placement;
-  if (header.lane >= engine::kFabricLanes || !uses(static_cast<engine::FabricLane>(header.lane)) ||
-      lane_of(static_cast<engine::FabricLane>(header.lane)) != incoming.lane) {
+  if (header.lane != static_cast<uint32_t>(lane_)) {
     return "lane";
   }
   if (header.kind < static_cast<uint32_t>(engine::MessageKind::kCounts) ||
@@ -77,14 +53,14 @@ const char* GroupChannel::bad_field(uint32_t node, const WireMessage& header, co
   return header.bytes > most || incoming.bytes != carried ? "bytes" : nullptr;
 }
 
-bool GroupChannel::accept(uint32_t node, const WireMessage& header, const Incoming& incoming, bool* kept,
-                          DropCause* cause, const char** detail) {
+bool LaneChannel::accept(uint32_t node, const WireMessage& header, const Incoming& incoming, bool* kept,
+                         DropCause* cause, const char** detail) {
   *detail = bad_field(node, header, incoming);
   if (*detail != nullptr) {
     *cause = DropCause::kBadField;
     return false;
   }
-  PeerLink& from = link_to(node, static_cast<engine::FabricLane>(header.lane));
+  PeerLink& from = *links_[node];
   *cause = DropCause::kOverrun;
   if (incoming.rendezvous) {
     // Received in a turn, so that nothing of UCX is called while it calls.
@@ -92,7 +68,7 @@ bool GroupChannel::accept(uint32_t node, const WireMessage& header, const Incomi
       *detail = "deferred messages";
       return false;
     }
-    from.peer->traffic(from.lane).deferred += from.deferred_count >= from.free.size() ? 1 : 0;
+    from.peer->traffic().deferred += from.deferred_count >= from.free.size() ? 1 : 0;
     ++from.deferred_count;
     ++deferred_;
     *kept = true;
@@ -108,50 +84,54 @@ bool GroupChannel::accept(uint32_t node, const WireMessage& header, const Incomi
   if (header.bytes != 0) {
     std::memcpy(slot.data, incoming.data, header.bytes);
   }
-  from.peer->share(from.lane).charge(from, header.bytes);
+  from.peer->share().charge(from, header.bytes);
   deliver(slot);
   return true;
 }
 
-bool GroupChannel::credit(uint32_t node, const WireCredit& header) {
-  if (header.lane >= engine::kFabricLanes || !uses(static_cast<engine::FabricLane>(header.lane))) {
-    return false;
-  }
-  PeerLink& from = link_to(node, static_cast<engine::FabricLane>(header.lane));
-  if (header.credits > link_.eager_messages - from.credits) {
+bool LaneChannel::credit(uint32_t node, const WireCredit& header) {
+  PeerLink& from = *links_[node];
+  if (header.lane != static_cast<uint32_t>(lane_) || header.credits > link_.eager_messages - from.credits) {
     return false;
   }
   from.credits += header.credits;
   return true;
 }
 
-bool GroupChannel::begin_turn() {
+void LaneChannel::forget(uint32_t rank) {
+  RankQueues& own = queues(rank);
+  own.forgotten = true;
+  for (uint32_t id = 0; own.arrived.pop(&id);) {
+    ReceiveSlot& slot = receive_slots_[id];
+    if (--slot.holders == 0) {
+      give_back(slot);
+    }
+  }
+}
+
+bool LaneChannel::begin_turn() {
   bool moved = end_receives();
   moved |= end_sends();
   moved |= pump_released();
-  for (const engine::FabricLane lane : kEveryLane) {
-    moved |= pump_submitted(lane);
-  }
+  moved |= pump_submitted();
   return moved;
 }
 
-bool GroupChannel::end_turn() {
+bool LaneChannel::end_turn() {
   bool moved = end_receives();                          // those that were there at once
   wanted_.store(deferred_, std::memory_order_seq_cst);  // pairs with the load in release()
   moved |= send_credits();
-  moved |= send_gone();
-  moved |= send_views();
   wake_ranks();
   return moved;
 }
 
-bool GroupChannel::has_work() const {
+bool LaneChannel::has_work() const {
   return std::any_of(ranks_.begin(), ranks_.end(), [](const std::unique_ptr<RankQueues>& rank) {
-    return !rank->submitted[0].empty() || !rank->submitted[1].empty() || !rank->released.empty();
+    return !rank->submitted.empty() || !rank->released.empty();
   });
 }
 
-bool GroupChannel::pump_released() {
+bool LaneChannel::pump_released() {
   bool moved = false;
   for (const std::unique_ptr<RankQueues>& rank : ranks_) {
     uint32_t id = 0;
@@ -166,7 +146,7 @@ bool GroupChannel::pump_released() {
   return moved;
 }
 
-void GroupChannel::give_back(ReceiveSlot& slot) {
+void LaneChannel::give_back(ReceiveSlot& slot) {
   if (slot.eager) {
     slot.from->free_eager.push_back(slot.id);
     ++slot.from->credits_owed;
@@ -175,11 +155,11 @@ void GroupChannel::give_back(ReceiveSlot& slot) {
   }
 }
 
-bool GroupChannel::pump_submitted(engine::FabricLane lane) {
+bool LaneChannel::pump_submitted() {
   bool moved = false;
   for (const std::unique_ptr<RankQueues>& rank : ranks_) {
     uint32_t id = 0;
-    while (rank->submitted[static_cast<uint32_t>(lane)].pop(&id)) {
+    while (rank->submitted.pop(&id)) {
       moved = true;
       start_send(send_slots_[id]);
     }
@@ -187,13 +167,13 @@ bool GroupChannel::pump_submitted(engine::FabricLane lane) {
   return moved;
 }
 
-void GroupChannel::start_send(SendSlot& slot) {
-  Peer* peer = slot.node < peers_.size() ? peers_[slot.node] : nullptr;
+void LaneChannel::start_send(SendSlot& slot) {
+  LanePeer* peer = slot.node < peers_.size() ? peers_[slot.node] : nullptr;
   if (peer == nullptr || peer->lost()) {
     end_send(slot, UCS_ERR_NOT_CONNECTED);
     return;
   }
-  PeerLink& to = link_to(slot.node, slot.lane);
+  PeerLink& to = *links_[slot.node];
   const bool eager = slot.header.bytes <= link_.eager_bytes && to.credits > 0;
   slot.header.credited = eager ? 1 : 0;
   to.credits -= eager ? 1 : 0;
@@ -205,16 +185,16 @@ void GroupChannel::start_send(SendSlot& slot) {
   param.cb.send = on_sent;
   param.user_data = &slot;
   const size_t bytes = eager ? slot.header.bytes : std::max(slot.header.bytes, 1U);
-  RailLoads& loads = surroundings_.loads[static_cast<uint32_t>(slot.lane)];
+  RailLoads& loads = *surroundings_.loads;
   slot.rail = loads.choose(link_.devices[slot.rank_index].value, bytes);
   loads.started(slot.rail, bytes);
-  LaneTraffic& traffic = peer->traffic(slot.lane);
+  LaneTraffic& traffic = peer->traffic();
   ++traffic.sent_messages;
   traffic.sent_bytes += slot.header.bytes;
   ++traffic.in_flight;
   ++sends_in_flight_;
-  const ucs_status_ptr_t sent = ucp_am_send_nbx(peer->endpoint(lane_of(slot.lane), slot.rail), kWireMessage,
-                                                &slot.header, sizeof(slot.header), slot.data, bytes, &param);
+  const ucs_status_ptr_t sent = ucp_am_send_nbx(peer->endpoint(slot.rail), kWireMessage, &slot.header,
+                                                sizeof(slot.header), slot.data, bytes, &param);
   if (!UCS_PTR_IS_PTR(sent)) {
     --sends_in_flight_;
     --traffic.in_flight;
@@ -223,20 +203,20 @@ void GroupChannel::start_send(SendSlot& slot) {
   }
 }
 
-void GroupChannel::on_sent(void* request, ucs_status_t status, void* slot) {
+void LaneChannel::on_sent(void* request, ucs_status_t status, void* slot) {
   SendSlot* of = static_cast<SendSlot*>(slot);
   of->status = status;
   of->channel->sends_ended_.push_back(of);
   ucp_request_free(request);
 }
 
-bool GroupChannel::end_sends() {
+bool LaneChannel::end_sends() {
   // end_send() starts nothing, so the list does not grow under the loop.
   for (SendSlot* slot : sends_ended_) {
     --sends_in_flight_;
-    --peers_[slot->node]->traffic(slot->lane).in_flight;
+    --peers_[slot->node]->traffic().in_flight;
     const uint64_t bytes = slot->header.credited != 0 ? slot->header.bytes : std::max(slot->header.bytes, 1U);
-    surroundings_.loads[static_cast<uint32_t>(slot->lane)].ended(slot->rail, bytes);
+    surroundings_.loads->ended(slot->rail, bytes);
     end_send(*slot, slot->status);
   }
   const bool moved = !sends_ended_.empty();
@@ -244,25 +224,25 @@ bool GroupChannel::end_sends() {
   return moved;
 }
 
-void GroupChannel::end_send(SendSlot& slot, ucs_status_t status) {
-  Peer* peer = slot.node < peers_.size() ? peers_[slot.node] : nullptr;
+void LaneChannel::end_send(SendSlot& slot, ucs_status_t status) {
+  LanePeer* peer = slot.node < peers_.size() ? peers_[slot.node] : nullptr;
   if (status != UCS_OK && peer != nullptr) {
     peer->count_failed_send();
     // A lane that loses one message loses the operation with it, so the peer cannot stay.
     peer->fail(LossCause::kTransport, std::string("a send to it failed: ") + ucs_status_string(status));
   }
-  (void)ranks_[slot.rank_index]->free[static_cast<uint32_t>(slot.lane)].push(slot.id);  // has room for every buffer
+  (void)ranks_[slot.rank_index]->free.push(slot.id);  // has room for every buffer
   wake_rank(slot.rank_index);
 }
 
-uint64_t GroupChannel::PeerLink::waiting_bytes() const {
+uint64_t LaneChannel::PeerLink::waiting_bytes() const {
   if (deferred_count == 0 || free.empty()) {
     return 0;
   }
   return std::max(deferred.front()->header.bytes, 1U);
 }
 
-void GroupChannel::PeerLink::start_waiting() {
+void LaneChannel::PeerLink::start_waiting() {
   Deferred next;
   (void)deferred.pop(&next);
   --deferred_count;
@@ -270,7 +250,7 @@ void GroupChannel::PeerLink::start_waiting() {
   channel->start_receive(*this, next);
 }
 
-void GroupChannel::start_receive(PeerLink& from, const Deferred& deferred) {
+void LaneChannel::start_receive(PeerLink& from, const Deferred& deferred) {
   ReceiveSlot& slot = receive_slots_[from.free.back()];
   from.free.pop_back();
   slot.header = deferred.header;
@@ -288,17 +268,17 @@ void GroupChannel::start_receive(PeerLink& from, const Deferred& deferred) {
   }
 }
 
-void GroupChannel::on_received(void* request, ucs_status_t status, size_t /*bytes*/, void* slot) {
+void LaneChannel::on_received(void* request, ucs_status_t status, size_t /*bytes*/, void* slot) {
   ReceiveSlot* of = static_cast<ReceiveSlot*>(slot);
   of->status = status;
   of->channel->receives_ended_.push_back(of);
   ucp_request_free(request);
 }
 
-bool GroupChannel::end_receives() {
+bool LaneChannel::end_receives() {
   for (ReceiveSlot* slot : receives_ended_) {
     --receives_in_flight_;
-    slot->from->peer->share(slot->from->lane).ended(std::max(slot->header.bytes, 1U));
+    slot->from->peer->share().ended(std::max(slot->header.bytes, 1U));
     end_receive(*slot, slot->status);
   }
   const bool moved = !receives_ended_.empty();
@@ -306,7 +286,7 @@ bool GroupChannel::end_receives() {
   return moved;
 }
 
-void GroupChannel::end_receive(ReceiveSlot& slot, ucs_status_t status) {
+void LaneChannel::end_receive(ReceiveSlot& slot, ucs_status_t status) {
   if (status == UCS_OK && !closing_) {
     deliver(slot);
     return;
@@ -318,8 +298,8 @@ void GroupChannel::end_receive(ReceiveSlot& slot, ucs_status_t status) {
   slot.from->free.push_back(slot.id);
 }
 
-void GroupChannel::deliver(ReceiveSlot& slot) {
-  LaneTraffic& traffic = slot.from->peer->traffic(slot.from->lane);
+void LaneChannel::deliver(ReceiveSlot& slot) {
+  LaneTraffic& traffic = slot.from->peer->traffic();
   ++traffic.received_messages;
   traffic.received_bytes += slot.header.bytes;
   slot.arrived_ns = base::now_ns();
@@ -338,7 +318,7 @@ void GroupChannel::deliver(ReceiveSlot& slot) {
   }
 }
 
-bool GroupChannel::send_credits() {
+bool LaneChannel::send_credits() {
   bool moved = false;
   const uint32_t worth_telling = std::max(link_.eager_messages / 2, 1U);
   for (const std::unique_ptr<PeerLink>& link : links_) {
@@ -356,12 +336,12 @@ bool GroupChannel::send_credits() {
   return moved;
 }
 
-void GroupChannel::send_credit(PeerLink& to, CreditSlot& slot) {
+void LaneChannel::send_credit(PeerLink& to, CreditSlot& slot) {
   slot.header = WireCredit{};
   slot.header.prefix.source_node = surroundings_.own_node_id;
   slot.header.group_key = link_.key;
   slot.header.epoch = link_.epoch;
-  slot.header.lane = static_cast<uint32_t>(to.lane);
+  slot.header.lane = static_cast<uint32_t>(lane_);
   slot.header.credits = to.credits_owed;
   to.credits_owed = 0;
   ucp_request_param_t param{};
@@ -369,8 +349,8 @@ void GroupChannel::send_credit(PeerLink& to, CreditSlot& slot) {
   param.flags = UCP_AM_SEND_FLAG_EAGER;
   param.cb.send = on_credit_sent;
   param.user_data = &slot;
-  const ucs_status_ptr_t sent = ucp_am_send_nbx(to.peer->endpoint(lane_of(to.lane)), kWireCredit, &slot.header,
-                                                sizeof(slot.header), nullptr, 0, &param);
+  const ucs_status_ptr_t sent =
+      ucp_am_send_nbx(to.peer->endpoint(), kWireCredit, &slot.header, sizeof(slot.header), nullptr, 0, &param);
   if (UCS_PTR_IS_PTR(sent)) {
     slot.under_way = true;
     ++credits_in_flight_;
@@ -380,7 +360,7 @@ void GroupChannel::send_credit(PeerLink& to, CreditSlot& slot) {
   }
 }
 
-void GroupChannel::on_credit_sent(void* request, ucs_status_t status, void* slot) {
+void LaneChannel::on_credit_sent(void* request, ucs_status_t status, void* slot) {
   CreditSlot& of = *static_cast<CreditSlot*>(slot);
   of.under_way = false;
   --of.from->channel->credits_in_flight_;
@@ -391,7 +371,7 @@ void GroupChannel::on_credit_sent(void* request, ucs_status_t status, void* slot
   ucp_request_free(request);
 }
 
-void GroupChannel::lose(const Peer* peer) {
+void LaneChannel::lose(const LanePeer* peer) {
   for (const std::unique_ptr<PeerLink>& link : links_) {
     if (link == nullptr || (peer != nullptr && link->peer != peer)) {
       continue;
@@ -406,17 +386,16 @@ void GroupChannel::lose(const Peer* peer) {
   wanted_.store(deferred_, std::memory_order_seq_cst);
 }
 
-void GroupChannel::begin_close() {
+void LaneChannel::begin_close() {
   closing_ = true;
   lose(nullptr);
 }
 
-bool GroupChannel::drained() const {
-  return closing_ && sends_in_flight_ == 0 && receives_in_flight_ == 0 && credits_in_flight_ == 0 && gone_told() &&
-         !views_under_way() && !has_work();
+bool LaneChannel::drained() const {
+  return closing_ && sends_in_flight_ == 0 && receives_in_flight_ == 0 && credits_in_flight_ == 0 && !has_work();
 }
 
-void GroupChannel::wake_ranks() {
+void LaneChannel::wake_ranks() {
   for (; wake_ != 0; wake_ &= wake_ - 1) {
     if (!closing_) {
       surroundings_.wake->wake(link_.devices[static_cast<uint32_t>(std::countr_zero(wake_))]);

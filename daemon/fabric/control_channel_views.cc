@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Messages with which the nodes of a group agree on its views (daemon/engine/view_change.h). Fabric thread.
+// Messages with which the nodes of a group agree on its views (daemon/engine/view_change.h). Of the control lane's
+// thread.
 #include <algorithm>
 #include <iterator>
 #include <string>
 
-#include "daemon/fabric/group_channel.h"
+#include "daemon/fabric/control_channel.h"
 
 namespace expertd::fabric {
 
@@ -53,7 +54,7 @@ engine::ViewMessage view_message_of(const WireView& header) {
   return message;
 }
 
-void GroupChannel::tell_view(uint32_t node, const engine::ViewMessage& message) {
+void ControlChannel::tell_view(uint32_t node, const engine::ViewMessage& message) {
   if (node >= view_links_.size() || view_links_[node].peer == nullptr) {
     return;
   }
@@ -66,7 +67,7 @@ void GroupChannel::tell_view(uint32_t node, const engine::ViewMessage& message) 
   ++link.count;
 }
 
-bool GroupChannel::send_views() {
+bool ControlChannel::send_views() {
   bool moved = false;
   for (ViewLink& link : view_links_) {
     if (link.peer == nullptr || link.peer->lost()) {
@@ -80,12 +81,12 @@ bool GroupChannel::send_views() {
   return moved;
 }
 
-void GroupChannel::send_view(ViewLink& to) {
+void ControlChannel::send_view(ViewLink& to) {
   to.header = WireView{};
   fill(to.waiting[to.first], &to.header);
   to.first = (to.first + 1) % ViewLink::kMost;
   --to.count;
-  to.header.prefix.source_node = surroundings_.own_node_id;
+  to.header.prefix.source_node = own_node_id_;
   to.header.group_key = link_.key;
   to.header.epoch = link_.epoch;
   ucp_request_param_t param{};
@@ -93,8 +94,8 @@ void GroupChannel::send_view(ViewLink& to) {
   param.flags = UCP_AM_SEND_FLAG_EAGER;
   param.cb.send = on_view_sent;
   param.user_data = &to;
-  const ucs_status_ptr_t sent = ucp_am_send_nbx(to.peer->endpoint(LaneKind::kControl), kWireView, &to.header,
-                                                sizeof(to.header), nullptr, 0, &param);
+  const ucs_status_ptr_t sent =
+      ucp_am_send_nbx(to.peer->endpoint(), kWireView, &to.header, sizeof(to.header), nullptr, 0, &param);
   if (UCS_PTR_IS_PTR(sent)) {
     to.under_way = true;
   } else if (UCS_PTR_IS_ERR(sent)) {
@@ -103,7 +104,7 @@ void GroupChannel::send_view(ViewLink& to) {
   }
 }
 
-void GroupChannel::on_view_sent(void* request, ucs_status_t status, void* link) {
+void ControlChannel::on_view_sent(void* request, ucs_status_t status, void* link) {
   ViewLink& of = *static_cast<ViewLink*>(link);
   of.under_way = false;
   if (status != UCS_OK) {
@@ -113,7 +114,7 @@ void GroupChannel::on_view_sent(void* request, ucs_status_t status, void* link) 
 }
 
 // What still waits goes out before the group closes: a node that ends its part says so.
-bool GroupChannel::views_under_way() const {
+bool ControlChannel::views_under_way() const {
   return std::any_of(view_links_.begin(), view_links_.end(),
                      [](const ViewLink& link) { return link.under_way || link.count != 0; });
 }
