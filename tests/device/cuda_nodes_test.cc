@@ -98,9 +98,10 @@ class CudaNodes : public testing::Test {
       const uint64_t drawn[] = {all & ~of_node, of_node, one_each, any & all, all};
       return drawn[it->random.below(5)];
     };
-    it->dispatch.shape.active_ranks = draw();
-    const uint64_t later = it->dispatch.shape.active_ranks & draw();
-    it->dispatch.later_active = later != 0 ? later : it->dispatch.shape.active_ranks;
+    const uint64_t active = draw();
+    const uint64_t later = active & draw();
+    it->dispatch.shape.active_ranks = base::RankSet(active);
+    it->dispatch.later_active = base::RankSet(later != 0 ? later : active);
   }
 
   static void run_masked(OpKind kind) {

@@ -38,7 +38,7 @@ struct DispatchCheck {
   const RandomCase& random_case;
   const GroupMemory& memory;
   const std::vector<DispatchResult>& expected;
-  uint64_t senders;
+  base::RankSet senders;
 
   std::string payload(uint32_t rank) const {
     const OpShape& shape = random_case.shape;

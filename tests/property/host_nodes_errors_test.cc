@@ -273,11 +273,11 @@ TEST(HostNodesErrors, WhoWaitsForALostMessageNamesItsSource) {
     const Ended ended = dispatch_of(run.get(), run->dispatch);
     run->world->network->tamper = nullptr;
     ASSERT_TRUE(guards_intact(ended.memory)) << repro_line(run->dispatch);
-    ASSERT_EQ(run->world->aborted != 0, source >= 0) << repro_line(run->dispatch);
+    ASSERT_EQ(run->world->aborted.any(), source >= 0) << repro_line(run->dispatch);
     for (uint32_t rank = 0; source >= 0 && rank < run->dispatch.shape.ranks; ++rank) {
       const auto [what, ranks] = run->world->missed[rank];
       const uint32_t wanted = kind == engine::MessageKind::kCounts ? EXPERTD_MISSING_COUNTS : EXPERTD_MISSING_ROWS;
-      named += what == wanted && (ranks >> source & 1) != 0 ? 1 : 0;
+      named += what == wanted && ranks.contains(static_cast<uint32_t>(source)) ? 1 : 0;
     }
     lost_messages += source >= 0 ? 1 : 0;
     ASSERT_EQ(run->run_dispatch(run->dispatch), "") << "the next one: " << repro_line(run->dispatch);

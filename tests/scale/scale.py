@@ -65,7 +65,7 @@ class Case:
         self.ll_tokens = arguments.ll_tokens or ll_tokens
         self.iterations = iterations
         self.experts = max(256, self.ranks)
-        self.heartbeat_ms = HEARTBEAT_MS if nodes <= 8 else HEARTBEAT_MANY_MS
+        self.heartbeat_ms = arguments.heartbeat_ms or (HEARTBEAT_MS if nodes <= 8 else HEARTBEAT_MANY_MS)
         self.max_nodes = 64
         self.seconds = arguments.seconds
         self.expertd = arguments.bin_dir / "expertd"
@@ -340,6 +340,7 @@ def parse(argv):
     parser.add_argument("--hidden", type=int, help="channels; default by the number of nodes")
     parser.add_argument("--tokens", type=int, help="tokens per rank in normal mode")
     parser.add_argument("--ll-tokens", type=int, help="tokens per rank in inference mode")
+    parser.add_argument("--heartbeat-ms", type=int, help="default 100 up to 8 nodes, else 1000; more where much else runs")
     parser.add_argument("--ratio-max", type=float, help="fail where an operation sends more than so many times the bound")
     parser.add_argument("--seconds", type=int, default=120, help="longest time of one run of expertctl bench")
     parser.add_argument("--file", type=Path, default=HERE / "results" / "loopback.json", help="where rows are kept")

@@ -322,7 +322,7 @@ std::string EngineWorld::describe() const {
                      (deadlines_ ? ", deadlines" : "") + (masks_ ? ", masks" : "") + (strays_ ? ", strays" : "");
   for (const std::unique_ptr<engine::GroupShared>& group : groups_) {
     text += "; group of " + std::to_string(group->ranks()) + (group->settings().mask_on_loss ? " (mask)" : " (fail)") +
-            " lost " + std::to_string(group->lost()) + " excluded " + std::to_string(group->excluded());
+            " lost " + std::to_string(group->lost().low()) + " excluded " + std::to_string(group->excluded().low());
   }
   for (const std::unique_ptr<Client>& client : clients_) {
     text += "\n  session " + std::to_string(client->session->id().value) + " on device " +

@@ -131,9 +131,9 @@ struct Leaving {
   /// Rank 1 takes part exactly when it was not told that it may go.
   void expect_to_agree() {
     decide();
-    const uint64_t active = shared.entry(1).active.load();
+    const base::RankSet active = shared.entry(1).active.load(std::memory_order_acquire);
     EXPECT_EQ(shared.try_decide(1, &changed), Verdict::kFailed);
-    EXPECT_FALSE(left && (active & 2) != 0) << "counted on after it left";
+    EXPECT_FALSE(left && active.contains(1)) << "counted on after it left";
   }
 
   const engine::Request request = plain_request();

@@ -171,6 +171,9 @@ bool is_active(uint64_t mask, uint32_t rank) {
 }  // namespace
 
 const GroupEntry* CudaDevice::find_peer(const LaunchSpec& spec, uint32_t rank) const {
+  if (!spec.is_local(rank)) {
+    return nullptr;
+  }
   const uint32_t device = spec.devices[spec.place_of(rank)].value;
   // Pairs with the release in start(): the peer's tables are complete.
   const Registry::GroupTable* table =
