@@ -346,9 +346,8 @@ base::Result<std::shared_ptr<engine::FabricPort>> Nodes::open(const group::Place
   for (const group::NodeIdentity& node : placed.nodes) {
     link.node_ids.push_back(node.id);
   }
-  for (const uint32_t rank : link.placement.ranks_of[link.placement.own_node]) {
-    link.devices.push_back(settings.shape.devices[rank]);
-  }
+  const auto places = link.placement.ranks_on(link.placement.own_node);
+  link.devices.assign(settings.shape.devices.begin(), settings.shape.devices.begin() + places);
   link.lanes = settings.fabric_lanes;
   link.weight = settings.fabric_weight;
   const bool on_gpus = placed.ranks.front().facts.cuda;

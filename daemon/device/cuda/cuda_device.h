@@ -88,7 +88,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   bool launch(const engine::LaunchSpec& spec, const engine::SlotWords& words, engine::PartId* part) override;
   bool poll(engine::PartId part, engine::Outcome* outcome) override;
   void abort(engine::PartId part, uint32_t reason) override;
-  uint32_t missing(engine::PartId part, uint64_t* ranks) override;
+  uint32_t missing(engine::PartId part, base::RankSet* ranks) override;
   bool busy() const override;
   bool polls() const override { return parts_in_flight_ != 0 || launch_refused_ || capturing_; }
   bool tend(uint64_t now_ns) override;
@@ -123,7 +123,7 @@ class CudaDevice : public Device, public engine::DevicePort {
     uint64_t launch_ns = 0;
     uint64_t group_op = 0;
     uint32_t rank = 0;
-    uint64_t active_ranks = 0;
+    uint64_t active_ranks = 0;  // bits: GPUs have groups of at most kMaxGpuRanks over all nodes
     uint64_t flag_ranks = 0;  // of them, those that write words of this GPU: the ones on this node
     SessionEntry* session = nullptr;
     GroupEntry* group = nullptr;  // null for local operations

@@ -95,7 +95,7 @@ base::Status CudaDevice::create_node_lane(SessionEntry* session, uint32_t index,
 bool CudaDevice::open_capture(const engine::LaunchSpec& spec, Part* part) {
   NodeLane* lane =
       spec.own->capture_lane < kMaxGroupLanes ? part->group->node_lanes[spec.own->capture_lane].get() : nullptr;
-  const bool all = spec.active_ranks == (uint64_t{2} << (spec.ranks - 1)) - 1;
+  const bool all = spec.active_ranks == base::RankSet::first(spec.ranks);
   if (lane == nullptr || !all || lane->entries.size() >= kernels::cuda::kMostCapturedEntries) {
     return false;
   }
@@ -116,9 +116,9 @@ bool CudaDevice::open_capture(const engine::LaunchSpec& spec, Part* part) {
   }
   const bool routes = entry->request.shape.kind == kernels::OpKind::kLlDispatch && entry->request.shape.cached == 0;
   for (uint32_t rank = 0; rank < spec.ranks; ++rank) {
-    if (spec.requests[rank] != nullptr) {
+    if (spec.request_of(rank) != nullptr) {
       const uint32_t ints = routes ? lane->nodes->row_ints : kernels::kCountRowErrorInts;
-      entry->notices[rank] = make_notice(*spec.requests[rank], spec.active_ranks, ints);
+      entry->notices[rank] = make_notice(*spec.request_of(rank), spec.active_ranks, ints);
       entry->notices[rank].value = static_cast<int64_t>(entry->number);
     }
   }
@@ -213,7 +213,7 @@ bool CudaDevice::start_replay(GroupEntry* group, NodeLane* lane, uint64_t entry,
   nodes.op.placement = group->shape.placement;
   nodes.op.number = NodeInbox::in_order(nodes.lane, lane->number);
   nodes.op.rank = part.rank;
-  nodes.op.active = part.active_ranks;
+  nodes.op.active = base::RankSet(part.active_ranks);
   nodes.op.view = taken.spec.epoch;
   nodes.op.lane = engine::FabricLane::kLatency;
   nodes.op.message_bytes = nodes.message_bytes;
@@ -378,8 +378,8 @@ bool CudaDevice::tend_node_lane(GroupEntry* group, NodeLane* lane, uint64_t now_
     return false;
   }
   const ScopedContext context(driver_, gpu_.view.context);
-  const uint64_t lost = group->shape.lost == nullptr ? 0 : group->shape.lost->load(std::memory_order_seq_cst);
-  if (peers_broken != 0 || lost != 0) {
+  const bool lost = group->shape.lost != nullptr && group->shape.lost->load(std::memory_order_seq_cst).any();
+  if (peers_broken != 0 || lost) {
     break_node_lane(lane, peers_broken != 0 ? peers_broken : static_cast<uint32_t>(EXPERTD_REASON_PEER_LOST));
   }
   if (rests) {

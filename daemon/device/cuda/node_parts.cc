@@ -47,9 +47,9 @@ bool CudaDevice::open_nodes(const engine::LaunchSpec& spec, Part* part) {
   nodes.notice_only = false;
   uint64_t local = 0;
   for (uint32_t rank = 0; rank < spec.ranks; ++rank) {
-    const bool here = spec.placement->is_local(rank) && (spec.active_ranks >> rank & 1) != 0;
+    const bool here = spec.placement->is_local(rank) && spec.active_ranks.contains(rank);
     local |= uint64_t{here ? 1U : 0U} << rank;
-    nodes.notice_only = nodes.notice_only || (here && spec.requests[rank]->rejected_reason != 0);
+    nodes.notice_only = nodes.notice_only || (here && spec.request_of(rank)->rejected_reason != 0);
   }
   part->flag_ranks = local;
   if (spec.own->captured) {
@@ -89,7 +89,7 @@ bool CudaDevice::open_nodes(const engine::LaunchSpec& spec, Part* part) {
   for (uint32_t rank = 0; rank < spec.ranks; ++rank) {
     if ((local >> rank & 1) != 0) {
       const uint32_t ints = routes(shape) ? nodes.row_ints : kernels::kCountRowErrorInts;
-      nodes.notices[rank] = make_notice(*spec.requests[rank], spec.active_ranks, ints);
+      nodes.notices[rank] = make_notice(*spec.request_of(rank), spec.active_ranks, ints);
     }
   }
   std::fill_n(nodes.row(spec.rank), nodes.row_ints, 0);

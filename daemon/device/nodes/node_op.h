@@ -28,14 +28,14 @@ struct NodeOp {
   kernels::host::NodeView nodes;
   uint64_t number = 0;
   uint32_t rank = 0;
-  uint64_t active = 0;
+  base::RankSet active;
   uint32_t view = 0;  // epoch of the membership that `active` is of
   engine::FabricLane lane = engine::FabricLane::kThroughput;
   uint64_t message_bytes = 0;
   const kernels::OpParams* params = nullptr;  // of the own rank
   const kernels::PeerView* peers = nullptr;   // of all ranks; those elsewhere have no memory here
 
-  bool takes_part(uint32_t other) const { return other < placement->ranks() && (active >> other & 1) != 0; }
+  bool takes_part(uint32_t other) const { return other < placement->ranks() && active.contains(other); }
   bool is_elsewhere(uint32_t other) const { return takes_part(other) && !placement->is_local(other); }
   uint32_t node_ranks(uint32_t node) const { return placement->ranks_on(node); }
   /// How many ranks of a node take part.
