@@ -64,7 +64,7 @@ class Case:
         self.tokens = arguments.tokens or tokens
         self.ll_tokens = arguments.ll_tokens or ll_tokens
         self.iterations = iterations
-        self.experts = max(256, self.ranks)
+        self.experts = -(-max(256, self.ranks) // self.ranks) * self.ranks  # a multiple of the ranks
         self.heartbeat_ms = arguments.heartbeat_ms or (HEARTBEAT_MS if nodes <= 8 else HEARTBEAT_MANY_MS)
         self.max_nodes = 64
         # Hundreds of loops share a few processors: none polls when it has nothing to do.
