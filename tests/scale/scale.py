@@ -64,9 +64,11 @@ class Case:
         self.tokens = arguments.tokens or tokens
         self.ll_tokens = arguments.ll_tokens or ll_tokens
         self.iterations = iterations
-        self.experts = max(256, self.ranks)
+        self.experts = -(-max(256, self.ranks) // self.ranks) * self.ranks  # a multiple of the ranks
         self.heartbeat_ms = arguments.heartbeat_ms or (HEARTBEAT_MS if nodes <= 8 else HEARTBEAT_MANY_MS)
         self.max_nodes = 64
+        # Hundreds of loops share a few processors: none polls when it has nothing to do.
+        self.spin_us = 50 if self.ranks <= 64 else 0
         self.seconds = arguments.seconds
         self.expertd = arguments.bin_dir / "expertd"
         self.expertctl = arguments.bin_dir / "expertctl"
@@ -246,7 +248,7 @@ def measure(case):
     """Rows of one cluster, one per operation and routing."""
     say(f"{case.nodes} nodes x {case.ranks_per_node} ranks, hidden {case.hidden}: starting")
     load_before = os.getloadavg()[0]  # others' work: on a quiet machine below 1 for the first case
-    with Cluster(case.nodes, case) as cluster:
+    with Cluster(case.nodes, case, max(60, case.seconds)) as cluster:
         before = settled_memory(cluster.daemons)
         say(f"  ready in {max(daemon.start_s for daemon in cluster.daemons):.2f} s")
         joins = {}

@@ -82,9 +82,9 @@ inline float value_of(const PoisonedBuffer& rows, size_t at) {
 
 /// A case as one node and as several run it.
 struct NodesCase {
-  /// One in fifty has more ranks than a word has bits.
+  /// One in twenty has more ranks than a word has bits.
   NodesCase(uint64_t seed, kernels::OpKind kind)
-      : NodesCase(seed, make_random_case(seed, kind, seed % 50 == 7 ? 72 + static_cast<uint32_t>(seed % 25) : 0)) {}
+      : NodesCase(seed, make_random_case(seed, kind, seed % 20 == 7 ? 72 + static_cast<uint32_t>(seed % 25) : 0)) {}
   NodesCase(uint64_t seed, RandomCase made)
       : random(~seed),
         dispatch(std::move(made)),

@@ -36,11 +36,6 @@
 
 namespace expertd::test {
 
-struct Region {
-  char* data = nullptr;
-  uint64_t bytes = 0;
-};
-
 class FakeDaemon : public v1::Session::Service {
  public:
   static constexpr uint32_t kSlots = 8;
