@@ -120,7 +120,7 @@ class LaneChannel {
     bool eager = false;
     std::byte* data = nullptr;
     std::byte* entries = nullptr;  // of GroupLink::gpu_memory; eager slots have none
-    uint32_t holders = 0;  // ranks that have not released it; lane's thread
+    uint32_t holders = 0;          // ranks that have not released it; lane's thread
     ucs_status_t status = UCS_OK;
     uint64_t arrived_ns = 0;
     WireHeadedMessage header;

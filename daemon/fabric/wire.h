@@ -48,10 +48,10 @@ struct WireMessage {
   uint32_t source_rank = 0;
   uint32_t entries = 0;
   uint32_t sequence = 0;
-  uint32_t lane = 0;      // engine::FabricLane
-  uint32_t bytes = 0;     // of the payload; a rendezvous of 0 bytes carries one byte that means nothing
-  uint32_t credited = 0;  // 1: sent at once on a credit, 0: by rendezvous
-  uint32_t view = 0;      // epoch of the view that the operation belongs to
+  uint32_t lane = 0;        // engine::FabricLane
+  uint32_t bytes = 0;       // of the payload; a rendezvous of 0 bytes carries one byte that means nothing
+  uint32_t credited = 0;    // 1: sent at once on a credit, 0: by rendezvous
+  uint32_t view = 0;        // epoch of the view that the operation belongs to
   uint32_t head_bytes = 0;  // of the message's head behind this header, where `bytes` are entries alone; or 0
 };
 /// With its head.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Label gpu. Two daemons with two GPUs each as two nodes: ranks that reach each other and ranks that do not in one group,
-// both modes and captured operations. And groups that ask for no links between GPUs, on one node and over several.
+// Label gpu. Two daemons with two GPUs each as two nodes: ranks that reach each other and ranks that do not in one
+// group, both modes and captured operations. And groups that ask for no links between GPUs, on one node and over
+// several.
 #include "tests/device/process_nodes_fixture.h"
 
 namespace expertd::device_test {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Daemons as nodes, each with as many GPUs as it has ranks, and a client per rank. They share GPUs where there are fewer.
+// Daemons as nodes, each with as many GPUs as it has ranks, and a client per rank. They share GPUs where there are
+// fewer.
 #pragma once
 
 #include <memory>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Groups whose entries lie apart from their heads, as in memory of a GPU; here the host's, since this UCX knows no other.
-// What UCX is told of the memory is all that differs.
+// Groups whose entries lie apart from their heads, as in memory of a GPU; here the host's, since this UCX knows no
+// other. What UCX is told of the memory is all that differs.
 #include <gtest/gtest.h>
 
 #include <cstdlib>
@@ -42,8 +42,7 @@ struct Case {
 
 class FabricGpuMemory : public testing::TestWithParam<Case> {};
 
-INSTANTIATE_TEST_SUITE_P(Of, FabricGpuMemory,
-                         testing::Values(Case{"both", {true, true}}, Case{"one", {true, false}}),
+INSTANTIATE_TEST_SUITE_P(Of, FabricGpuMemory, testing::Values(Case{"both", {true, true}}, Case{"one", {true, false}}),
                          [](const auto& of) { return std::string(of.param.name); });
 
 TEST_P(FabricGpuMemory, EntriesArriveApartFromTheirHeads) {
@@ -56,8 +55,8 @@ TEST_P(FabricGpuMemory, EntriesArriveApartFromTheirHeads) {
   });
   ASSERT_NO_FATAL_FAILURE(world.connect());
   ASSERT_NO_FATAL_FAILURE(world.wait_up());
-  ASSERT_NO_FATAL_FAILURE(world.open(
-      [](fabric::GroupLink* link) { link->gpu_memory = GetParam().apart[link->placement.own_node]; }));
+  ASSERT_NO_FATAL_FAILURE(
+      world.open([](fabric::GroupLink* link) { link->gpu_memory = GetParam().apart[link->placement.own_node]; }));
   const uint64_t most = world.node(0).port->message_bytes();
   uint32_t sequence = 0;
   for (const uint64_t bytes : {uint64_t{16}, uint64_t{17}, uint64_t{8192}, uint64_t{65536}, most}) {
