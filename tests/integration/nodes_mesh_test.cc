@@ -96,7 +96,7 @@ TEST(NodesMeshRails, EachDeviceOfALaneHasFiguresAndMetrics) {
     EXPECT_EQ(devices["latency"], (std::vector<std::string>{""})) << pair;
     EXPECT_EQ(devices["throughput"], (std::vector<std::string>{"lo", "lo#1"})) << pair;
   }
-  const std::string page = cluster.node(1).metrics();
+  const std::string page = cluster.node(1).scrape();
   for (const char* start : {
            R"(expertd_fabric_mesh_latency_seconds{node="n1",lane="latency",device="",quantile="0.5"} )",
            R"(expertd_fabric_mesh_latency_seconds{node="n1",lane="throughput",device="lo#1",quantile="0.99"} )",
