@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <charconv>
 #include <cstdio>
 
@@ -95,21 +96,30 @@ std::string duration_text(uint64_t duration_ns) {
   return two_units(duration_ns / kDay, " d", duration_ns % kDay / kHour, " h");
 }
 
-std::string mask_text(uint64_t mask) {
-  std::string out;
-  for (unsigned first = 0; first < 64; ++first) {
-    if ((mask >> first & 1) == 0) {
-      continue;
+std::vector<uint32_t> ranks_of_mask(uint64_t low, std::span<const uint64_t> more) {
+  std::vector<uint32_t> ranks;
+  for (size_t word = 0; word <= more.size(); ++word) {
+    for (uint64_t left = word == 0 ? low : more[word - 1]; left != 0; left &= left - 1) {
+      ranks.push_back(static_cast<uint32_t>(word * 64) + static_cast<uint32_t>(std::countr_zero(left)));
     }
-    unsigned last = first;
-    while (last < 63 && (mask >> (last + 1) & 1) != 0) {
+  }
+  return ranks;
+}
+
+std::string mask_text(uint64_t low, std::span<const uint64_t> more) {
+  const std::vector<uint32_t> ranks = ranks_of_mask(low, more);
+  std::string out;
+  for (size_t at = 0; at < ranks.size(); ++at) {
+    const uint32_t first = ranks[at];
+    uint32_t last = first;
+    while (at + 1 < ranks.size() && ranks[at + 1] == last + 1) {
       ++last;
+      ++at;
     }
     out += (out.empty() ? "" : ",") + std::to_string(first);
     if (last > first) {
       out += (last > first + 1 ? "-" : ",") + std::to_string(last);
     }
-    first = last;
   }
   return out.empty() ? "-" : out;
 }

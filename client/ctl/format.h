@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -20,7 +21,9 @@ std::string count_text(double count);
 /// "850 ns", "12.3 µs", "4.0 ms", "2.5 s", "3 min 20 s", "2 h 5 min", "4 d 3 h".
 std::string duration_text(uint64_t duration_ns);
 /// Ranks or devices of a bit mask: "0-3,6", or "-" for none.
-std::string mask_text(uint64_t mask);
+std::string mask_text(uint64_t low, std::span<const uint64_t> more = {});
+/// The ranks themselves, ascending.
+std::vector<uint32_t> ranks_of_mask(uint64_t low, std::span<const uint64_t> more = {});
 /// "500ms", "30s", "5m", "1h"; a plain number is seconds. Empty for anything else.
 std::optional<uint64_t> parse_duration_ns(std::string_view text);
 

@@ -3,6 +3,7 @@
 
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -123,6 +124,10 @@ std::string mode_text(const v1::GroupStatus& group) {
   return text;
 }
 
+std::span<const uint64_t> words(const google::protobuf::RepeatedField<uint64_t>& field) {
+  return {field.data(), static_cast<size_t>(field.size())};
+}
+
 std::string groups_text(const v1::GetStatusResponse& status) {
   Table table({{"GROUP"},
                {"MODE"},
@@ -136,13 +141,15 @@ std::string groups_text(const v1::GetStatusResponse& status) {
                {"EPOCH", Align::kRight},
                {"OPS", Align::kRight},
                {"JOINED"},
-               {"LOST"}});
+               {"LOST"},
+               {"EXCLUDED"}});
   for (const v1::GroupStatus& group : status.groups()) {
     table.add({group.name(), mode_text(group), std::to_string(group.expert_parallel_size()),
                std::to_string(group.num_experts()), std::to_string(group.hidden()), std::to_string(group.top_k()),
                std::to_string(group.max_tokens()), dtypes_text(group), or_dash(group.executor()),
-               std::to_string(group.epoch()), std::to_string(group.ops()), mask_text(group.joined()),
-               mask_text(group.lost())});
+               std::to_string(group.epoch()), std::to_string(group.ops()), mask_text(group.joined(), words(group.joined_more())),
+               mask_text(group.lost(), words(group.lost_more())),
+               mask_text(group.excluded(), words(group.excluded_more()))});
   }
   return table.text();
 }
@@ -189,6 +196,10 @@ json group_json(const v1::GroupStatus& group) {
           {"epoch", group.epoch()},
           {"joined_mask", group.joined()},
           {"lost_mask", group.lost()},
+          {"excluded_mask", group.excluded()},
+          {"joined", ranks_of_mask(group.joined(), words(group.joined_more()))},
+          {"lost", ranks_of_mask(group.lost(), words(group.lost_more()))},
+          {"excluded", ranks_of_mask(group.excluded(), words(group.excluded_more()))},
           {"ops", group.ops()}};
 }
 

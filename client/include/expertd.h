@@ -181,7 +181,7 @@ typedef struct expertd_group_options {
   size_t struct_size;
   const char* name;                    /* the same on every rank; 1..64 characters */
   uint32_t rank;                       /* 0..expert_parallel_size-1 */
-  uint32_t expert_parallel_size;       /* R, 1..64 on one node */
+  uint32_t expert_parallel_size;       /* R, 1..64; over several nodes to 512 */
   uint32_t num_experts;                /* E, a multiple of R, <= 2048, E/R <= 256 */
   uint32_t hidden;                     /* H, a multiple of 128, <= 16384 */
   uint32_t top_k;                      /* K, 1..32 */
@@ -240,9 +240,6 @@ EXPERTD_API expertd_status_t expertd_group_plan(expertd_session_t* session, cons
 EXPERTD_API expertd_status_t expertd_group_join(expertd_session_t* session, const expertd_group_options_t* options,
                                                 expertd_group_t** group);
 EXPERTD_API expertd_status_t expertd_group_leave(expertd_group_t* group);
-/* Lost and excluded ranks (bit per rank) and the epoch; exclude/readmit need EXPERTD_RANK_LOSS_MASK, 0 = query only. */
-EXPERTD_API expertd_status_t expertd_group_mask(expertd_group_t* group, uint64_t exclude, uint64_t readmit,
-                                                uint64_t* lost, uint64_t* excluded, uint64_t* epoch);
 
 /* ---- Operations ----
  * Each is issued on `stream` and returns an event at once; the stream waits for the completion unless EXPERTD_ASYNC is
@@ -326,7 +323,7 @@ typedef struct expertd_op_result {
   uint32_t expert_count_entries;
   const uint32_t* expert_counts; /* dispatch, ll_dispatch: rows per local expert; valid until 64 more operations */
   int32_t degraded;              /* computed under a rank mask */
-  uint64_t rank_mask;            /* ranks that took part */
+  uint64_t rank_mask;            /* ranks 0..63 that took part */
   uint64_t epoch;
   int32_t rank; /* the rank that the status names, or -1 */
   /* Submission to start, start to end, submission to completion; 0: not reached. On a GPU an operation starts with its
@@ -336,6 +333,8 @@ typedef struct expertd_op_result {
   uint64_t local_bytes, remote_bytes;
   uint32_t executor; /* expertd_executor_t */
   uint32_t sms;      /* multiprocessors that its largest kernel takes; 0 on host devices */
+  /* Ranks 64..511 that took part, rank 64 + 64 i + b as bit b of word i. Not there in a struct_size that ends before. */
+  uint64_t rank_mask_more[7];
 } expertd_op_result_t;
 
 typedef struct expertd_layout_args {
@@ -495,6 +494,7 @@ EXPERTD_API size_t expertd_client_metrics_text(char* text, size_t capacity);
 }
 #endif
 
+#include "expertd_masks.h"
 #include "expertd_queue.h"
 
 #endif /* EXPERTD_H_ */

@@ -279,7 +279,29 @@ expertd_status_t expertd_group_leave(expertd_group_t* group) {
 
 expertd_status_t expertd_group_mask(expertd_group_t* group, uint64_t exclude, uint64_t readmit, uint64_t* lost,
                                     uint64_t* excluded, uint64_t* epoch) {
-  return on_group(group, {}, [=](Group* it) { return it->mask(exclude, readmit, lost, excluded, epoch); });
+  return on_group(group, {}, [=](Group* it) {
+    expertd_rank_masks_t masks{};
+    masks.exclude[0] = exclude;
+    masks.readmit[0] = readmit;
+    Status status = it->masks(&masks);
+    if (!status.ok()) {
+      return status;
+    }
+    const struct {
+      uint64_t value;
+      uint64_t* to;
+    } told[] = {{masks.lost[0], lost}, {masks.excluded[0], excluded}, {masks.epoch, epoch}};
+    for (const auto& each : told) {
+      if (each.to != nullptr) {
+        *each.to = each.value;
+      }
+    }
+    return status;
+  });
+}
+
+expertd_status_t expertd_group_masks(expertd_group_t* group, expertd_rank_masks_t* masks) {
+  return on_group(group, client::check_struct(masks, "masks"), [=](Group* it) { return it->masks(masks); });
 }
 
 expertd_status_t expertd_barrier(expertd_group_t* group, expertd_stream_t stream, uint32_t flags, uint64_t timeout_ns,

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <utility>
 
@@ -229,26 +230,42 @@ Status Group::leave(Group* group, uint64_t timeout_ns) {
   return owned->end(timeout_ns);
 }
 
-Status Group::mask(uint64_t exclude, uint64_t readmit, uint64_t* lost, uint64_t* excluded, uint64_t* epoch) {
+// A daemon that does not know of words behind the first has no group with such ranks: they are refused here.
+Status Group::masks(expertd_rank_masks_t* masks) {
   expertd_v1_GroupMaskRequest request{};
   request.group_id = id_;
-  request.exclude = exclude;
-  request.readmit = readmit;
+  const struct {
+    const uint64_t* words;
+    uint64_t* low;
+    pb_size_t* more_count;
+    uint64_t* more;
+  } given[] = {{masks->exclude, &request.exclude, &request.exclude_more_count, request.exclude_more},
+               {masks->readmit, &request.readmit, &request.readmit_more_count, request.readmit_more}};
+  for (const auto& set : given) {
+    *set.low = set.words[0];
+    for (uint32_t i = 1; i < EXPERTD_MASK_WORDS; ++i) {
+      const uint32_t there = config_.ranks > i * 64 ? config_.ranks - i * 64 : 0;
+      if (there < 64 && set.words[i] >> there != 0) {
+        return error(EXPERTD_REASON_ARGUMENT_RANGE, "a mask names ranks behind %u, the last of the group",
+                     config_.ranks - 1);
+      }
+      set.more[i - 1] = set.words[i];
+      *set.more_count = set.words[i] != 0 ? static_cast<pb_size_t>(i) : *set.more_count;
+    }
+  }
   expertd_v1_GroupMaskResponse response{};
   Status status = session_->connection()->call("GroupMask", {expertd_v1_GroupMaskRequest_fields, &request},
                                                {expertd_v1_GroupMaskResponse_fields, &response}, kControlTimeoutNs);
   if (!status.ok()) {
     return status;
   }
-  if (lost != nullptr) {
-    *lost = response.lost;
-  }
-  if (excluded != nullptr) {
-    *excluded = response.excluded;
-  }
-  if (epoch != nullptr) {
-    *epoch = response.epoch;
-  }
+  std::fill(std::begin(masks->lost), std::end(masks->lost), 0);
+  std::fill(std::begin(masks->excluded), std::end(masks->excluded), 0);
+  masks->lost[0] = response.lost;
+  masks->excluded[0] = response.excluded;
+  std::copy_n(response.lost_more, response.lost_more_count, masks->lost + 1);
+  std::copy_n(response.excluded_more, response.excluded_more_count, masks->excluded + 1);
+  masks->epoch = response.epoch;
   return status;
 }
 

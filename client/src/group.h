@@ -77,7 +77,7 @@ class Group {
   static Status join(Session* session, GroupConfig config, Group** group);
   /// Frees the group, also when the daemon cannot be asked any more.
   static Status leave(Group* group, uint64_t timeout_ns);
-  Status mask(uint64_t exclude, uint64_t readmit, uint64_t* lost, uint64_t* excluded, uint64_t* epoch);
+  Status masks(expertd_rank_masks_t* masks);
 
   Session* session() const { return session_; }
   const GroupConfig& config() const { return config_; }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <utility>
 
 #include "client/src/clock.h"
@@ -77,6 +78,7 @@ Status result_of(const OpOutcome& outcome, expertd_op_result_t* result) {
   filled.remote_bytes = completion.remote_bytes;
   filled.executor = completion.executor;
   filled.sms = completion.sms;
+  std::copy(std::begin(completion.rank_mask_more), std::end(completion.rank_mask_more), filled.rank_mask_more);
   std::memcpy(result, &filled, std::min(filled.struct_size, sizeof(filled)));
   return status;
 }

@@ -9,6 +9,7 @@
 #include "daemon/app/fabric_setup.h"
 #include "daemon/base/clock.h"
 #include "daemon/base/log.h"
+#include "daemon/device/nodes/node_messages.h"
 #include "daemon/fabric/bootstrap/address.h"
 #include "daemon/fabric/bootstrap/node_facts.h"
 #include "daemon/fabric/ucx_probe.h"
@@ -88,11 +89,12 @@ Nodes::~Nodes() {
 }
 
 base::Status Nodes::open_fabric(engine::WakePort* wake, device::Device* gpu) {
-  EXPERTD_RETURN_IF_ERROR(choose_backend());
+  EXPERTD_RETURN_IF_ERROR(choose_backend(gpu));
   fabric::FabricOptions options = fabric_options(config_, identity_.name, gpu != nullptr);
   if (gpu != nullptr) {
     memory_ = std::make_unique<FabricMemory>(gpu);
     options.memory = memory_.get();
+    options.gpu_memory = gpu_memory_.get();
   }
   base::Result<std::unique_ptr<fabric::Fabric>> created = fabric::Fabric::create(options, wake, this);
   if (!created.is_ok()) {
@@ -104,14 +106,17 @@ base::Status Nodes::open_fabric(engine::WakePort* wake, device::Device* gpu) {
   return base::Status::ok();
 }
 
-base::Status Nodes::choose_backend() {
-  // Kernels have messages in pinned memory of the host; the fabric is given none of a GPU, so nothing can prove it yet.
-  fabric::UcxProbe probe(nullptr);
+base::Status Nodes::choose_backend(device::Device* gpu) {
+  ProbeGpuMemory memory(gpu);
+  fabric::UcxProbe probe(gpu == nullptr ? nullptr : &memory);
   base::Result<fabric::BackendChoice> choice = fabric::choose_backend(config_.require_direct, probe);
   if (!choice.is_ok()) {
     return choice.status();
   }
   backend_ = std::move(choice).value();
+  if (backend_.live == fabric::Backend::kDirect) {
+    gpu_memory_ = std::make_unique<FabricGpuMemory>(gpu);
+  }
   base::log_info("backend of the fabric",
                  {{"backend", fabric::backend_name(backend_.live)}, {"cause", backend_.cause}});
   return base::Status::ok();
@@ -342,12 +347,18 @@ base::Result<std::shared_ptr<engine::FabricPort>> Nodes::open(const group::Place
   for (const group::NodeIdentity& node : placed.nodes) {
     link.node_ids.push_back(node.id);
   }
-  for (const uint32_t rank : link.placement.ranks_of[link.placement.own_node]) {
-    link.devices.push_back(settings.shape.devices[rank]);
-  }
+  const auto places = link.placement.ranks_on(link.placement.own_node);
+  link.devices.assign(settings.shape.devices.begin(), settings.shape.devices.begin() + places);
   link.lanes = settings.fabric_lanes;
   link.weight = settings.fabric_weight;
-  size_messages(config_, static_cast<uint32_t>(placed.nodes.size()), placed.ranks.front().facts.cuda, &link);
+  const bool on_gpus = placed.ranks.front().facts.cuda;
+  size_messages(config_, static_cast<uint32_t>(placed.nodes.size()), on_gpus, &link);
+  if (on_gpus) {
+    // So that one message holds a low latency operation's rows or sums for a node.
+    const uint64_t wanted = device::low_latency_message_bytes(settings.shape, link.placement);
+    link.message_bytes = std::min(std::max(link.message_bytes, wanted), fabric::kMaxMessageBytes);
+    link.gpu_memory = gpu_memory_ != nullptr;
+  }
   base::Result<std::unique_ptr<engine::FabricPort>> port = fabric_->open_group(link);
   if (!port.is_ok()) {
     return port.status();

@@ -7,6 +7,8 @@
 
 namespace expertd::base {
 
+inline constexpr uint32_t kMaxRanks = 512;         // ranks of a group over all nodes: 64 nodes of 8 GPUs (rank_set.h)
+inline constexpr uint32_t kMaxNodes = 64;          // of a group; one bit each where nodes are a set
 inline constexpr uint32_t kMaxLocalRanks = 64;     // ranks of a group on one node; one bit each in a 64-bit mask
 inline constexpr uint32_t kMaxDevices = 64;        // devices of one daemon; ranks of a group sit on distinct ones
 inline constexpr uint32_t kMaxGpuRanks = 16;       // GPUs of one node; their peer table travels as a kernel parameter

@@ -73,6 +73,15 @@ void put_device(const session::DeviceSnapshot& device, v1::DeviceStatus* message
   message->set_kernels(device.kernels);
 }
 
+/// The words behind the first, up to the last with a rank.
+void put_more(const base::RankSet& ranks, google::protobuf::RepeatedField<uint64_t>* words) {
+  uint32_t used = base::RankSet::kWords;
+  while (used > 1 && ranks.words[used - 1] == 0) {
+    --used;
+  }
+  words->Add(ranks.words + 1, ranks.words + used);
+}
+
 void put_group(const session::GroupSnapshot& group, v1::GroupStatus* message) {
   message->set_name(shown(group.name));
   message->set_id(group.id.value);
@@ -83,8 +92,12 @@ void put_group(const session::GroupSnapshot& group, v1::GroupStatus* message) {
   message->set_max_tokens(group.config.max_tokens);
   message->set_mode(group_mode_name(group.config.mode));
   message->set_epoch(group.epoch);
-  message->set_joined(group.joined);
-  message->set_lost(group.lost);
+  message->set_joined(group.joined.low());
+  put_more(group.joined, message->mutable_joined_more());
+  message->set_lost(group.lost.low());
+  put_more(group.lost, message->mutable_lost_more());
+  message->set_excluded(group.excluded.low());
+  put_more(group.excluded, message->mutable_excluded_more());
   message->set_ops(group.ops);
   message->set_dispatch_dtypes(group.config.dispatch_dtypes);
   message->set_dynamic_ll_tokens(group.config.dynamic_ll_tokens);
@@ -308,10 +321,34 @@ void to_proto(const session::JoinGrant& grant, v1::JoinGroupResponse* message) {
   message->mutable_rule()->set_ht_split_tokens(grant.rule.ht_split_tokens);
 }
 
+Converted<MaskRequest> from_proto(const v1::GroupMaskRequest& message) {
+  Converted<MaskRequest> converted;
+  converted.value.group = base::GroupId{message.group_id()};
+  const struct {
+    const char* field;
+    uint64_t low;
+    const google::protobuf::RepeatedField<uint64_t>& more;
+    base::RankSet* ranks;
+  } masks[] = {{"exclude_more", message.exclude(), message.exclude_more(), &converted.value.exclude},
+               {"readmit_more", message.readmit(), message.readmit_more(), &converted.value.readmit}};
+  for (const auto& mask : masks) {
+    if (mask.more.size() >= static_cast<int>(base::RankSet::kWords)) {
+      converted.error = field_error(EXPERTD_REASON_ARGUMENT_RANGE, mask.field, std::to_string(mask.more.size()) + " words",
+                                    "at most " + std::to_string(base::RankSet::kWords - 1) + " words name ranks");
+      return converted;
+    }
+    *mask.ranks = base::RankSet(mask.low);
+    std::copy(mask.more.begin(), mask.more.end(), mask.ranks->words + 1);
+  }
+  return converted;
+}
+
 void to_proto(const session::MaskReply& reply, v1::GroupMaskResponse* message) {
   message->set_epoch(reply.epoch);
-  message->set_lost(reply.lost);
-  message->set_excluded(reply.excluded);
+  message->set_lost(reply.lost.low());
+  put_more(reply.lost, message->mutable_lost_more());
+  message->set_excluded(reply.excluded.low());
+  put_more(reply.excluded, message->mutable_excluded_more());
 }
 
 void to_proto(const session::GroupPlan& plan, v1::PlanGroupResponse* message) {

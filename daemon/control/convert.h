@@ -30,6 +30,12 @@ struct OpenRequest {
   std::string traceparent;
 };
 
+struct MaskRequest {
+  base::GroupId group;
+  base::RankSet exclude;
+  base::RankSet readmit;
+};
+
 /// Where a buffer comes from: exactly one of handle (64 bytes) and token (> 0).
 struct RegisterRequest {
   std::string ipc_handle;
@@ -45,6 +51,7 @@ Converted<session::GroupConfig> from_proto(const v1::GroupConfig& message);
 Converted<session::GroupConfig> from_proto(const v1::PlanGroupRequest& message);
 /// `timeout_ns` is left as the message has it, 0 included.
 Converted<session::JoinRequest> from_proto(const v1::JoinGroupRequest& message);
+Converted<MaskRequest> from_proto(const v1::GroupMaskRequest& message);
 
 void to_proto(const session::BufferGrant& grant, v1::CreateWindowResponse* message);
 void to_proto(const session::JoinGrant& grant, v1::JoinGroupResponse* message);

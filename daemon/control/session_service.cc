@@ -109,10 +109,8 @@ class SessionService final : public v1::Session::CallbackService {
 
   grpc::ServerUnaryReactor* GroupMask(grpc::CallbackServerContext* context, const v1::GroupMaskRequest* request,
                                       v1::GroupMaskResponse* response) override {
-    return run_as_is(context, *request, response, [this](const Caller& caller, const auto& message, auto* out) {
-      return answer(
-          api_.group_mask(caller.peer.session, base::GroupId{message.group_id()}, message.exclude(), message.readmit()),
-          out);
+    return run(context, *request, response, [this](const Caller& caller, const MaskRequest& mask, auto* out) {
+      return answer(api_.group_mask(caller.peer.session, mask.group, mask.exclude, mask.readmit), out);
     });
   }
 

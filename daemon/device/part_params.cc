@@ -32,7 +32,7 @@ kernels::OpParams own_params(const engine::LaunchSpec& spec, base::DeviceIndex d
 
 kernels::PeerView peer_view(const engine::LaunchSpec& spec, uint32_t rank, base::DeviceIndex device) {
   kernels::PeerView view;
-  const engine::Request* request = spec.requests[rank];
+  const engine::Request* request = spec.request_of(rank);
   if (request == nullptr) {
     return view;
   }

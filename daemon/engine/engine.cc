@@ -2,17 +2,13 @@
 #include "daemon/engine/engine.h"
 
 #include <algorithm>
-#include <bit>
+#include <iterator>
 
 #include "daemon/engine/late_ranks.h"
 
 namespace expertd::engine {
 
 namespace {
-
-int32_t lowest_rank(uint64_t ranks) {
-  return ranks == 0 ? -1 : std::countr_zero(ranks);
-}
 
 void fill_from_report(const kernels::OpReport& report, expertd_completion* completion) {
   completion->reason = report.reason;
@@ -27,6 +23,12 @@ void fill_from_report(const kernels::OpReport& report, expertd_completion* compl
   completion->expert_count_entries = std::min(report.expert_count_entries, EXPERTD_COMPLETION_EXPERTS);
   std::copy_n(report.expert_counts, completion->expert_count_entries, completion->expert_counts);
 }
+
+void fill_ranks(const base::RankSet& active, expertd_completion* completion) {
+  completion->rank_mask = active.low();
+  std::copy(std::begin(active.words) + 1, std::end(active.words), completion->rank_mask_more);
+}
+static_assert(base::RankSet::kWords == 1 + EXPERTD_COMPLETION_MASK_WORDS, "all ranks have a bit in a completion");
 
 /// Reasons with which a device ends one rank's part on its own; all others are decided alike by every rank.
 bool ends_alone(uint32_t reason) {
@@ -68,9 +70,9 @@ bool EngineSession::uses(const RankState* rank) const {
 }
 
 void Engine::wake_group(const GroupShared& group) {
-  for (uint32_t rank = 0; rank < group.ranks(); ++rank) {
-    const base::DeviceIndex device = group.settings().shape.devices[rank];
-    if ((group.local_ranks() >> rank & 1) != 0 && device != device_) {
+  for (uint32_t place = 0; place < group.places(); ++place) {
+    const base::DeviceIndex device = group.settings().shape.devices[place];
+    if (device != device_) {
       wake_->wake(device);
     }
   }
@@ -105,23 +107,23 @@ void Engine::submit(EngineSession* session, uint32_t slot, RankState* rank) {
 // while another does finds nothing to do and sleeps, so whoever did it wakes the others.
 void Engine::check_loss(Op& op) {
   GroupShared& group = *op.rank->group;
-  const uint64_t lost = group.lost();
-  if (lost == 0) {
+  const base::RankSet lost = group.lost();
+  if (lost.empty()) {
     return;
   }
   bool changed = false;
   if (op.stage == EngineSession::Stage::kQueued) {
-    const uint64_t doomed = group.doomed_by(op.number);
-    const Failure failure{.reason = EXPERTD_REASON_PEER_LOST, .rank = lowest_rank(doomed)};
-    if (doomed != 0) {
-      (void)group.fail(op.number, 0, failure, &changed);
+    const base::RankSet doomed = group.doomed_by(op.number);
+    const Failure failure{.reason = EXPERTD_REASON_PEER_LOST, .rank = doomed.lowest()};
+    if (doomed.any()) {
+      (void)group.fail(op.number, {}, failure, &changed);
     }
   }
   if (op.stage == EngineSession::Stage::kRunning) {
-    const uint64_t missed = group.lost_before_release(op.number);
+    const base::RankSet missed = group.lost_before_release(op.number);
     // Where ranks are lost for good all name the lowest; under views one that is out already is no cause.
-    const Failure failure{.reason = EXPERTD_REASON_PEER_LOST, .rank = lowest_rank(group.has_views() ? missed : lost)};
-    changed = missed != 0 && group.request_abort(op.number, failure);
+    const Failure failure{.reason = EXPERTD_REASON_PEER_LOST, .rank = (group.has_views() ? missed : lost).lowest()};
+    changed = missed.any() && group.request_abort(op.number, failure);
   }
   if (changed) {
     wake_group(group);
@@ -133,13 +135,13 @@ void Engine::check_loss(Op& op) {
 // Once it withdrew the rank stays out, whatever the mask becomes.
 bool Engine::stands_alone(Op& op) {
   const GroupShared& group = *op.rank->group;
-  if ((group.excluded_from(op.number) >> op.rank->rank & 1) != 0) {
+  if (group.excluded_from(op.number).contains(op.rank->rank)) {
     op.failure = {.reason = EXPERTD_REASON_BAD_STATE, .rank = static_cast<int32_t>(op.rank->rank)};
     op.withdrawn = true;
   } else if (group.ahead(op.number)) {
     op.failure = {.reason = EXPERTD_REASON_TIMEOUT,
                   .missing = EXPERTD_MISSING_SUBMISSION,
-                  .rank = lowest_rank(group.not_posted(op.number))};
+                  .rank = group.not_posted(op.number).lowest()};
     op.withdrawn = true;
   }
   return op.withdrawn;
@@ -158,8 +160,8 @@ Verdict Engine::gather(Op& op, uint64_t now_ns, bool* changed, bool* alone) {
   } else {
     const Failure late{.reason = EXPERTD_REASON_TIMEOUT,
                        .missing = EXPERTD_MISSING_SUBMISSION,
-                       .rank = lowest_rank(group.not_posted(op.number))};
-    (void)group.fail(op.number, 1ULL << op.rank->rank, late, &failed);
+                       .rank = group.not_posted(op.number).lowest()};
+    (void)group.fail(op.number, base::RankSet::one(op.rank->rank), late, &failed);
   }
   bool decided = false;
   const Verdict after = *alone ? verdict : group.try_decide(op.number, &decided);
@@ -180,7 +182,7 @@ bool Engine::advance_queued(EngineSession& session, Op& op, uint64_t now_ns) {
   GroupShared& group = *op.rank->group;
   const int32_t rank = static_cast<int32_t>(op.rank->rank);
   check_loss(op);
-  const bool left = session.closing_ || (group.lost() >> rank & 1) != 0;
+  const bool left = session.closing_ || group.is_lost(op.rank->rank);
   if (left && group.undecided(op.number)) {  // whoever decides later leaves the lost rank out
     op.failure = {.reason = EXPERTD_REASON_PEER_LOST, .rank = rank};
     finish_unlaunched(session, op, now_ns);
@@ -200,7 +202,7 @@ bool Engine::advance_queued(EngineSession& session, Op& op, uint64_t now_ns) {
   } else if (verdict == Verdict::kGone) {
     op.failure = {.reason = EXPERTD_REASON_TIMEOUT, .missing = EXPERTD_MISSING_SUBMISSION, .rank = rank};
   } else if (verdict == Verdict::kLaunch) {
-    if ((group.entry(op.number).active >> rank & 1) != 0) {
+    if (group.entry(op.number).active.contains(op.rank->rank, std::memory_order_relaxed)) {
       op.failure = Failure{};  // of a withdrawal that came too late
       return advance_agreed(session, op, now_ns);
     }
@@ -222,9 +224,9 @@ bool Engine::advance_agreed(EngineSession& session, Op& op, uint64_t now_ns) {
     wake_group(group);
   }
   // Launched it would only tell the other nodes of what cannot be, and push aside what they need next.
-  const uint64_t missed = group.has_views() ? group.lost_before_release(op.number) : 0;
-  if (missed != 0) {
-    group.request_abort(op.number, {.reason = EXPERTD_REASON_PEER_LOST, .rank = lowest_rank(missed)});
+  const base::RankSet missed = group.has_views() ? group.lost_before_release(op.number) : base::RankSet();
+  if (missed.any()) {
+    group.request_abort(op.number, {.reason = EXPERTD_REASON_PEER_LOST, .rank = missed.lowest()});
   }
   if (session.closing_ || group.abort_requested(op.number, &abort)) {
     // Agreed but never launched here: this part counts as ended, the others abort theirs.
@@ -266,16 +268,15 @@ bool Engine::launch(EngineSession& session, Op& op, uint64_t now_ns) {
     spec.group_op = op.number;
     spec.ranks = group.ranks();
     spec.rank = op.rank->rank;
-    spec.active_ranks = entry.active;
+    spec.active_ranks = entry.active.load(std::memory_order_relaxed);
     spec.epoch = static_cast<uint32_t>(entry.epoch);
     spec.page = static_cast<uint32_t>(op.number % kExchangePages);
     spec.flags = &entry.flags;
     spec.devices = group.settings().shape.devices;
     spec.placement = group.settings().placement.get();
     spec.fabric = group.settings().fabric.get();
-    for (uint32_t rank = 0; rank < spec.ranks; ++rank) {
-      const bool here = (entry.active & group.local_ranks()) >> rank & 1;
-      spec.requests[rank] = here ? entry.requests[rank] : nullptr;
+    for (uint32_t place = 0; place < group.places(); ++place) {
+      spec.requests[place] = spec.active_ranks.contains(group.rank_at(place)) ? entry.requests[place] : nullptr;
     }
   }
   const SlotWords words{session.flag_page_, op.request.slot, op.request.seq};
@@ -330,9 +331,9 @@ bool Engine::advance_running(EngineSession& session, Op& op, bool may_work, uint
     group.request_abort(op.number, {.reason = EXPERTD_REASON_PEER_LOST, .rank = static_cast<int32_t>(op.rank->rank)});
     wake_group(group);
   } else if (now_ns >= op.request.deadline_ns) {
-    uint64_t ranks = 0;
+    base::RankSet ranks;
     const uint32_t missing = port_->missing(op.part, &ranks);
-    const uint64_t active = group.entry(op.number).active.load(std::memory_order_acquire);
+    const base::RankSet active = group.entry(op.number).active.load(std::memory_order_acquire);
     group.request_abort(op.number, late_failure(group.settings().placement.get(), active, missing, ranks));
     wake_group(group);
   }
@@ -432,9 +433,10 @@ void Engine::complete(EngineSession& session, Op& op, uint64_t now_ns) {
     const OpEntry& entry = group.entry(op.number);
     completion.group_op = op.number;
     completion.epoch = op.part != 0 ? entry.epoch : group.epoch();
-    completion.rank_mask = op.part != 0 ? entry.active.load(std::memory_order_acquire) : 0;
-    if (op.part != 0 && entry.active != group.all_ranks()) {
-      completion.flags |= EXPERTD_COMPLETION_DEGRADED;
+    if (op.part != 0) {
+      const base::RankSet active = entry.active.load(std::memory_order_relaxed);
+      fill_ranks(active, &completion);
+      completion.flags |= active != group.all_ranks() ? EXPERTD_COMPLETION_DEGRADED : 0;
     }
     if (group.release(op.number, op.rank->rank)) {
       wake_group(group);

@@ -15,7 +15,6 @@
 #include "daemon/engine/group_shared.h"
 
 #include <algorithm>
-#include <bit>
 
 #include "daemon/engine/agreement.h"
 #include "daemon/engine/op_words.h"
@@ -23,35 +22,32 @@
 namespace expertd::engine {
 
 namespace {
-
-constexpr uint32_t kMaxRanks = base::kMaxLocalRanks;  // no rank
+constexpr uint32_t kNoRank = base::kMaxRanks;
 }  // namespace
 
 GroupShared::GroupShared(const GroupSettings& settings)
-    : settings_(settings), local_ranks_(all_ranks()), entries_(kEntries) {
-  if (settings_.placement == nullptr) {
-    return;
+    : settings_(settings),
+      all_ranks_(base::RankSet::first(settings.shape.ranks)),
+      lost_through_(settings.shape.ranks),
+      entries_(kEntries) {
+  settings_.shape.placement = settings_.placement.get();
+  for (uint32_t place = 0; place < places(); ++place) {
+    local_ranks_.add(rank_at(place));
   }
-  local_ranks_ = 0;
-  for (const uint32_t rank : settings_.placement->ranks_of[settings_.placement->own_node]) {
-    local_ranks_ |= 1ULL << rank;
+  for (OpEntry& op : entries_) {
+    op.flags.size_for(ranks());
   }
-}
-
-uint64_t GroupShared::all_ranks() const {
-  return ranks() >= 64 ? ~0ULL : (1ULL << ranks()) - 1;
 }
 
 void GroupShared::set_lost(uint32_t rank, uint64_t through) {
-  const uint64_t bit = 1ULL << rank;
-  const bool holds = has_views() && (view().lost & bit) == 0;
+  const bool holds = has_views() && !view().lost.contains(rank);
   if (holds) {
     held_.store(true, std::memory_order_seq_cst);
   }
-  if ((local_ranks_ & bit) == 0 && (lost() & bit) == 0) {
-    lost_through_[rank].store(through, std::memory_order_relaxed);  // published by the exchange below
+  if (!is_local(rank) && !is_lost(rank)) {
+    lost_through_[rank].store(through, std::memory_order_relaxed);  // published by the addition below
   }
-  const bool fresh = (lost_.fetch_or(bit, std::memory_order_seq_cst) & bit) == 0;
+  const bool fresh = lost_.add(rank, std::memory_order_seq_cst);
   if (holds) {
     held_.store(true, std::memory_order_seq_cst);  // again: install() may have let operations go in between
   }
@@ -60,26 +56,28 @@ void GroupShared::set_lost(uint32_t rank, uint64_t through) {
   }
 }
 
-void GroupShared::change_excluded(uint64_t exclude, uint64_t readmit) {
-  uint64_t before = excluded();
-  while (!excluded_.compare_exchange_weak(before, (before | exclude) & ~readmit, std::memory_order_seq_cst)) {
+void GroupShared::change_excluded(const base::RankSet& exclude, const base::RankSet& readmit) {
+  uint64_t before = excluded_.load(std::memory_order_seq_cst);
+  const auto after = [&](uint64_t ranks) { return (ranks | exclude.low()) & ~readmit.low(); };
+  while (!excluded_.compare_exchange_weak(before, after(before), std::memory_order_seq_cst)) {
   }
-  if (((before | exclude) & ~readmit) != before) {
+  if (after(before) != before) {
     epoch_.fetch_add(1, std::memory_order_acq_rel);
   }
 }
 
 void GroupShared::post(uint64_t number, uint32_t rank, const Request* request) {
   OpEntry& op = entry(number);
-  op.requests[rank] = request;
+  const uint32_t place = place_of(rank);
+  op.requests[place] = request;
   op.last_posted_ns.store(request->admit_ns, std::memory_order_relaxed);
-  op.last_posted.store(number << 8 | rank, std::memory_order_relaxed);  // published by the store below
-  op.posted[rank].store(submitted(number), std::memory_order_seq_cst);  // also publishes the request to who decides
+  op.last_posted.store(number << 8 | place, std::memory_order_relaxed);  // published by the store below
+  op.posted[place].store(submitted(number), std::memory_order_seq_cst);  // also publishes the request to who decides
 }
 
 int32_t GroupShared::last_to_post(uint64_t number) const {
   const uint64_t last = entry(number).last_posted.load(std::memory_order_relaxed);
-  return last >> 8 == number ? static_cast<int32_t>(last & 0xff) : -1;
+  return last >> 8 == number ? static_cast<int32_t>(rank_at(last & 0xff)) : -1;
 }
 
 uint64_t GroupShared::last_posted_ns(uint64_t number) const {
@@ -97,16 +95,17 @@ Verdict GroupShared::verdict_of(uint64_t number) const {
   return tag_of(current) == kLaunchTag ? Verdict::kLaunch : Verdict::kFailed;
 }
 
-uint64_t GroupShared::not_posted(uint64_t number) const {
+base::RankSet GroupShared::not_posted(uint64_t number) const {
   const OpEntry& op = entry(number);
-  uint64_t ranks_missing = 0;
-  const uint64_t inactive = lost() | (has_views() ? view_of(number).out() : excluded()) | ~local_ranks_;
-  for (uint32_t rank = 0; rank < ranks(); ++rank) {
-    if ((inactive >> rank & 1) == 0 && op.posted[rank].load(std::memory_order_seq_cst) < submitted(number)) {
-      ranks_missing |= 1ULL << rank;
+  base::RankSet ranks_missing;
+  bool any = false;
+  for (uint32_t place = 0; place < places(); ++place) {
+    if (op.posted[place].load(std::memory_order_seq_cst) < submitted(number)) {
+      ranks_missing.add(rank_at(place));
+      any = true;
     }
   }
-  return ranks_missing;
+  return any ? ranks_missing - lost() - (has_views() ? view_of(number).out() : excluded()) : ranks_missing;
 }
 
 bool GroupShared::reusable(const OpEntry& op, uint64_t decided_word) const {
@@ -117,10 +116,10 @@ bool GroupShared::reusable(const OpEntry& op, uint64_t decided_word) const {
   if (tag_of(decided_word) == kDeciding || op.unfinished.load(std::memory_order_seq_cst) != 0) {
     return false;
   }
-  for (uint32_t rank = 0; rank < ranks(); ++rank) {
+  for (uint32_t place = 0; place < places(); ++place) {
     // A lost rank reads the entry as well until its session has drained.
-    const bool reads = op.posted[rank].load(std::memory_order_seq_cst) >> 1 == old_number;
-    if (reads && op.released[rank].load(std::memory_order_seq_cst) != old_number) {
+    const bool reads = op.posted[place].load(std::memory_order_seq_cst) >> 1 == old_number;
+    if (reads && op.released[place].load(std::memory_order_seq_cst) != old_number) {
       return false;
     }
   }
@@ -145,36 +144,37 @@ bool GroupShared::claim(uint64_t number, uint64_t* before, bool* changed) {
   return false;
 }
 
-uint64_t GroupShared::participants(uint64_t number, uint64_t lost_ranks) const {
+base::RankSet GroupShared::participants(uint64_t number, const base::RankSet& lost_ranks) const {
   const OpEntry& op = entry(number);
-  uint64_t active = all_ranks() & ~(lost_ranks | excluded());
-  for (uint32_t rank = 0; rank < ranks(); ++rank) {
-    if (op.posted[rank].load(std::memory_order_seq_cst) > submitted(number)) {
-      active &= ~(1ULL << rank);
+  base::RankSet active = all_ranks() - lost_ranks - excluded();
+  for (uint32_t place = 0; place < places(); ++place) {
+    if (op.posted[place].load(std::memory_order_seq_cst) > submitted(number)) {
+      active.remove(rank_at(place));
     }
   }
   return active;
 }
 
-bool GroupShared::agree(uint64_t number, uint64_t active, Failure* failure) const {
+// Of a group on one node, where the places are the ranks.
+bool GroupShared::agree(uint64_t number, const base::RankSet& active, Failure* failure) const {
   const OpEntry& op = entry(number);
   AgreedValues expected;
   expected.fill(kAgreesWithAny);
   std::array<uint32_t, kAgreements> first{};
   std::array<int64_t, kAgreements> other{};
-  first.fill(kMaxRanks);
-  for (uint32_t rank = 0; rank < ranks(); ++rank) {
-    const AgreedValues given = (active >> rank & 1) == 0 ? expected : agreed_values(*op.requests[rank]);
+  first.fill(kNoRank);
+  for (uint32_t rank = 0; rank < places(); ++rank) {
+    const AgreedValues given = !active.contains(rank) ? expected : agreed_values(*op.requests[rank]);
     for (uint32_t i = 0; i < kAgreements; ++i) {
       expected[i] = expected[i] == kAgreesWithAny ? given[i] : expected[i];
-      if (given[i] != kAgreesWithAny && given[i] != expected[i] && first[i] == kMaxRanks) {
+      if (given[i] != kAgreesWithAny && given[i] != expected[i] && first[i] == kNoRank) {
         first[i] = rank;
         other[i] = given[i];
       }
     }
   }
   // The argument that is named is the first of the list, whichever rank differs in it.
-  const auto found = std::find_if(first.begin(), first.end(), [](uint32_t rank) { return rank != kMaxRanks; });
+  const auto found = std::find_if(first.begin(), first.end(), [](uint32_t rank) { return rank != kNoRank; });
   if (found == first.end()) {
     return true;
   }
@@ -191,7 +191,7 @@ bool GroupShared::agree(uint64_t number, uint64_t active, Failure* failure) cons
 Verdict GroupShared::try_decide(uint64_t number, bool* changed) {
   *changed = false;
   const Verdict now = verdict_of(number);
-  if (now != Verdict::kOpen || held_.load(std::memory_order_seq_cst) || not_posted(number) != 0) {
+  if (now != Verdict::kOpen || held_.load(std::memory_order_seq_cst) || not_posted(number).any()) {
     return now;
   }
   uint64_t before = 0;
@@ -202,46 +202,47 @@ Verdict GroupShared::try_decide(uint64_t number, bool* changed) {
     return decide_in_view(number, before);
   }
   OpEntry& op = entry(number);
-  const uint64_t lost_ranks = lost();
-  const uint64_t active = participants(number, lost_ranks);
-  const uint64_t here = active & local_ranks_;
+  const base::RankSet lost_ranks = lost();
+  const base::RankSet active = participants(number, lost_ranks);
+  const bool anybody_here = (active & local_ranks_).any();
   Failure failure;
-  if (here == 0 || (lost_ranks != 0 && !settings_.mask_on_loss)) {
-    failure = {.reason = lost_ranks != 0 ? EXPERTD_REASON_PEER_LOST : EXPERTD_REASON_BAD_STATE,
-               .rank = lost_ranks != 0 ? std::countr_zero(lost_ranks) : -1};
+  if (!anybody_here || (lost_ranks.any() && !settings_.mask_on_loss)) {
+    failure = {.reason = lost_ranks.any() ? EXPERTD_REASON_PEER_LOST : EXPERTD_REASON_BAD_STATE,
+               .rank = lost_ranks.lowest()};
   }
-  for (uint32_t rank = 0; rank < ranks() && failure.reason == 0; ++rank) {
-    if ((here >> rank & 1) != 0 && op.posted[rank].load(std::memory_order_acquire) < submitted(number)) {
+  for (uint32_t place = 0; place < places() && failure.reason == 0; ++place) {
+    const uint32_t rank = rank_at(place);
+    if (active.contains(rank) && op.posted[place].load(std::memory_order_acquire) < submitted(number)) {
       // A readmitted rank appeared between the check and now; the operation belongs to the older epoch.
       failure = {.reason = EXPERTD_REASON_CANCELLED, .rank = static_cast<int32_t>(rank)};
-    } else if ((here >> rank & 1) != 0 && !spans_nodes() && op.requests[rank]->rejected_reason != 0) {
+    } else if (active.contains(rank) && !spans_nodes() && op.requests[place]->rejected_reason != 0) {
       failure = {.reason = EXPERTD_REASON_PEER_REJECTED,
-                 .peer_reason = op.requests[rank]->rejected_reason,
+                 .peer_reason = op.requests[place]->rejected_reason,
                  .rank = static_cast<int32_t>(rank)};
     }
   }
   // Where the group spans nodes the parts decide about refusals and agreement, alike on all of them.
-  if (here == 0 || failure.reason != 0 || (!spans_nodes() && !agree(number, active, &failure))) {
+  if (!anybody_here || failure.reason != 0 || (!spans_nodes() && !agree(number, active, &failure))) {
     return publish_failure(&op, number, active, failure);
   }
   publish(&op, number, active, epoch());
   return Verdict::kLaunch;
 }
 
-Verdict GroupShared::publish_failure(OpEntry* op, uint64_t number, uint64_t active, const Failure& failure) {
+Verdict GroupShared::publish_failure(OpEntry* op, uint64_t number, const base::RankSet& active,
+                                     const Failure& failure) {
   op->failure = failure;
-  op->active = active;
+  op->active.store(active, std::memory_order_relaxed);  // published by the verdict
   op->epoch = epoch();
   op->verdict.store(word(number, kFailedTag), std::memory_order_release);
   return Verdict::kFailed;
 }
 
-void GroupShared::publish(OpEntry* op, uint64_t number, uint64_t active, uint64_t epoch) {
-  op->active = active;
+void GroupShared::publish(OpEntry* op, uint64_t number, const base::RankSet& active, uint64_t epoch) {
+  op->active.store(active, std::memory_order_relaxed);  // published by the verdict, as all here
   op->epoch = epoch;
-  op->flags.routed.store(0, std::memory_order_relaxed);
-  op->flags.moved.store(0, std::memory_order_relaxed);
-  op->unfinished.store(static_cast<uint32_t>(std::popcount(active & local_ranks_)), std::memory_order_relaxed);
+  op->flags.clear();
+  op->unfinished.store((active & local_ranks_).count(), std::memory_order_relaxed);
   launched_ops_.fetch_add(1, std::memory_order_relaxed);
   op->verdict.store(word(number, kLaunchTag), std::memory_order_release);
 }
@@ -251,7 +252,7 @@ bool GroupShared::undecided(uint64_t number) const {
 }
 
 bool GroupShared::withdraw(uint64_t number, uint32_t rank) {
-  entry(number).posted[rank].store(withdrawn(number), std::memory_order_seq_cst);
+  entry(number).posted[place_of(rank)].store(withdrawn(number), std::memory_order_seq_cst);
   return undecided(number);
 }
 
@@ -262,7 +263,7 @@ bool GroupShared::ahead(uint64_t number) const {
 // What spoke against it may have come about before nobody else could decide any more, so it is asked again then. Who
 // excludes a rank can rely on it: whatever is undecided when that returns, the rank's lateness does not end. And who is
 // ahead must not take the entry from the ranks that still come to the older operation.
-bool GroupShared::fail(uint64_t number, uint64_t ranks, const Failure& failure, bool* changed) {
+bool GroupShared::fail(uint64_t number, const base::RankSet& ranks, const Failure& failure, bool* changed) {
   *changed = false;
   uint64_t before = 0;
   if (ahead(number) || !claim(number, &before, changed)) {
@@ -270,7 +271,7 @@ bool GroupShared::fail(uint64_t number, uint64_t ranks, const Failure& failure, 
   }
   OpEntry& op = entry(number);
   const bool skips = number_of(before) + kEntries < number;
-  if (skips || (ranks != 0 && (ranks & ~excluded_from(number)) == 0)) {
+  if (skips || (ranks.any() && (ranks - excluded_from(number)).empty())) {
     op.verdict.store(before, std::memory_order_seq_cst);
     return false;
   }
@@ -278,23 +279,23 @@ bool GroupShared::fail(uint64_t number, uint64_t ranks, const Failure& failure, 
   return true;
 }
 
-uint64_t GroupShared::lost_before_release(uint64_t number) const {
+base::RankSet GroupShared::lost_before_release(uint64_t number) const {
   const OpEntry& op = entry(number);
-  uint64_t ranks_lost = lost_behind(number, op.active);
-  for (uint32_t rank = 0; rank < ranks() && ranks_lost != 0; ++rank) {
-    if ((local_ranks_ >> rank & 1) != 0 && op.released[rank].load(std::memory_order_acquire) == number) {
-      ranks_lost &= ~(1ULL << rank);
+  base::RankSet ranks_lost = lost_behind(number, op.active.load(std::memory_order_relaxed));
+  for (uint32_t place = 0; place < places() && ranks_lost.any(); ++place) {
+    if (op.released[place].load(std::memory_order_acquire) == number) {
+      ranks_lost.remove(rank_at(place));
     }
   }
   return ranks_lost;
 }
 
 // Of `ranks`, those that are lost, unless they are elsewhere and were through with the operation.
-uint64_t GroupShared::lost_behind(uint64_t number, uint64_t ranks_asked) const {
-  uint64_t ranks_lost = lost() & ranks_asked;
-  for (uint64_t left = ranks_lost & ~local_ranks_; left != 0; left &= left - 1) {
-    if (lost_through_[static_cast<uint32_t>(std::countr_zero(left))].load(std::memory_order_relaxed) >= number) {
-      ranks_lost &= ~(left & (~left + 1));
+base::RankSet GroupShared::lost_behind(uint64_t number, const base::RankSet& ranks_asked) const {
+  base::RankSet ranks_lost = lost() & ranks_asked;
+  for (const uint32_t rank : ranks_lost - local_ranks_) {
+    if (lost_through_[rank].load(std::memory_order_relaxed) >= number) {
+      ranks_lost.remove(rank);
     }
   }
   return ranks_lost;
@@ -343,11 +344,12 @@ void GroupShared::part_finished(uint64_t number) {
 
 bool GroupShared::release(uint64_t number, uint32_t rank) {
   OpEntry& op = entry(number);
-  op.released[rank].store(number, std::memory_order_seq_cst);
+  const uint32_t place = place_of(rank);
+  op.released[place].store(number, std::memory_order_seq_cst);
   if (released_through(rank) < number) {  // only the rank's loop thread writes it
-    released_through_[rank].store(number, std::memory_order_release);
+    released_through_[place].store(number, std::memory_order_release);
   }
-  return std::any_of(op.posted.begin(), op.posted.begin() + ranks(), [number](const std::atomic<uint64_t>& posted) {
+  return std::any_of(op.posted.begin(), op.posted.begin() + places(), [number](const std::atomic<uint64_t>& posted) {
     return posted.load(std::memory_order_seq_cst) > withdrawn(number);
   });
 }
@@ -358,7 +360,7 @@ bool GroupShared::quiet(uint32_t rank) const {
     if (tag_of(verdict) == kDeciding) {
       return false;
     }
-    if (tag_of(verdict) == kLaunchTag && (op.active >> rank & 1) != 0 &&
+    if (tag_of(verdict) == kLaunchTag && op.active.contains(rank, std::memory_order_acquire) &&
         op.unfinished.load(std::memory_order_acquire) != 0) {
       return false;
     }

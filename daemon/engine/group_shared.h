@@ -8,7 +8,8 @@
 // agree on the next one, none is decided. Entries are reused every
 // kEntries operations; a rank has at most EXPERTD_RING_SLOTS_MAX outstanding, so entry n is decided and released long
 // before n + kEntries is posted, except beside ranks that the others do not wait for (excluded, lost, or late beyond a
-// deadline): those may still read it, or come to it then.
+// deadline): those may still read it, or come to it then. Functions name ranks of the group; what is kept of ranks of
+// this node is kept by their place among them, of which there are at most 64 however many ranks the group has.
 #pragma once
 
 #include <array>
@@ -17,6 +18,8 @@
 #include <memory>
 #include <vector>
 
+#include "daemon/base/atomic_rank_set.h"
+#include "daemon/base/rank_set.h"
 #include "daemon/engine/ports.h"
 #include "daemon/engine/view_message.h"
 #include "proto/abi/executor_v1.h"
@@ -45,13 +48,14 @@ enum class Verdict : uint32_t {
 struct OpEntry {
   /// (number << 2) | kDeciding/kLaunchTag/kFailedTag; CAS decides, then a release store publishes.
   std::atomic<uint64_t> verdict{0};
-  /// 2n: rank r submitted operation n; requests[r] was written before (release/acquire pair). 2n + 1: it withdrew from
-  /// operation n since. Grows only, so a rank whose word is beyond 2n takes no part in n, whoever decides about it.
+  /// By place, as all tables here. 2n: the rank submitted operation n; its request was written before (release/acquire
+  /// pair). 2n + 1: it withdrew from operation n since. Grows only, so a rank whose word is beyond 2n takes no part in n,
+  /// whoever decides about it.
   std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> posted{};
-  /// Who submitted last, (number << 8) | rank: for people, and for nothing that is decided.
+  /// Who submitted last, (number << 8) | place: for people, and for nothing that is decided.
   std::atomic<uint64_t> last_posted{0};
   std::atomic<uint64_t> last_posted_ns{0};  // when, base::now_ns clock; likewise
-  /// released[r] == n: rank r will not read this entry for operation n again.
+  /// n: the rank will not read this entry for operation n again.
   std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> released{};
   std::array<const Request*, base::kMaxLocalRanks> requests{};
   /// Parts of this operation not yet ended on their devices; set by the decider, counted down by each engine.
@@ -60,8 +64,8 @@ struct OpEntry {
   std::atomic<uint64_t> abort_claim{0};
   std::atomic<uint64_t> abort_number{0};
   Failure abort_failure;
-  Failure failure;                  // of a kFailed verdict
-  std::atomic<uint64_t> active{0};  // ranks that take part; written by the decider, also read by quiet()
+  Failure failure;             // of a kFailed verdict
+  base::AtomicRankSet active;  // ranks that take part; written by the decider before the verdict, also read by quiet()
   uint64_t epoch = 0;
   ExchangeFlags flags;
 };
@@ -106,16 +110,24 @@ class GroupShared {
     settings_.exchange_pages = buffers;
   }
   uint32_t ranks() const { return settings_.shape.ranks; }
-  uint64_t all_ranks() const;
+  const base::RankSet& all_ranks() const { return all_ranks_; }
   /// Those on this node: they alone submit here.
-  uint64_t local_ranks() const { return local_ranks_; }
+  const base::RankSet& local_ranks() const { return local_ranks_; }
+  bool is_local(uint32_t rank) const { return settings_.shape.is_local(rank); }
+  /// How many those are, and the place of one of them among them.
+  uint32_t places() const { return settings_.shape.local_ranks(); }
+  uint32_t place_of(uint32_t rank) const { return settings_.shape.place_of(rank); }
+  uint32_t rank_at(uint32_t place) const { return settings_.shape.rank_at(place); }
   bool spans_nodes() const { return settings_.placement != nullptr; }
   /// How the messages of a group over several nodes travel. Only before the first operation, as above.
   void set_fabric(std::shared_ptr<FabricPort> fabric) { settings_.fabric = std::move(fabric); }
   /// The same for who may not know the group.
-  const std::atomic<uint64_t>* lost_word() const { return &lost_; }
-  uint64_t lost() const { return lost_.load(std::memory_order_seq_cst); }
-  uint64_t excluded() const { return has_views() ? view().excluded : excluded_.load(std::memory_order_seq_cst); }
+  const base::AtomicRankSet* lost_set() const { return &lost_; }
+  base::RankSet lost() const { return lost_.load(std::memory_order_seq_cst); }
+  bool is_lost(uint32_t rank) const { return lost_.contains(rank, std::memory_order_seq_cst); }
+  base::RankSet excluded() const {
+    return has_views() ? view().excluded : base::RankSet(excluded_.load(std::memory_order_seq_cst));
+  }
   uint64_t epoch() const { return epoch_.load(std::memory_order_acquire); }
   uint64_t launched_ops() const { return launched_ops_.load(std::memory_order_relaxed); }
 
@@ -134,16 +146,16 @@ class GroupShared {
   /// This node takes no part in its group any more: all others are lost to it. The loops must be woken afterwards.
   void end_views();
   /// Ranks of which an operation that is not decided yet will never have what it needs, so that it fails.
-  uint64_t doomed_by(uint64_t number) const;
+  base::RankSet doomed_by(uint64_t number) const;
   /// Ranks that are excluded from an operation by request.
-  uint64_t excluded_from(uint64_t number) const { return has_views() ? view_of(number).excluded : excluded(); }
+  base::RankSet excluded_from(uint64_t number) const { return has_views() ? view_of(number).excluded : excluded(); }
 
   /// A rank's session ended, or its node is lost. `through`, of a rank of another node: the last operation whose
   /// messages it had all sent. Any thread; the loops of the other ranks must be woken afterwards.
   void set_lost(uint32_t rank, uint64_t through = 0);
-  /// Mask by request: `exclude` and then `readmit`, 0 to leave it; only with mask_on_loss. Any thread; two at a time
-  /// both count.
-  void change_excluded(uint64_t exclude, uint64_t readmit);
+  /// Mask by request: `exclude` and then `readmit`, none to leave it; only with mask_on_loss and of a group on one node.
+  /// Any thread; two at a time both count.
+  void change_excluded(const base::RankSet& exclude, const base::RankSet& readmit);
 
   /// Rank `rank` submits operation `number`. Only by that rank's loop thread, in order.
   void post(uint64_t number, uint32_t rank, const Request* request);
@@ -157,19 +169,19 @@ class GroupShared {
   Verdict try_decide(uint64_t number, bool* changed);
   /// Nobody has begun to decide `number`; asked after set_lost(rank) this means the rank will not take part in it.
   bool undecided(uint64_t number) const;
-  /// Ends `number` before launch, on behalf of `ranks` (0: of the group); false when something else was decided first,
+  /// Ends `number` before launch, on behalf of `ranks` (none: of the group); false when something else was decided first,
   /// all of `ranks` are excluded, or the entry still serves an older operation. `changed` as above.
-  bool fail(uint64_t number, uint64_t ranks, const Failure& failure, bool* changed);
+  bool fail(uint64_t number, const base::RankSet& ranks, const Failure& failure, bool* changed);
   /// Rank `rank`, which submitted `number`, takes no part in it whatever the mask becomes: the rank may end it on its
   /// own. False when it is being decided or was: then that counts. Only by the rank's loop thread, with mask_on_loss.
   bool withdraw(uint64_t number, uint32_t rank);
   /// The entry of `number` still owes a verdict to an operation before it, so nothing can be decided about `number`.
   bool ahead(uint64_t number) const;
   /// Ranks of this node that have not submitted `number` and are not lost.
-  uint64_t not_posted(uint64_t number) const;
+  base::RankSet not_posted(uint64_t number) const;
   /// Ranks of a launched operation that were lost before they were through with it; one that finished its part and
   /// left afterwards delivered everything.
-  uint64_t lost_before_release(uint64_t number) const;
+  base::RankSet lost_before_release(uint64_t number) const;
   /// Asks every rank's engine to abort its part of a launched operation; the first caller's failure is reported.
   bool request_abort(uint64_t number, const Failure& failure);
   bool abort_requested(uint64_t number, Failure* failure) const;
@@ -181,7 +193,9 @@ class GroupShared {
   /// entry: it may have found this rank in its way, so the loops of the other ranks must be woken.
   bool release(uint64_t number, uint32_t rank);
   /// The latest operation that a rank of this node released. Any thread.
-  uint64_t released_through(uint32_t rank) const { return released_through_[rank].load(std::memory_order_acquire); }
+  uint64_t released_through(uint32_t rank) const {
+    return released_through_[place_of(rank)].load(std::memory_order_acquire);
+  }
   OpEntry& entry(uint64_t number) { return entries_[number % kEntries]; }
   const OpEntry& entry(uint64_t number) const { return entries_[number % kEntries]; }
   /// No part of an operation in which `rank` takes part is still running. Any thread.
@@ -190,29 +204,31 @@ class GroupShared {
  private:
   Verdict verdict_of(uint64_t number) const;
   bool claim(uint64_t number, uint64_t* before, bool* changed);
-  uint64_t participants(uint64_t number, uint64_t lost_ranks) const;
+  base::RankSet participants(uint64_t number, const base::RankSet& lost_ranks) const;
   bool reusable(const OpEntry& entry, uint64_t decided_word) const;
-  bool agree(uint64_t number, uint64_t active, Failure* failure) const;
+  bool agree(uint64_t number, const base::RankSet& active, Failure* failure) const;
   Verdict decide_in_view(uint64_t number, uint64_t before);
-  void publish(OpEntry* op, uint64_t number, uint64_t active, uint64_t epoch);
-  Verdict publish_failure(OpEntry* op, uint64_t number, uint64_t active, const Failure& failure);
-  uint64_t lost_behind(uint64_t number, uint64_t ranks) const;
+  void publish(OpEntry* op, uint64_t number, const base::RankSet& active, uint64_t epoch);
+  Verdict publish_failure(OpEntry* op, uint64_t number, const base::RankSet& active, const Failure& failure);
+  base::RankSet lost_behind(uint64_t number, const base::RankSet& ranks) const;
 
   /// A view as it is kept; its fields are those of View.
   struct KeptView {
     std::atomic<uint64_t> epoch{1};
     std::atomic<uint64_t> from{1};
-    std::atomic<uint64_t> lost{0};
-    std::atomic<uint64_t> excluded{0};
+    base::AtomicRankSet lost;
+    base::AtomicRankSet excluded;
   };
+  static View read(const KeptView& kept);
   static constexpr uint64_t kViewsKept = 64;  // an operation of an older one fails
 
   GroupSettings settings_;
-  uint64_t local_ranks_;
-  std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> lost_through_{};      // of ranks of other nodes
-  std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> released_through_{};  // of those of this one
-  std::atomic<uint64_t> lost_{0};
-  std::atomic<uint64_t> excluded_{0};
+  base::RankSet all_ranks_;
+  base::RankSet local_ranks_;
+  std::vector<std::atomic<uint64_t>> lost_through_;                             // by rank; of those of other nodes
+  std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> released_through_{};  // by place
+  base::AtomicRankSet lost_;           // grows only
+  std::atomic<uint64_t> excluded_{0};  // without views: of ranks on one node, one bit each
   std::atomic<uint64_t> epoch_{1};
   std::atomic<uint64_t> launched_ops_{0};
   std::array<KeptView, kViewsKept> views_;

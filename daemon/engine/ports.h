@@ -7,9 +7,12 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 
+#include "daemon/base/atomic_rank_set.h"
 #include "daemon/base/ids.h"
 #include "daemon/base/limits.h"
+#include "daemon/base/rank_set.h"
 #include "daemon/engine/fabric_port.h"
 #include "daemon/kernels/op_params.h"
 #include "proto/abi/expertd_reason.h"
@@ -105,32 +108,55 @@ struct Outcome {
   Exchanged exchanged;
 };
 
-/// Exchange flags of one operation of a group on one node: rank r sets its bit after `route` and after `move`.
-/// Host devices use them directly; CUDA devices have words of their own and leave these alone.
+/// Exchange flags of one operation of a group on one node: a rank sets its bit after `route` and after `move`. Host
+/// devices use them directly; CUDA devices have words of their own and leave these alone.
 struct ExchangeFlags {
-  std::atomic<uint64_t> routed{0};
-  std::atomic<uint64_t> moved{0};
-  /// When the counts of each rank in `routed` were there, base::now_ns clock; written before its bit. For people alone.
-  std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> routed_ns{};
+  base::AtomicRankSet routed;      // ranks of all nodes
+  std::atomic<uint64_t> moved{0};  // those of this one, by place
+  /// By rank: when the counts of each in `routed` were there, base::now_ns clock; written before its bit. For people.
+  std::unique_ptr<std::atomic<uint64_t>[]> routed_ns;
+
+  ExchangeFlags() = default;
+  explicit ExchangeFlags(uint32_t ranks) { size_for(ranks); }
+  void size_for(uint32_t ranks) { routed_ns = std::make_unique<std::atomic<uint64_t>[]>(ranks); }
+  /// Before an operation is published.
+  void clear() {
+    routed.store({}, std::memory_order_relaxed);
+    moved.store(0, std::memory_order_relaxed);
+  }
 };
 
-/// Everything a device needs for its rank's part. `requests[r]` is rank r's Request (null for inactive ranks); the
-/// pointers stay valid until every participating device has reported the part finished.
+/// Where the ranks of a group are, as LaunchSpec and GroupShape have it: places are Placement::index_of, and the ranks
+/// themselves where all are on one node.
+inline bool is_local_rank(const Placement* placement, uint32_t rank) {
+  return placement == nullptr || placement->is_local(rank);
+}
+inline uint32_t place_of_rank(const Placement* placement, uint32_t rank) {
+  return placement == nullptr ? rank : placement->index_of[rank];
+}
+
+/// Everything a device needs for its rank's part. `requests` has the Request of each rank of this node by place (null
+/// for inactive ranks); the pointers stay valid until every participating device has reported the part finished.
 struct LaunchSpec {
   base::GroupId group;    // 0 for local operations (layout)
   uint64_t group_op = 0;  // operation number of the group, from 1
   uint32_t ranks = 0;
   uint32_t rank = 0;
-  uint64_t active_ranks = 0;
+  base::RankSet active_ranks;
   uint32_t epoch = 0;  // of the group's membership that active_ranks is of
   uint32_t page = 0;   // exchange page of the group (kExchangePages), free again when all parts finished
   ExchangeFlags* flags = nullptr;
   const Request* own = nullptr;
   std::array<const Request*, base::kMaxLocalRanks> requests{};
-  std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};
+  std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};  // by place
   /// Of a group over several nodes, whose other ranks have neither request nor device here; null: all are on this one.
   const Placement* placement = nullptr;
   FabricPort* fabric = nullptr;
+
+  bool is_local(uint32_t other) const { return is_local_rank(placement, other); }
+  uint32_t place_of(uint32_t other) const { return place_of_rank(placement, other); }
+  /// Null for ranks of other nodes, too.
+  const Request* request_of(uint32_t other) const { return is_local(other) ? requests[place_of(other)] : nullptr; }
 };
 
 inline constexpr uint32_t kExchangePages = 8;
@@ -150,13 +176,22 @@ struct GroupShape {
   uint32_t capture_lanes = 0;  // how many captured operations may be outstanding at once; 0: none is captured
   uint32_t copies = 0;         // operations executed by copy engines and kernels of the clients: set of expertd_copies
   bool peer_access = true;     // false: ranks exchange through memory of the host whatever links their GPUs have
-  std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};  // of ranks on this node
+  std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};  // of ranks on this node, by place
   base::SessionId session;
   /// Of a group over several nodes: who sits where and what carries its messages, both there until the tables are
   /// destroyed. Null: all ranks are on this node.
   const Placement* placement = nullptr;
   FabricPort* fabric = nullptr;
-  const std::atomic<uint64_t>* lost = nullptr;  // ranks, as bits
+  const base::AtomicRankSet* lost = nullptr;
+
+  bool is_local(uint32_t other) const { return is_local_rank(placement, other); }
+  uint32_t place_of(uint32_t other) const { return place_of_rank(placement, other); }
+  uint32_t rank_at(uint32_t place) const {
+    return placement == nullptr ? place : placement->ranks_of[placement->own_node][place];
+  }
+  uint32_t local_ranks() const { return placement == nullptr ? ranks : placement->ranks_on(placement->own_node); }
+  /// Of a rank on this node.
+  base::DeviceIndex device_of(uint32_t other) const { return devices[place_of(other)]; }
 };
 
 /// A part in flight on a device, numbered by the device; 0 is never used.
@@ -181,8 +216,8 @@ class DevicePort {
   /// Called for a part that poll() reported ended by abort(), when the parts of all its peers have ended too: lets the
   /// caller's stream go. True when nothing of the part is under way any more; until then it is called again.
   virtual bool settle(PartId part) = 0;
-  /// What a part that is not finished waits for, for TIMEOUT: expertd_missing and the ranks (bit mask) not yet there.
-  virtual uint32_t missing(PartId part, uint64_t* ranks) = 0;
+  /// What a part that is not finished waits for, for TIMEOUT: expertd_missing and the ranks not yet there.
+  virtual uint32_t missing(PartId part, base::RankSet* ranks) = 0;
   /// True while a part may advance without an event from outside, so that the loop should not sleep.
   virtual bool busy() const = 0;
   /// True while a part may advance without anybody waking the loop (a GPU works on it): the loop then looks again after

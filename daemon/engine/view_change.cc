@@ -36,18 +36,20 @@ const char* view_end_text(ViewEnd end) {
 ViewChange::ViewChange(const Placement& placement, const ViewOptions& options, ViewHost* host)
     : placement_(placement), options_(options), host_(host) {}
 
-uint64_t ViewChange::ranks_of(uint64_t nodes) const {
-  uint64_t ranks = 0;
+base::RankSet ViewChange::ranks_of(uint64_t nodes) const {
+  base::RankSet ranks;
   for (uint32_t rank = 0; rank < placement_.ranks(); ++rank) {
-    ranks |= (nodes >> placement_.node_of[rank] & 1) << rank;
+    if ((nodes & bit(placement_.node_of[rank])) != 0) {
+      ranks.add(rank);
+    }
   }
   return ranks;
 }
 
-uint64_t ViewChange::members_of(uint64_t lost_ranks) const {
+uint64_t ViewChange::members_of(const base::RankSet& lost_ranks) const {
   uint64_t nodes = 0;
-  for (uint32_t rank = 0; rank < placement_.ranks(); ++rank) {
-    nodes |= (~lost_ranks >> rank & 1) << placement_.node_of[rank];
+  for (const uint32_t rank : base::RankSet::first(placement_.ranks()) - lost_ranks) {
+    nodes |= bit(placement_.node_of[rank]);
   }
   return nodes;
 }
@@ -58,19 +60,18 @@ uint32_t ViewChange::coordinator() const {
 
 // Two majorities of one view have a node in common, whatever anybody knows of losses: the votes are those of the view.
 bool ViewChange::is_majority(uint64_t nodes) const {
-  const uint64_t votes = ranks_of(~uint64_t{0}) & ~view().lost;
-  const uint64_t given = votes & ranks_of(nodes);
-  const int twice = 2 * std::popcount(given);
-  const uint64_t lowest = votes & (~votes + 1);
-  return twice > std::popcount(votes) || (twice == std::popcount(votes) && (given & lowest) != 0);
+  const base::RankSet votes = base::RankSet::first(placement_.ranks()) - view().lost;
+  const base::RankSet given = votes & ranks_of(nodes);
+  const uint32_t twice = 2 * given.count();
+  return twice > votes.count() || (twice == votes.count() && given.any() && given.lowest() == votes.lowest());
 }
 
 bool ViewChange::needs_change() const {
-  return (report_.lost_nodes & members()) != 0 || (report_.gone & ~view().lost) != 0 || granted_ != wishes_;
+  return (report_.lost_nodes & members()) != 0 || (report_.gone - view().lost).any() || granted_ != wishes_;
 }
 
 void ViewChange::rank_gone(uint32_t rank, uint64_t now_ns) {
-  report_.gone |= bit(rank);
+  report_.gone.add(rank);
   changed(now_ns);
 }
 
@@ -79,9 +80,9 @@ void ViewChange::node_lost(uint32_t node, uint64_t now_ns) {
   changed(now_ns);
 }
 
-uint64_t ViewChange::ask(uint64_t exclude, uint64_t readmit, uint64_t now_ns) {
-  report_.exclude = (report_.exclude | exclude) & ~readmit;
-  report_.readmit = (report_.readmit & ~exclude) | readmit;
+uint64_t ViewChange::ask(const base::RankSet& exclude, const base::RankSet& readmit, uint64_t now_ns) {
+  report_.exclude = (report_.exclude | exclude) - readmit;
+  report_.readmit = (report_.readmit - exclude) | readmit;
   const uint64_t wish = ++wishes_;
   changed(now_ns);
   return wish;
@@ -183,9 +184,9 @@ uint64_t ViewChange::mutual_nodes() const {
 
 // A node that hears of a rank's end later than of the view would not know which operations the rank was through with.
 bool ViewChange::told_alike(uint64_t nodes) const {
-  const uint64_t ranks = ranks_of(nodes) & ~view().lost;
+  const base::RankSet ranks = ranks_of(nodes) - view().lost;
   for (uint32_t node = 0; node < placement_.nodes(); ++node) {
-    if ((nodes >> node & 1) != 0 && ((promise_of_[node].report.gone ^ report_.gone) & ranks) != 0) {
+    if ((nodes >> node & 1) != 0 && (promise_of_[node].report.gone & ranks) != (report_.gone & ranks)) {
       return false;
     }
   }
@@ -198,7 +199,7 @@ ViewValue ViewChange::next_value(uint64_t nodes) const {
   value.view = view();
   ++value.view.epoch;
   value.view.lost |= ranks_of(members() & ~nodes) | (report_.gone & ranks_of(nodes));
-  uint64_t readmit = 0;
+  base::RankSet readmit;
   uint64_t last = view().from - 1;
   for (uint32_t node = 0; node < placement_.nodes(); ++node) {
     if ((nodes >> node & 1) != 0) {
@@ -207,7 +208,7 @@ ViewValue ViewChange::next_value(uint64_t nodes) const {
       last = std::max(last, promise_of_[node].report.last);
     }
   }
-  value.view.excluded &= ~readmit;
+  value.view.excluded -= readmit;
   value.view.from = last + 1;
   return value;
 }
@@ -259,8 +260,8 @@ void ViewChange::accepted_by(uint32_t node, uint64_t now_ns) {
 
 // What was accepted before may leave out the node that brings it to its end.
 bool ViewChange::leaves_out(const View& next) const {
-  const uint64_t own = ranks_of(bit(placement_.own_node));
-  return (own & ~next.lost) == 0 && (own & ~report_.gone) != 0;
+  const base::RankSet own = ranks_of(bit(placement_.own_node));
+  return (own - next.lost).empty() && (own - report_.gone).any();
 }
 
 void ViewChange::install(const ViewValue& value, uint64_t now_ns) {
@@ -274,14 +275,14 @@ void ViewChange::install(const ViewValue& value, uint64_t now_ns) {
   if (value.made == told_ballot_) {
     granted_ = told_wishes_;
     if (granted_ == wishes_) {
-      report_.exclude = 0;
-      report_.readmit = 0;
+      report_.exclude = {};
+      report_.readmit = {};
     }
   }
   told_ballot_ = 0;
   since_ns_ = 0;
   retry_at_ns_ = now_ns;
-  const bool held = (report_.lost_nodes & members()) != 0 || (report_.gone & ~view().lost) != 0;
+  const bool held = (report_.lost_nodes & members()) != 0 || (report_.gone - view().lost).any();
   host_->install(value.view, held);
 }
 
@@ -293,12 +294,13 @@ void ViewChange::end(ViewEnd end) {
 }
 
 bool ViewChange::is_sane(const ViewMessage& message) const {
-  const uint64_t beyond = placement_.ranks() >= 64 ? 0 : ~uint64_t{0} << placement_.ranks();
   const uint64_t beyond_nodes = placement_.nodes() >= 64 ? 0 : ~uint64_t{0} << placement_.nodes();
   const ViewReport& report = message.report;
   const View& next = message.value.view;
   return (report.lost_nodes & beyond_nodes) == 0 && next.from != 0 &&
-         ((report.gone | report.exclude | report.readmit | next.lost | next.excluded) & beyond) == 0;
+         ((report.gone | report.exclude | report.readmit | next.lost | next.excluded) -
+          base::RankSet::first(placement_.ranks()))
+             .empty();
 }
 
 bool ViewChange::receive(uint32_t node, const ViewMessage& message, uint64_t now_ns) {

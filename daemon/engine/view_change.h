@@ -53,7 +53,7 @@ struct ViewOptions {
 
 class ViewChange {
  public:
-  /// The placement and the host outlive it; at most 64 ranks.
+  /// The placement and the host outlive it; at most kViewNodes nodes.
   ViewChange(const Placement& placement, const ViewOptions& options, ViewHost* host);
 
   /// A rank of a living node is gone: told by its own daemon, or by this one. Operations that it was through with are
@@ -63,7 +63,7 @@ class ViewChange {
   void node_lost(uint32_t node, uint64_t now_ns);
   /// Asks for a mask: `exclude`, and then `readmit`. The wish is granted when granted() is at least the number
   /// returned.
-  uint64_t ask(uint64_t exclude, uint64_t readmit, uint64_t now_ns);
+  uint64_t ask(const base::RankSet& exclude, const base::RankSet& readmit, uint64_t now_ns);
   uint64_t granted() const { return granted_; }
   /// False: nothing that a daemon sends.
   bool receive(uint32_t node, const ViewMessage& message, uint64_t now_ns);
@@ -87,10 +87,10 @@ class ViewChange {
   bool needs_change() const;
   bool wants_change() const { return needs_change() || asked_ || promised_ != 0; }
   bool is_lost(uint32_t node) const { return (report_.lost_nodes >> node & 1) != 0; }
-  uint64_t members_of(uint64_t lost_ranks) const;
+  uint64_t members_of(const base::RankSet& lost_ranks) const;
   uint64_t living() const { return members() & ~report_.lost_nodes; }
   uint32_t coordinator() const;
-  uint64_t ranks_of(uint64_t nodes) const;
+  base::RankSet ranks_of(uint64_t nodes) const;
   bool is_majority(uint64_t nodes) const;
   bool is_sane(const ViewMessage& message) const;
 

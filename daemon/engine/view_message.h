@@ -4,17 +4,19 @@
 
 #include <cstdint>
 
+#include "daemon/base/rank_set.h"
+
 namespace expertd::engine {
 
-inline constexpr uint32_t kViewNodes = 64;
+inline constexpr uint32_t kViewNodes = base::kMaxNodes;
 
-/// A generation of a group's membership: who takes part in operations from `from` on. Ranks are bits.
+/// A generation of a group's membership: who takes part in operations from `from` on.
 struct View {
   uint64_t epoch = 1;
   uint64_t from = 1;
-  uint64_t lost = 0;      // gone, or of lost nodes
-  uint64_t excluded = 0;  // by request
-  uint64_t out() const { return lost | excluded; }
+  base::RankSet lost{};      // gone, or of lost nodes
+  base::RankSet excluded{};  // by request
+  base::RankSet out() const { return lost | excluded; }
   friend bool operator==(const View&, const View&) = default;
 };
 
@@ -39,9 +41,9 @@ struct ViewValue {
 struct ViewReport {
   uint64_t last = 0;        // the last operation that was decided there
   uint64_t lost_nodes = 0;  // bits of nodes that it has lost
-  uint64_t gone = 0;        // ranks that it was told of, or its own
-  uint64_t exclude = 0;     // ranks that it wants excluded
-  uint64_t readmit = 0;     // and back
+  base::RankSet gone;       // that it was told of, or its own
+  base::RankSet exclude;    // that it wants excluded
+  base::RankSet readmit;    // and back
 };
 
 struct ViewMessage {

@@ -2,6 +2,7 @@
 // Messages with which the nodes of a group agree on its views (daemon/engine/view_change.h). Of the control lane's
 // thread.
 #include <algorithm>
+#include <iterator>
 #include <string>
 
 #include "daemon/fabric/control_channel.h"
@@ -10,6 +11,18 @@ namespace expertd::fabric {
 
 namespace {
 
+static_assert(base::RankSet::kWords == kWireRankWords, "ranks of a view: another number of words is a new kWireVersion");
+
+void fill(const base::RankSet& ranks, uint64_t* words) {
+  std::copy(std::begin(ranks.words), std::end(ranks.words), words);
+}
+
+base::RankSet ranks_of(const uint64_t* words) {
+  base::RankSet ranks;
+  std::copy_n(words, kWireRankWords, ranks.words);
+  return ranks;
+}
+
 void fill(const engine::ViewMessage& message, WireView* header) {
   header->kind = static_cast<uint32_t>(message.kind);
   header->view = message.epoch;
@@ -17,13 +30,13 @@ void fill(const engine::ViewMessage& message, WireView* header) {
   header->accepted = message.accepted;
   header->made = message.value.made;
   header->from = message.value.view.from;
-  header->lost = message.value.view.lost;
-  header->excluded = message.value.view.excluded;
+  fill(message.value.view.lost, header->lost);
+  fill(message.value.view.excluded, header->excluded);
   header->last = message.report.last;
   header->lost_nodes = message.report.lost_nodes;
-  header->gone = message.report.gone;
-  header->exclude = message.report.exclude;
-  header->readmit = message.report.readmit;
+  fill(message.report.gone, header->gone);
+  fill(message.report.exclude, header->exclude);
+  fill(message.report.readmit, header->readmit);
 }
 
 }  // namespace
@@ -35,8 +48,9 @@ engine::ViewMessage view_message_of(const WireView& header) {
   message.ballot = header.ballot;
   message.accepted = header.accepted;
   message.value.made = header.made;
-  message.value.view = {header.view, header.from, header.lost, header.excluded};
-  message.report = {header.last, header.lost_nodes, header.gone, header.exclude, header.readmit};
+  message.value.view = {header.view, header.from, ranks_of(header.lost), ranks_of(header.excluded)};
+  message.report = {header.last, header.lost_nodes, ranks_of(header.gone), ranks_of(header.exclude),
+                    ranks_of(header.readmit)};
   return message;
 }
 

@@ -4,10 +4,12 @@
 // pointers. A receiver copies a header before it looks at it, since UCX promises no alignment.
 #pragma once
 
+#include <array>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
 
+#include "daemon/engine/fabric_port.h"
 #include "daemon/engine/view_message.h"
 
 namespace expertd::fabric {
@@ -15,7 +17,7 @@ namespace expertd::fabric {
 static_assert(std::endian::native == std::endian::little, "the headers are little-endian as they lie in memory");
 
 inline constexpr uint32_t kWireMagic = 0x46505845;  // "EXPF"
-inline constexpr uint16_t kWireVersion = 1;
+inline constexpr uint16_t kWireVersion = 2;
 
 /// Ids of the active messages, one per struct below.
 enum WireType : uint16_t {
@@ -50,8 +52,13 @@ struct WireMessage {
   uint32_t bytes = 0;     // of the payload; a rendezvous of 0 bytes carries one byte that means nothing
   uint32_t credited = 0;  // 1: sent at once on a credit, 0: by rendezvous
   uint32_t view = 0;      // epoch of the view that the operation belongs to
-  uint32_t reserved = 0;
+  uint32_t head_bytes = 0;  // of the message's head behind this header, where `bytes` are entries alone; or 0
 };
+/// With its head.
+struct WireHeadedMessage : WireMessage {
+  std::array<std::byte, engine::kMessageHeadBytes> head{};
+};
+static_assert(sizeof(WireHeadedMessage) == sizeof(WireMessage) + engine::kMessageHeadBytes);
 
 /// Gives back eager credits of a lane of a group.
 struct WireCredit {
@@ -83,6 +90,8 @@ struct WireGone {
   uint64_t through = 0;  // all messages of it and of the operations before have been submitted
 };
 
+inline constexpr uint32_t kWireRankWords = 8;  // 512 ranks: rank r is bit r % 64 of word r / 64
+
 /// On the control lane: nodes agree on a view of the group (engine::ViewMessage).
 struct WireView {
   WirePrefix prefix{.type = kWireView};
@@ -94,13 +103,13 @@ struct WireView {
   uint64_t accepted = 0;
   uint64_t made = 0;
   uint64_t from = 0;
-  uint64_t lost = 0;      // ranks
-  uint64_t excluded = 0;  // ranks
   uint64_t last = 0;
   uint64_t lost_nodes = 0;
-  uint64_t gone = 0;     // ranks
-  uint64_t exclude = 0;  // ranks
-  uint64_t readmit = 0;  // ranks
+  uint64_t lost[kWireRankWords] = {};  // ranks, here and below
+  uint64_t excluded[kWireRankWords] = {};
+  uint64_t gone[kWireRankWords] = {};
+  uint64_t exclude[kWireRankWords] = {};
+  uint64_t readmit[kWireRankWords] = {};
 };
 
 /// Its fields; the kind has not been looked at.
@@ -138,11 +147,11 @@ static_assert(offsetof(WireHeartbeat, sent_ns) == 32);
 static_assert(sizeof(WireGone) == 40, "a change of size or meaning is a new kWireVersion");
 static_assert(offsetof(WireGone, group_key) == 16 && offsetof(WireGone, epoch) == 24);
 static_assert(offsetof(WireGone, rank) == 28 && offsetof(WireGone, through) == 32);
-static_assert(sizeof(WireView) == 128, "a change of size or meaning is a new kWireVersion");
+static_assert(sizeof(WireView) == 408, "a change of size or meaning is a new kWireVersion");
 static_assert(offsetof(WireView, group_key) == 16 && offsetof(WireView, epoch) == 24);
 static_assert(offsetof(WireView, kind) == 28 && offsetof(WireView, view) == 32);
-static_assert(offsetof(WireView, made) == 56 && offsetof(WireView, last) == 88);
-static_assert(offsetof(WireView, readmit) == 120);
+static_assert(offsetof(WireView, made) == 56 && offsetof(WireView, last) == 72);
+static_assert(offsetof(WireView, lost) == 88 && offsetof(WireView, readmit) == 344);
 
 static_assert(sizeof(WireProbe) == 48, "a change of size or meaning is a new kWireVersion");
 static_assert(offsetof(WireProbe, destination_node) == 16 && offsetof(WireProbe, probe) == 24);

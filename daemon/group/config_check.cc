@@ -30,7 +30,7 @@ session::ErrorDetail check_config(const session::GroupConfig& config, uint32_t r
   using session::GroupMode;
   const bool inference = config.mode != GroupMode::kNormal;
   const Range ranges[] = {
-      {"expert_parallel_size", config.expert_parallel_size, 1, base::kMaxLocalRanks},
+      {"expert_parallel_size", config.expert_parallel_size, 1, base::kMaxRanks},
       {"rank", rank, 0, config.expert_parallel_size == 0 ? 0 : config.expert_parallel_size - 1},
       {"num_experts", config.num_experts, config.expert_parallel_size, base::kMaxExperts},
       {"hidden", config.hidden, 128, base::kMaxHidden},

@@ -44,7 +44,7 @@ session::ErrorDetail Directory::check_place(const session::JoinRequest& request,
   const int32_t rank = static_cast<int32_t>(request.rank);
   for (const auto& [id, formed] : formed_) {
     const std::shared_ptr<engine::GroupShared> shared = formed.shared.lock();
-    const bool whole = shared != nullptr && shared->lost() == 0 && formed.present == shared->local_ranks();
+    const bool whole = shared != nullptr && shared->lost().empty() && formed.present == shared->local_ranks();
     if (formed.name == request.name && whole) {
       const Placed* placed = formed.placed.get();
       const bool elsewhere = placed != nullptr && request.rank < placed->ranks.size();
@@ -80,6 +80,16 @@ session::ErrorDetail Directory::join(const session::JoinRequest& request, Member
                                      std::unique_ptr<Formation>* formation) {
   session::ErrorDetail error = check_config(request.config, request.rank);
   if (!error.status.is_ok()) {
+    return error;
+  }
+  // Where a rendezvous places the ranks, no node has more of them than devices.
+  if (member.attempt == 0 && request.config.expert_parallel_size > base::kMaxLocalRanks) {
+    error = refused(EXPERTD_REASON_ARGUMENT_RANGE,
+                    "expert_parallel_size = " + std::to_string(request.config.expert_parallel_size) +
+                        ", allowed 1.." + std::to_string(base::kMaxLocalRanks) +
+                        " on one node; for more set fabric.enabled on several",
+                    -1);
+    error.field = "expert_parallel_size";
     return error;
   }
   if (request.name.empty() || request.name.size() > 64) {
@@ -243,7 +253,7 @@ std::unique_ptr<Formation> Directory::form(const std::string& name, Pending&& pe
   settings.fabric_lanes = config.communication.virtual_lanes;
   settings.fabric_weight = config.communication.bandwidth_ratio;
   for (auto& [rank, member] : pending.members) {
-    settings.shape.devices[rank] = member.device;
+    settings.shape.devices[engine::place_of_rank(settings.placement.get(), rank)] = member.device;
     by_session_[member.session.value].emplace_back(settings.shape.id.value, rank);
     formation->members.push_back(std::move(member));
   }
@@ -260,11 +270,11 @@ void Directory::left(base::GroupId group, uint32_t rank) {
   if (found == formed_.end()) {
     return;
   }
-  found->second.present &= ~(1ULL << rank);
+  found->second.present.remove(rank);
   if (const std::shared_ptr<engine::GroupShared> shared = found->second.shared.lock()) {
     shared->set_lost(rank);
   }
-  if (found->second.present == 0) {
+  if (found->second.present.empty()) {
     formed_.erase(found);
   }
   for (auto entry = by_session_.begin(); entry != by_session_.end();) {
@@ -342,6 +352,7 @@ std::vector<session::GroupSnapshot> Directory::snapshot() const {
                       .epoch = shared->epoch(),
                       .joined = formed.present,
                       .lost = shared->has_views() ? shared->view().lost : shared->lost(),
+                      .excluded = shared->excluded(),
                       .ops = shared->launched_ops(),
                       .executor = formed.executor,
                       .rank_nodes = {}});

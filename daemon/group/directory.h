@@ -96,7 +96,7 @@ class Directory {
     std::string name;
     session::GroupConfig config;
     std::weak_ptr<engine::GroupShared> shared;
-    uint64_t present = 0;  // ranks of this node that neither left nor ended
+    base::RankSet present;  // ranks of this node that neither left nor ended
     std::shared_ptr<const Placed> placed;
     std::string executor;
   };

@@ -10,13 +10,14 @@
 #include <string>
 #include <vector>
 
+#include "daemon/base/limits.h"
 #include "daemon/engine/fabric_port.h"
 #include "daemon/session/api.h"
 
 namespace expertd::group {
 
-inline constexpr uint32_t kMaxNodes = 64;        // of a rendezvous; fabric.max_nodes is at most this
-inline constexpr uint32_t kMaxGroupRanks = 512;  // of a group over all nodes
+inline constexpr uint32_t kMaxNodes = base::kMaxNodes;  // of a rendezvous; fabric.max_nodes is at most this
+inline constexpr uint32_t kMaxGroupRanks = base::kMaxRanks;  // of a group over all nodes
 inline constexpr uint32_t kMaxLanes = 24;        // of a node, with rails
 inline constexpr size_t kMaxLaneBytes = 4096;    // address of one lane
 inline constexpr size_t kMaxLanesBytes = 16384;  // addresses of a node

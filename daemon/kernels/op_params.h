@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "daemon/base/limits.h"
+#include "daemon/base/rank_set.h"
 
 namespace expertd::kernels {
 
@@ -59,7 +60,7 @@ struct OpShape {
   uint32_t ranks_per_node = 0;      // layout: ranks r with equal r / ranks_per_node share a node; 0 = all of them
   int64_t side_row_stride = 0;      // bytes
   int64_t side_element_stride = 0;  // bytes
-  uint64_t active_ranks = 0;        // bit per rank; the others are skipped (rank loss under `mask`)
+  base::RankSet active_ranks;       // the others are skipped (rank loss under `mask`)
 };
 
 /// This rank's inputs; null when not given. Element types and shapes: expertd_tensor in proto/abi/ring_v1.h.

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "daemon/base/ids.h"
+#include "daemon/base/rank_set.h"
 #include "daemon/base/status.h"
 #include "proto/abi/executor_v1.h"
 
@@ -88,8 +89,8 @@ struct ErrorDetail {
 
 struct MaskReply {
   uint64_t epoch = 0;
-  uint64_t lost = 0;
-  uint64_t excluded = 0;
+  base::RankSet lost;
+  base::RankSet excluded;
 };
 
 /// What a join takes for its rank, as it will be allocated (device/device.h: GroupMemory).
@@ -119,8 +120,8 @@ class SessionApi {
   virtual base::Result<BufferGrant> create_window(base::SessionId session, uint64_t size) = 0;
   virtual void join_group(base::SessionId session, const JoinRequest& request, JoinCallback done) = 0;
   virtual base::Status leave_group(base::SessionId session, base::GroupId group, uint64_t deadline_ns) = 0;
-  virtual base::Result<MaskReply> group_mask(base::SessionId session, base::GroupId group, uint64_t exclude,
-                                             uint64_t readmit) = 0;
+  virtual base::Result<MaskReply> group_mask(base::SessionId session, base::GroupId group,
+                                             const base::RankSet& exclude, const base::RankSet& readmit) = 0;
   /// Asks the session's device; nothing is allocated. ARGUMENT_RANGE where a join would be refused with it.
   virtual base::Result<GroupPlan> plan_group(base::SessionId session, const GroupConfig& config) = 0;
 };
@@ -154,8 +155,9 @@ struct GroupSnapshot {
   base::GroupId id;
   GroupConfig config;
   uint64_t epoch = 0;
-  uint64_t joined = 0;
-  uint64_t lost = 0;
+  base::RankSet joined;  // of this node
+  base::RankSet lost;
+  base::RankSet excluded;
   uint64_t ops = 0;
   std::string executor;                 // rule_text(), or "host"
   std::vector<std::string> rank_nodes;  // per rank the name of its node; empty: all are on this one

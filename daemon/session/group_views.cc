@@ -2,7 +2,6 @@
 #include "daemon/session/group_views.h"
 
 #include <algorithm>
-#include <bit>
 #include <chrono>
 #include <string>
 #include <vector>
@@ -17,10 +16,10 @@ namespace {
 constexpr std::chrono::milliseconds kLook(5);
 constexpr uint64_t kReleaseNs = 50'000'000;  // a group whose ranks have left is looked at so often
 
-std::string ranks_text(uint64_t ranks) {
+std::string ranks_text(const base::RankSet& ranks) {
   std::string text;
-  for (; ranks != 0; ranks &= ranks - 1) {
-    text += (text.empty() ? "" : ",") + std::to_string(std::countr_zero(ranks));
+  for (const uint32_t rank : ranks) {
+    text += (text.empty() ? "" : ",") + std::to_string(rank);
   }
   return text.empty() ? "none" : text;
 }
@@ -92,16 +91,16 @@ void GroupViews::add(const std::shared_ptr<engine::GroupShared>& group, std::vec
   // Who was lost since the fabric was opened is told to the group alone.
   const engine::Placement& placement = *group->settings().placement;
   for (uint32_t node = 0; node < placement.nodes(); ++node) {
-    uint64_t ranks = 0;
+    base::RankSet ranks;
     for (const uint32_t rank : placement.ranks_of[node]) {
-      ranks |= uint64_t{1} << rank;
+      ranks.add(rank);
     }
-    const uint64_t lost = ranks & group->lost();
+    const base::RankSet lost = ranks & group->lost();
     if (node != placement.own_node && lost == ranks) {
       member->change().node_lost(node, base::now_ns());
     }
-    for (uint64_t left = lost; left != 0; left &= left - 1) {
-      member->change().rank_gone(static_cast<uint32_t>(std::countr_zero(left)), base::now_ns());
+    for (const uint32_t rank : lost) {
+      member->change().rank_gone(rank, base::now_ns());
     }
   }
   moved(member.get());
@@ -153,12 +152,12 @@ void GroupViews::receive(uint64_t group_key, uint32_t node, const engine::ViewMe
   moved(member);
 }
 
-base::Status GroupViews::change_mask(const engine::GroupShared& group, uint64_t exclude, uint64_t readmit,
-                                     uint64_t deadline_ns) {
+base::Status GroupViews::change_mask(const engine::GroupShared& group, const base::RankSet& exclude,
+                                     const base::RankSet& readmit, uint64_t deadline_ns) {
   const uint64_t key = group.settings().group_key;
   std::unique_lock<std::mutex> lock(mutex_);
   Member* member = find(key);
-  if (member != nullptr && ((group.excluded() | exclude) & ~readmit) == group.excluded()) {
+  if (member != nullptr && ((group.excluded() | exclude) - readmit) == group.excluded()) {
     return base::Status::ok();
   }
   uint64_t wish = 0;
@@ -199,7 +198,7 @@ uint64_t GroupViews::tend(uint64_t now_ns) {
       member.change().tend(now_ns);
       member.send_all();
       next_ns = std::min(next_ns, member.change().next_ns());
-      if ((member.group().local_ranks() & ~member.group().lost()) == 0) {
+      if ((member.group().local_ranks() - member.group().lost()).empty()) {
         next_ns = std::min(next_ns, now_ns + kReleaseNs);
       }
       if (is_over(member)) {

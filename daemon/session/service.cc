@@ -194,11 +194,8 @@ base::Result<AttachGrant> SessionService::attach(const AttachRequest& request) {
 }
 
 void SessionService::wake_group(const engine::GroupShared& group) {
-  for (uint32_t rank = 0; rank < group.ranks(); ++rank) {
-    if ((group.local_ranks() >> rank & 1) == 0) {
-      continue;
-    }
-    devices_[group.settings().shape.devices[rank].value].loop->wake();
+  for (uint32_t place = 0; place < group.places(); ++place) {
+    devices_[group.settings().shape.devices[place].value].loop->wake();
   }
 }
 

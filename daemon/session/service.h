@@ -105,8 +105,8 @@ class SessionService final : public SessionApi, public AttachApi {
   base::Result<BufferGrant> create_window(base::SessionId session, uint64_t size) override;
   void join_group(base::SessionId session, const JoinRequest& request, JoinCallback done) override;
   base::Status leave_group(base::SessionId session, base::GroupId group, uint64_t deadline_ns) override;
-  base::Result<MaskReply> group_mask(base::SessionId session, base::GroupId group, uint64_t exclude,
-                                     uint64_t readmit) override;
+  base::Result<MaskReply> group_mask(base::SessionId session, base::GroupId group, const base::RankSet& exclude,
+                                     const base::RankSet& readmit) override;
   base::Result<GroupPlan> plan_group(base::SessionId session, const GroupConfig& config) override;
 
   std::vector<SessionSnapshot> sessions();

@@ -308,7 +308,7 @@ base::Status SessionService::form_member(const group::Formation& formation, cons
   shape.session = member.session;
   shape.placement = settings.placement.get();
   shape.fabric = settings.fabric.get();
-  shape.lost = formation.shared->lost_word();
+  shape.lost = formation.shared->lost_set();
   EXPERTD_RETURN_IF_ERROR(session->place.device->create_group(shape, options_.handles_per_session));
   {
     const std::lock_guard<std::mutex> lock(session->mutex);
@@ -421,8 +421,8 @@ base::Status SessionService::leave_group(base::SessionId id, base::GroupId group
   return remove_membership(found.value(), group, deadline_ns);
 }
 
-base::Result<MaskReply> SessionService::group_mask(base::SessionId id, base::GroupId group, uint64_t exclude,
-                                                   uint64_t readmit) {
+base::Result<MaskReply> SessionService::group_mask(base::SessionId id, base::GroupId group,
+                                                   const base::RankSet& exclude, const base::RankSet& readmit) {
   base::Result<SessionRef> found = find(id);
   if (!found.is_ok()) {
     return found.status();
@@ -437,11 +437,11 @@ base::Result<MaskReply> SessionService::group_mask(base::SessionId id, base::Gro
     }
     shared = entry->second.group;
   }
-  if ((exclude | readmit) != 0) {
+  if ((exclude | readmit).any()) {
     if (!shared->settings().mask_on_loss) {
       return base::Status(EXPERTD_REASON_BAD_STATE, "the group was joined with on_rank_loss = fail");
     }
-    if (((exclude | readmit) & ~shared->all_ranks()) != 0) {
+    if (((exclude | readmit) - shared->all_ranks()).any()) {
       return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "mask names ranks beyond expert_parallel_size");
     }
     if (shared->has_views()) {

@@ -204,8 +204,7 @@ void SessionService::forget(const engine::GroupShared& group, uint32_t rank) {
 
 void SessionService::remote_rank_gone(uint64_t group_key, uint32_t rank, uint64_t through) {
   for (const auto& [shared, placed] : directory_.spanning()) {
-    if (shared->settings().group_key == group_key && rank < shared->ranks() &&
-        (shared->local_ranks() >> rank & 1) == 0) {
+    if (shared->settings().group_key == group_key && rank < shared->ranks() && !shared->is_local(rank)) {
       shared->set_lost(rank, through);
       wake_group(*shared);
     }
@@ -217,7 +216,7 @@ void SessionService::node_lost(uint64_t node_id) {
   for (const auto& [shared, placed] : directory_.spanning()) {
     std::vector<uint32_t> gone;
     for (uint32_t rank = 0; rank < shared->ranks(); ++rank) {
-      if (placed->nodes[placed->ranks[rank].node].id == node_id && (shared->local_ranks() >> rank & 1) == 0) {
+      if (placed->nodes[placed->ranks[rank].node].id == node_id && !shared->is_local(rank)) {
         shared->set_lost(rank);
         gone.push_back(rank);
       }

@@ -29,7 +29,7 @@ bool is_awaited(const engine::RankState* rank) {
     return false;
   }
   const engine::GroupShared& group = *rank->group;
-  return group.not_posted(rank->next_number) != (group.all_ranks() & ~(group.lost() | group.excluded()));
+  return group.not_posted(rank->next_number) != group.all_ranks() - group.lost() - group.excluded();
 }
 
 void refuse_for_drain(engine::Request* request) {

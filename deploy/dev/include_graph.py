@@ -33,7 +33,7 @@ FOLDERS = (
     ("daemon/group/", (BASE, ABI, "daemon/session/api.h", "daemon/engine/", "expertd/peer/")),
     ("daemon/engine/", (BASE, ABI, "daemon/kernels/op_params.h")),
     ("daemon/device/", (BASE, ABI, "daemon/engine/", "daemon/kernels/")),
-    ("daemon/kernels/", ("daemon/base/limits.h", ABI)),
+    ("daemon/kernels/", ("daemon/base/limits.h", "daemon/base/rank_set.h", ABI)),
     ("daemon/fabric/bootstrap/", (BASE, ABI, "daemon/engine/", "daemon/session/api.h", "daemon/group/", "daemon/rpc/", "expertd/")),
     ("daemon/fabric/", (BASE, ABI, "daemon/engine/", "expertd/peer/")),
     ("daemon/metrics/", (BASE, ABI)),

@@ -18,7 +18,7 @@
 
 /* R ranks, E experts, L = E/R, H hidden, M max_tokens, N = R * M. */
 struct expertd_ll_window_shape {
-  uint32_t ranks;       /* R, 1..64 */
+  uint32_t ranks;       /* R, 1..512 */
   uint32_t num_experts; /* E, a multiple of R, at most 2048; L at most 256 */
   uint32_t hidden;      /* H, a multiple of 128, at most 16384 */
   uint32_t max_tokens;  /* M, 1..4096 */
@@ -44,7 +44,7 @@ static inline uint64_t expertd_ll_window_place(uint64_t* cursor, uint64_t bytes)
 }
 
 static inline int expertd_ll_window_shape_ok(const struct expertd_ll_window_shape* shape) {
-  return shape->ranks >= 1u && shape->ranks <= 64u && shape->num_experts >= shape->ranks &&
+  return shape->ranks >= 1u && shape->ranks <= 512u && shape->num_experts >= shape->ranks &&
          shape->num_experts <= 2048u && shape->num_experts % shape->ranks == 0u &&
          shape->num_experts / shape->ranks <= 256u && shape->hidden >= 128u && shape->hidden <= 16384u &&
          shape->hidden % 128u == 0u && shape->max_tokens >= 1u && shape->max_tokens <= 4096u;

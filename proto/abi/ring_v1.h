@@ -12,9 +12,9 @@
 #define EXPERTD_RING_MAGIC 0x31474e5244505845ULL /* "EXPDRNG1" read as little-endian */
 #define EXPERTD_ABI_MAJOR 1u
 /* 1: EXPERTD_SLOT_REFUSED. 2: executor and sms of a completion. 3: token_bound of a slot; EXPERTD_SLOT_CAPTURED and the
- * words of captured operations; EXPERTD_SLOT_COPY_ENGINE and EXPERTD_SLOT_SPLIT; end_reason of the header. A client
- * reads the daemon's in the header and uses nothing that is newer. */
-#define EXPERTD_ABI_MINOR 3u
+ * words of captured operations; EXPERTD_SLOT_COPY_ENGINE and EXPERTD_SLOT_SPLIT; end_reason of the header. 4:
+ * rank_mask_more of a completion. A client reads the daemon's in the header and uses nothing that is newer. */
+#define EXPERTD_ABI_MINOR 4u
 
 #define EXPERTD_RING_HEADER_BYTES 4096u
 #define EXPERTD_SLOT_BYTES 512u
@@ -22,6 +22,7 @@
 #define EXPERTD_RING_SLOTS_MAX 64u
 #define EXPERTD_TENSOR_COUNT 18u
 #define EXPERTD_COMPLETION_EXPERTS 256u
+#define EXPERTD_COMPLETION_MASK_WORDS 7u /* behind rank_mask */
 /* Sequences live in [1, 2^62); this word releases every waiter and is never a sequence. */
 #define EXPERTD_ABORT_WORD 0x7fffffffffffffffULL
 /* Doorbell and completion words of slot i on the GPU flag page, for devices that have one. */
@@ -257,7 +258,7 @@ struct expertd_completion {
   uint32_t peer_reason;
   uint64_t group_op;
   uint64_t epoch;
-  uint64_t rank_mask; /* ranks that took part, bit per rank */
+  uint64_t rank_mask; /* ranks 0..63 that took part, bit per rank */
   uint32_t recv_rows;
   uint32_t expert_count_entries;
   uint64_t admit_ns; /* CLOCK_MONOTONIC at each step; 0 = not reached */
@@ -272,7 +273,8 @@ struct expertd_completion {
   /* Of a captured operation (1.3): what its graph writes into the doorbell, and the place of its lane's words. */
   uint32_t capture_entry;
   uint32_t capture_words;
-  uint8_t reserved[96];
+  uint64_t rank_mask_more[EXPERTD_COMPLETION_MASK_WORDS]; /* ranks 64..511 that took part (1.4) */
+  uint8_t reserved[40];
   uint32_t expert_counts[EXPERTD_COMPLETION_EXPERTS]; /* dispatch: rows per local expert, rounded up as asked */
   uint8_t reserved_tail[768];
 };

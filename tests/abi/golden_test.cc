@@ -229,6 +229,17 @@ expertd_completion sample_executed() {
   return completion;
 }
 
+/// Of version 1.4: ranks 1, 64 and 511 took part.
+expertd_completion sample_of_many_ranks() {
+  expertd_completion completion{};
+  completion.seq = 0x0102030405060708;
+  completion.rank = 200;
+  completion.rank_mask = 2;
+  completion.rank_mask_more[0] = 1;
+  completion.rank_mask_more[6] = uint64_t{1} << 63;
+  return completion;
+}
+
 expertd_attach_hello sample_hello() {
   expertd_attach_hello hello{};
   hello.magic = EXPERTD_ATTACH_MAGIC;
@@ -295,6 +306,9 @@ TEST(Golden, KeepsTheBytesOfACompletion) {
 }
 TEST(Golden, KeepsTheBytesOfACompletionThatTellsItsExecutor) {
   expect_golden("completion_executor_v1.hex", sample_executed());
+}
+TEST(Golden, KeepsTheBytesOfACompletionOfManyRanks) {
+  expect_golden("completion_ranks_v1.hex", sample_of_many_ranks());
 }
 TEST(Golden, KeepsTheBytesOfAHello) {
   expect_golden("hello_v1.hex", sample_hello());

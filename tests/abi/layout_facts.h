@@ -101,6 +101,7 @@
   X(expertd_completion, sms)                     \
   X(expertd_completion, capture_entry)           \
   X(expertd_completion, capture_words)           \
+  X(expertd_completion, rank_mask_more)          \
   X(expertd_completion, reserved)                \
   X(expertd_completion, expert_counts)           \
   X(expertd_completion, reserved_tail)           \

@@ -173,7 +173,7 @@ RandomCase make_case(OpKind kind, uint32_t tokens, bool fp8) {
   shape.hidden = kHidden;
   shape.max_tokens = tokens;
   shape.slots_per_expert = kRanks * tokens;
-  shape.active_ranks = (uint64_t{1} << kRanks) - 1;
+  shape.active_ranks = base::RankSet::first(kRanks);
   shape.row_bytes = kHidden * 2;
   shape.out_row_bytes = kHidden * 2;
   if (fp8 && kind == OpKind::kLlDispatch) {

@@ -134,7 +134,7 @@ void run_steps(const RandomCase& random_case, const Run& run) {
   if (fails(host)) {
     const auto ends = support::reference_end(random_case.shape, random_case.inputs, random_case.capacities);
     for (uint32_t r = 0; r < random_case.shape.ranks; ++r) {
-      const bool active = ((random_case.shape.active_ranks >> r) & 1) != 0;
+      const bool active = random_case.shape.active_ranks.contains(r);
       EXPECT_EQ(active ? ends[r].reason : 0u, host.reports[r].reason);
     }
     return;

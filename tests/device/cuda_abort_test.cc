@@ -85,9 +85,9 @@ TEST_F(CudaAborts, AbortBeforeTheDoorbell) {
   auto requests = barrier_requests(group_.get(), 0);
   auto parts = group_->launch(&requests, all_ranks(*group_));
   EXPECT_FALSE(group_->drain(&parts, 20'000'000));
-  uint64_t ranks = 0;
+  base::RankSet ranks;
   EXPECT_EQ(group_->port(0).missing(parts[0].id, &ranks), uint32_t{EXPERTD_MISSING_DOORBELL});
-  EXPECT_EQ(ranks, 1u);
+  EXPECT_EQ(ranks, base::RankSet(1));
   abort_and_recover(group_.get(), &parts, EXPERTD_REASON_CANCELLED);
   group_->destroy_group();
 }
@@ -100,9 +100,9 @@ TEST_F(CudaAborts, AbortWhileAPeerIsMissing) {
   auto requests = barrier_requests(group_.get(), 1);
   auto parts = group_->launch(&requests, all_ranks(*group_));
   EXPECT_FALSE(group_->drain(&parts, 20'000'000));
-  uint64_t ranks = 0;
+  base::RankSet ranks;
   EXPECT_EQ(group_->port(0).missing(parts[0].id, &ranks), uint32_t{EXPERTD_MISSING_COUNTS});
-  EXPECT_EQ(ranks, 2u);
+  EXPECT_EQ(ranks, base::RankSet(2));
   abort_and_recover(group_.get(), &parts, EXPERTD_REASON_TIMEOUT);
   group_->destroy_group();
 }

@@ -33,7 +33,7 @@ class CudaCaptures : public GpuTest {
   /// A group of a random case for all GPUs, with its pairs captured: in lanes by turns.
   void capture(uint64_t seed) {
     RandomCase first = support::make_random_case(seed, OpKind::kLlDispatch);
-    const uint64_t all = (uint64_t{1} << group_->size()) - 1;
+    const base::RankSet all = base::RankSet::first(group_->size());
     while (first.shape.ranks != group_->size() || first.shape.active_ranks != all || is_wrong(first)) {
       first = support::make_random_case(++seed, OpKind::kLlDispatch);
     }

@@ -68,7 +68,7 @@ void run_and_compare(GpuGroup* group, const CaseStep& step) {
     requests.back().doorbell_rung = random_case.seed % 2 == 0;
     group->arena(r).upload(group->device_index(r));
   }
-  auto parts = group->launch(&requests, shape.active_ranks);
+  auto parts = group->launch(&requests, shape.active_ranks.low());
   for (uint32_t r = 0; r < shape.ranks && random_case.seed % 2 != 0; ++r) {
     if (r != 0 && random_case.seed % 4 == 1) {
       be_late();
@@ -77,15 +77,16 @@ void run_and_compare(GpuGroup* group, const CaseStep& step) {
   }
   if (!group->drain(&parts)) {
     for (uint32_t r = 0; r < shape.ranks; ++r) {
-      uint64_t ranks = 0;
-      ADD_FAILURE() << "rank " << r << " waits for " << group->port(r).missing(parts[r].id, &ranks) << " of " << ranks;
+      base::RankSet ranks;
+      ADD_FAILURE() << "rank " << r << " waits for " << group->port(r).missing(parts[r].id, &ranks) << " of "
+                    << ranks.low();
       group->port(r).abort(parts[r].id, EXPERTD_REASON_TIMEOUT);
     }
     ASSERT_TRUE(group->drain(&parts)) << "not even an abort ended the parts";
     return;
   }
   for (uint32_t r = 0; r < shape.ranks; ++r) {
-    if (((shape.active_ranks >> r) & 1) == 0) {
+    if (!shape.active_ranks.contains(r)) {
       continue;
     }
     SCOPED_TRACE("rank " + std::to_string(r));
@@ -157,13 +158,13 @@ void run_back_to_back(GpuGroup* group, const RandomCase& first) {
     group->arena(r).upload(group->device_index(r));
   }
   for (const auto& op : ops) {
-    op->parts = group->launch(&op->requests, op->made.shape.active_ranks);
+    op->parts = group->launch(&op->requests, op->made.shape.active_ranks.low());
   }
   for (const auto& op : ops) {
     ASSERT_TRUE(group->drain(&op->parts));
   }
   for (uint32_t r = 0; r < group->size(); ++r) {
-    if (((first.shape.active_ranks >> r) & 1) == 0) {
+    if (!first.shape.active_ranks.contains(r)) {
       continue;
     }
     group->arena(r).download(group->device_index(r));
@@ -180,7 +181,7 @@ TEST_F(CudaKernels, LowLatencyBackToBack) {
   uint32_t ran = 0;
   for (uint64_t seed = 1; ran < 60 && !HasFailure(); ++seed) {
     const RandomCase random_case = support::make_random_case(seed, OpKind::kLlDispatch);
-    const uint64_t all = (uint64_t{1} << group_->size()) - 1;
+    const base::RankSet all = base::RankSet::first(group_->size());
     if (random_case.shape.ranks == group_->size() && random_case.shape.active_ranks == all) {
       run_back_to_back(group_.get(), random_case);
       ++ran;

@@ -63,7 +63,7 @@ class CudaNodes : public testing::Test {
     auto unused = support::make_handles(op.random_case);
     GroupMemory gpu = support::make_dispatch(op.random_case, &unused);
     group->run({op.random_case, nullptr, nullptr, op.one, &gpu}, *matrix);
-    expect_ended(*group, op.one, gpu, op.random_case.shape.active_ranks);
+    expect_ended(*group, op.one, gpu, op.random_case.shape.active_ranks.low());
     const bool runs = !fails(op.one);
     it->pending.clear();
     return runs;
@@ -75,7 +75,7 @@ class CudaNodes : public testing::Test {
     const auto& op = it->pending.back();
     GroupMemory gpu = support::make_combine(op.random_case, &it->handles, op.rows, op.in_rows);
     group->run({op.random_case, &op.rows, &op.in_rows, op.many, &gpu}, matrix);
-    expect_ended(*group, op.many, gpu, op.random_case.shape.active_ranks);
+    expect_ended(*group, op.many, gpu, op.random_case.shape.active_ranks.low());
     it->pending.clear();
   }
 
@@ -98,9 +98,10 @@ class CudaNodes : public testing::Test {
       const uint64_t drawn[] = {all & ~of_node, of_node, one_each, any & all, all};
       return drawn[it->random.below(5)];
     };
-    it->dispatch.shape.active_ranks = draw();
-    const uint64_t later = it->dispatch.shape.active_ranks & draw();
-    it->dispatch.later_active = later != 0 ? later : it->dispatch.shape.active_ranks;
+    const uint64_t active = draw();
+    const uint64_t later = active & draw();
+    it->dispatch.shape.active_ranks = base::RankSet(active);
+    it->dispatch.later_active = base::RankSet(later != 0 ? later : active);
   }
 
   static void run_masked(OpKind kind) {

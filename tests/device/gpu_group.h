@@ -176,7 +176,7 @@ class GpuGroup {
       spec.group_op = group_op_;
       spec.ranks = local ? 1 : ranks_;
       spec.rank = r;
-      spec.active_ranks = active;
+      spec.active_ranks = base::RankSet(active);
       spec.page = static_cast<uint32_t>(group_op_ % engine::kExchangePages);
       spec.own = &(*requests)[r];
       for (uint32_t j = 0; j < requests->size(); ++j) {

@@ -24,7 +24,7 @@ inline RandomCase make_large_case(uint64_t seed, OpKind kind, uint32_t ranks) {
   made.shape.experts = ranks * made.shape.local_experts;
   made.shape.top_k = random.between(1, 9);
   made.shape.topk_idx_bytes = seed % 2 == 0 ? 4 : 8;
-  made.shape.active_ranks = (uint64_t{1} << ranks) - 1;
+  made.shape.active_ranks = base::RankSet::first(ranks);
   made.later_active = made.shape.active_ranks;
   made.shape.hidden = 128;
   made.shape.row_bytes = 256;

@@ -150,7 +150,7 @@ void NodesGroup::hear_counts(const CaseStep& step, uint32_t rank) {
 void NodesGroup::fill(const CaseStep& step) {
   ++part_;
   ++group_op_;
-  active_ = step.made.shape.active_ranks;
+  active_ = step.made.shape.active_ranks.low();
   std::vector<Tensors> tensors;
   for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
     tensors.push_back(placed_.place(step, rank));

@@ -22,7 +22,7 @@ class SanitizerClient : public LocalKernelsTest {
 
   /// What the library gives to these kernels: all ranks take part, and tokens come with their ids.
   static bool is_served(const RandomCase& made) {
-    const uint64_t all = (uint64_t{1} << made.shape.ranks) - 1;
+    const base::RankSet all = base::RankSet::first(made.shape.ranks);
     const bool ids = std::all_of(made.inputs.begin(), made.inputs.end(),
                                  [](const RankInput& input) { return input.tokens == 0 || !input.topk_idx.empty(); });
     return made.shape.active_ranks == all && made.later_active == all && ids;

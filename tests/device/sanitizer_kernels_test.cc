@@ -33,7 +33,7 @@ class SanitizerKernels : public testing::Test {
   bool lacks_links() const { return major_ < 9; }
 
   void expect_ended(SerialGroup* group, const CaseStep& step) {
-    const uint64_t active = step.made.shape.active_ranks;
+    const uint64_t active = step.made.shape.active_ranks.low();
     for (uint32_t r = 0; r < step.made.shape.ranks; ++r) {
       if (((active >> r) & 1) == 0) {
         continue;
@@ -70,7 +70,7 @@ class SanitizerKernels : public testing::Test {
     run_steps(made, [&](const CaseStep& step) {
       if (round % 2 == 1) {
         group.run(step, Heard::kAborted);
-        expect_aborted(&group, step.made.shape.active_ranks, step.made.shape.ranks);
+        expect_aborted(&group, step.made.shape.active_ranks.low(), step.made.shape.ranks);
       }
       constexpr Heard kTimes[] = {Heard::kAtOnce, Heard::kAllLate, Heard::kLastLate};
       const uint32_t time = number++ % 3;

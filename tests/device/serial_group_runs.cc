@@ -217,7 +217,7 @@ void SerialGroup::run_low_latency(Heard heard) {
 }
 
 void SerialGroup::run(const CaseStep& step, Heard heard) {
-  begin(step.made.shape.active_ranks);
+  begin(step.made.shape.active_ranks.low());
   fill(step);
   aborted_ = heard == Heard::kAborted;
   uint32_t first = 0;
@@ -254,7 +254,7 @@ void SerialGroup::run_barrier(uint64_t active_ranks, Heard heard) {
     op.shape = shape_;
     op.shape.kind = OpKind::kBarrier;
     op.shape.rank = rank;
-    op.shape.active_ranks = active_ranks;
+    op.shape.active_ranks = base::RankSet(active_ranks);
     params_[rank] = params_of(rank, op);
     if (aborted_) {
       abort_part(rank);

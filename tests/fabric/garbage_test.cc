@@ -101,7 +101,7 @@ TEST_F(FabricGarbage, HeadersThatAreNoneAreCountedAndHurtNobody) {
 
 TEST_F(FabricGarbage, AnotherProtocolVersionIsCounted) {
   WireMessage header = good();
-  header.prefix.version = 2;
+  header.prefix.version = fabric::kWireVersion + 1;
   ASSERT_TRUE(send(header));
   EXPECT_TRUE(counted(DropCause::kVersion, 1));
   EXPECT_TRUE(nothing_arrived());

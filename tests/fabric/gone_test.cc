@@ -96,8 +96,9 @@ TEST_P(FabricGone, SaysWhatNodesAgreeOn) {
   message.epoch = 7;
   message.ballot = 65;
   message.accepted = 64;
-  message.value = {{7, 11, 2, 4}, 63};
-  message.report = {10, 1, 2, 3, 4};
+  const auto ranks = [](uint32_t low, uint32_t high) { return base::RankSet::one(low) | base::RankSet::one(high); };
+  message.value = {{7, 11, ranks(1, 64), ranks(2, 511)}, 63};
+  message.report = {10, 1, ranks(1, 200), ranks(0, 130), ranks(2, 300)};
   world_.node(0).port->tell_view(1, message);
   ASSERT_TRUE(bell(1).wait([&] { return !bell(1).said().empty(); }));
   const Bell::Said said = bell(1).said()[0];
@@ -110,9 +111,9 @@ TEST_P(FabricGone, SaysWhatNodesAgreeOn) {
   EXPECT_EQ(said.message.value.made, 63U);
   EXPECT_EQ(said.message.report.last, 10U);
   EXPECT_EQ(said.message.report.lost_nodes, 1U);
-  EXPECT_EQ(said.message.report.gone, 2U);
-  EXPECT_EQ(said.message.report.exclude, 3U);
-  EXPECT_EQ(said.message.report.readmit, 4U);
+  EXPECT_EQ(said.message.report.gone, ranks(1, 200));
+  EXPECT_EQ(said.message.report.exclude, ranks(0, 130));
+  EXPECT_EQ(said.message.report.readmit, ranks(2, 300));
   EXPECT_TRUE(bell(2).said().empty());
 }
 

@@ -59,7 +59,7 @@ TEST(FabricWire, HeadersLieAsDocumented) {
             EXPERTD_ROW(WireMessage, op), EXPERTD_ROW(WireMessage, targets), EXPERTD_ROW(WireMessage, source_rank),
             EXPERTD_ROW(WireMessage, entries), EXPERTD_ROW(WireMessage, sequence), EXPERTD_ROW(WireMessage, lane),
             EXPERTD_ROW(WireMessage, bytes), EXPERTD_ROW(WireMessage, credited), EXPERTD_ROW(WireMessage, view),
-            EXPERTD_ROW(WireMessage, reserved)}));
+            EXPERTD_ROW(WireMessage, head_bytes)}));
   EXPECT_EQ(documented("Credit"),
             (Rows{EXPERTD_ROW(WireCredit, group_key), EXPERTD_ROW(WireCredit, epoch), EXPERTD_ROW(WireCredit, lane),
                   EXPERTD_ROW(WireCredit, credits), EXPERTD_ROW(WireCredit, reserved)}));
@@ -73,8 +73,8 @@ TEST(FabricWire, HeadersLieAsDocumented) {
   EXPECT_EQ(documented("View"),
             (Rows{EXPERTD_ROW(WireView, group_key), EXPERTD_ROW(WireView, epoch), EXPERTD_ROW(WireView, kind),
                   EXPERTD_ROW(WireView, view), EXPERTD_ROW(WireView, ballot), EXPERTD_ROW(WireView, accepted),
-                  EXPERTD_ROW(WireView, made), EXPERTD_ROW(WireView, from), EXPERTD_ROW(WireView, lost),
-                  EXPERTD_ROW(WireView, excluded), EXPERTD_ROW(WireView, last), EXPERTD_ROW(WireView, lost_nodes),
+                  EXPERTD_ROW(WireView, made), EXPERTD_ROW(WireView, from), EXPERTD_ROW(WireView, last),
+                  EXPERTD_ROW(WireView, lost_nodes), EXPERTD_ROW(WireView, lost), EXPERTD_ROW(WireView, excluded),
                   EXPERTD_ROW(WireView, gone), EXPERTD_ROW(WireView, exclude), EXPERTD_ROW(WireView, readmit)}));
   using fabric::WireProbe;
   EXPECT_EQ(documented("Probe"), (Rows{EXPERTD_ROW(WireProbe, destination_node), EXPERTD_ROW(WireProbe, probe),

@@ -34,7 +34,7 @@ class Masked : public ::testing::Test {
         group.drop(rank);
       }
     }
-    random_case.shape.active_ranks &= ~lost_ranks;
+    random_case.shape.active_ranks -= base::RankSet(lost_ranks);
     random_case.later_active = random_case.shape.active_ranks;
     return high ? run_high_throughput(&group, random_case, place) : run_low_latency(&group, random_case, place, 3);
   }

@@ -32,7 +32,7 @@ OpShape shape_of(OpKind kind, const Wish& wish) {
   shape.expert_alignment = wish.alignment;
   shape.max_tokens = wish.max_tokens != 0 ? wish.max_tokens : wish.tokens;
   shape.slots_per_expert = wish.ranks * shape.max_tokens;
-  shape.active_ranks = wish.ranks == 64 ? ~uint64_t{0} : (uint64_t{1} << wish.ranks) - 1;
+  shape.active_ranks = base::RankSet::first(wish.ranks);
   return shape;
 }
 

@@ -23,6 +23,12 @@ std::string failed(const char* what, uint32_t rank, const OpEnd& end) {
   return std::string(what) + " of rank " + std::to_string(rank) + ": " + describe(end.outcome);
 }
 
+base::RankSet ranks_of(const expertd_op_result_t& result) {
+  base::RankSet ranks(result.rank_mask);
+  std::copy(std::begin(result.rank_mask_more), std::end(result.rank_mask_more), ranks.words + 1);
+  return ranks;
+}
+
 uint32_t flag(bool wanted, uint32_t value) {
   return wanted ? value : 0;
 }
@@ -80,8 +86,7 @@ class HighThroughputRun {
     for (uint32_t rank = 0; rank < group->ranks(); ++rank) {
       arenas_.push_back(std::make_unique<RankArena>(&group->rank(rank).session, registered));
     }
-    const uint64_t all = group->ranks() == 64 ? ~uint64_t{0} : (uint64_t{1} << group->ranks()) - 1;
-    degraded_ = case_.shape.active_ranks != all;
+    degraded_ = case_.shape.active_ranks != base::RankSet::first(group->ranks());
     weighted_ = std::any_of(random_case.inputs.begin(), random_case.inputs.end(),
                             [](const RankInput& input) { return !input.topk_weights.empty(); });
   }
@@ -106,7 +111,7 @@ class HighThroughputRun {
   }
 
  private:
-  bool active(uint32_t rank) const { return (case_.shape.active_ranks >> rank & 1) != 0; }
+  bool active(uint32_t rank) const { return case_.shape.active_ranks.contains(rank); }
   void run_active(const std::function<void(Rank&)>& body) {
     group_->run([&](Rank& rank) {
       if (active(rank.rank)) {
@@ -186,7 +191,7 @@ class HighThroughputRun {
     }
     const expertd_op_result_t& result = out.end.result;
     if (result.recv_rows != wanted.rows.size() || result.local_bytes != wanted.local_bytes ||
-        result.remote_bytes != wanted.remote_bytes || result.rank_mask != case_.shape.active_ranks ||
+        result.remote_bytes != wanted.remote_bytes || ranks_of(result) != case_.shape.active_ranks ||
         (result.degraded != 0) != degraded_) {
       return fault("result", rank, result.recv_rows);
     }

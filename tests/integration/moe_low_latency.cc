@@ -126,7 +126,7 @@ class LowLatencyRun {
     return {};
   }
 
-  bool active(uint32_t rank) const { return (case_.shape.active_ranks >> rank & 1) != 0; }
+  bool active(uint32_t rank) const { return case_.shape.active_ranks.contains(rank); }
   void run_active(const std::function<void(Rank&)>& body) {
     group_->run([&](Rank& rank) {
       if (active(rank.rank)) {

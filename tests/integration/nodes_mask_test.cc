@@ -60,7 +60,7 @@ class NodesMasked : public ::testing::Test {
         return "rank " + std::to_string(rank) + " does not hear of the loss";
       }
     }
-    random_case.shape.active_ranks &= ~(uint64_t{1} << lost);
+    random_case.shape.active_ranks.remove(lost);
     random_case.later_active = random_case.shape.active_ranks;
     return run();
   }

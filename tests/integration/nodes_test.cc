@@ -131,7 +131,7 @@ void Nodes::run_random(OpKind kind, uint32_t cases) {
     if (only_masks || ranks < 2 || ranks > 16) {
       continue;  // the interface carries ids always
     }
-    random_case.shape.active_ranks = (uint64_t{1} << ranks) - 1;
+    random_case.shape.active_ranks = base::RankSet::first(ranks);
     random_case.later_active = random_case.shape.active_ranks;
     const auto dispatched = reference_dispatch(random_case.shape, random_case.inputs);
     for (uint32_t rank = 0; rank < ranks && kind == OpKind::kDispatch; ++rank) {

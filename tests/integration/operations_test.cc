@@ -149,8 +149,7 @@ void Operations::run_random(OpKind kind, uint32_t cases) {
   uint32_t number = 0;
   for (const uint64_t seed : seeds_to_run(cases)) {
     RandomCase random_case = make_random_case(seed, kind);
-    random_case.shape.active_ranks =
-        random_case.shape.ranks == 64 ? ~uint64_t{0} : (uint64_t{1} << random_case.shape.ranks) - 1;
+    random_case.shape.active_ranks = base::RankSet::first(random_case.shape.ranks);
     random_case.later_active = random_case.shape.active_ranks;
     const bool only_masks = std::any_of(random_case.inputs.begin(), random_case.inputs.end(),
                                         [](const RankInput& in) { return in.tokens > 0 && in.topk_idx.empty(); });

@@ -20,8 +20,8 @@ using kernels::ScaleForm;
 constexpr uint32_t kCases = 700;
 constexpr uint32_t kThreadCases = 40;
 
-bool active(uint64_t ranks, uint32_t rank) {
-  return ((ranks >> rank) & 1) != 0;
+bool active(const base::RankSet& ranks, uint32_t rank) {
+  return ranks.contains(rank);
 }
 
 std::string fault(const char* what, uint64_t rank, uint64_t expert) {

@@ -20,8 +20,8 @@ constexpr uint32_t kDispatchCases = 700;
 constexpr uint32_t kErrorCases = 200;
 constexpr uint32_t kThreadCases = 60;
 
-bool active(uint64_t ranks, uint32_t rank) {
-  return ((ranks >> rank) & 1) != 0;
+bool active(const base::RankSet& ranks, uint32_t rank) {
+  return ranks.contains(rank);
 }
 
 std::string fault(const char* what, uint64_t rank, uint64_t row) {
@@ -38,7 +38,7 @@ struct DispatchCheck {
   const RandomCase& random_case;
   const GroupMemory& memory;
   const std::vector<DispatchResult>& expected;
-  uint64_t senders;
+  base::RankSet senders;
 
   std::string payload(uint32_t rank) const {
     const OpShape& shape = random_case.shape;
@@ -161,7 +161,7 @@ std::string run_dispatch(Drive how, DispatchRun* run) {
   run->expected = reference_dispatch(run->random_case.shape, run->random_case.inputs);
   GroupMemory memory = make_dispatch(run->random_case, &run->handles);
   drive(how, &memory);
-  const uint64_t senders = run->random_case.shape.active_ranks;
+  const base::RankSet senders = run->random_case.shape.active_ranks;
   std::string found = DispatchCheck{run->random_case, memory, run->expected, senders}.run();
   for (uint32_t rank = 0; found.empty() && rank < run->random_case.shape.ranks; ++rank) {
     if (active(senders, rank) && run->handles[rank].counts != memory.matrix) {

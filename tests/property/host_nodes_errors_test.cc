@@ -173,7 +173,7 @@ TEST(HostNodesErrors, AMismatchIsNamedEverywhere) {
   for (auto& run : cases(kErrorCases)) {
     const OpShape& shape = run->dispatch.shape;
     const uint32_t rank = pick_active(&run->random, shape);
-    if (std::popcount(shape.active_ranks) < 2) {
+    if (shape.active_ranks.count() < 2) {
       continue;
     }
     const bool other_kind = run->random.chance(30);
@@ -184,8 +184,8 @@ TEST(HostNodesErrors, AMismatchIsNamedEverywhere) {
         request->shape.expert_alignment = 4096;
       }
     };
-    const auto lowest = static_cast<uint32_t>(std::countr_zero(shape.active_ranks));
-    const auto second = static_cast<uint32_t>(std::countr_zero(shape.active_ranks & (shape.active_ranks - 1)));
+    const auto lowest = static_cast<uint32_t>(shape.active_ranks.lowest());
+    const auto second = static_cast<uint32_t>((shape.active_ranks - base::RankSet::one(lowest)).lowest());
     const int64_t given = other_kind ? static_cast<int64_t>(OpKind::kBarrier) : 4096;
     const int64_t usual = other_kind ? static_cast<int64_t>(shape.kind) : int64_t{shape.expert_alignment};
     OpReport end;
@@ -210,12 +210,12 @@ TEST(HostNodesErrors, NodesWithDifferentMasksDoNotRun) {
     // are.
     const engine::Placement& placement = run->world->placement();
     const uint32_t lost = placement.ranks_of[1].back();
-    if (all.shape.active_ranks != (shape.ranks == 64 ? ~0ULL : (1ULL << shape.ranks) - 1) ||
+    if (all.shape.active_ranks != base::RankSet::first(shape.ranks) ||
         placement.ranks_of[1].size() < placement.ranks_of[0].size() + 1) {
       continue;
     }
     run->world->active_of = [&](uint32_t rank) {
-      return placement.node_of[rank] == 0 ? shape.active_ranks & ~(1ULL << lost) : shape.active_ranks;
+      return placement.node_of[rank] == 0 ? shape.active_ranks - base::RankSet::one(lost) : shape.active_ranks;
     };
     const Ended ended = dispatch_of(run.get(), all);
     EXPECT_EQ(ended.stuck, "") << repro_line(all);
@@ -273,11 +273,11 @@ TEST(HostNodesErrors, WhoWaitsForALostMessageNamesItsSource) {
     const Ended ended = dispatch_of(run.get(), run->dispatch);
     run->world->network->tamper = nullptr;
     ASSERT_TRUE(guards_intact(ended.memory)) << repro_line(run->dispatch);
-    ASSERT_EQ(run->world->aborted != 0, source >= 0) << repro_line(run->dispatch);
+    ASSERT_EQ(run->world->aborted.any(), source >= 0) << repro_line(run->dispatch);
     for (uint32_t rank = 0; source >= 0 && rank < run->dispatch.shape.ranks; ++rank) {
       const auto [what, ranks] = run->world->missed[rank];
       const uint32_t wanted = kind == engine::MessageKind::kCounts ? EXPERTD_MISSING_COUNTS : EXPERTD_MISSING_ROWS;
-      named += what == wanted && (ranks >> source & 1) != 0 ? 1 : 0;
+      named += what == wanted && ranks.contains(static_cast<uint32_t>(source)) ? 1 : 0;
     }
     lost_messages += source >= 0 ? 1 : 0;
     ASSERT_EQ(run->run_dispatch(run->dispatch), "") << "the next one: " << repro_line(run->dispatch);

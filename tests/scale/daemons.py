@@ -68,6 +68,7 @@ class Daemon:
             "--fabric-devices=lo",
             f"--fabric-heartbeat-ms={options.heartbeat_ms}",
             f"--fabric-max-nodes={options.max_nodes}",
+            f"--engine-spin-us={options.spin_us}",
         ]
         environment = dict(os.environ, NOTIFY_SOCKET=str(directory / "notify"))
         with open(self.log_path, "wb") as log:

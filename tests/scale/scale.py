@@ -55,7 +55,8 @@ class Case:
             hidden, tokens, ll_tokens = min(hidden, 1024), max(8, tokens // 2), max(8, ll_tokens // 2)
             iterations = 4
         if nodes * ranks_per_node > 64:
-            hidden = 128
+            # 512 ranks have a count matrix of 2 MiB for every operation and handle, and windows for rows of all of them.
+            hidden, tokens, ll_tokens, iterations = 128, 8, 8, 2
         self.nodes = nodes
         self.ranks_per_node = ranks_per_node
         self.ranks = nodes * ranks_per_node
@@ -63,9 +64,11 @@ class Case:
         self.tokens = arguments.tokens or tokens
         self.ll_tokens = arguments.ll_tokens or ll_tokens
         self.iterations = iterations
-        self.experts = max(256, self.ranks)
-        self.heartbeat_ms = HEARTBEAT_MS if nodes <= 8 else HEARTBEAT_MANY_MS
+        self.experts = -(-max(256, self.ranks) // self.ranks) * self.ranks  # a multiple of the ranks
+        self.heartbeat_ms = arguments.heartbeat_ms or (HEARTBEAT_MS if nodes <= 8 else HEARTBEAT_MANY_MS)
         self.max_nodes = 64
+        # Hundreds of loops share a few processors: none polls when it has nothing to do.
+        self.spin_us = 50 if self.ranks <= 64 else 0
         self.seconds = arguments.seconds
         self.expertd = arguments.bin_dir / "expertd"
         self.expertctl = arguments.bin_dir / "expertctl"
@@ -245,7 +248,7 @@ def measure(case):
     """Rows of one cluster, one per operation and routing."""
     say(f"{case.nodes} nodes x {case.ranks_per_node} ranks, hidden {case.hidden}: starting")
     load_before = os.getloadavg()[0]  # others' work: on a quiet machine below 1 for the first case
-    with Cluster(case.nodes, case) as cluster:
+    with Cluster(case.nodes, case, max(60, case.seconds)) as cluster:
         before = settled_memory(cluster.daemons)
         say(f"  ready in {max(daemon.start_s for daemon in cluster.daemons):.2f} s")
         joins = {}
@@ -339,6 +342,7 @@ def parse(argv):
     parser.add_argument("--hidden", type=int, help="channels; default by the number of nodes")
     parser.add_argument("--tokens", type=int, help="tokens per rank in normal mode")
     parser.add_argument("--ll-tokens", type=int, help="tokens per rank in inference mode")
+    parser.add_argument("--heartbeat-ms", type=int, help="default 100 up to 8 nodes, else 1000; more where much else runs")
     parser.add_argument("--ratio-max", type=float, help="fail where an operation sends more than so many times the bound")
     parser.add_argument("--seconds", type=int, default=120, help="longest time of one run of expertctl bench")
     parser.add_argument("--file", type=Path, default=HERE / "results" / "loopback.json", help="where rows are kept")

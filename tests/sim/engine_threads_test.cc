@@ -125,11 +125,11 @@ TEST_P(EngineThreads, CompletesEveryOperationOnceAndAlike) {
       (void)group.epoch();
       if (GetParam().exclusions && turn % 16 == 0) {
         const uint64_t mask = turn % 32 == 0 ? 0 : 1ULL << (2 + turn / 32 % 2);
-        group.change_excluded(mask, ~mask);
+        group.change_excluded(base::RankSet(mask), base::RankSet(~mask));
       }
       std::this_thread::yield();
     }
-    group.change_excluded(0, ~0ULL);
+    group.change_excluded({}, base::RankSet(~0ULL));
   });
   for (std::thread& thread : threads) {
     thread.join();
@@ -199,7 +199,7 @@ void end_operations(engine::GroupShared& group, uint64_t last, const std::atomic
     }
     bool changed = false;
     while (
-        !group.fail(number, 0, {.reason = EXPERTD_REASON_TIMEOUT, .value = static_cast<int64_t>(number)}, &changed)) {
+        !group.fail(number, {}, {.reason = EXPERTD_REASON_TIMEOUT, .value = static_cast<int64_t>(number)}, &changed)) {
       std::this_thread::yield();
     }
     (void)group.release(number, 0);
@@ -212,7 +212,7 @@ void end_operations(engine::GroupShared& group, uint64_t last, const std::atomic
 TEST(GroupSharedThreads, KeepAnEntryWhileARankAWholeWrapLateReadsIt) {
   constexpr uint64_t kOperations = 60'000;
   engine::GroupShared group(group_settings(2, true));
-  group.change_excluded(2, 0);
+  group.change_excluded(base::RankSet(2), {});
   std::atomic<uint64_t> late_at{0};
   std::atomic<uint64_t> ended{0};
   std::thread first([&] { end_operations(group, kOperations, late_at, ended); });

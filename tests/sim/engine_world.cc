@@ -41,7 +41,7 @@ EngineWorld::EngineWorld(uint64_t seed) : random_(seed * 0x9E3779B97F4A7C15ULL +
   build_clients();
   if (strays_) {
     for (const std::unique_ptr<engine::GroupShared>& group : groups_) {
-      group->change_excluded(random_() & group->all_ranks() & ~1ULL, 0);
+      group->change_excluded(base::RankSet(random_() & group->all_ranks().low() & ~1ULL), {});
     }
   } else if (masks_) {
     mask_change_ns_ = 1 + pick(200);
@@ -139,7 +139,7 @@ engine::Request EngineWorld::make_request(const Client& client, const Membership
   const uint64_t number = membership == nullptr ? pick(4) : membership->state.next_number * 7 + membership->group;
   request.traffic = number % 3 == 0 ? engine::Traffic::kLatency : engine::Traffic::kThroughput;
   const bool excluded =
-      membership != nullptr && (membership->state.group->excluded() >> membership->state.rank & 1) != 0;
+      membership != nullptr && membership->state.group->excluded().contains(membership->state.rank);
   const bool near = strays_ ? excluded && chance(50) : deadlines_ && chance(20);
   request.deadline_ns = now_ns_ + (near ? 1 + pick(300) : kFarNs);
   if (membership == nullptr) {
@@ -211,8 +211,8 @@ void EngineWorld::change_masks() {
   }
   const bool clear = chance(50);
   for (uint32_t group = 0; group < groups_.size(); ++group) {
-    const uint64_t mask = clear ? 0 : random_() & random_() & groups_[group]->all_ranks() & ~1ULL;
-    groups_[group]->change_excluded(mask, ~mask);
+    const uint64_t mask = clear ? 0 : random_() & random_() & groups_[group]->all_ranks().low() & ~1ULL;
+    groups_[group]->change_excluded(base::RankSet(mask), base::RankSet(~mask));
     wake_group(group);
   }
   mask_change_ns_ = now_ns_ > 2000 && clear ? ~0ULL : now_ns_ + 20 + pick(200);
@@ -322,7 +322,7 @@ std::string EngineWorld::describe() const {
                      (deadlines_ ? ", deadlines" : "") + (masks_ ? ", masks" : "") + (strays_ ? ", strays" : "");
   for (const std::unique_ptr<engine::GroupShared>& group : groups_) {
     text += "; group of " + std::to_string(group->ranks()) + (group->settings().mask_on_loss ? " (mask)" : " (fail)") +
-            " lost " + std::to_string(group->lost()) + " excluded " + std::to_string(group->excluded());
+            " lost " + std::to_string(group->lost().low()) + " excluded " + std::to_string(group->excluded().low());
   }
   for (const std::unique_ptr<Client>& client : clients_) {
     text += "\n  session " + std::to_string(client->session->id().value) + " on device " +

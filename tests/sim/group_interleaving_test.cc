@@ -26,7 +26,7 @@ engine::Failure failure_of(uint64_t number) {
 /// A group whose rank 0 is through with the first kEntries operations while rank 1, excluded, has posted none.
 struct LateByAWrap {
   LateByAWrap() : shared(group_settings(2, true)) {
-    shared.change_excluded(2, 0);
+    shared.change_excluded(base::RankSet(2), {});
     for (uint64_t number = 1; number <= GroupShared::kEntries; ++number) {
       shared.post(number, 0, &request);
       EXPECT_TRUE(fail(number));
@@ -36,7 +36,7 @@ struct LateByAWrap {
 
   bool fail(uint64_t number) {
     bool changed = false;
-    return shared.fail(number, 0, failure_of(number), &changed);
+    return shared.fail(number, {}, failure_of(number), &changed);
   }
 
   void next_rank() {
@@ -121,7 +121,7 @@ TEST(GroupInterleaving, WakesWhoeverWaitsForTheEntryThatARankReleases) {
 /// Two ranks that submitted operation 1; rank 1 leaves it in one way or another while somebody decides it.
 struct Leaving {
   explicit Leaving(uint64_t excluded) : shared(group_settings(2, true)) {
-    shared.change_excluded(excluded, 0);
+    shared.change_excluded(base::RankSet(excluded), {});
     refused.rejected_reason = EXPERTD_REASON_NO_SUCH_BUFFER;
     shared.post(1, 0, &refused);
     shared.post(1, 1, &request);
@@ -131,9 +131,9 @@ struct Leaving {
   /// Rank 1 takes part exactly when it was not told that it may go.
   void expect_to_agree() {
     decide();
-    const uint64_t active = shared.entry(1).active.load();
+    const base::RankSet active = shared.entry(1).active.load(std::memory_order_acquire);
     EXPECT_EQ(shared.try_decide(1, &changed), Verdict::kFailed);
-    EXPECT_FALSE(left && (active & 2) != 0) << "counted on after it left";
+    EXPECT_FALSE(left && active.contains(1)) << "counted on after it left";
   }
 
   const engine::Request request = plain_request();
@@ -151,10 +151,10 @@ TEST(GroupInterleaving, CountsOnNoRankThatWithdrewWhateverTheMaskBecomes) {
         const std::function<void()> decide = [&] { group.decide(); };
         const std::function<void()> leave = [&] {
           if (readmitted_before) {
-            group.shared.change_excluded(0, ~0ULL);
+            group.shared.change_excluded({}, base::RankSet(~0ULL));
           }
           group.left = group.shared.withdraw(1, 1);
-          group.shared.change_excluded(0, ~0ULL);
+          group.shared.change_excluded({}, base::RankSet(~0ULL));
         };
         const bool ran = EveryInstruction::run(at, decided_first ? decide : leave, decided_first ? leave : decide);
         group.expect_to_agree();
@@ -189,9 +189,9 @@ TEST(GroupInterleaving, EndsNothingForARankOnceItsExclusionWasAnswered) {
     bool changed = false;
     bool undecided = false;
     const bool ran = EveryInstruction::run(
-        at, [&] { failed = shared.fail(1, 2, failure_of(1), &changed); },
+        at, [&] { failed = shared.fail(1, base::RankSet(2), failure_of(1), &changed); },
         [&] {
-          shared.change_excluded(2, 0);
+          shared.change_excluded(base::RankSet(2), {});
           undecided = shared.undecided(1);
         });
     EXPECT_FALSE(undecided && failed);
@@ -204,10 +204,10 @@ TEST(GroupInterleaving, EndsNothingForARankOnceItsExclusionWasAnswered) {
 TEST(GroupInterleaving, LetsTwoChangeTheMaskAtATime) {
   at_every_instruction([](uint64_t at) {
     GroupShared shared(group_settings(3, true));
-    shared.change_excluded(4, 0);
+    shared.change_excluded(base::RankSet(4), {});
     const bool ran = EveryInstruction::run(
-        at, [&] { shared.change_excluded(1, 0); }, [&] { shared.change_excluded(2, 4); });
-    EXPECT_TRUE(!ran || shared.excluded() == 3U);
+        at, [&] { shared.change_excluded(base::RankSet(1), {}); }, [&] { shared.change_excluded(base::RankSet(2), base::RankSet(4)); });
+    EXPECT_TRUE(!ran || shared.excluded() == base::RankSet(3));
     EXPECT_TRUE(!ran || shared.epoch() == 4U);
     return ran;
   });

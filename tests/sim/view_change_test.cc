@@ -160,7 +160,7 @@ class ViewWorld {
   }
   bool is_member(const Node& node, const View& view) const {
     return std::any_of(node.placement.ranks_of[node.number].begin(), node.placement.ranks_of[node.number].end(),
-                       [&](uint32_t rank) { return (view.lost >> rank & 1) == 0; });
+                       [&](uint32_t rank) { return !view.lost.contains(rank); });
   }
 
   void step(uint32_t drop_percent) {
@@ -242,9 +242,10 @@ class ViewWorld {
     } else if (left->wishes != 0) {
       --left->wishes;
       if (!nodes_[node]->crashed) {
-        const uint64_t ranks = uint64_t{1} << pick(node_of_.size());
+        const auto ranks = base::RankSet::one(pick(node_of_.size()));
         ++nodes_[node]->wishes;
-        (void)nodes_[node]->change->ask(chance(60) ? ranks : 0, chance(40) ? ranks : 0, now_ns_);
+        (void)nodes_[node]->change->ask(chance(60) ? ranks : base::RankSet(), chance(40) ? ranks : base::RankSet(),
+                                         now_ns_);
       }
     }
   }
@@ -290,7 +291,7 @@ class ViewWorld {
       }
       for (uint32_t rank = 0; rank < node_of_.size(); ++rank) {
         const bool there = !dead_.contains(rank) && !nodes_[node_of_[rank]]->crashed && !nodes_[node_of_[rank]]->over;
-        if (there == ((view.lost >> rank & 1) != 0)) {
+        if (there == view.lost.contains(rank)) {
           breach("rank " + std::to_string(rank) + " is " + (there ? "there and lost" : "gone and waited for"));
         }
       }
@@ -341,6 +342,21 @@ TEST(ViewChange, GivesEveryOperationOneMaskWhateverFails) {
     operations += world.operations();
   }
   EXPECT_GT(operations, 10'000U);
+}
+
+TEST(ViewChange, RanksBehindThe64thAreAgreedOnAsWell) {
+  for (uint64_t run = 1; run <= 60; ++run) {
+    const uint64_t seed = seed_of(run);
+    std::mt19937_64 random(seed);
+    const auto nodes = static_cast<uint32_t>(9 + random() % 4);
+    const ViewWorld::Faults faults{.crashes = static_cast<uint32_t>(random() % 4),
+                                   .deaths = static_cast<uint32_t>(random() % 8),
+                                   .cuts = static_cast<uint32_t>(random() % 2),
+                                   .wishes = static_cast<uint32_t>(random() % 8),
+                                   .drop_percent = static_cast<uint32_t>(random() % 2 * 10)};
+    ViewWorld world(seed, nodes, nodes * 8);
+    ASSERT_EQ(world.run(faults), "") << repro(seed);
+  }
 }
 
 TEST(ViewChange, WithoutLostNodesEveryoneGoesOnAndEveryWishIsGranted) {
@@ -396,7 +412,7 @@ class Halves : public ::testing::Test {
 TEST_F(Halves, TheOneWithTheLowestRankGoesOnAndTheOtherEnds) {
   hosts_[0].last = 41;
   changes_[0].node_lost(1, 1);
-  EXPECT_EQ(hosts_[0].installed, (View{.epoch = 2, .from = 42, .lost = 0b1100}));
+  EXPECT_EQ(hosts_[0].installed, (View{.epoch = 2, .from = 42, .lost = base::RankSet(0b1100)}));
   EXPECT_FALSE(hosts_[0].held);
   changes_[1].node_lost(0, 1);
   EXPECT_EQ(hosts_[1].ended, ViewEnd::kMinority);
@@ -417,7 +433,7 @@ TEST_F(Halves, AnOrderlyEndOfTheFirstHalfLeavesTheOther) {
       }
     }
   }
-  EXPECT_EQ(hosts_[1].installed.lost, 0b11U);
+  EXPECT_EQ(hosts_[1].installed.lost, base::RankSet(0b11));
   changes_[1].node_lost(0, 3);
   EXPECT_EQ(hosts_[1].ended, ViewEnd::kNone);
   EXPECT_FALSE(hosts_[1].held);
@@ -437,9 +453,9 @@ TEST_F(Halves, WhatNoDaemonSendsIsRefused) {
   ViewMessage message;
   message.kind = engine::ViewKind::kCommit;
   message.epoch = 2;
-  message.value.view = {.epoch = 2, .from = 1, .lost = 0b10000};
+  message.value.view = {.epoch = 2, .from = 1, .lost = base::RankSet(0b10000)};
   EXPECT_FALSE(changes_[0].receive(1, message, 1)) << "a rank beyond the group";
-  message.value.view.lost = 0;
+  message.value.view.lost = {};
   EXPECT_FALSE(changes_[0].receive(0, message, 1)) << "the own node";
   EXPECT_FALSE(changes_[0].receive(2, message, 1)) << "no node";
 }

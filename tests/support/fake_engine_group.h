@@ -3,6 +3,7 @@
 // drive by hand, with the time as an argument.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -27,8 +28,8 @@ inline engine::GroupSettings group_settings(uint32_t ranks, bool mask_on_loss,
   settings.mask_on_loss = mask_on_loss;
   settings.op_timeout_ns = kDeadlineNs;
   settings.first_op_timeout_ns = kDeadlineNs;
-  for (uint32_t rank = 0; rank < ranks; ++rank) {
-    settings.shape.devices[rank] = base::DeviceIndex{rank};
+  for (uint32_t place = 0; place < std::min(ranks, base::kMaxLocalRanks); ++place) {
+    settings.shape.devices[place] = base::DeviceIndex{place};
   }
   return settings;
 }

@@ -58,7 +58,7 @@ class FakeDevicePort final : public engine::DevicePort {
     }
   }
 
-  uint32_t missing(engine::PartId /*part*/, uint64_t* ranks) override {
+  uint32_t missing(engine::PartId /*part*/, base::RankSet* ranks) override {
     *ranks = missing_ranks;
     return missing_what;
   }
@@ -102,7 +102,7 @@ class FakeDevicePort final : public engine::DevicePort {
   std::vector<engine::PartId> settled;
   bool ends_on_abort = true;  // an aborted part ends at once, as host parts do
   uint32_t missing_what = EXPERTD_MISSING_ROWS;
-  uint64_t missing_ranks = 0;
+  base::RankSet missing_ranks;
   uint32_t refused = 0;
   std::vector<std::pair<uint64_t, uint32_t>> released;             // (seq, reason)
   std::list<std::pair<engine::Request, engine::Outcome>> replays;  // that ended

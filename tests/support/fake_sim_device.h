@@ -27,7 +27,6 @@ class SimDevice final : public engine::DevicePort {
     part.group = spec.group.value;
     part.page = spec.page;
     part.active = spec.active_ranks;
-    part.bit = 1ULL << spec.rank;
     part.rank = spec.rank;
     part.flags = spec.flags;
     part.devices = spec.devices;
@@ -69,11 +68,11 @@ class SimDevice final : public engine::DevicePort {
     found->second.abort_ns = now_ns + ticks();
   }
 
-  uint32_t missing(engine::PartId id, uint64_t* ranks) override {
+  uint32_t missing(engine::PartId id, base::RankSet* ranks) override {
     const auto found = parts_.find(id);
     *ranks = found == parts_.end() || found->second.flags == nullptr
-                 ? 0
-                 : found->second.active & ~found->second.flags->moved.load(std::memory_order_acquire);
+                 ? base::RankSet()
+                 : found->second.active - base::RankSet(found->second.flags->moved.load(std::memory_order_acquire));
     return EXPERTD_MISSING_ROWS;
   }
   bool busy() const override {
@@ -108,8 +107,7 @@ class SimDevice final : public engine::DevicePort {
   struct Part {
     uint64_t group = 0;
     uint32_t page = 0;
-    uint64_t active = 0;
-    uint64_t bit = 0;
+    base::RankSet active;
     uint32_t rank = 0;
     engine::ExchangeFlags* flags = nullptr;
     std::array<base::DeviceIndex, base::kMaxLocalRanks> devices{};
@@ -130,7 +128,7 @@ class SimDevice final : public engine::DevicePort {
     if (!part.routed) {
       return part.routed_ns;
     }
-    const bool moves = !part.moved && everybody(part, part.flags == nullptr ? nullptr : &part.flags->routed);
+    const bool moves = !part.moved && all_routed(part);
     return moves ? part.moved_ns : ~0ULL;
   }
   uint64_t ticks() { return random_() % ticks_max + 1; }
@@ -149,7 +147,7 @@ class SimDevice final : public engine::DevicePort {
       return;
     }
     for (uint32_t rank = 0; rank < spec.ranks; ++rank) {
-      const bool active = (spec.active_ranks >> rank & 1) != 0;
+      const bool active = spec.active_ranks.contains(rank);
       if (active != (spec.requests[rank] != nullptr)) {
         breach("requests do not match the active ranks");
       } else if (active && spec.requests[rank]->submit_ns != spec.group_op) {
@@ -164,18 +162,30 @@ class SimDevice final : public engine::DevicePort {
     }
   }
 
-  static bool everybody(const Part& part, const std::atomic<uint64_t>* flag) {
-    return flag == nullptr || flag->load(std::memory_order_acquire) == part.active;
+  // All ranks are on one node here, so that their places are themselves.
+  static bool all_routed(const Part& part) {
+    return part.flags == nullptr || part.flags->routed.load(std::memory_order_acquire) == part.active;
   }
-
-  void set(const Part& part, std::atomic<uint64_t>& flag) {
-    if ((flag.fetch_or(part.bit, std::memory_order_seq_cst) | part.bit) != part.active) {
-      return;
-    }
-    for (uint32_t rank = 0; rank < base::kMaxLocalRanks; ++rank) {
-      if (rank != part.rank && (part.active >> rank & 1) != 0) {
+  static bool all_moved(const Part& part) {
+    return part.flags == nullptr || part.flags->moved.load(std::memory_order_acquire) == part.active.low();
+  }
+  void wake_others(const Part& part) {
+    for (const uint32_t rank : part.active) {
+      if (rank != part.rank) {
         wake_->wake(part.devices[rank]);
       }
+    }
+  }
+  void set_routed(const Part& part) {
+    part.flags->routed.add(part.rank, std::memory_order_seq_cst);
+    if (part.flags->routed.load(std::memory_order_seq_cst) == part.active) {
+      wake_others(part);
+    }
+  }
+  void set_moved(const Part& part) {
+    const uint64_t bit = uint64_t{1} << part.rank;
+    if ((part.flags->moved.fetch_or(bit, std::memory_order_seq_cst) | bit) == part.active.low()) {
+      wake_others(part);
     }
   }
 
@@ -186,17 +196,17 @@ class SimDevice final : public engine::DevicePort {
     if (!part.routed && now_ns >= part.routed_ns) {
       part.routed = true;
       if (part.flags != nullptr) {
-        set(part, part.flags->routed);
+        set_routed(part);
       }
     }
     if (part.routed && !part.moved && now_ns >= part.moved_ns &&
-        everybody(part, part.flags == nullptr ? nullptr : &part.flags->routed)) {
+        all_routed(part)) {
       part.moved = true;
       if (part.flags != nullptr) {
-        set(part, part.flags->moved);
+        set_moved(part);
       }
     }
-    part.done = part.moved && everybody(part, part.flags == nullptr ? nullptr : &part.flags->moved);
+    part.done = part.moved && all_moved(part);
   }
 
   std::mt19937_64 random_;

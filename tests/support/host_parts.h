@@ -41,7 +41,7 @@ struct PartRequest {
 /// One operation: a request, a part and an outcome per rank.
 struct PartOp {
   uint64_t number = 0;
-  engine::ExchangeFlags flags;
+  engine::ExchangeFlags flags{kPartRanks};
   std::array<PartRequest, kPartRanks> ranks;
   std::array<engine::PartId, kPartRanks> parts{};
   std::array<engine::Outcome, kPartRanks> outcomes{};
@@ -127,7 +127,7 @@ class HostPartsWorld {
       spec.group_op = op->number;
       spec.ranks = kPartRanks;
       spec.rank = rank;
-      spec.active_ranks = (1U << kPartRanks) - 1;
+      spec.active_ranks = base::RankSet::first(kPartRanks);
       spec.page = static_cast<uint32_t>(op->number % engine::kExchangePages);
       spec.flags = &op->flags;
       spec.devices = shape_.devices;

@@ -78,7 +78,6 @@ NodeWorld::NodeWorld(const support::RandomCase& random_case, uint32_t nodes, uin
   }
   for (uint32_t rank = 0; rank < shape.ranks; ++rank) {
     const base::DeviceIndex index{placement().index_of[rank]};
-    shape_.devices[rank] = index;
     devices_.push_back(std::make_unique<device::HostDevice>(
         index, index.value, directories_[placement().node_of[rank]].get(), &wakes_[placement().node_of[rank]], 0));
     engine::GroupShape own = shape_;
@@ -133,8 +132,9 @@ bool NodeWorld::launch(Op* op, uint32_t rank) {
   spec.placement = &network->placement(node);
   spec.fabric = network->port(node);
   for (const uint32_t local : placement().ranks_of[node]) {
-    spec.devices[local] = shape_.devices[local];
-    spec.requests[local] = (op->active >> local & 1) != 0 ? &op->ranks[local].request : nullptr;
+    const uint32_t place = spec.place_of(local);
+    spec.devices[place] = base::DeviceIndex{place};
+    spec.requests[place] = op->active.contains(local) ? &op->ranks[local].request : nullptr;
   }
   return devices_[rank]->launch(spec, {}, &op->ranks[rank].part);
 }
@@ -150,11 +150,14 @@ void NodeWorld::start(const support::RandomCase& random_case, const NodeOpSettin
   op.active = random_case.shape.active_ranks;
   op.memory = memory;
   op.flags.resize(wakes_.size());
+  for (engine::ExchangeFlags& flags : op.flags) {
+    flags.size_for(shape_.ranks);
+  }
   op.ranks.resize(shape_.ranks);
   for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
     engine::Request& request = op.ranks[rank].request;
     fill_request(memory->params[rank], &op.ranks[rank]);
-    op.ranks[rank].ended = (op.active >> rank & 1) == 0;
+    op.ranks[rank].ended = !op.active.contains(rank);
     request.session = base::SessionId{rank + 1};
     request.handle_index = kHandle;
     request.handle_generation = settings.generation;
@@ -232,20 +235,20 @@ std::string NodeWorld::finish() {
 
 std::string NodeWorld::abort_rest() {
   std::string stuck;
-  aborted = 0;
-  missed.assign(shape_.ranks, {0, 0});
+  aborted = {};
+  missed.assign(shape_.ranks, {0, {}});
   for (Op& op : running_) {
     for (uint32_t rank = 0; rank < shape_.ranks; ++rank) {
       RankOp& own = op.ranks[rank];
       if (own.ended) {
         continue;
       }
-      uint64_t missing = 0;
+      base::RankSet missing;
       const uint32_t what = devices_[rank]->missing(own.part, &missing);
       stuck += " in operation " + std::to_string(op.number) + " rank " + std::to_string(rank) + " misses " +
-               std::to_string(what) + " of ranks " + std::to_string(missing);
+               std::to_string(what) + " of rank " + std::to_string(missing.lowest()) + " and others";
       missed[rank] = {what, missing};
-      aborted |= uint64_t{1} << rank;
+      aborted.add(rank);
       devices_[rank]->abort(own.part, EXPERTD_REASON_TIMEOUT);
       while (!devices_[rank]->poll(own.part, &own.outcome)) {
       }

@@ -49,10 +49,10 @@ class NodeWorld {
   /// Called with every request before it is launched.
   std::function<void(uint32_t rank, engine::Request*)> change;
   /// Instead of the case's active ranks, those that a rank's node takes for active.
-  std::function<uint64_t(uint32_t rank)> active_of;
+  std::function<base::RankSet(uint32_t rank)> active_of;
   /// Ranks that did not end by themselves and were aborted; and what each missed.
-  uint64_t aborted = 0;
-  std::vector<std::pair<uint32_t, uint64_t>> missed;
+  base::RankSet aborted;
+  std::vector<std::pair<uint32_t, base::RankSet>> missed;
   std::unique_ptr<FakeNetwork> network;
 
  private:
@@ -73,7 +73,7 @@ class NodeWorld {
   };
   struct Op {
     uint64_t number = 0;
-    uint64_t active = 0;
+    base::RankSet active;
     std::deque<RankOp> ranks;
     std::deque<engine::ExchangeFlags> flags;  // per node
     support::GroupMemory* memory = nullptr;

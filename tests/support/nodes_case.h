@@ -18,8 +18,8 @@ namespace expertd::support {
 
 namespace nodes_case {
 
-inline bool active(uint64_t ranks, uint32_t rank) {
-  return ((ranks >> rank) & 1) != 0;
+inline bool active(const base::RankSet& ranks, uint32_t rank) {
+  return ranks.contains(rank);
 }
 
 inline std::string fault(const char* what, uint64_t rank) {
@@ -82,12 +82,16 @@ inline float value_of(const PoisonedBuffer& rows, size_t at) {
 
 /// A case as one node and as several run it.
 struct NodesCase {
-  NodesCase(uint64_t seed, kernels::OpKind kind) : NodesCase(seed, make_random_case(seed, kind)) {}
+  /// One in twenty has more ranks than a word has bits.
+  NodesCase(uint64_t seed, kernels::OpKind kind)
+      : NodesCase(seed, make_random_case(seed, kind, seed % 20 == 7 ? 72 + static_cast<uint32_t>(seed % 25) : 0)) {}
   NodesCase(uint64_t seed, RandomCase made)
       : random(~seed),
         dispatch(std::move(made)),
         handles(make_handles(dispatch)),
-        nodes(dispatch.shape.ranks < 2 ? 0 : random.between(2, std::min(4U, dispatch.shape.ranks))) {
+        nodes(dispatch.shape.ranks < 2    ? 0
+              : dispatch.shape.ranks > 64 ? random.between(9, 12)
+                                          : random.between(2, std::min(4U, dispatch.shape.ranks))) {
     if (nodes != 0) {
       world = std::make_unique<test::NodeWorld>(dispatch, nodes, seed + 11);
     }

@@ -21,9 +21,21 @@ T pick(Random* random, const T (&values)[n]) {
   return values[random->below(n)];
 }
 
-void draw_group(Random* random, OpShape* shape) {
+void draw_active(Random* random, OpShape* shape) {
+  shape->active_ranks = base::RankSet::first(shape->ranks);
+  if (random->chance(25)) {
+    base::RankSet some;
+    for (uint32_t first = 0; first < shape->ranks; first += 64) {
+      some.words[first / 64] = random->next() | random->next();
+    }
+    some.add(random->below(shape->ranks));
+    shape->active_ranks &= some;
+  }
+}
+
+void draw_group(Random* random, uint32_t ranks, OpShape* shape) {
   const uint32_t roll = random->below(100);
-  shape->ranks = roll < 90 ? random->between(1, 8) : (roll < 97 ? 16 : 64);
+  shape->ranks = ranks != 0 ? ranks : roll < 90 ? random->between(1, 8) : (roll < 97 ? 16 : 64);
   shape->local_experts = shape->ranks > 8 ? random->between(1, 4) : pick(random, {1u, 2u, 3u, 4u, 8u, 16u});
   if (shape->kind != OpKind::kLlDispatch && shape->ranks <= 4 && random->chance(3)) {
     shape->local_experts = 256;
@@ -31,17 +43,13 @@ void draw_group(Random* random, OpShape* shape) {
   shape->experts = shape->ranks * shape->local_experts;
   shape->top_k = random->chance(80) ? pick(random, {1u, 2u, 4u, 6u, 8u}) : random->between(1, 32);
   shape->topk_idx_bytes = random->chance(50) ? 4 : 8;
-  const uint64_t all = shape->ranks == 64 ? ~uint64_t{0} : (uint64_t{1} << shape->ranks) - 1;
-  shape->active_ranks = all;
-  if (random->chance(25)) {
-    shape->active_ranks = (random->next() | random->next()) & all;
-    shape->active_ranks |= uint64_t{1} << random->below(shape->ranks);
-  }
+  draw_active(random, shape);
 }
 
 void draw_payload(Random* random, OpShape* shape) {
   const bool ll = shape->kind == OpKind::kLlDispatch;
   shape->hidden = random->chance(4) ? 7168 : 128 * pick(random, {1u, 1u, 2u, 3u, 4u, 5u, 8u});
+  shape->hidden = shape->ranks > 64 ? std::min(shape->hidden, 384U) : shape->hidden;
   shape->payload = random->chance(35) ? Payload::kBytes : Payload::kBf16;
   if (ll && random->chance(50)) {
     shape->payload = Payload::kFp8;
@@ -280,12 +288,12 @@ std::vector<uint16_t> random_rows(Random* random, size_t elements) {
   return rows;
 }
 
-RandomCase make_random_case(uint64_t seed, OpKind kind) {
+RandomCase make_random_case(uint64_t seed, OpKind kind, uint32_t ranks) {
   Random random(seed ^ (static_cast<uint64_t>(kind) << 56));
   RandomCase result;
   result.seed = seed;
   result.shape.kind = kind;
-  draw_group(&random, &result.shape);
+  draw_group(&random, ranks, &result.shape);
   draw_payload(&random, &result.shape);
   if (kind == OpKind::kLayout) {
     result.shape.ranks_per_node = random.chance(50) ? 0 : random.between(1, result.shape.ranks);
@@ -303,8 +311,9 @@ RandomCase make_random_case(uint64_t seed, OpKind kind) {
   result.later_active = result.shape.active_ranks;
   if (random.chance(15)) {
     // One more rank is lost between the dispatch and what uses its handle; at least one stays.
-    const uint64_t fewer = result.shape.active_ranks & (result.shape.active_ranks - 1);
-    result.later_active = fewer != 0 ? fewer : result.shape.active_ranks;
+    base::RankSet fewer = result.shape.active_ranks;
+    fewer.remove(static_cast<uint32_t>(fewer.lowest()));
+    result.later_active = fewer.any() ? fewer : result.shape.active_ranks;
   }
   return result;
 }
@@ -330,8 +339,8 @@ std::string repro_line(const RandomCase& random_case) {
   add(" scale ", static_cast<uint64_t>(shape.scale));
   add(" expanded ", shape.expanded);
   add(" worst ", shape.worst_tokens);
-  add(" active ", shape.active_ranks);
-  add(" later ", random_case.later_active);
+  add(" active ", shape.active_ranks.count());
+  add(" later ", random_case.later_active.count());
   return line + ")";
 }
 

@@ -38,11 +38,12 @@ struct RandomCase {
   bool optional_outputs = false;     // src_info, prefixes, counts and statistics are asked for
   uint32_t side_layout = 0;          // side strides: 0 row-major, 1 column-major, 2 both padded
   uint32_t token_bound = 0;          // given with every operation; 0: not given
-  uint64_t later_active = 0;         // active ranks of the operations that follow with the handle
+  base::RankSet later_active;         // active ranks of the operations that follow with the handle
 };
 
-/// A case of kLayout, kDispatch (HT) or kLlDispatch. Sizes are bounded so that a thousand cases run in seconds.
-RandomCase make_random_case(uint64_t seed, kernels::OpKind kind);
+/// A case of kLayout, kDispatch (HT) or kLlDispatch. Sizes are bounded so that a thousand cases run in seconds. Of so
+/// many ranks; 0: as drawn, at most 64.
+RandomCase make_random_case(uint64_t seed, kernels::OpKind kind, uint32_t ranks = 0);
 
 /// New payload and side rows with the same routing, for a cached dispatch.
 void refill_payload(uint64_t seed, RandomCase* random_case);

@@ -35,7 +35,7 @@ std::array<const PoisonedBuffer*, 10> buffers_of(const RankMemory& memory) {
 }
 
 bool active(const OpShape& shape, uint32_t rank) {
-  return ((shape.active_ranks >> rank) & 1) != 0;
+  return shape.active_ranks.contains(rank);
 }
 
 std::vector<uint8_t> ids_at_width(const std::vector<int64_t>& ids, uint32_t width) {

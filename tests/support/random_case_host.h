@@ -69,7 +69,7 @@ inline void finish_in_chunks(const kernels::OpParams& params, kernels::OpReport*
 inline void drive(Drive how, GroupMemory* memory) {
   std::vector<uint32_t> ranks;
   for (uint32_t rank = 0; rank < memory->params.size(); ++rank) {
-    if (((memory->params[rank].shape.active_ranks >> rank) & 1) != 0) {
+    if (memory->params[rank].shape.active_ranks.contains(rank)) {
       ranks.push_back(rank);
     }
   }

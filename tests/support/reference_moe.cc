@@ -16,7 +16,7 @@ namespace {
 using kernels::OpShape;
 
 bool active(const OpShape& shape, uint32_t rank) {
-  return ((shape.active_ranks >> rank) & 1) != 0;
+  return shape.active_ranks.contains(rank);
 }
 
 /// The expert of a lane, or -1 when the lane goes nowhere: no id given, none chosen, out of range.

@@ -15,7 +15,7 @@ using kernels::Payload;
 using kernels::ScaleForm;
 
 bool active(const OpShape& shape, uint32_t rank) {
-  return ((shape.active_ranks >> rank) & 1) != 0;
+  return shape.active_ranks.contains(rank);
 }
 
 int64_t lane_id(const OpShape& shape, const RankInput& input, uint32_t token, uint32_t lane) {

@@ -36,11 +36,6 @@
 
 namespace expertd::test {
 
-struct Region {
-  char* data = nullptr;
-  uint64_t bytes = 0;
-};
-
 class FakeDaemon : public v1::Session::Service {
  public:
   static constexpr uint32_t kSlots = 8;
@@ -452,6 +447,9 @@ class FakeDaemon : public v1::Session::Service {
                          v1::GroupMaskResponse* response) override {
     response->set_epoch(3);
     response->set_excluded(request->exclude());
+    *response->mutable_excluded_more() = request->exclude_more();
+    response->set_lost(request->readmit());
+    *response->mutable_lost_more() = request->readmit_more();
     return grpc::Status::OK;
   }
 

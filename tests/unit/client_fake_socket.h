@@ -16,6 +16,12 @@
 
 namespace expertd::test {
 
+/// Memory that a stand-in has mapped.
+struct Region {
+  char* data = nullptr;
+  uint64_t bytes = 0;
+};
+
 inline int make_memfd(uint64_t bytes) {
   const int fd = memfd_create("fake", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (ftruncate(fd, static_cast<off_t>(bytes)) != 0 || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) != 0) {

@@ -18,6 +18,31 @@
 namespace expertd::test {
 namespace {
 
+TEST_F(ClientSession, MasksNameRanksOfEveryWordThatTheGroupHas) {
+  expertd_group_options_t options = group_options();
+  options.expert_parallel_size = 130;
+  options.num_experts = 260;
+  expertd_group_t* group = nullptr;
+  ASSERT_EQ(0, expertd_group_join(session_, &options, &group).reason) << message();
+  expertd_rank_masks_t masks = EXPERTD_INIT(expertd_rank_masks_t);
+  masks.exclude[0] = 4;
+  masks.exclude[1] = uint64_t{1} << 63;
+  masks.readmit[2] = 2;
+  masks.lost[7] = masks.excluded[7] = 5;  // left over
+  ASSERT_EQ(0, expertd_group_masks(group, &masks).reason) << message();
+  EXPECT_EQ(4U, masks.excluded[0]);
+  EXPECT_EQ(uint64_t{1} << 63, masks.excluded[1]);
+  EXPECT_EQ(2U, masks.lost[2]) << "the stand-in tells what was asked for";
+  EXPECT_EQ(0U, masks.lost[7] | masks.excluded[7]);
+  EXPECT_EQ(3U, masks.epoch);
+  masks.readmit[2] = 4;
+  EXPECT_EQ(EXPERTD_REASON_ARGUMENT_RANGE, expertd_group_masks(group, &masks).reason) << "rank 130 of 130";
+  uint64_t excluded = 0;
+  EXPECT_EQ(0, expertd_group_mask(group, 6, 0, nullptr, &excluded, nullptr).reason) << message();
+  EXPECT_EQ(6U, excluded);
+  ASSERT_EQ(0, expertd_group_leave(group).reason) << message();
+}
+
 TEST_F(ClientSession, TellsWhatItIsAttachedTo) {
   expertd_session_info_t info = EXPERTD_INIT(expertd_session_info_t);
   ASSERT_EQ(0, expertd_session_info(session_, &info).reason);

@@ -117,7 +117,9 @@ TEST(ControlConvert, StatusCarriesDevicesGroupsAndProcess) {
   snapshot.groups.resize(1);
   snapshot.groups[0].config.mode = session::GroupMode::kAuto;
   snapshot.groups[0].config.dispatch_dtypes = 6;
-  snapshot.groups[0].joined = 3;
+  snapshot.groups[0].joined = base::RankSet(3);
+  snapshot.groups[0].lost = base::RankSet::one(130);
+  snapshot.groups[0].excluded = base::RankSet(4) | base::RankSet::one(64);
   v1::GetStatusResponse message;
   to_proto(snapshot, ProcessFacts{.pid = 7, .resident_bytes = 4096}, &message);
   EXPECT_EQ(message.abi_major(), 1U);
@@ -126,8 +128,33 @@ TEST(ControlConvert, StatusCarriesDevicesGroupsAndProcess) {
   EXPECT_EQ(message.groups(0).mode(), "auto");
   EXPECT_EQ(message.groups(0).dispatch_dtypes(), 6U);
   EXPECT_EQ(message.groups(0).joined(), 3U);
+  EXPECT_EQ(message.groups(0).joined_more_size(), 0) << "no words without ranks";
+  EXPECT_EQ(message.groups(0).lost(), 0U);
+  ASSERT_EQ(message.groups(0).lost_more_size(), 2);
+  EXPECT_EQ(message.groups(0).lost_more(1), 4U);
+  EXPECT_EQ(message.groups(0).excluded(), 4U);
+  ASSERT_EQ(message.groups(0).excluded_more_size(), 1);
+  EXPECT_EQ(message.groups(0).excluded_more(0), 1U);
   EXPECT_EQ(message.pid(), 7U);
   EXPECT_EQ(message.resident_bytes(), 4096U);
+}
+
+TEST(ControlConvert, AMaskNamesRanksOfEveryWord) {
+  v1::GroupMaskRequest request;
+  request.set_group_id(9);
+  request.set_exclude(1);
+  request.add_exclude_more(2);
+  for (int word = 1; word < static_cast<int>(base::RankSet::kWords); ++word) {
+    request.add_readmit_more(word == 7 ? uint64_t{1} << 63 : 0);
+  }
+  const auto converted = from_proto(request);
+  ASSERT_TRUE(converted.error.status.is_ok()) << converted.error.status.message();
+  EXPECT_EQ(converted.value.group.value, 9U);
+  EXPECT_EQ(converted.value.exclude, base::RankSet(1) | base::RankSet::one(65));
+  EXPECT_EQ(converted.value.readmit, base::RankSet::one(511));
+  request.add_readmit_more(1);
+  EXPECT_EQ(from_proto(request).error.status.reason(), EXPERTD_REASON_ARGUMENT_RANGE);
+  EXPECT_EQ(from_proto(request).error.field, "readmit_more");
 }
 
 TEST(ControlConvert, TheRuleOfAGroupIsInTheAnswersToJoinsAndPeople) {

@@ -84,6 +84,25 @@ v1::GetStatusResponse status_of_group(uint32_t dispatch_dtypes) {
   return status;
 }
 
+TEST(RenderGroup, ShowsRanksOfEveryWord) {
+  v1::GetStatusResponse status = status_of_group(5);
+  v1::GroupStatus& group = *status.mutable_groups(0);
+  group.set_joined(0);
+  group.add_joined_more(0xff);
+  group.set_lost(2);
+  group.add_lost_more(0);
+  group.add_lost_more(1);
+  group.set_excluded(uint64_t{1} << 63);
+  group.add_excluded_more(3);
+  const std::string row = row_below(status_text(status), "EXCLUDED");
+  EXPECT_NE(row.find("64-71 1,128 63-65"), std::string::npos) << row;
+  const nlohmann::json shown = status_json(status)["groups"][0];
+  EXPECT_EQ(shown["excluded"], nlohmann::json({63, 64, 65}));
+  EXPECT_EQ(shown["lost"], nlohmann::json({1, 128}));
+  EXPECT_EQ(shown["excluded_mask"], uint64_t{1} << 63);
+  EXPECT_EQ(shown["joined"][7], 71);
+}
+
 TEST(RenderGroup, NamesTheDtypesThatItCarries) {
   EXPECT_EQ(row_below(status_text(status_of_group(5)), "DTYPES").substr(0, 33), "decode auto 0 0 0 0 128 bf16,fp8 ");
   EXPECT_EQ(status_json(status_of_group(5))["groups"][0]["dispatch_dtypes"], nlohmann::json({"bf16", "fp8"}));

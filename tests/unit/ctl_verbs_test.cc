@@ -32,7 +32,8 @@ class NoSessions final : public session::SessionApi {
   base::Result<session::BufferGrant> create_window(base::SessionId, uint64_t) override { return nothing(); }
   void join_group(base::SessionId, const session::JoinRequest&, session::JoinCallback) override {}
   base::Status leave_group(base::SessionId, base::GroupId, uint64_t) override { return nothing(); }
-  base::Result<session::MaskReply> group_mask(base::SessionId, base::GroupId, uint64_t, uint64_t) override {
+  base::Result<session::MaskReply> group_mask(base::SessionId, base::GroupId, const base::RankSet&,
+                                             const base::RankSet&) override {
     return nothing();
   }
   base::Result<session::GroupPlan> plan_group(base::SessionId, const session::GroupConfig&) override {
@@ -58,7 +59,7 @@ class FakeDaemon final : public session::OperatorApi {
     out.devices[1].healthy = false;
     out.groups.resize(1);
     out.groups[0].name = "decode";
-    out.groups[0].joined = 3;
+    out.groups[0].joined = base::RankSet(3);
     out.sessions = 1;
     out.sessions_max = 64;
     return out;

@@ -16,6 +16,10 @@ class HostParts : public ::testing::Test {
   HostPartsWorld world_;
 };
 
+base::RankSet routed(const PartOp& op) {
+  return op.flags.routed.load(std::memory_order_acquire);
+}
+
 bool holds(const PartOp& op, uint32_t rank, uint32_t row, uint8_t fill) {
   const uint8_t* bytes = op.ranks[rank].memory[EXPERTD_OUT_X].as<uint8_t>() + size_t{row} * kPartRowBytes;
   return std::all_of(bytes, bytes + kPartRowBytes, [fill](uint8_t byte) { return byte == fill; });
@@ -111,8 +115,8 @@ TEST_F(HostParts, ThePartsOfASessionRunOneAfterTheOther) {
     EXPECT_FALSE(world_.poll(first.get(), 0));
     EXPECT_FALSE(world_.poll(second.get(), 0));
   }
-  EXPECT_EQ(first->flags.routed.load(), 1U);
-  EXPECT_EQ(second->flags.routed.load(), 0U);
+  EXPECT_EQ(routed(*first), base::RankSet(1));
+  EXPECT_EQ(routed(*second), base::RankSet());
   EXPECT_FALSE(world_.device(0).busy()) << "only the peer can go on";
   ASSERT_TRUE(world_.launch(first.get(), 1) && world_.launch(second.get(), 1));
   ASSERT_TRUE(world_.finish({first.get(), second.get()}));
@@ -139,7 +143,7 @@ TEST_F(HostParts, AnAbortedPartLetsNobodyOvertake) {
     }
   }
   EXPECT_TRUE(aborted->ended[0]);
-  EXPECT_EQ(last->flags.routed.load(), 0U);
+  EXPECT_EQ(routed(*last), base::RankSet());
   ASSERT_TRUE(world_.launch(first.get(), 1) && world_.launch(last.get(), 1));
   ASSERT_TRUE(world_.finish({first.get(), last.get()}));
   EXPECT_EQ(last->reason(0), 0U);
@@ -184,7 +188,7 @@ TEST_F(HostParts, WhoCameLastIsKnownByWhenItCame) {
     if (rank != 0) {
       ASSERT_TRUE(world_.launch(op.get(), rank));
     }
-    for (int turn = 0; (op->flags.routed.load() >> rank & 1) == 0; ++turn) {
+    for (int turn = 0; !routed(*op).contains(rank); ++turn) {
       ASSERT_LT(turn, 1000);
       (void)world_.poll(op.get(), rank);
     }
@@ -211,7 +215,7 @@ TEST(HostPartsOfManyTokens, RouteInSlices) {
   auto op = world.dispatch(65536, {0, 2}, 2 * 65536, 1);
   ASSERT_TRUE(world.launch(op.get(), 0) && world.launch(op.get(), 1));
   EXPECT_FALSE(world.poll(op.get(), 0));
-  EXPECT_EQ(op->flags.routed.load(), 0U);
+  EXPECT_EQ(routed(*op), base::RankSet());
   EXPECT_TRUE(world.device(0).busy());
   ASSERT_TRUE(world.finish({op.get()}));
   EXPECT_EQ(op->reason(0), 0U);

@@ -14,8 +14,8 @@ constexpr uint32_t kMessageBytes = 256 * 1024;
 /// Gives buffers, and notes how many entries each message has.
 struct Port final : engine::FabricPort {
   uint64_t message_bytes() const override { return kMessageBytes; }
-  engine::SendBuffer take(uint32_t /*rank*/, engine::FabricLane /*lane*/) override {
-    return {memory.data(), memory.size(), 0};
+  engine::SendBuffer take(uint32_t /*rank*/, engine::FabricLane lane) override {
+    return {memory.data(), memory.size(), lane, 0};
   }
   void send(uint32_t /*rank*/, const engine::SendBuffer& /*buffer*/, const engine::MessageHeader& header,
             uint64_t /*bytes*/) override {
@@ -46,7 +46,7 @@ std::vector<uint32_t> messages(engine::FabricLane lane, uint32_t tokens, uint32_
   params.shape.row_bytes = hidden * 2;
   params.shape.out_row_bytes = hidden * 2;
   params.shape.slots_per_expert = tokens;
-  params.shape.active_ranks = 3;
+  params.shape.active_ranks = base::RankSet(3);
   std::vector<int32_t> topk(tokens, 1);
   std::vector<int32_t> rows(tokens, 0);
   params.routing.topk = topk.data();
@@ -57,7 +57,7 @@ std::vector<uint32_t> messages(engine::FabricLane lane, uint32_t tokens, uint32_
   op.fabric = &port;
   op.placement = &placement;
   op.nodes = {placement.own_node, placement.node_of, placement.index_of, placement.ranks_of};
-  op.active = 3;
+  op.active = base::RankSet(3);
   op.lane = lane;
   op.message_bytes = kMessageBytes;
   op.params = &params;

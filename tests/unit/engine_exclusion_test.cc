@@ -12,7 +12,7 @@ using engine::GroupShared;
 // An excluded rank may come to an operation that the others ended kEntries operations ago and hold its entry.
 TEST(EngineExclusion, WakesTheRanksThatWaitForAnEntryItHolds) {
   FakeGroup group(2, true);
-  group.shared.change_excluded(2, 0);
+  group.shared.change_excluded(base::RankSet(2), {});
   for (uint64_t seq = 1; seq <= GroupShared::kEntries; ++seq) {
     group[0].submit();
     ASSERT_TRUE(group.settle(1));
@@ -58,7 +58,7 @@ void expect_to_be_left_out(FakeRank& rank, uint64_t seq, int32_t index) {
 
 TEST(EngineExclusion, EndsOnlyTheOperationOfAnExcludedRankAtItsDeadline) {
   FakeGroup group(3, true);
-  group.shared.change_excluded(2, 0);
+  group.shared.change_excluded(base::RankSet(2), {});
   group[1].submit(due_at(100));
   group[0].submit(due_at(1'000));
   ASSERT_TRUE(group.settle(99));
@@ -76,7 +76,7 @@ TEST(EngineExclusion, EndsOnlyTheOperationOfARankExcludedAfterItSubmitted) {
   group[1].submit(due_at(100));
   group[0].submit(due_at(1'000));
   ASSERT_TRUE(group.settle(50));
-  group.shared.change_excluded(2, 0);
+  group.shared.change_excluded(base::RankSet(2), {});
   ASSERT_TRUE(group.settle(100));
   expect_to_be_left_out(group[1], 1, 1);
   group[2].submit(due_at(1'000));
@@ -85,11 +85,11 @@ TEST(EngineExclusion, EndsOnlyTheOperationOfARankExcludedAfterItSubmitted) {
 
 TEST(EngineExclusion, EndsTheOperationOfAllAtTheDeadlineOfARankReadmittedBefore) {
   FakeGroup group(3, true);
-  group.shared.change_excluded(2, 0);
+  group.shared.change_excluded(base::RankSet(2), {});
   group[1].submit(due_at(100));
   group[0].submit(due_at(1'000));
   ASSERT_TRUE(group.settle(50));
-  group.shared.change_excluded(0, ~0ULL);
+  group.shared.change_excluded({}, base::RankSet(~0ULL));
   ASSERT_TRUE(group.settle(100));
   for (const uint32_t rank : {0U, 1U}) {
     ASSERT_TRUE(group[rank].completed(1));
@@ -101,11 +101,11 @@ TEST(EngineExclusion, EndsTheOperationOfAllAtTheDeadlineOfARankReadmittedBefore)
 // The rank's request is gone by then, so nobody may count on it again.
 TEST(EngineExclusion, LeavesARankReadmittedAfterItsDeadlineOutOfThatOperationAlone) {
   FakeGroup group(3, true);
-  group.shared.change_excluded(2, 0);
+  group.shared.change_excluded(base::RankSet(2), {});
   group[1].submit(due_at(100));
   ASSERT_TRUE(group.settle(100));
   expect_to_be_left_out(group[1], 1, 1);
-  group.shared.change_excluded(0, ~0ULL);
+  group.shared.change_excluded({}, base::RankSet(~0ULL));
   group[0].submit(due_at(1'000));
   group[2].submit(due_at(1'000));
   expect_to_end_well(group, 1, 200, 5);
@@ -117,10 +117,10 @@ TEST(EngineExclusion, LeavesARankReadmittedAfterItsDeadlineOutOfThatOperationAlo
 
 TEST(EngineExclusion, LetsTheOthersEndAnOperationThatARankWithdrewFrom) {
   FakeGroup group(3, true);
-  group.shared.change_excluded(2, 0);
+  group.shared.change_excluded(base::RankSet(2), {});
   group[1].submit(due_at(100));
   ASSERT_TRUE(group.settle(100));
-  group.shared.change_excluded(0, ~0ULL);
+  group.shared.change_excluded({}, base::RankSet(~0ULL));
   group[0].submit(due_at(500));
   ASSERT_TRUE(group.settle(500));
   EXPECT_EQ(group[0].reason(1), static_cast<uint32_t>(EXPERTD_REASON_TIMEOUT));
@@ -130,7 +130,7 @@ TEST(EngineExclusion, LetsTheOthersEndAnOperationThatARankWithdrewFrom) {
 
 TEST(EngineExclusion, EndsAnExcludedRanksRefusedOperationWithTheRefusal) {
   FakeGroup group(3, true);
-  group.shared.change_excluded(2, 0);
+  group.shared.change_excluded(base::RankSet(2), {});
   engine::Request refused = due_at(100);
   refused.rejected_reason = EXPERTD_REASON_NO_SUCH_BUFFER;
   group[1].submit(refused);
@@ -144,13 +144,13 @@ TEST(EngineExclusion, EndsAnExcludedRanksRefusedOperationWithTheRefusal) {
 // The rank looks while another stands between its claim of the operation and the verdict, and gives the entry back.
 TEST(EngineExclusion, StaysOutOfWhatItWithdrewFromWhileItWasBeingDecided) {
   FakeGroup group(3, true);
-  group.shared.change_excluded(2, 0);
+  group.shared.change_excluded(base::RankSet(2), {});
   group[1].submit(due_at(100));
   group.shared.entry(1).verdict = 1 << 2 | 1;
   ASSERT_TRUE(group.settle(100));
   EXPECT_FALSE(group[1].completed(1));
   group.shared.entry(1).verdict = 0;
-  group.shared.change_excluded(0, 2);
+  group.shared.change_excluded({}, base::RankSet(2));
   ASSERT_TRUE(group.settle(101));
   expect_to_be_left_out(group[1], 1, 1);
   group[0].submit(due_at(1'000));
@@ -161,14 +161,14 @@ TEST(EngineExclusion, StaysOutOfWhatItWithdrewFromWhileItWasBeingDecided) {
 // Nobody has the operations that the rank withdrew from any more, yet their exchange pages and entries are used again.
 TEST(EngineExclusion, GoesOnAloneAfterAllThatItLeftTheOthersToDecideAreLost) {
   FakeGroup group(2, true);
-  group.shared.change_excluded(2, 0);
+  group.shared.change_excluded(base::RankSet(2), {});
   constexpr uint64_t kWithdrawn = 5;
   for (uint64_t seq = 1; seq <= kWithdrawn; ++seq) {
     group[1].submit(due_at(100));
     ASSERT_TRUE(group.settle(100));
     ASSERT_EQ(group[1].reason(seq), static_cast<uint32_t>(EXPERTD_REASON_BAD_STATE));
   }
-  group.shared.change_excluded(0, ~0ULL);
+  group.shared.change_excluded({}, base::RankSet(~0ULL));
   group.end_session(0, 101);
   for (uint64_t seq = kWithdrawn + 1; seq <= 2 * GroupShared::kEntries; ++seq) {
     group[1].submit(due_at(1'000));
@@ -182,13 +182,13 @@ TEST(EngineExclusion, GoesOnAloneAfterAllThatItLeftTheOthersToDecideAreLost) {
 
 TEST(EngineExclusion, HarmsNobodyWhenItRanAheadByMoreOperationsThanThereAreEntries) {
   FakeGroup group(3, true);
-  group.shared.change_excluded(2, 0);
+  group.shared.change_excluded(base::RankSet(2), {});
   for (uint64_t seq = 1; seq <= GroupShared::kEntries + 10; ++seq) {
     group[1].submit(due_at(100));
     ASSERT_TRUE(group.settle(100));
     ASSERT_EQ(group[1].reason(seq), static_cast<uint32_t>(EXPERTD_REASON_BAD_STATE));
   }
-  group.shared.change_excluded(0, ~0ULL);
+  group.shared.change_excluded({}, base::RankSet(~0ULL));
   group[1].submit(due_at(110));
   ASSERT_TRUE(group.settle(109));
   EXPECT_FALSE(group[1].completed(GroupShared::kEntries + 11));

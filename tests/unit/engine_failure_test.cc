@@ -264,7 +264,7 @@ TEST_P(EngineRunningTimeout, SaysWhatTheDeviceWaitedForAndFromWhom) {
   FakeGroup group(3);
   for (uint32_t rank = 0; rank < 3; ++rank) {
     group[rank].port.missing_what = GetParam();
-    group[rank].port.missing_ranks = 4;
+    group[rank].port.missing_ranks = base::RankSet(4);
   }
   group.submit_all();
   ASSERT_TRUE(group.settle(1));
@@ -426,7 +426,7 @@ TEST(EngineLateRanks, NobodyIsNamedWhoMayHaveWaitedForAnother) {
   placement.ranks_of = {{0, 1}, {2, 3, 5}, {4}};
   placement.node_of = {0, 0, 1, 1, 2, 1};
   const auto late = [&placement](uint64_t active, uint64_t ranks) {
-    return engine::late_failure(&placement, active, EXPERTD_MISSING_COUNTS, ranks);
+    return engine::late_failure(&placement, base::RankSet(active), EXPERTD_MISSING_COUNTS, base::RankSet(ranks));
   };
   const engine::Failure whole = late(0b111111, 0b101100);
   EXPECT_EQ(whole.reason, EXPERTD_REASON_TIMEOUT);
@@ -438,8 +438,8 @@ TEST(EngineLateRanks, NobodyIsNamedWhoMayHaveWaitedForAnother) {
   EXPECT_EQ(late(0b111111, 0b111100).rank, 4) << "alone on its node";
   EXPECT_EQ(late(0b111111, 0b101110).rank, 1) << "on the own node";
   EXPECT_EQ(late(0b010111, 0b000100).rank, 2) << "the others of its node take no part";
-  EXPECT_EQ(engine::late_failure(&placement, 0b111111, EXPERTD_MISSING_ROWS, 0b101100).rank, 2) << "all have begun";
-  EXPECT_EQ(engine::late_failure(nullptr, 0b111111, EXPERTD_MISSING_COUNTS, 0b101100).rank, 2) << "one node";
+  EXPECT_EQ(engine::late_failure(&placement, base::RankSet(0b111111), EXPERTD_MISSING_ROWS, base::RankSet(0b101100)).rank, 2) << "all have begun";
+  EXPECT_EQ(engine::late_failure(nullptr, base::RankSet(0b111111), EXPERTD_MISSING_COUNTS, base::RankSet(0b101100)).rank, 2) << "one node";
   EXPECT_EQ(late(0b111111, 0).rank, -1);
 }
 

@@ -53,7 +53,7 @@ TEST(EngineGather, TellsTheDeviceWhoTakesPart) {
   EXPECT_EQ(spec.group_op, 1U);
   EXPECT_EQ(spec.ranks, 2U);
   EXPECT_EQ(spec.rank, 1U);
-  EXPECT_EQ(spec.active_ranks, 3U);
+  EXPECT_EQ(spec.active_ranks, base::RankSet(3));
   EXPECT_EQ(spec.own, &group[1].session().request(0));
   EXPECT_EQ(spec.requests[0], &group[0].session().request(0));
   EXPECT_EQ(spec.requests[1], &group[1].session().request(0));

@@ -102,7 +102,7 @@ TEST(EngineLoss, GoesOnWithoutTheLostRankUnderAMask) {
   group.end_session(1, 2);
   ASSERT_TRUE(group.settle(2));
   ASSERT_EQ(group[0].port.parts().size(), 1U);
-  EXPECT_EQ(group[0].port.parts()[0].spec.active_ranks, 5U);
+  EXPECT_EQ(group[0].port.parts()[0].spec.active_ranks, base::RankSet(5));
   EXPECT_EQ(group[0].port.parts()[0].spec.requests[1], nullptr);
   group.finish_all();
   ASSERT_TRUE(group.settle(3));
@@ -124,12 +124,12 @@ TEST(EngineLoss, LeavesOutARankThatSubmittedAndWasLostBeforeTheDecision) {
   group[2].submit();
   ASSERT_TRUE(group.settle(3));
   ASSERT_EQ(group[2].port.parts().size(), 1U);
-  EXPECT_EQ(group[2].port.parts()[0].spec.active_ranks, 5U);
+  EXPECT_EQ(group[2].port.parts()[0].spec.active_ranks, base::RankSet(5));
 }
 
 TEST(EngineLoss, TellsAnExcludedRankThatItsOperationRanWithoutIt) {
   FakeGroup group(2, true);
-  group.shared.change_excluded(2, 0);
+  group.shared.change_excluded(base::RankSet(2), {});
   group.submit_all();
   ASSERT_TRUE(group.settle(1));
   group.finish_all();
@@ -142,12 +142,12 @@ TEST(EngineLoss, TellsAnExcludedRankThatItsOperationRanWithoutIt) {
 
 TEST(EngineLoss, TakesAReadmittedRankBackWithANewEpoch) {
   FakeGroup group(2, true);
-  group.shared.change_excluded(2, 0);
+  group.shared.change_excluded(base::RankSet(2), {});
   const uint64_t masked_epoch = group.shared.epoch();
   group.submit_all();
   ASSERT_TRUE(group.settle(1));
   group.finish_all();
-  group.shared.change_excluded(0, ~0ULL);
+  group.shared.change_excluded({}, base::RankSet(~0ULL));
   group.submit_all();
   ASSERT_TRUE(group.settle(2));
   group.finish_all();
@@ -159,7 +159,7 @@ TEST(EngineLoss, TakesAReadmittedRankBackWithANewEpoch) {
 
 TEST(EngineLoss, NeverReportsSuccessWhenEveryRankIsExcluded) {
   FakeGroup group(2, true);
-  group.shared.change_excluded(3, 0);
+  group.shared.change_excluded(base::RankSet(3), {});
   group.submit_all();
   ASSERT_TRUE(group.settle(1));
   for (uint32_t rank = 0; rank < 2; ++rank) {
@@ -180,7 +180,7 @@ TEST(EngineLoss, EndsTheGatheringOperationsOfARankThatLeavesAMaskGroup) {
   group[0].submit();
   ASSERT_TRUE(group.settle(3));
   ASSERT_EQ(group[0].port.parts().size(), 1U);
-  EXPECT_EQ(group[0].port.parts()[0].spec.active_ranks, 1U);
+  EXPECT_EQ(group[0].port.parts()[0].spec.active_ranks, base::RankSet(1));
 }
 
 TEST(EngineLoss, NamesTheLostRankWhenNoRankIsLeft) {
@@ -305,7 +305,7 @@ TEST(EngineClose, FreesThePagesOfWhatItAborted) {
   EXPECT_EQ(group[0].session().outstanding(), 0U);
   group[0].submit();
   ASSERT_TRUE(group.settle(3));
-  EXPECT_EQ(group[0].port.parts().back().spec.active_ranks, 1U);
+  EXPECT_EQ(group[0].port.parts().back().spec.active_ranks, base::RankSet(1));
 }
 
 TEST(EngineLoss, OfAGpuIsToldBeforeTheOthersEnd) {

@@ -184,7 +184,7 @@ class ChunkDevice final : public engine::DevicePort {
   bool works(engine::PartId part) const override { return parts_.count(part) != 0; }
   void abort(engine::PartId /*part*/, uint32_t /*reason*/) override {}
   bool settle(engine::PartId /*part*/) override { return true; }
-  uint32_t missing(engine::PartId /*part*/, uint64_t* /*ranks*/) override { return 0; }
+  uint32_t missing(engine::PartId /*part*/, base::RankSet* /*ranks*/) override { return 0; }
   bool busy() const override { return !parts_.empty(); }
   void release_words(const engine::SlotWords& /*words*/, uint32_t /*reason*/) override {}
 

@@ -61,7 +61,7 @@ TEST_F(EngineViews, HeldOperationsStartWithTheNextMask) {
   const uint64_t second = submit();
   settle();
   EXPECT_EQ(zero_.port.parts().size(), 1U) << "nothing starts while they agree";
-  shared_.install({.epoch = 2, .from = 2, .lost = 0b1000}, false);
+  shared_.install({.epoch = 2, .from = 2, .lost = base::RankSet(0b1000)}, false);
   settle();
   finish();
   ASSERT_TRUE(zero_.completed(second) && one_.completed(second));
@@ -72,7 +72,7 @@ TEST_F(EngineViews, HeldOperationsStartWithTheNextMask) {
 
 TEST_F(EngineViews, AnOperationBeforeTheViewKeepsTheOlderMask) {
   (void)shared_.hold();
-  shared_.install({.epoch = 2, .from = 2, .lost = 0, .excluded = 0b0100}, false);
+  shared_.install({.epoch = 2, .from = 2, .lost = {}, .excluded = base::RankSet(0b0100)}, false);
   const uint64_t first = submit();
   const uint64_t second = submit();
   settle();
@@ -89,7 +89,7 @@ TEST_F(EngineViews, OneThatNeedsALostRankFailsAtOnce) {
   settle();
   EXPECT_FALSE(zero_.completed(first)) << "the next view may leave the rank out";
   // Another node had started operation 1 already.
-  shared_.install({.epoch = 2, .from = 2, .lost = 0b0100}, false);
+  shared_.install({.epoch = 2, .from = 2, .lost = base::RankSet(0b0100)}, false);
   settle();
   ASSERT_TRUE(zero_.completed(first) && one_.completed(first));
   EXPECT_EQ(zero_.reason(first), uint32_t{EXPERTD_REASON_PEER_LOST});
@@ -99,7 +99,7 @@ TEST_F(EngineViews, OneThatNeedsALostRankFailsAtOnce) {
 TEST_F(EngineViews, OneThatTheLostRankWasThroughWithRuns) {
   const uint64_t first = submit();
   shared_.set_lost(2, 1);
-  shared_.install({.epoch = 2, .from = 2, .lost = 0b0100}, false);
+  shared_.install({.epoch = 2, .from = 2, .lost = base::RankSet(0b0100)}, false);
   settle();
   finish();
   ASSERT_TRUE(zero_.completed(first));
@@ -136,11 +136,11 @@ TEST_F(EngineViews, OneThatWasDecidedAndNotLaunchedIsNotLaunchedAnyMore) {
 TEST_F(EngineViews, ALossBehindTheViewHoldsAgain) {
   shared_.set_lost(3);
   shared_.set_lost(2);
-  shared_.install({.epoch = 2, .from = 1, .lost = 0b1000}, false);
+  shared_.install({.epoch = 2, .from = 1, .lost = base::RankSet(0b1000)}, false);
   const uint64_t first = submit();
   settle();
   EXPECT_FALSE(zero_.completed(first));
-  shared_.install({.epoch = 3, .from = 1, .lost = 0b1100}, false);
+  shared_.install({.epoch = 3, .from = 1, .lost = base::RankSet(0b1100)}, false);
   settle();
   finish();
   EXPECT_EQ(zero_.completion(first).rank_mask, 0b0011U);
@@ -152,7 +152,7 @@ TEST_F(EngineViews, ALostRankOfThisNodeIsLeftOutFromTheViewOn) {
   const uint64_t first = zero_.submit();
   settle();
   EXPECT_FALSE(zero_.completed(first));
-  shared_.install({.epoch = 2, .from = 1, .lost = 0b0010}, false);
+  shared_.install({.epoch = 2, .from = 1, .lost = base::RankSet(0b0010)}, false);
   settle();
   finish();
   EXPECT_EQ(zero_.completion(first).rank_mask, 0b1101U);
@@ -178,7 +178,7 @@ TEST_F(EngineViews, WithoutTheOthersEverythingEnds) {
 
 TEST_F(EngineViews, WhoseRanksAreAllExcludedHasNobodyToWaitFor) {
   (void)shared_.hold();
-  shared_.install({.epoch = 2, .from = 1, .lost = 0, .excluded = 0b0011}, false);
+  shared_.install({.epoch = 2, .from = 1, .lost = {}, .excluded = base::RankSet(0b0011)}, false);
   const uint64_t first = submit();
   settle();
   EXPECT_EQ(zero_.reason(first), uint32_t{EXPERTD_REASON_BAD_STATE});
@@ -187,11 +187,11 @@ TEST_F(EngineViews, WhoseRanksAreAllExcludedHasNobodyToWaitFor) {
 
 TEST_F(EngineViews, ViewsThatAreNotKeptHaveNobody) {
   for (uint64_t epoch = 2; epoch < 100; ++epoch) {
-    shared_.install({.epoch = epoch, .from = epoch, .lost = 0, .excluded = 0}, false);
+    shared_.install({.epoch = epoch, .from = epoch, .lost = {}, .excluded = {}}, false);
   }
   EXPECT_EQ(shared_.view_of(99).epoch, 99U);
   EXPECT_EQ(shared_.view_of(40).epoch, 40U);
-  EXPECT_EQ(shared_.view_of(3).lost, 0b1111U);
+  EXPECT_EQ(shared_.view_of(3).lost, base::RankSet(0b1111));
   const uint64_t first = submit();
   settle();
   EXPECT_EQ(zero_.reason(first), uint32_t{EXPERTD_REASON_PEER_LOST});

@@ -250,9 +250,9 @@ TEST_F(SessionServiceTest, ARankThatIsCancelledWhileItsGroupFormsLeavesIt) {
   service_->join_group(second, request("moe", 1, 2), joined.callback());
   EXPECT_EQ(cancelled.reason(), EXPERTD_REASON_CANCELLED);
   EXPECT_EQ(joined.reason(), EXPERTD_REASON_NONE);
-  const auto mask = service_->group_mask(second, joined.grant().group, 0, 0);
+  const auto mask = service_->group_mask(second, joined.grant().group, {}, {});
   ASSERT_TRUE(mask.is_ok());
-  EXPECT_EQ(mask.value().lost, 1U) << "its peers see at once that nobody is there";
+  EXPECT_EQ(mask.value().lost, base::RankSet(1)) << "its peers see at once that nobody is there";
   EXPECT_EQ(devices_[0]->groups, 0);
   EXPECT_EQ(devices_[0]->memory_held, 0);
 }

@@ -212,7 +212,7 @@ TEST_F(RingServerTest, WhatTheClientRefusedCountsForItsRankWhileItDrains) {
   server_.set_flags(EXPERTD_SESSION_DRAINING);
   ring_->slots()[0] = refused;
   EXPECT_TRUE(submit_up_to(1));
-  EXPECT_EQ(world_.shared.not_posted(1), 1U) << "the other rank alone has not submitted";
+  EXPECT_EQ(world_.shared.not_posted(1), base::RankSet(1)) << "the other rank alone has not submitted";
   engine::Request other;
   other.shape.kind = kernels::OpKind::kBarrier;
   world_.shared.post(1, 0, &other);

@@ -87,7 +87,7 @@ void CudaDevice::capture(const engine::LaunchSpec& spec, Part* part) {
   // The parameters are those of an operation in the lane's pages; whose turn it is then, the arm knows.
   part->waits_doorbell = false;
   std::array<kernels::cuda::PartParams, kLanePages> params{};
-  bool filled = lane != nullptr && spec.active_ranks == (uint64_t{2} << (spec.ranks - 1)) - 1;
+  bool filled = lane != nullptr && spec.active_ranks == base::RankSet::first(spec.ranks);
   for (uint32_t page = 0; filled && page < kLanePages; ++page) {
     engine::LaunchSpec in_lane = spec;
     in_lane.page = lane_page(spec.own->capture_lane, page);
@@ -121,7 +121,7 @@ uint32_t CudaDevice::peers_broken(const GroupEntry& group, uint32_t lane, bool* 
     const Registry::GroupTable* table =
         rank == group.shape.rank || elsewhere
             ? nullptr
-            : registry_->groups[group.shape.devices[rank].value].load(std::memory_order_acquire);
+            : registry_->groups[group.shape.device_of(rank).value].load(std::memory_order_acquire);
     const GroupEntry* peer = table == nullptr ? nullptr : table->find(group.shape.id.value);
     if (peer == nullptr || (peer->lanes[lane] == nullptr && peer->node_lanes[lane] == nullptr)) {
       continue;

@@ -171,7 +171,10 @@ bool is_active(uint64_t mask, uint32_t rank) {
 }  // namespace
 
 const GroupEntry* CudaDevice::find_peer(const LaunchSpec& spec, uint32_t rank) const {
-  const uint32_t device = spec.devices[rank].value;
+  if (!spec.is_local(rank)) {
+    return nullptr;
+  }
+  const uint32_t device = spec.devices[spec.place_of(rank)].value;
   // Pairs with the release in start(): the peer's tables are complete.
   const Registry::GroupTable* table =
       device < base::kMaxDevices ? registry_->groups[device].load(std::memory_order_acquire) : nullptr;
@@ -184,19 +187,19 @@ bool CudaDevice::fill_peers(const LaunchSpec& spec, const Part& part, PartParams
       continue;  // takes no part, or has no memory on this node
     }
     const GroupEntry* group = find_peer(spec, j);
-    if (group == nullptr || spec.requests[j] == nullptr || group->shape.rank != j) {
+    if (group == nullptr || spec.request_of(j) == nullptr || group->shape.rank != j) {
       return false;
     }
     if (is_active(part.group->relay_ranks, j)) {
       params->relay.ranks |= uint64_t{1} << j;
       params->relay.peers[j].base = group->relay();
-      fill_relay(params->op.shape, *spec.requests[j], &params->relay.peers[j]);
-      params->peers.views[j].capacity_rows = usable_rows(spec.requests[j]->shape.capacity_rows);
+      fill_relay(params->op.shape, *spec.request_of(j), &params->relay.peers[j]);
+      params->peers.views[j].capacity_rows = usable_rows(spec.request_of(j)->shape.capacity_rows);
       if (is_combine(params->op.shape)) {
-        params->peers.views[j].in_rows = rows_given(params->op.shape, {*spec.requests[j], gpu_.view.index});
+        params->peers.views[j].in_rows = rows_given(params->op.shape, {*spec.request_of(j), gpu_.view.index});
       }
     } else {
-      TensorReader tensors{*spec.requests[j], gpu_.view.index};
+      TensorReader tensors{*spec.request_of(j), gpu_.view.index};
       fill_view(params->op.shape, &tensors, &params->peers.views[j]);
       if (!tensors.ok) {
         return false;
@@ -213,23 +216,23 @@ bool CudaDevice::fill_peers(const LaunchSpec& spec, const Part& part, PartParams
 /// same answer: all have the same requests before them, and the same active ranks took part in the operation before.
 bool CudaDevice::fill_low_latency(const LaunchSpec& spec, const Part& part, PartParams* params) const {
   const OpShape& shape = params->op.shape;
-  const bool followed = part.group->last_op + 1 == spec.group_op && (spec.active_ranks & ~part.group->last_active) == 0;
+  const bool followed = part.group->last_op + 1 == spec.group_op && (spec.active_ranks.low() & ~part.group->last_active) == 0;
   if (!part.group->linked || !is_low_latency(shape) || (!followed && !spec.own->captured)) {
     return false;
   }
   kernels::cuda::LowLatencyTable table{};
   table.layout = kernels::cuda::low_latency_layout(shape, params->table_top_k);
   for (uint32_t j = 0; j < spec.ranks; ++j) {
-    if (!is_active(spec.active_ranks, j)) {
+    if (!is_active(spec.active_ranks.low(), j)) {
       continue;
     }
     const GroupEntry* group = find_peer(spec, j);
     table.staging[j] = group == nullptr ? nullptr : group->low_latency(spec.page);
-    if (table.staging[j] == nullptr || spec.requests[j] == nullptr ||
-        !kernels::cuda::fits_low_latency(spec.requests[j]->shape, table.layout)) {
+    if (table.staging[j] == nullptr || spec.request_of(j) == nullptr ||
+        !kernels::cuda::fits_low_latency(spec.request_of(j)->shape, table.layout)) {
       return false;
     }
-    table.tokens[j] = std::min(spec.requests[j]->shape.tokens, shape.max_tokens);
+    table.tokens[j] = std::min(spec.request_of(j)->shape.tokens, shape.max_tokens);
   }
   params->low_latency = table;
   return true;
@@ -239,11 +242,11 @@ bool CudaDevice::fill_low_latency(const LaunchSpec& spec, const Part& part, Part
 /// operation: the other ranks count on the low latency kernels.
 bool CudaDevice::fill_lanes(const LaunchSpec& spec, PartParams* params) const {
   for (uint32_t j = 0; j < spec.ranks; ++j) {
-    if (!is_active(spec.active_ranks, j)) {
+    if (!is_active(spec.active_ranks.low(), j)) {
       continue;
     }
     const GroupEntry* group = find_peer(spec, j);
-    const Request* request = spec.requests[j];
+    const Request* request = spec.request_of(j);
     if (group == nullptr || request == nullptr || request->handle_index >= group->layout.handle_count) {
       return false;
     }
@@ -313,7 +316,7 @@ bool CudaDevice::fill_params(const LaunchSpec& spec, Part* taken, PartParams* pa
   taken->low_latency = fill_low_latency(spec, part, params);
   const bool one_kernel = taken->links || taken->low_latency || shape.kind == OpKind::kBarrier;
   params->after_doorbell = awaits_by_kernel() && part.waits_doorbell && one_kernel ? 1 : 0;
-  const bool alone = spec.active_ranks == uint64_t{1} << spec.rank;  // nothing stands between its kernels
+  const bool alone = spec.active_ranks == base::RankSet::one(spec.rank);  // nothing stands between its kernels
   params->after_flags = awaits_by_kernel() && taken->low_latency && !alone ? 1 : 0;
   if (taken->low_latency && is_combine(shape) && !fill_lanes(spec, params)) {
     return false;

@@ -170,11 +170,11 @@ bool CudaDevice::CopyChain::find() {
     return false;
   }
   for (uint32_t j = 0; j < spec_.ranks; ++j) {
-    if (!is_active(spec_.active_ranks, j)) {
+    if (!is_active(spec_.active_ranks.low(), j)) {
       continue;
     }
     const GroupEntry* peer = device_.find_peer(spec_, j);
-    const Request* request = spec_.requests[j];
+    const Request* request = spec_.request_of(j);
     if (peer == nullptr || request == nullptr || peer->exchange == nullptr || peer->shape.rank != j ||
         request->slot >= EXPERTD_RING_SLOTS_MAX) {
       return false;
@@ -208,9 +208,9 @@ bool CudaDevice::CopyChain::begin() {
   if (part_.waits_doorbell) {
     words.wait(own_word(EXPERTD_DOORBELL_OFFSET(slot)), part_.words.seq);
   }
-  words.write(own_word(EXPERTD_STEP_ACTIVE_OFFSET(slot)), spec_.active_ranks);
+  words.write(own_word(EXPERTD_STEP_ACTIVE_OFFSET(slot)), spec_.active_ranks.low());
   for (uint32_t j = 0; j < spec_.ranks; ++j) {
-    if (!is_active(spec_.active_ranks, j)) {
+    if (!is_active(spec_.active_ranks.low(), j)) {
       words.write(own_word(EXPERTD_STEP_ARRIVED_OFFSET(slot, 0, j)), part_.words.seq);
       words.write(own_word(EXPERTD_STEP_ARRIVED_OFFSET(slot, 1, j)), part_.words.seq);
     }
@@ -307,7 +307,7 @@ bool CudaDevice::launch_copies(const LaunchSpec& spec, Part* part) {
   part->copies = true;
   part->shape = spec.own->shape;
   part->group->last_op = spec.group_op;
-  part->group->last_active = spec.active_ranks;
+  part->group->last_active = spec.active_ranks.low();
   *copy_facts(part->id) = {};
   CopyChain chain(*this, spec, *part);
   if (!chain.find()) {

@@ -333,10 +333,10 @@ bool CudaDevice::reaches(const GpuFacts& other) const {
 base::Result<uint64_t> CudaDevice::relay_ranks(const engine::GroupShape& shape) const {
   uint64_t ranks = 0;
   for (uint32_t r = 0; r < shape.ranks; ++r) {
-    const base::DeviceIndex device = shape.devices[r];
-    if (shape.placement != nullptr && !shape.placement->is_local(r)) {
+    if (!shape.is_local(r)) {
       continue;
     }
+    const base::DeviceIndex device = shape.device_of(r);
     const auto other =
         std::find_if(all_.begin(), all_.end(), [&](const GpuFacts& gpu) { return gpu.view.index == device; });
     if (other == all_.end()) {
@@ -356,7 +356,7 @@ bool CudaDevice::is_linked(const engine::GroupShape& shape) const {
   }
   uint64_t members = 0;
   for (uint32_t r = 0; r < shape.ranks; ++r) {
-    members |= uint64_t{1} << shape.devices[r].value;
+    members |= uint64_t{1} << shape.device_of(r).value;
   }
   if (!shape.peer_access && shape.ranks > 1) {
     return false;

@@ -68,6 +68,8 @@ class CudaDevice : public Device, public engine::DevicePort {
   DeviceInfo info() const override;
   engine::DevicePort& port() override { return *this; }
   base::Status share_host_memory(void* data, uint64_t bytes) override;
+  base::Result<std::unique_ptr<HeldMemory>> create_fabric_memory(uint64_t bytes) override;
+  base::Status copy_and_wait(void* to, const void* from, uint64_t bytes) override;
   base::Result<Window> create_window(uint64_t bytes) override;
   base::Result<uint64_t> window_size(uint64_t bytes) const override;
   base::Result<std::unique_ptr<HeldMemory>> import_fd(base::ScopedFd fd, uint64_t offset, uint64_t bytes,
@@ -86,7 +88,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   bool launch(const engine::LaunchSpec& spec, const engine::SlotWords& words, engine::PartId* part) override;
   bool poll(engine::PartId part, engine::Outcome* outcome) override;
   void abort(engine::PartId part, uint32_t reason) override;
-  uint32_t missing(engine::PartId part, uint64_t* ranks) override;
+  uint32_t missing(engine::PartId part, base::RankSet* ranks) override;
   bool busy() const override;
   bool polls() const override { return parts_in_flight_ != 0 || launch_refused_ || capturing_; }
   bool tend(uint64_t now_ns) override;
@@ -121,7 +123,7 @@ class CudaDevice : public Device, public engine::DevicePort {
     uint64_t launch_ns = 0;
     uint64_t group_op = 0;
     uint32_t rank = 0;
-    uint64_t active_ranks = 0;
+    uint64_t active_ranks = 0;  // bits: GPUs have groups of at most kMaxGpuRanks over all nodes
     uint64_t flag_ranks = 0;  // of them, those that write words of this GPU: the ones on this node
     SessionEntry* session = nullptr;
     GroupEntry* group = nullptr;  // null for local operations
@@ -234,7 +236,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   Part part_of(const GroupEntry& group, const NodeLane& lane) const;
   bool start_replay(GroupEntry* group, NodeLane* lane, uint64_t entry, uint64_t now_ns);
   bool abort_replay(GroupEntry* group, NodeLane* lane);
-  bool release_replay(GroupEntry* group, NodeLane* lane);
+  bool release_replay(GroupEntry* group, NodeLane* lane, bool tells);
   void note_replay(NodeLane* lane, uint64_t now_ns) const;
   bool turn_replay(GroupEntry* group, NodeLane* lane, uint64_t now_ns, bool* moved);
   bool turn_arm(GroupEntry* group, NodeLane* lane, uint64_t now_ns, bool* moved);
@@ -244,7 +246,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   bool launch_nodes(const engine::LaunchSpec& spec, Part* part);
   bool open_nodes(const engine::LaunchSpec& spec, Part* part);
   void advance_nodes(Part* part);
-  void close_nodes(Part* part);
+  bool close_nodes(Part* part);
   void drop_nodes(const Part& part);
   uint32_t missing_nodes(const Part& part, uint64_t* ranks) const;
 

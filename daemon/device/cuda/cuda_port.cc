@@ -89,8 +89,8 @@ bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords&
   slot->group_op = spec.group_op;
   slot->ranks = slot->group == nullptr ? 0 : spec.ranks;
   slot->rank = spec.rank;
-  slot->active_ranks = spec.active_ranks;
-  slot->flag_ranks = spec.active_ranks;
+  slot->active_ranks = spec.active_ranks.low();
+  slot->flag_ranks = spec.active_ranks.low();
   if (session == nullptr || words.slot >= EXPERTD_RING_SLOTS_MAX ||
       (spec.group.value != 0 && (slot->group == nullptr || slot->group->shape.rank != spec.rank ||
                                  slot->group->shape.ranks != spec.ranks || spec.page >= engine::kExchangePages))) {
@@ -117,7 +117,7 @@ bool CudaDevice::launch(const engine::LaunchSpec& spec, const engine::SlotWords&
   const bool filled = fill_params(spec, slot, &params);
   if (slot->group != nullptr) {
     slot->group->last_op = spec.group_op;
-    slot->group->last_active = spec.active_ranks;
+    slot->group->last_active = spec.active_ranks.low();
   }
   if (!filled) {
     fail_launch(slot, EXPERTD_REASON_UNSUPPORTED);
@@ -264,8 +264,11 @@ bool CudaDevice::poll(engine::PartId id, engine::Outcome* outcome) {
     advance_nodes(&part);
   } else if (part.end_reason == 0 && ht_is_open(part)) {
     advance_ht(&part);
-  } else if (part.end_reason != 0) {
-    part.nodes ? close_nodes(&part) : close_ht(&part);
+  } else if (part.end_reason != 0 && !part.nodes) {
+    close_ht(&part);
+  }
+  if (part.end_reason != 0 && part.nodes && !close_nodes(&part)) {
+    return false;
   }
   if (!chain_drained(part)) {
     if (part.end_reason != 0 && !part.rescue_sent) {
@@ -357,18 +360,21 @@ void CudaDevice::abort(engine::PartId id, uint32_t reason) {
   send_rescue(&part);
 }
 
-uint32_t CudaDevice::missing(engine::PartId id, uint64_t* ranks) {
-  *ranks = 0;
+uint32_t CudaDevice::missing(engine::PartId id, base::RankSet* ranks) {
+  *ranks = {};
   const Part& part = parts_[id % kMaxPartsInFlight];
   if (part.id != id || id == 0) {
     return EXPERTD_MISSING_NONE;
   }
   if (load_word(host_facts(id)->start_ns) == 0) {
-    *ranks = uint64_t{1} << part.rank;
+    *ranks = base::RankSet::one(part.rank);
     return EXPERTD_MISSING_DOORBELL;
   }
   if (part.nodes) {
-    return missing_nodes(part, ranks);
+    uint64_t bits = 0;
+    const uint32_t missing = missing_nodes(part, &bits);
+    *ranks = base::RankSet(bits);
+    return missing;
   }
   uint64_t unrouted = 0;
   uint64_t unmoved = 0;
@@ -383,8 +389,8 @@ uint32_t CudaDevice::missing(engine::PartId id, uint64_t* ranks) {
     unrouted |= routed ? 0 : uint64_t{1} << s;
     unmoved |= moved ? 0 : uint64_t{1} << s;
   }
-  *ranks = unrouted != 0 ? unrouted : unmoved;
-  if (*ranks == 0) {
+  *ranks = base::RankSet(unrouted != 0 ? unrouted : unmoved);
+  if (ranks->empty()) {
     return EXPERTD_MISSING_NONE;
   }
   return unrouted != 0 ? EXPERTD_MISSING_COUNTS : EXPERTD_MISSING_ROWS;

@@ -89,7 +89,7 @@ CUdeviceptr CudaDevice::HtChain::facts() const {
 }
 
 CUdeviceptr CudaDevice::HtChain::tensor(uint32_t rank, uint32_t index) {
-  const TensorView& view = spec_.requests[rank]->tensors[index];
+  const TensorView& view = spec_.request_of(rank)->tensors[index];
   if (view.mapping == nullptr) {
     return 0;
   }
@@ -105,11 +105,11 @@ bool CudaDevice::HtChain::find() {
     return false;
   }
   for (uint32_t j = 0; j < spec_.ranks; ++j) {
-    if (!is_active(spec_.active_ranks, j)) {
+    if (!is_active(spec_.active_ranks.low(), j)) {
       continue;
     }
     const GroupEntry* peer = device_.find_peer(spec_, j);
-    const Request* request = spec_.requests[j];
+    const Request* request = spec_.request_of(j);
     if (peer == nullptr || request == nullptr || peer->exchange == nullptr || peer->ht == nullptr ||
         peer->shape.rank != j || request->slot >= EXPERTD_RING_SLOTS_MAX) {
       return false;
@@ -123,7 +123,7 @@ bool CudaDevice::HtChain::find() {
   for (const uint32_t input : kCombineInputs) {
     (void)(is_dispatch() ? 0 : tensor(spec_.rank, input));
   }
-  return reachable_ && is_active(spec_.active_ranks, spec_.rank);
+  return reachable_ && is_active(spec_.active_ranks.low(), spec_.rank);
 }
 
 /// The words of a stream that has nothing else under way go to the compute engine's channel, where they wait for the
@@ -193,7 +193,7 @@ void CudaDevice::HtChain::publish() {
 bool CudaDevice::HtChain::gather(HtRows* rows) const {
   *rows = {};
   for (uint32_t j = 0; j < spec_.ranks; ++j) {
-    if (!is_active(spec_.active_ranks, j)) {
+    if (!is_active(spec_.active_ranks.low(), j)) {
       continue;
     }
     const GroupEntry* peer = device_.find_peer(spec_, j);
@@ -213,7 +213,7 @@ bool CudaDevice::HtChain::gather(HtRows* rows) const {
 CudaDevice::HtChain::Capacities CudaDevice::HtChain::capacities() const {
   Capacities rows{};
   for (uint32_t j = 0; j < spec_.ranks; ++j) {
-    const Request* request = is_active(spec_.active_ranks, j) ? spec_.requests[j] : nullptr;
+    const Request* request = is_active(spec_.active_ranks.low(), j) ? spec_.request_of(j) : nullptr;
     const uint32_t tensor = is_dispatch() ? EXPERTD_OUT_X : EXPERTD_IN_X;
     if (request != nullptr && request->tensors[tensor].mapping != nullptr) {
       rows[j] = request->shape.capacity_rows;
@@ -226,7 +226,7 @@ bool CudaDevice::HtChain::proceed(const HtRows& rows) {
   HtGroup::Handle& handle = ht_.handles[spec_.own->handle_index];
   HtTable fresh;
   if (counts()) {
-    fresh = ht_table(rows, shape_, spec_.active_ranks);
+    fresh = ht_table(rows, shape_, spec_.active_ranks.low());
   }
   const HtTable& table = counts() ? fresh : handle.table;
   const Capacities room = capacities();
@@ -249,8 +249,8 @@ bool CudaDevice::HtChain::proceed(const HtRows& rows) {
 /// only when all ranks' has, and each of those tells it last to another one.
 void CudaDevice::HtChain::announce(uint32_t steps, ChainWords* words) const {
   for (uint32_t j = 0; j < spec_.ranks; ++j) {
-    if (j != spec_.rank && is_active(spec_.active_ranks, j)) {
-      const Request& request = *spec_.requests[j];
+    if (j != spec_.rank && is_active(spec_.active_ranks.low(), j)) {
+      const Request& request = *spec_.request_of(j);
       words->write(word_of(j, progress_at(request.slot, spec_.rank)), EXPERTD_HT_PROGRESS(request.seq, steps));
     }
   }
@@ -259,12 +259,12 @@ void CudaDevice::HtChain::announce(uint32_t steps, ChainWords* words) const {
 /// The own client, on the rescue stream, on which nothing ever waits, beside the first copies. Behind a copy there.
 bool CudaDevice::HtChain::tell(uint32_t verdict, ChainWords* words) {
   for (uint32_t j = 0; j < spec_.ranks; ++j) {
-    if (!is_active(spec_.active_ranks, j)) {  // nothing comes from it, which must not be waited for
+    if (!is_active(spec_.active_ranks.low(), j)) {  // nothing comes from it, which must not be waited for
       words->write(address_of(part_.words.flag_page) + progress_at(part_.words.slot, j),
                    EXPERTD_HT_PROGRESS(part_.words.seq, EXPERTD_HT_ALL));
     }
   }
-  words->write(own_word(EXPERTD_HT_STEP_ACTIVE), spec_.active_ranks);
+  words->write(own_word(EXPERTD_HT_STEP_ACTIVE), spec_.active_ranks.low());
   words->write(own_word(EXPERTD_HT_STEP_VERDICT), verdict);
   words->write(own_word(EXPERTD_HT_STEP_PLAN), part_.words.seq);
   led_ = false;  // these calls take longer than small copies on the part's stream
@@ -293,7 +293,7 @@ bool CudaDevice::HtChain::send_records(const HtTable& table, const Capacities& c
   bool sent = true;
   for (uint32_t i = 1; i < spec_.ranks && sent; ++i) {
     const uint32_t j = (spec_.rank + i) % spec_.ranks;
-    if (!is_active(spec_.active_ranks, j)) {
+    if (!is_active(spec_.active_ranks.low(), j)) {
       continue;
     }
     const uint64_t rows = ht_rows_inside(table.base(spec_.rank, j), table.rows[spec_.rank][j], capacities[j]);
@@ -312,7 +312,7 @@ bool CudaDevice::HtChain::send_piece(const HtTable& table, const Capacities& cap
   bool sent = true;
   for (uint32_t i = 1; i < spec_.ranks && sent; ++i) {
     const uint32_t j = (spec_.rank + i) % spec_.ranks;
-    if (!is_active(spec_.active_ranks, j)) {
+    if (!is_active(spec_.active_ranks.low(), j)) {
       continue;
     }
     const uint64_t row = table.base(spec_.rank, j);
@@ -339,8 +339,8 @@ bool CudaDevice::HtChain::tell_rows(const HtTable& table, const Capacities& give
   ChainWords words;
   for (uint32_t j = 0; j < spec_.ranks; ++j) {
     const uint64_t base = table.base(spec_.rank, j);
-    uint64_t rows = is_active(spec_.active_ranks, j) ? ht_rows_inside(base, table.rows[spec_.rank][j], given[j]) : 0;
-    if (rows != 0 && spec_.requests[j]->with_weights) {
+    uint64_t rows = is_active(spec_.active_ranks.low(), j) ? ht_rows_inside(base, table.rows[spec_.rank][j], given[j]) : 0;
+    if (rows != 0 && spec_.request_of(j)->with_weights) {
       rows |= kWithWeights;
     }
     words.write(own_word(EXPERTD_HT_STEP_ROWS + uint64_t{j} * sizeof(uint64_t)),
@@ -356,7 +356,7 @@ bool CudaDevice::HtChain::send_chunk(const HtTable& table, uint64_t given, uint3
   bool sent = true;
   for (uint32_t i = 1; i < spec_.ranks && sent; ++i) {
     const uint32_t s = (spec_.rank + i) % spec_.ranks;
-    if (!is_active(spec_.active_ranks, s)) {
+    if (!is_active(spec_.active_ranks.low(), s)) {
       continue;
     }
     const uint64_t row = table.base(s, spec_.rank);
@@ -368,7 +368,7 @@ bool CudaDevice::HtChain::send_chunk(const HtTable& table, uint64_t given, uint3
     sent = copy(to + ht_.layout.rows + place * ht_.layout.rows_bytes + span.begin * bytes,
                 tensor(spec_.rank, EXPERTD_IN_X) + (row + span.begin) * bytes, span.count * bytes);
     const bool weighted =
-        spec_.own->with_weights && spec_.requests[s]->tensors[EXPERTD_OUT_TOPK_WEIGHTS].mapping != nullptr;
+        spec_.own->with_weights && spec_.request_of(s)->tensors[EXPERTD_OUT_TOPK_WEIGHTS].mapping != nullptr;
     if (weighted && chunk == 0) {
       sent = sent && copy(to + ht_.layout.weights + place * ht_.layout.weights_bytes,
                           tensor(spec_.rank, EXPERTD_IN_TOPK_WEIGHTS) + row * weight_bytes, limit * weight_bytes);

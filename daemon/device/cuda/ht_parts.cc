@@ -41,7 +41,7 @@ bool CudaDevice::launch_ht(const engine::LaunchSpec& spec, Part* part) {
   part->copies = true;
   part->ht = true;
   part->group->last_op = spec.group_op;
-  part->group->last_active = spec.active_ranks;
+  part->group->last_active = spec.active_ranks.low();
   HtState* state = ht_state(part->id);
   *state = {};
   state->spec = spec;

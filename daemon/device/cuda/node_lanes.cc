@@ -95,7 +95,7 @@ base::Status CudaDevice::create_node_lane(SessionEntry* session, uint32_t index,
 bool CudaDevice::open_capture(const engine::LaunchSpec& spec, Part* part) {
   NodeLane* lane =
       spec.own->capture_lane < kMaxGroupLanes ? part->group->node_lanes[spec.own->capture_lane].get() : nullptr;
-  const bool all = spec.active_ranks == (uint64_t{2} << (spec.ranks - 1)) - 1;
+  const bool all = spec.active_ranks == base::RankSet::first(spec.ranks);
   if (lane == nullptr || !all || lane->entries.size() >= kernels::cuda::kMostCapturedEntries) {
     return false;
   }
@@ -116,9 +116,9 @@ bool CudaDevice::open_capture(const engine::LaunchSpec& spec, Part* part) {
   }
   const bool routes = entry->request.shape.kind == kernels::OpKind::kLlDispatch && entry->request.shape.cached == 0;
   for (uint32_t rank = 0; rank < spec.ranks; ++rank) {
-    if (spec.requests[rank] != nullptr) {
+    if (spec.request_of(rank) != nullptr) {
       const uint32_t ints = routes ? lane->nodes->row_ints : kernels::kCountRowErrorInts;
-      entry->notices[rank] = make_notice(*spec.requests[rank], spec.active_ranks, ints);
+      entry->notices[rank] = make_notice(*spec.request_of(rank), spec.active_ranks, ints);
       entry->notices[rank].value = static_cast<int64_t>(entry->number);
     }
   }
@@ -187,7 +187,7 @@ bool CudaDevice::start_replay(GroupEntry* group, NodeLane* lane, uint64_t entry,
   lane->closed = false;
   lane->stage = Stage::kRunning;
   if (lane->running == nullptr) {
-    return release_replay(group, lane);
+    return release_replay(group, lane, true);
   }
   const NodeLane::Entry& taken = *lane->running;
   NodeGroup& nodes = *lane->nodes;
@@ -213,7 +213,7 @@ bool CudaDevice::start_replay(GroupEntry* group, NodeLane* lane, uint64_t entry,
   nodes.op.placement = group->shape.placement;
   nodes.op.number = NodeInbox::in_order(nodes.lane, lane->number);
   nodes.op.rank = part.rank;
-  nodes.op.active = part.active_ranks;
+  nodes.op.active = base::RankSet(part.active_ranks);
   nodes.op.view = taken.spec.epoch;
   nodes.op.lane = engine::FabricLane::kLatency;
   nodes.op.message_bytes = nodes.message_bytes;
@@ -242,14 +242,13 @@ bool CudaDevice::abort_replay(GroupEntry* group, NodeLane* lane) {
       batch.write(&part.page->moved[s], EXPERTD_ABORT_WORD);
     }
   }
-  const bool sent = batch.send(driver_, rescue_stream_);
-  const bool closed = lane->closed || NodeChain(*this, part, lane->nodes.get(), lane->stream).close();
-  lane->closed = true;
-  return sent && closed;
+  batch.write(&lane->device_facts()->aborted, lane->part);
+  return batch.send(driver_, rescue_stream_);
 }
 
 /// Lets the graph of an operation that failed go on, and puts the words of the exchange as a normal end leaves them.
-bool CudaDevice::release_replay(GroupEntry* group, NodeLane* lane) {
+/// `tells`: its end has not done so.
+bool CudaDevice::release_replay(GroupEntry* group, NodeLane* lane, bool tells) {
   const Part part = part_of(*group, *lane);
   lane->stage = Stage::kReleasing;
   WordBatch batch;
@@ -259,8 +258,10 @@ bool CudaDevice::release_replay(GroupEntry* group, NodeLane* lane) {
       batch.write(&part.page->moved[s], lane->number);
     }
   }
-  batch.write(lane->word(EXPERTD_CAPTURE_RESULT_OFFSET(lane->words)), lane->broken);
-  batch.write(lane->word(EXPERTD_CAPTURE_COMPLETION_OFFSET(lane->words)), 1);
+  if (tells) {
+    batch.write(lane->word(EXPERTD_CAPTURE_RESULT_OFFSET(lane->words)), lane->broken);
+    batch.write(lane->word(EXPERTD_CAPTURE_COMPLETION_OFFSET(lane->words)), 1);
+  }
   batch.write(&lane->device_facts()->released, lane->part);
   return batch.send(driver_, rescue_stream_);
 }
@@ -299,10 +300,16 @@ bool CudaDevice::turn_replay(GroupEntry* group, NodeLane* lane, uint64_t now_ns,
     return true;
   }
   if (lane->stage == Stage::kAborting) {
+    if (!lane->closed && load_word(lane->facts()->aborted) == lane->part) {
+      *moved = true;
+      lane->closed = true;
+      return chain.close();  // not before, or the end would take the part for a good one
+    }
     if (done) {
       *moved = true;
       chain.drop();
-      return release_replay(group, lane);
+      // With that verdict its end had come before, and let the graph go on.
+      return release_replay(group, lane, lane->facts()->facts.verdict != kernels::cuda::kVerdictGo);
     }
     return true;
   }
@@ -371,8 +378,8 @@ bool CudaDevice::tend_node_lane(GroupEntry* group, NodeLane* lane, uint64_t now_
     return false;
   }
   const ScopedContext context(driver_, gpu_.view.context);
-  const uint64_t lost = group->shape.lost == nullptr ? 0 : group->shape.lost->load(std::memory_order_seq_cst);
-  if (peers_broken != 0 || lost != 0) {
+  const bool lost = group->shape.lost != nullptr && group->shape.lost->load(std::memory_order_seq_cst).any();
+  if (peers_broken != 0 || lost) {
     break_node_lane(lane, peers_broken != 0 ? peers_broken : static_cast<uint32_t>(EXPERTD_REASON_PEER_LOST));
   }
   if (rests) {

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "daemon/base/clock.h"
+#include "daemon/device/cuda/host_word.h"
 #include "daemon/device/cuda/node_chain.h"
 #include "daemon/engine/fabric_port.h"
 #include "proto/abi/expertd_reason.h"
@@ -46,9 +47,9 @@ bool CudaDevice::open_nodes(const engine::LaunchSpec& spec, Part* part) {
   nodes.notice_only = false;
   uint64_t local = 0;
   for (uint32_t rank = 0; rank < spec.ranks; ++rank) {
-    const bool here = spec.placement->is_local(rank) && (spec.active_ranks >> rank & 1) != 0;
+    const bool here = spec.placement->is_local(rank) && spec.active_ranks.contains(rank);
     local |= uint64_t{here ? 1U : 0U} << rank;
-    nodes.notice_only = nodes.notice_only || (here && spec.requests[rank]->rejected_reason != 0);
+    nodes.notice_only = nodes.notice_only || (here && spec.request_of(rank)->rejected_reason != 0);
   }
   part->flag_ranks = local;
   if (spec.own->captured) {
@@ -88,7 +89,7 @@ bool CudaDevice::open_nodes(const engine::LaunchSpec& spec, Part* part) {
   for (uint32_t rank = 0; rank < spec.ranks; ++rank) {
     if ((local >> rank & 1) != 0) {
       const uint32_t ints = routes(shape) ? nodes.row_ints : kernels::kCountRowErrorInts;
-      nodes.notices[rank] = make_notice(*spec.requests[rank], spec.active_ranks, ints);
+      nodes.notices[rank] = make_notice(*spec.request_of(rank), spec.active_ranks, ints);
     }
   }
   std::fill_n(nodes.row(spec.rank), nodes.row_ints, 0);
@@ -110,6 +111,28 @@ base::Status CudaDevice::share_host_memory(void* data, uint64_t bytes) {
     return base::Status(EXPERTD_REASON_UNSUPPORTED,
                         "GPU " + gpu_.uuid + " sees registered memory of the host at another address");
   }
+  return base::Status::ok();
+}
+
+base::Result<std::unique_ptr<HeldMemory>> CudaDevice::create_fabric_memory(uint64_t bytes) {
+  const std::lock_guard<std::mutex> lock(control_mutex_);
+  const ScopedContext context(driver_, gpu_.view.context);
+  Reach everybody = reach(true);
+  everybody.adapters = true;
+  auto memory = VmmMemory::create(everybody, bytes, &pool_);
+  if (!memory.is_ok()) {
+    return memory.status();
+  }
+  EXPERTD_RETURN_IF_ERROR(zero(*memory.value()));
+  return std::unique_ptr<HeldMemory>(std::move(memory).value());
+}
+
+base::Status CudaDevice::copy_and_wait(void* to, const void* from, uint64_t bytes) {
+  const std::lock_guard<std::mutex> lock(control_mutex_);
+  const ScopedContext context(driver_, gpu_.view.context);
+  EXPERTD_DRIVER_CALL(driver_, cuMemcpyAsync(reinterpret_cast<CUdeviceptr>(to), reinterpret_cast<CUdeviceptr>(from),
+                                             bytes, control_stream_));
+  EXPERTD_DRIVER_CALL(driver_, cuStreamSynchronize(control_stream_));
   return base::Status::ok();
 }
 
@@ -147,7 +170,6 @@ bool CudaDevice::launch_nodes(const engine::LaunchSpec& spec, Part* part) {
   ht_spin_until_ns_ = part->launch_ns + kSpinNs;
   const ScopedContext context(driver_, gpu_.view.context);
   if (!NodeChain(*this, *part, part->group->nodes.get(), part->session->stream).begin()) {
-    close_nodes(part);
     part->chain_broken = true;
     fail_launch(part, EXPERTD_REASON_CUDA);
   }
@@ -164,7 +186,6 @@ void CudaDevice::advance_nodes(Part* part) {
     ht_spin_until_ns_ = base::now_ns() + kSpinNs;
   }
   if (!enqueued) {
-    close_nodes(part);
     part->chain_broken = true;
     fail_launch(part, EXPERTD_REASON_CUDA);
     return;
@@ -178,18 +199,25 @@ void CudaDevice::advance_nodes(Part* part) {
   }
   if (part->group->nodes->report.reason != 0) {
     part->end_reason = part->group->nodes->report.reason;
-    part->chain_broken = !chain.close();
     send_rescue(part);
+    return;
   }
   part->session->open_part = 0;
   --ht_open_;
   part->nodes_open = false;
 }
 
-/// A part that ends before its chain is whole gets its end.
-void CudaDevice::close_nodes(Part* part) {
+/// A part that ends before its chain is whole gets its end, once its kernels know of the abort: before that the end
+/// would take it for a good one. True when it has it.
+bool CudaDevice::close_nodes(Part* part) {
   if (!part->nodes_open) {
-    return;
+    return true;
+  }
+  if (!part->rescue_sent) {
+    send_rescue(part);
+  }
+  if (load_word(host_facts(part->id)->rescued) != part->id) {
+    return false;
   }
   const ScopedContext context(driver_, gpu_.view.context);
   part->nodes_open = false;
@@ -197,6 +225,7 @@ void CudaDevice::close_nodes(Part* part) {
   --ht_open_;
   part->chain_broken =
       !NodeChain(*this, *part, part->group->nodes.get(), part->session->stream).close() || part->chain_broken;
+  return true;
 }
 
 /// Behind the last kernel of the part.

@@ -177,9 +177,9 @@ void HostDevice::abort(engine::PartId part_id, uint32_t reason) {
   }
 }
 
-uint32_t HostDevice::missing(engine::PartId part_id, uint64_t* ranks) {
+uint32_t HostDevice::missing(engine::PartId part_id, base::RankSet* ranks) {
   HostPart* part = find(part_id);
-  *ranks = 0;
+  *ranks = {};
   return part == nullptr ? uint32_t{EXPERTD_MISSING_NONE} : part->missing(ranks);
 }
 

@@ -46,7 +46,7 @@ class HostDevice : public Device, public engine::DevicePort {
   bool works(engine::PartId part) const override;
   bool settle(engine::PartId /*part*/) override { return true; }
   void abort(engine::PartId part, uint32_t reason) override;
-  uint32_t missing(engine::PartId part, uint64_t* ranks) override;
+  uint32_t missing(engine::PartId part, base::RankSet* ranks) override;
   bool busy() const override { return runnable_ != 0; }
   void release_words(const engine::SlotWords& words, uint32_t reason) override;
 

@@ -68,7 +68,7 @@ std::unique_ptr<HostGroupTables> HostGroupTables::create(const engine::GroupShap
 
 base::Status HostGroupTables::add_rank(uint32_t rank, uint32_t handle_limit) {
   const uint64_t handles = handles_that_fit(handle_bytes(), handle_limit);
-  RankTables tables{allocate(handles * handle_ints()), {}, std::make_unique<NodeExchange>(ranks_, experts_)};
+  RankTables tables{allocate(handles * handle_ints()), {}, std::make_unique<NodeExchange>(ranks_, experts_), {}};
   if (!tables.exchange->ok()) {
     return base::Status(EXPERTD_REASON_POOL_EXHAUSTED, "no memory for what the rank keeps of other nodes' messages");
   }
@@ -80,6 +80,7 @@ base::Status HostGroupTables::add_rank(uint32_t rank, uint32_t handle_limit) {
     touch(tables.handles.get(), std::min<uint64_t>(kHandlesTouchedAtJoin, handles) * handle_ints());
   }
   tables.uses.resize(handles);
+  tables.peers.resize(size_t{ranks_} * engine::kExchangePages);
   per_rank_[rank] = std::move(tables);
   return base::Status::ok();
 }
@@ -93,10 +94,10 @@ bool HostGroupTables::empty() const {
   return std::all_of(per_rank_.begin(), per_rank_.end(), [](const RankTables& tables) { return tables.uses.empty(); });
 }
 
-void HostGroupTables::clear_inactive_rows(uint32_t page, uint64_t active_ranks) {
+void HostGroupTables::clear_inactive_rows(uint32_t page, const base::RankSet& active_ranks) {
   const uint64_t row_ints = kernels::count_row_ints(ranks_, experts_);
   for (uint32_t rank = 0; rank < ranks_; ++rank) {
-    if ((active_ranks >> rank & 1) == 0) {
+    if (!active_ranks.contains(rank)) {
       std::fill_n(counts(page) + rank * row_ints, row_ints, 0);
     }
   }

@@ -51,13 +51,19 @@ class HostGroupTables {
 
   int32_t* counts(uint32_t page) { return counts_.get() + page * matrix_ints_; }
   /// Zeroes the rows of ranks that do not take part, which nobody else writes.
-  void clear_inactive_rows(uint32_t page, uint64_t active_ranks);
+  void clear_inactive_rows(uint32_t page, const base::RankSet& active_ranks);
   /// The tables of a handle; null beyond the capacity.
   kernels::Routing routing(uint32_t rank, uint32_t handle_index);
   /// What the handle is good for; null beyond the capacity. Lives until the rank leaves.
   HandleUse* use(uint32_t rank, uint32_t handle_index);
   /// What the ranks of a group over several nodes tell each other of an operation, one per rank.
   std::span<NodeNotice> notices(uint32_t page) { return {notices_.data() + size_t{page} * ranks_, ranks_}; }
+  /// What a rank's part in the page knows of all ranks; null when the rank is not here. No two parts of a rank have one
+  /// page at a time.
+  kernels::PeerView* peers(uint32_t rank, uint32_t page) {
+    std::vector<kernels::PeerView>& peers = per_rank_[rank].peers;
+    return peers.empty() ? nullptr : peers.data() + size_t{page} * ranks_;
+  }
   /// Null when the rank is not here. Lives until it leaves.
   NodeExchange* exchange(uint32_t rank) { return per_rank_[rank].exchange.get(); }
   uint32_t experts() const { return experts_; }
@@ -74,6 +80,7 @@ class HostGroupTables {
     Ints handles;
     std::vector<HandleUse> uses;  // one per handle; empty: the rank is not here
     std::unique_ptr<NodeExchange> exchange;
+    std::vector<kernels::PeerView> peers;  // by page and rank
   };
   explicit HostGroupTables(const engine::GroupShape& shape);
   static Ints allocate(uint64_t ints);

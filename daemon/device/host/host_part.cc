@@ -31,7 +31,7 @@ void HostPart::begin(const engine::LaunchSpec& spec, base::DeviceIndex device, H
   behind_ = behind;
   progress_ = 0;
   start_ns_ = 0;
-  arrived_ = 0;
+  arrived_ = {};
   kept_ = nullptr;
   exchange_ = nullptr;
   refused_ = false;
@@ -49,7 +49,8 @@ bool HostPart::prepare(const engine::LaunchSpec& spec, base::DeviceIndex device,
   params_.shape.rank = spec.rank;
   flags_ = spec.flags;
   devices_ = spec.devices;
-  local_ = spec.active_ranks;
+  placement_ = spec.placement;
+  peers_ = nullptr;
   const kernels::OpShape& shape = params_.shape;
   routes_ = is_dispatch(shape.kind) && shape.cached == 0;
   if (spec.group.value == 0) {
@@ -60,6 +61,15 @@ bool HostPart::prepare(const engine::LaunchSpec& spec, base::DeviceIndex device,
     return false;
   }
   params_.counts = tables->counts(spec.page);
+  peers_ = tables->peers(spec.rank, spec.page);
+  if (peers_ == nullptr) {
+    return false;
+  }
+  place_ = spec.place_of(spec.rank);
+  local_ = 0;
+  for (const uint32_t rank : spec.active_ranks) {
+    local_ |= spec.is_local(rank) ? uint64_t{1} << spec.place_of(rank) : 0;
+  }
   if (spec.placement != nullptr && !prepare_exchange(spec, tables)) {
     return false;
   }
@@ -71,7 +81,7 @@ bool HostPart::prepare(const engine::LaunchSpec& spec, base::DeviceIndex device,
     params_.routing = tables->routing(spec.rank, spec.own->handle_index);
     use_ = {spec.own->handle_generation, shape.tokens, shape.top_k, shape.expanded};
   }
-  if (routes_ && (local_ & ((1ULL << spec.rank) - 1)) == 0) {
+  if (routes_ && (local_ & ((uint64_t{1} << place_) - 1)) == 0) {
     tables->clear_inactive_rows(spec.page, spec.active_ranks);  // by the lowest rank, before its flag
   }
   for (uint32_t rank = 0; rank < spec.ranks; ++rank) {
@@ -95,9 +105,6 @@ bool HostPart::prepare_exchange(const engine::LaunchSpec& spec, HostGroupTables*
   }
   params_.shape.ranks = spec.ranks;
   params_.shape.experts = tables->experts();
-  for (uint32_t rank = 0; rank < spec.ranks; ++rank) {
-    local_ &= spec.placement->is_local(rank) ? ~0ULL : ~(1ULL << rank);
-  }
   node_.fabric = spec.fabric;
   node_.placement = spec.placement;
   node_.own = spec.own;
@@ -106,7 +113,7 @@ bool HostPart::prepare_exchange(const engine::LaunchSpec& spec, HostGroupTables*
   node_.active = spec.active_ranks;
   node_.view = spec.epoch;
   node_.params = &params_;
-  node_.peers = peers_.data();
+  node_.peers = peers_;
   node_.notices = tables->notices(spec.page);
   node_.flags = flags_;
   node_.routes = routes_;
@@ -201,16 +208,26 @@ bool HostPart::advance(engine::WakePort* wake) {
   return true;
 }
 
-void HostPart::set_flag(std::atomic<uint64_t>& flag, uint64_t bits, uint64_t wanted, engine::WakePort* wake) const {
-  // Release publishes these ranks' rows and counts; the acquires that see all bits are in await_routed and await_moved.
-  const uint64_t before = flag.fetch_or(bits, std::memory_order_seq_cst);
-  if ((before | bits) != wanted) {
-    return;
+// Release publishes these ranks' counts; the acquire that sees them is in await_routed. Of two that add the last ranks
+// at once, each in another word, one sees both.
+void HostPart::set_routed(const base::RankSet& ranks, engine::WakePort* wake) const {
+  flags_->routed.add(ranks, std::memory_order_seq_cst);
+  if (flags_->routed.load(std::memory_order_seq_cst) == active()) {
+    wake_others(wake);
   }
-  for (uint32_t rank = 0; rank < base::kMaxLocalRanks; ++rank) {
-    if (rank != params_.shape.rank && (local_ >> rank & 1) != 0) {
-      wake->wake(devices_[rank]);
-    }
+}
+
+// Likewise the rank's rows, with await_moved.
+void HostPart::set_moved(engine::WakePort* wake) const {
+  const uint64_t bit = uint64_t{1} << place_;
+  if ((flags_->moved.fetch_or(bit, std::memory_order_seq_cst) | bit) == local_) {
+    wake_others(wake);
+  }
+}
+
+void HostPart::wake_others(engine::WakePort* wake) const {
+  for (uint64_t left = local_ & ~(uint64_t{1} << place_); left != 0; left &= left - 1) {
+    wake->wake(devices_[static_cast<uint32_t>(std::countr_zero(left))]);
   }
 }
 
@@ -254,7 +271,7 @@ void HostPart::routed(engine::WakePort* wake) {
   }
   // Published with the own bit.
   flags_->routed_ns[params_.shape.rank].store(base::now_ns(), std::memory_order_relaxed);
-  set_flag(flags_->routed, own_bit(), active(), wake);
+  set_routed(base::RankSet::one(params_.shape.rank), wake);
   enter(Step::kAwaitRouted);
 }
 
@@ -264,9 +281,9 @@ void HostPart::turn_exchange(engine::WakePort* wake) {
     return;
   }
   stirred_ = exchange_->turn();
-  const uint64_t counted = exchange_->take_counted();
-  if (counted != 0) {
-    set_flag(flags_->routed, counted, active(), wake);
+  const base::RankSet counted = exchange_->take_counted();
+  if (counted.any()) {
+    set_routed(counted, wake);
   }
 }
 
@@ -303,18 +320,15 @@ void HostPart::route(engine::WakePort* wake) {
   }
 }
 
-void HostPart::add_waits(uint64_t routed) {
+void HostPart::add_waits(const base::RankSet& routed) {
   int64_t* stats = params_.out.wait_stats;
-  const uint64_t fresh = routed & ~arrived_;
-  if (stats == nullptr || fresh == 0) {
+  if (stats == nullptr || routed == arrived_) {
     return;
   }
   const uint64_t waited = base::now_ns() - start_ns_;
-  for (uint32_t rank = 0; rank < params_.shape.ranks; ++rank) {
-    if ((fresh >> rank & 1) != 0) {
-      // Client memory: whatever it holds, the addition must be defined.
-      stats[rank] = static_cast<int64_t>(static_cast<uint64_t>(stats[rank]) + waited);
-    }
+  for (const uint32_t rank : routed - arrived_) {
+    // Client memory: whatever it holds, the addition must be defined.
+    stats[rank] = static_cast<int64_t>(static_cast<uint64_t>(stats[rank]) + waited);
   }
   arrived_ = routed;
 }
@@ -326,8 +340,7 @@ void HostPart::note_last() {
   const uint64_t own_ns = flags_->routed_ns[own].load(std::memory_order_relaxed);  // ordered by the look at `routed`
   uint32_t last = own;
   uint64_t last_ns = own_ns;
-  for (uint64_t ranks = active(); ranks != 0; ranks &= ranks - 1) {
-    const auto rank = static_cast<uint32_t>(std::countr_zero(ranks));
+  for (const uint32_t rank : active()) {
     const uint64_t routed_ns = flags_->routed_ns[rank].load(std::memory_order_relaxed);
     if (routed_ns > last_ns) {
       last = rank;
@@ -341,7 +354,7 @@ void HostPart::note_last() {
 // True for a barrier that ended.
 bool HostPart::await_routed(engine::WakePort* wake) {
   turn_exchange(wake);
-  const uint64_t routed = flags_->routed.load(std::memory_order_acquire);  // pairs with set_flag
+  const base::RankSet routed = flags_->routed.load(std::memory_order_acquire);  // pairs with set_routed
   add_waits(routed);
   if (routed != active() || (exchanges() && !exchange_->announced())) {
     return false;
@@ -358,7 +371,7 @@ bool HostPart::await_routed(engine::WakePort* wake) {
   }
   enter(Step::kMove);
   if ((!routes_ && kernels::host::check_announced(params_, &report_) != 0) ||
-      kernels::host::check_matrix(params_, peers_.data(), &report_) != 0) {
+      kernels::host::check_matrix(params_, peers_, &report_) != 0) {
     progress_ = params_.shape.tokens;  // nobody moves anything: all ranks see the same
   } else if (exchanges()) {
     exchange_->begin_moving();
@@ -373,25 +386,25 @@ void HostPart::move(engine::WakePort* wake) {
       stirred_ |= exchange_->move(&progress_, move_tokens_, &report_);
     }
     if (exchange_->moved(progress_)) {
-      set_flag(flags_->moved, own_bit(), local_, wake);
+      set_moved(wake);
       enter(Step::kAwaitMoved);
     }
     return;
   }
   const uint32_t end = slice_end(move_tokens_);
   if (progress_ < end) {
-    kernels::host::move_range(params_, peers_.data(), static_cast<uint32_t>(progress_), end, &report_);
+    kernels::host::move_range(params_, peers_, static_cast<uint32_t>(progress_), end, &report_);
     progress_ = end;
   }
   if (progress_ >= params_.shape.tokens) {
-    set_flag(flags_->moved, own_bit(), local_, wake);
+    set_moved(wake);
     enter(Step::kAwaitMoved);
   }
 }
 
 void HostPart::await_moved(engine::WakePort* wake) {
   turn_exchange(wake);
-  if (flags_->moved.load(std::memory_order_acquire) != local_ ||  // pairs with set_flag
+  if (flags_->moved.load(std::memory_order_acquire) != local_ ||  // pairs with set_moved
       (exchanges() && !exchange_->complete())) {
     return;
   }
@@ -412,18 +425,24 @@ void HostPart::await_moved(engine::WakePort* wake) {
   progress_ = kernels::host::rows_to_clear(params_, report_).begin;
 }
 
-uint32_t HostPart::missing(uint64_t* ranks) const {
-  *ranks = 0;
+uint32_t HostPart::missing(base::RankSet* ranks) const {
+  *ranks = {};
   if (flags_ == nullptr) {
     return EXPERTD_MISSING_NONE;
   }
-  const uint64_t routed = flags_->routed.load(std::memory_order_acquire);
+  const base::RankSet routed = flags_->routed.load(std::memory_order_acquire);
   if (routed != active()) {
-    *ranks = active() & ~routed;
+    *ranks = active() - routed;
     return EXPERTD_MISSING_COUNTS;
   }
-  *ranks = local_ & ~flags_->moved.load(std::memory_order_acquire);
-  *ranks |= exchanges() && exchange_->is_open() ? exchange_->missing() : 0;
+  const uint64_t unmoved = local_ & ~flags_->moved.load(std::memory_order_acquire);
+  for (uint64_t left = unmoved; left != 0; left &= left - 1) {
+    const auto place = static_cast<uint32_t>(std::countr_zero(left));
+    ranks->add(placement_ == nullptr ? place : placement_->ranks_of[placement_->own_node][place]);
+  }
+  if (exchanges() && exchange_->is_open()) {
+    *ranks |= exchange_->missing();
+  }
   return EXPERTD_MISSING_ROWS;
 }
 

@@ -54,8 +54,8 @@ class HostPart {
   /// Whether it may advance without an event from outside.
   bool runs() const;
   /// What it waits for: expertd_missing and the ranks.
-  uint32_t missing(uint64_t* ranks) const;
-  uint64_t active() const { return params_.shape.active_ranks; }
+  uint32_t missing(base::RankSet* ranks) const;
+  const base::RankSet& active() const { return params_.shape.active_ranks; }
   uint64_t start_ns() const { return start_ns_; }
   const kernels::OpReport& report() const { return report_; }
   uint32_t peer_reason() const { return peer_reason_; }
@@ -79,11 +79,13 @@ class HostPart {
   bool finish();
   bool clear();
   void enter(Step step);
-  void add_waits(uint64_t routed);
+  void add_waits(const base::RankSet& routed);
   void note_last();
-  /// Sets bits of the flag, and wakes the other ranks of the node when all of `wanted` are there.
-  void set_flag(std::atomic<uint64_t>& flag, uint64_t bits, uint64_t wanted, engine::WakePort* wake) const;
-  uint64_t own_bit() const { return 1ULL << params_.shape.rank; }
+  /// Sets the flags of ranks, and wakes the other ranks of the node when those of all active ones are there.
+  void set_routed(const base::RankSet& ranks, engine::WakePort* wake) const;
+  /// The same of the own rank, and of those of the node.
+  void set_moved(engine::WakePort* wake) const;
+  void wake_others(engine::WakePort* wake) const;
   uint32_t slice_end(uint32_t tokens) const;
 
   engine::PartId id_ = 0;
@@ -97,11 +99,13 @@ class HostPart {
   uint32_t move_tokens_ = 1;
   engine::ExchangeFlags* flags_ = nullptr;
   uint64_t start_ns_ = 0;
-  uint64_t arrived_ = 0;       // ranks whose waiting time is known (wait_stats)
+  base::RankSet arrived_;      // ranks whose waiting time is known (wait_stats)
   HandleUse* kept_ = nullptr;  // of the handle that the part leaves or uses
   HandleUse use_;              // what it must be, or becomes
-  std::array<base::DeviceIndex, base::kMaxLocalRanks> devices_{};
-  uint64_t local_ = 0;                // active ranks of this node
+  const engine::Placement* placement_ = nullptr;
+  std::array<base::DeviceIndex, base::kMaxLocalRanks> devices_{};  // by place
+  uint32_t place_ = 0;                // of the own rank
+  uint64_t local_ = 0;                // places of active ranks of this node
   NodeExchange* exchange_ = nullptr;  // of a group over several nodes; open from the start of the part to its end
   NodePart node_;
   bool refused_ = false;      // at admission, which all nodes are told
@@ -110,7 +114,7 @@ class HostPart {
   engine::Exchanged exchanged_;
   kernels::OpParams params_;
   kernels::OpReport report_;
-  std::array<kernels::PeerView, base::kMaxLocalRanks> peers_{};
+  kernels::PeerView* peers_ = nullptr;  // of all ranks of the group, in its tables
 };
 
 }  // namespace expertd::device

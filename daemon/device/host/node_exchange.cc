@@ -20,7 +20,7 @@ constexpr uint64_t kLeastCost = 1024;  // of an arrival
 NodeExchange::NodeExchange(uint32_t ranks, uint32_t experts)
     : inbox_(ranks, counts_message_bytes(ranks, experts)),
       outbox_(ranks),
-      pulls_(ranks),
+      pulls_(std::min(ranks, base::kMaxNodes)),
       server_(ranks),
       spread_(ranks),
       expected_(ranks),
@@ -67,10 +67,10 @@ bool NodeExchange::open(const NodePart& part) {
   announcing_ = false;
   moving_ = false;
   flushed_ = false;
-  counted_ = 0;
+  counted_ = {};
   landed_bytes_ = 0;
   bad_rank_ = -1;
-  spoiled_ = 0;
+  spoiled_ = {};
   std::fill(spread_.begin(), spread_.end(), 0);
   return messages_suffice();
 }
@@ -188,7 +188,7 @@ void NodeExchange::handle(const engine::Arrival& arrival) {
 // The rank's word is not taken any more, and what it owes is not waited for.
 void NodeExchange::spoil(uint32_t source) {
   bad_rank_ = bad_rank_ < 0 ? static_cast<int32_t>(source) : bad_rank_;
-  spoiled_ |= uint64_t{1} << source;
+  spoiled_.add(source);
   server_.give_up(source);
   pulls_.give_up(op_.placement->node_of[source]);
 }
@@ -197,7 +197,7 @@ bool NodeExchange::take_counts(const engine::Arrival& arrival) {
   const kernels::OpShape& shape = params_->shape;
   const uint32_t source = arrival.header.source_rank;
   // Whichever rank of this node the source has chosen: with another mask it may have chosen another.
-  if (((counted_ | flags_->routed.load(std::memory_order_acquire)) >> source & 1) != 0) {
+  if (counted_.contains(source) || flags_->routed.contains(source, std::memory_order_acquire)) {
     return false;
   }
   const uint32_t row_ints = kernels::count_row_ints(shape.ranks, shape.experts);
@@ -211,7 +211,7 @@ bool NodeExchange::take_counts(const engine::Arrival& arrival) {
     notice.reason = EXPERTD_REASON_INTERNAL;
   }
   flags_->routed_ns[source].store(arrival.arrived_ns, std::memory_order_relaxed);  // published with its bit
-  counted_ |= uint64_t{1} << source;
+  counted_.add(source);
   return good;
 }
 
@@ -236,9 +236,9 @@ bool NodeExchange::read_counts(const engine::Arrival& arrival, int32_t* row, Nod
   return std::all_of(row, row + counts, [most](int32_t rows) { return rows >= 0 && rows <= most; });
 }
 
-uint64_t NodeExchange::take_counted() {
-  const uint64_t fresh = counted_;
-  counted_ = 0;
+base::RankSet NodeExchange::take_counted() {
+  const base::RankSet fresh = counted_;
+  counted_ = {};
   return fresh;
 }
 
@@ -328,8 +328,8 @@ bool NodeExchange::complete() {
   return true;
 }
 
-uint64_t NodeExchange::missing() const {
-  uint64_t ranks = 0;
+base::RankSet NodeExchange::missing() const {
+  base::RankSet ranks;
   if (!is_open() || !moving_) {
     return ranks;
   }
@@ -338,9 +338,11 @@ uint64_t NodeExchange::missing() const {
     const bool rows = dispatches() && spread_[rank] < expected_[rank];
     const bool sums = (nodes >> op_.placement->node_of[rank] & 1) != 0 &&
                       op_.server_at(op_.placement->node_of[rank], op_.rank) == rank;
-    ranks |= uint64_t{(rows || sums) && !spoiled(rank) ? 1U : 0U} << rank;
+    if ((rows || sums) && !spoiled(rank)) {
+      ranks.add(rank);
+    }
   }
-  return ranks | (combines() ? server_.missing() : 0);
+  return combines() ? ranks | server_.missing() : ranks;
 }
 
 }  // namespace expertd::device

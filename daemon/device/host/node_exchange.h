@@ -28,7 +28,7 @@ struct NodePart {
   const engine::Request* own = nullptr;
   uint64_t number = 0;
   uint32_t rank = 0;
-  uint64_t active = 0;
+  base::RankSet active;
   uint32_t view = 0;
   kernels::OpParams* params = nullptr;  // of the own rank; counts is the matrix of the operation's page
   kernels::PeerView* peers = nullptr;   // of all ranks; what is known of those elsewhere is entered by decide()
@@ -55,7 +55,7 @@ class NodeExchange {
   /// One turn of everything that needs no turn of the own tokens. False: nothing moved.
   bool turn();
   /// Takes the ranks whose counts arrived since the last call: they are for the flag of all ranks of the node.
-  uint64_t take_counted();
+  base::RankSet take_counted();
   bool announced() const { return counts_for_ == 0; }
 
   /// All counts are there: whether the operation runs, as far as the notices say. False: the Reason is in the report.
@@ -69,7 +69,7 @@ class NodeExchange {
   /// Nothing is to come for this rank.
   bool complete();
   /// Ranks of other nodes that this one waits for once all counts are there.
-  uint64_t missing() const;
+  base::RankSet missing() const;
   /// Rows of the own tokens for ranks of other nodes, or pulled from there.
   uint64_t fabric_bytes() const { return landed_bytes_ + pulls_.pulled_bytes(); }
   /// The rank that sent something bad; -1: none.
@@ -85,7 +85,7 @@ class NodeExchange {
   bool take_rows(const engine::Arrival& arrival);
   void expect_rows();
   void spoil(uint32_t source);
-  bool spoiled(uint32_t source) const { return (spoiled_ >> source & 1) != 0; }
+  bool spoiled(uint32_t source) const { return spoiled_.contains(source); }
   bool dispatches() const;
   bool combines() const;
 
@@ -102,10 +102,10 @@ class NodeExchange {
   bool announcing_ = false;
   bool moving_ = false;
   bool flushed_ = false;
-  uint64_t counted_ = 0;  // ranks whose counts arrived and were not taken yet
+  base::RankSet counted_;  // ranks whose counts arrived and were not taken yet
   uint64_t landed_bytes_ = 0;
   int32_t bad_rank_ = -1;
-  uint64_t spoiled_ = 0;              // ranks
+  base::RankSet spoiled_;
   std::vector<uint64_t> spread_;      // rows that arrived, per rank
   std::vector<uint64_t> expected_;    // and that are to come
   std::vector<uint32_t> capacities_;  // per rank, of its notice

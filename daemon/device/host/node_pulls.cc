@@ -13,10 +13,10 @@ namespace {
 constexpr uint32_t kMostWindowTokens = 256;
 }  // namespace
 
-NodePulls::NodePulls(uint32_t ranks)
-    : memory_(uint64_t{ranks} * kWindows, kSumsBytes), messages_(ranks), partials_(ranks) {
+NodePulls::NodePulls(uint32_t nodes)
+    : memory_(uint64_t{nodes} * kWindows, kSumsBytes), messages_(nodes), partials_(nodes) {
   for (Window& window : windows_) {
-    window.asked.resize(ranks);
+    window.asked.resize(nodes);
   }
 }
 

@@ -27,7 +27,7 @@ inline constexpr uint32_t kThroughputWindows = 2;
 
 class NodePulls {
  public:
-  explicit NodePulls(uint32_t ranks);
+  explicit NodePulls(uint32_t nodes);
   void open(const NodeOp* op, NodeOutbox* outbox);
   bool ok() const { return memory_.ok(); }
   void close() { op_ = nullptr; }

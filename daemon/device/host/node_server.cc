@@ -115,12 +115,28 @@ void NodeServer::give_up(uint32_t source) {
   sources_[source].given_up = true;
 }
 
-uint64_t NodeServer::missing() const {
-  uint64_t ranks = 0;
+// Whether there is more to come from the rank, or to be sent to it.
+bool NodeServer::awaits(uint32_t rank) const {
+  const Source& source = sources_[rank];
+  const bool done = source.given_up || (source.messages != 0 && source.served >= source.messages);
+  return !done && op_->serves(rank);
+}
+
+bool NodeServer::finished() const {
   for (uint32_t rank = 0; op_ != nullptr && rank < op_->placement->ranks(); ++rank) {
-    const Source& source = sources_[rank];
-    const bool done = source.given_up || (source.messages != 0 && source.served >= source.messages);
-    ranks |= uint64_t{!done && op_->serves(rank) ? 1U : 0U} << rank;
+    if (awaits(rank)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+base::RankSet NodeServer::missing() const {
+  base::RankSet ranks;
+  for (uint32_t rank = 0; op_ != nullptr && rank < op_->placement->ranks(); ++rank) {
+    if (awaits(rank)) {
+      ranks.add(rank);
+    }
   }
   return ranks;
 }

@@ -28,11 +28,12 @@ class NodeServer {
   /// Nothing more of the rank is served.
   void give_up(uint32_t source);
   /// Everything that ranks of other nodes pull from this one has been sent.
-  bool finished() const { return missing() == 0; }
+  bool finished() const;
   /// Ranks that have not pulled all.
-  uint64_t missing() const;
+  base::RankSet missing() const;
 
  private:
+  bool awaits(uint32_t rank) const;
   static constexpr uint32_t kPullsPerRank = kWindows;
   struct Source {
     uint32_t waiting = 0;  // messages

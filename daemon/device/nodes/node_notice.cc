@@ -8,7 +8,7 @@ namespace expertd::device {
 namespace {
 
 bool is_active(const kernels::OpShape& shape, uint32_t rank) {
-  return (shape.active_ranks >> rank & 1) != 0;
+  return shape.active_ranks.contains(rank);
 }
 
 bool same_ranks(std::span<const NodeNotice> notices, const kernels::OpShape& shape, kernels::OpReport* report) {
@@ -74,7 +74,7 @@ bool same_values(std::span<const NodeNotice> notices, const kernels::OpShape& sh
 
 }  // namespace
 
-NodeNotice make_notice(const engine::Request& request, uint64_t active, uint32_t row_ints) {
+NodeNotice make_notice(const engine::Request& request, const base::RankSet& active, uint32_t row_ints) {
   NodeNotice notice;
   notice.active = active;
   notice.agreed = engine::agreed_values(request);

@@ -15,7 +15,7 @@ namespace expertd::device {
 /// As it stands at the start of a counts message; behind it follow row_ints int32 of the rank's row of the count
 /// matrix: all of them, or the error at its end alone where the operation routes nothing.
 struct NodeNotice {
-  uint64_t active = 0;  // ranks that take part, as the rank's node has it
+  base::RankSet active;  // ranks that take part, as the rank's node has it
   engine::AgreedValues agreed{};
   int64_t value = 0;  // of a refusal
   int64_t minimum = 0;
@@ -25,10 +25,10 @@ struct NodeNotice {
   uint32_t capacity_rows = 0;
   uint32_t row_ints = 0;
 };
-static_assert(std::is_trivially_copyable_v<NodeNotice> && sizeof(NodeNotice) == 152);
+static_assert(std::is_trivially_copyable_v<NodeNotice> && sizeof(NodeNotice) == 208);
 
 /// The notice of a rank's request.
-NodeNotice make_notice(const engine::Request& request, uint64_t active, uint32_t row_ints);
+NodeNotice make_notice(const engine::Request& request, const base::RankSet& active, uint32_t row_ints);
 
 /// Bytes of a counts message: what every message of a group must be able to hold.
 uint64_t counts_message_bytes(uint32_t ranks, uint32_t experts);

@@ -7,9 +7,20 @@
 
 #include "daemon/engine/ports.h"
 #include "daemon/kernels/host/node_ops.h"
+#include "daemon/kernels/node_message.h"
 #include "daemon/kernels/op_params.h"
 
 namespace expertd::device {
+
+static_assert(sizeof(kernels::MessageHead) == engine::kMessageHeadBytes);
+
+/// Where the entries of a message go, or lie: behind its head, or in memory of a GPU.
+inline std::byte* message_entries(const engine::SendBuffer& buffer) {
+  return buffer.entries != nullptr ? buffer.entries : buffer.data + engine::kMessageHeadBytes;
+}
+inline const std::byte* message_entries(const engine::Arrival& arrival) {
+  return arrival.entries != nullptr ? arrival.entries : arrival.data + engine::kMessageHeadBytes;
+}
 
 struct NodeOp {
   engine::FabricPort* fabric = nullptr;
@@ -17,14 +28,14 @@ struct NodeOp {
   kernels::host::NodeView nodes;
   uint64_t number = 0;
   uint32_t rank = 0;
-  uint64_t active = 0;
+  base::RankSet active;
   uint32_t view = 0;  // epoch of the membership that `active` is of
   engine::FabricLane lane = engine::FabricLane::kThroughput;
   uint64_t message_bytes = 0;
   const kernels::OpParams* params = nullptr;  // of the own rank
   const kernels::PeerView* peers = nullptr;   // of all ranks; those elsewhere have no memory here
 
-  bool takes_part(uint32_t other) const { return other < placement->ranks() && (active >> other & 1) != 0; }
+  bool takes_part(uint32_t other) const { return other < placement->ranks() && active.contains(other); }
   bool is_elsewhere(uint32_t other) const { return takes_part(other) && !placement->is_local(other); }
   uint32_t node_ranks(uint32_t node) const { return placement->ranks_on(node); }
   /// How many ranks of a node take part.

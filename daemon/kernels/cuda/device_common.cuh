@@ -54,8 +54,13 @@ __device__ __forceinline__ void tell_start(const PartParams& p) {
   }
 }
 
+/// Of at most kMaxGpuRanks.
+__device__ __forceinline__ uint64_t active_bits(const OpShape& shape) {
+  return shape.active_ranks.words[0];
+}
+
 __device__ __forceinline__ bool rank_active(const OpShape& shape, uint32_t rank) {
-  return ((shape.active_ranks >> rank) & 1) != 0;
+  return ((active_bits(shape) >> rank) & 1) != 0;
 }
 
 __device__ __forceinline__ int64_t load_id(const void* ids, uint32_t bytes, uint64_t position) {

@@ -70,7 +70,7 @@ __device__ inline void announce(const PartParams& p, SignalStep step) {
 
 /// Whether this rank has nobody to exchange with.
 __device__ inline bool is_alone(const PartParams& p) {
-  return p.op.shape.active_ranks == uint64_t{1} << p.op.shape.rank;
+  return active_bits(p.op.shape) == uint64_t{1} << p.op.shape.rank;
 }
 
 /// Whether the part was aborted before this kernel began; thread 0 looks, for the block's decision at its first

@@ -78,7 +78,7 @@ struct BlockWork {
 __device__ BlockWork work_of_block(const PartParams& p, const TokenSpan& span, uint32_t blocks, uint32_t movers) {
   const uint32_t clusters = gridDim.x / blocks;
   const uint32_t cluster = blockIdx.x / blocks;
-  const uint64_t active = p.op.shape.active_ranks;
+  const uint64_t active = active_bits(p.op.shape);
   const uint64_t own = uint64_t{1} << p.op.shape.rank;
   const uint32_t end = span.first + span.tokens;
   const uint32_t warp = threadIdx.x / 32;

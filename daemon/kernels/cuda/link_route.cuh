@@ -110,7 +110,7 @@ __device__ inline uint32_t take_token(const PartParams& p, uint32_t token, Clust
       bits |= p.op.in.token_rank_mask[uint64_t{token} * shape.ranks + j] != 0 ? 1u << j : 0u;
     }
   }
-  return bits & static_cast<uint32_t>(shape.active_ranks);
+  return bits & static_cast<uint32_t>(active_bits(shape));
 }
 
 /// First pass: every token's ranks, every warp's rows at each rank. Whole block.

@@ -27,7 +27,7 @@ __device__ uint32_t ranks_of(const PartParams& p, int64_t id) {
   const OpShape& shape = p.op.shape;
   const bool valid = id >= 0 && id < static_cast<int64_t>(shape.experts);
   const uint32_t bit = valid ? 1u << (static_cast<uint32_t>(id) / shape.local_experts) : 0;
-  return __reduce_or_sync(kFullWarp, bit) & static_cast<uint32_t>(shape.active_ranks);
+  return __reduce_or_sync(kFullWarp, bit) & static_cast<uint32_t>(active_bits(shape));
 }
 
 /// The place of one of this rank's tokens in the staging of rank j.

@@ -27,7 +27,7 @@ __device__ uint32_t token_ranks(const PartParams& p, uint32_t token) {
       bits |= expert >= 0 ? 1u << (static_cast<uint32_t>(expert) / shape.local_experts) : 0u;
     }
   }
-  return bits & static_cast<uint32_t>(shape.active_ranks);
+  return bits & static_cast<uint32_t>(active_bits(shape));
 }
 
 // route_count. Grid: one block of 128 threads per chunk of 64 tokens. All threads histogram the chunk's lanes by expert

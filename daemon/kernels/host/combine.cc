@@ -22,7 +22,7 @@ uint16_t* out_row(const OpParams& params, uint32_t token) {
 /// What other nodes made of a token, and their weights added.
 struct TokenPartials {
   uint32_t count = 0;
-  std::array<const uint16_t*, base::kMaxLocalRanks> sums;  // no more nodes than ranks
+  std::array<const uint16_t*, base::kMaxNodes> sums;
 
   void take(const OpShape& shape, NodePartials* partials, uint32_t token, float* weights) {
     count = 0;

@@ -35,18 +35,19 @@ void compute_bases(const OpParams& params, Bases* bases) {
   const OpShape& shape = params.shape;
   const int32_t* matrix = matrix_of(params);
   if (!rows_by_expert(shape)) {
-    for (uint32_t rank = 0; rank < shape.ranks; ++rank) {
-      bases->rank[rank] = static_cast<int32_t>(rank_rows(shape, matrix, rank, shape.rank));
-    }
+    add_columns(shape, matrix, 0, shape.ranks, shape.rank, bases->rank.data());
     return;
   }
+  add_columns(shape, matrix, shape.ranks, shape.experts, shape.rank, bases->expert.data());
+  if (is_ll(shape)) {
+    return;
+  }
+  const Totals totals(shape, matrix);
   for (uint32_t rank = 0; rank < shape.ranks; ++rank) {
     uint64_t start = 0;
     for (uint32_t expert = rank * shape.local_experts; expert < (rank + 1) * shape.local_experts; ++expert) {
-      bases->expert[expert] = static_cast<int32_t>(start + expert_rows(shape, matrix, expert, shape.rank));
-      if (!is_ll(shape)) {
-        start += round_up(expert_rows(shape, matrix, expert, shape.ranks), shape.expert_alignment);
-      }
+      bases->expert[expert] += static_cast<uint32_t>(start);
+      start += round_up(totals.rows[expert], shape.expert_alignment);
     }
   }
 }

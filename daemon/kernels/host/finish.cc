@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The finish step: what a destination can write only after all rows arrived, from the matrix and its own outputs alone.
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "daemon/kernels/host/host_ops.h"
@@ -41,10 +42,13 @@ void clear_gaps(const OpParams& params, const int32_t* matrix, const RowRange& w
 
 void store_prefix(const OpParams& params, const int32_t* matrix) {
   const OpShape& shape = params.shape;
-  for (uint32_t rank = 0; params.out.rank_prefix != nullptr && rank < shape.ranks; ++rank) {
-    for (uint32_t source = 0; source < shape.ranks; ++source) {
-      params.out.rank_prefix[size_t{source} * shape.ranks + rank] =
-          static_cast<int32_t>(rank_rows(shape, matrix, rank, source + 1));
+  // Client memory: what is added up is kept beside it.
+  std::array<uint32_t, base::kMaxRanks> sums{};
+  for (uint32_t source = 0; params.out.rank_prefix != nullptr && source < shape.ranks; ++source) {
+    const int32_t* row = matrix_row(shape, matrix, source);
+    for (uint32_t rank = 0; rank < shape.ranks; ++rank) {
+      sums[rank] += static_cast<uint32_t>(row[rank]);
+      params.out.rank_prefix[size_t{source} * shape.ranks + rank] = static_cast<int32_t>(sums[rank]);
     }
   }
 }
@@ -78,7 +82,7 @@ void finish_counts(const OpParams& params, OpReport* report) {
     return;
   }
   const int32_t* matrix = matrix_of(params);
-  const uint64_t rows = received_rows(shape, matrix, shape.rank);
+  const uint64_t rows = received_rows(shape, Totals(shape, matrix), shape.rank);
   report->recv_rows = static_cast<uint32_t>(rows);
   report->expert_count_entries = std::min(shape.local_experts, base::kMaxLocalExperts);
   for (uint32_t local = 0; local < report->expert_count_entries; ++local) {

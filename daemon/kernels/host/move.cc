@@ -55,9 +55,9 @@ bool exceeds(uint64_t rows, uint32_t capacity, uint32_t rank, OpReport* report) 
 }
 
 /// LL: ids that stand twice in a token's top-k can send an expert more rows than it has slots.
-bool experts_exceed_slots(const OpShape& shape, const int32_t* matrix, uint32_t rank, OpReport* report) {
+bool experts_exceed_slots(const OpShape& shape, const Totals& totals, uint32_t rank, OpReport* report) {
   for (uint32_t expert = rank * shape.local_experts; expert < (rank + 1) * shape.local_experts; ++expert) {
-    if (exceeds(expert_rows(shape, matrix, expert, shape.ranks), shape.slots_per_expert, rank, report)) {
+    if (exceeds(totals.rows[expert], shape.slots_per_expert, rank, report)) {
       return true;
     }
   }
@@ -80,13 +80,14 @@ uint32_t check_matrix(const OpParams& params, const PeerView* peers, OpReport* r
   if (shape.cached == 0 && find_error(shape, matrix, report)) {
     return report->reason;
   }
+  const Totals totals(shape, matrix);
   for (uint32_t rank = 0; rank < shape.ranks; ++rank) {
     if (!is_active(shape, rank)) {
       continue;
     }
     const bool exceeded = is_ll(shape)
-                              ? experts_exceed_slots(shape, matrix, rank, report)
-                              : exceeds(received_rows(shape, matrix, rank), peers[rank].capacity_rows, rank, report);
+                              ? experts_exceed_slots(shape, totals, rank, report)
+                              : exceeds(received_rows(shape, totals, rank), peers[rank].capacity_rows, rank, report);
     if (exceeded) {
       return report->reason;
     }

@@ -62,7 +62,7 @@ bool serve_pull(const OpShape& shape, const NodeView& nodes, const PeerView* pee
                 const std::byte* pull, std::byte* sum) {
   const EntryLayout layout = pulls_layout(shape, static_cast<uint32_t>(nodes.ranks_of[nodes.own_node].size()));
   const EntryLayout out = sums_layout(shape, head);
-  std::array<int32_t, base::kMaxLocalRanks> rank_rows;
+  std::array<int32_t, base::kMaxRanks> rank_rows;
   TokenRouting token;
   token.rank_rows = rank_rows.data();
   token.lane_rows = entry_table<const int32_t>(pull, layout.rows_at);

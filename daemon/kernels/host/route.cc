@@ -38,9 +38,9 @@ void note_bad_id(int32_t* error, int64_t id) {
 }
 
 /// Numbers one token's lanes per expert; returns the ranks that own at least one of them.
-uint64_t route_lanes(const OpParams& params, uint32_t token, const TokenTables& tables, int32_t* row) {
+base::RankSet route_lanes(const OpParams& params, uint32_t token, const TokenTables& tables, int32_t* row) {
   const OpShape& shape = params.shape;
-  uint64_t owners = 0;
+  base::RankSet owners;
   for (uint32_t lane = 0; lane < shape.top_k; ++lane) {
     store(tables.expert_rows, lane, -1);
     store(tables.topk, lane, -1);
@@ -56,19 +56,19 @@ uint64_t route_lanes(const OpParams& params, uint32_t token, const TokenTables& 
     store(tables.topk, lane, static_cast<int32_t>(expert));
     const uint32_t owner = expert / shape.local_experts;
     if (is_active(shape, owner)) {
-      owners |= uint64_t{1} << owner;
+      owners.add(owner);
       store(tables.expert_rows, lane, row[shape.ranks + expert]++);
     }
   }
   return owners;
 }
 
-uint64_t mask_ranks(const OpParams& params, uint32_t token) {
+base::RankSet mask_ranks(const OpParams& params, uint32_t token) {
   const uint8_t* mask = params.in.token_rank_mask + size_t{token} * params.shape.ranks;
-  uint64_t ranks = 0;
+  base::RankSet ranks;
   for (uint32_t rank = 0; rank < params.shape.ranks; ++rank) {
     if (mask[rank] != 0 && is_active(params.shape, rank)) {
-      ranks |= uint64_t{1} << rank;
+      ranks.add(rank);
     }
   }
   return ranks;
@@ -183,12 +183,12 @@ void route_range(const OpParams& params, uint32_t token_begin, uint32_t token_en
     };
     const TokenTables tables{at(params.routing.token_rank, shape.ranks), at(params.routing.token_expert, shape.top_k),
                              at(params.routing.topk, shape.top_k)};
-    uint64_t ranks = route_lanes(params, token, tables, row);
+    base::RankSet ranks = route_lanes(params, token, tables, row);
     if (params.in.token_rank_mask != nullptr) {
       ranks = mask_ranks(params, token);
     }
     for (uint32_t rank = 0; rank < shape.ranks; ++rank) {
-      const bool goes = ((ranks >> rank) & 1u) != 0;
+      const bool goes = ranks.contains(rank);
       store(tables.rank_rows, rank, goes ? row[rank]++ : -1);
     }
   }

@@ -3,6 +3,7 @@
 // inline functions for the files of this folder; called wherever those are.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -13,7 +14,7 @@
 namespace expertd::kernels::host {
 
 inline bool is_active(const OpShape& shape, uint32_t rank) {
-  return rank < base::kMaxLocalRanks && ((shape.active_ranks >> rank) & 1u) != 0;
+  return shape.active_ranks.contains(rank);
 }
 
 inline bool is_ll(const OpShape& shape) {
@@ -66,35 +67,50 @@ inline uint64_t expert_rows(const OpShape& shape, const int32_t* matrix, uint32_
   return rows;
 }
 
-/// Rows of a destination rank over the sources before `source_end`, each token once.
-inline uint64_t rank_rows(const OpShape& shape, const int32_t* matrix, uint32_t rank, uint32_t source_end) {
-  uint64_t rows = 0;
+/// Adds columns [first, first + count) of the rows of sources before `source_end` to `sums`. Row by row: a column has
+/// one number in every few kilobytes, and with many ranks reading those alone would miss the cache each time.
+inline void add_columns(const OpShape& shape, const int32_t* matrix, uint32_t first, uint32_t count,
+                        uint32_t source_end, uint32_t* __restrict sums) {
   for (uint32_t source = 0; source < source_end; ++source) {
-    rows += static_cast<uint32_t>(matrix_row(shape, matrix, source)[rank]);
+    const int32_t* __restrict row = matrix_row(shape, matrix, source) + first;
+    for (uint32_t i = 0; i < count; ++i) {
+      sums[i] += static_cast<uint32_t>(row[i]);
+    }
   }
-  return rows;
 }
+static_assert(uint64_t{base::kMaxRanks} * base::kMaxTokens * base::kMaxTopK <= uint64_t{1} << 31, "sums fit 32 bits");
 
 inline uint64_t round_up(uint64_t rows, uint32_t alignment) {
   return alignment <= 1 ? rows : (rows + alignment - 1) / alignment * alignment;
 }
 
+/// What every rank (or every expert, where rows are numbered by those) gets of all sources.
+struct Totals {
+  std::array<uint32_t, base::kMaxExperts> rows;
+  Totals(const OpShape& shape, const int32_t* matrix) {
+    const uint32_t count = rows_by_expert(shape) ? shape.experts : shape.ranks;
+    std::fill_n(rows.begin(), count, 0U);
+    add_columns(shape, matrix, rows_by_expert(shape) ? shape.ranks : 0, count, shape.ranks, rows.data());
+  }
+};
+static_assert(base::kMaxRanks <= base::kMaxExperts);
+
 /// Rows that a rank receives: tokens, or with the expanded form the aligned rows of its experts.
-inline uint64_t received_rows(const OpShape& shape, const int32_t* matrix, uint32_t rank) {
+inline uint64_t received_rows(const OpShape& shape, const Totals& totals, uint32_t rank) {
   if (!rows_by_expert(shape)) {
-    return rank_rows(shape, matrix, rank, shape.ranks);
+    return totals.rows[rank];
   }
   uint64_t rows = 0;
   for (uint32_t expert = rank * shape.local_experts; expert < (rank + 1) * shape.local_experts; ++expert) {
-    rows += round_up(expert_rows(shape, matrix, expert, shape.ranks), is_ll(shape) ? 1 : shape.expert_alignment);
+    rows += round_up(totals.rows[expert], is_ll(shape) ? 1 : shape.expert_alignment);
   }
   return rows;
 }
 
 /// Where this rank's first row for each destination stands.
 struct Bases {
-  std::array<int32_t, base::kMaxLocalRanks> rank;
-  std::array<int32_t, base::kMaxExperts> expert;
+  std::array<uint32_t, base::kMaxRanks> rank;
+  std::array<uint32_t, base::kMaxExperts> expert;
 };
 
 /// Bytes of a row as it lands: payload and what travels beside it.

@@ -9,14 +9,14 @@
 namespace expertd::kernels::host {
 namespace {
 
-using RankOrder = std::array<uint8_t, base::kMaxLocalRanks>;
+using RankOrder = std::array<uint16_t, base::kMaxRanks>;
 
 uint32_t order_ranks(const OpShape& shape, const TokenRouting& token, RankOrder* order) {
-  std::array<int32_t, base::kMaxLocalRanks> last_lane;
+  std::array<int32_t, base::kMaxRanks> last_lane;
   uint32_t count = 0;
   for (uint32_t rank = 0; rank < shape.ranks; ++rank) {
     if (is_active(shape, rank)) {
-      (*order)[count++] = static_cast<uint8_t>(rank);
+      (*order)[count++] = static_cast<uint16_t>(rank);
     }
   }
   if (shape.order_last_lane == 0 || token.topk == nullptr) {
@@ -30,7 +30,7 @@ uint32_t order_ranks(const OpShape& shape, const TokenRouting& token, RankOrder*
     }
   }
   std::sort(order->begin(), order->begin() + count,
-            [&last_lane](uint8_t a, uint8_t b) { return std::pair(last_lane[a], a) < std::pair(last_lane[b], b); });
+            [&last_lane](uint16_t a, uint16_t b) { return std::pair(last_lane[a], a) < std::pair(last_lane[b], b); });
   return count;
 }
 

@@ -14,7 +14,7 @@
 namespace expertd::kernels::host {
 
 /// Rows of one token, in the order in which they are added. A group is what one rank contributes: one row, or the rows
-/// of its experts in the expanded form and in LL.
+/// of its experts in the expanded form and in LL. Ranks of other nodes have no rows here.
 struct TokenRows {
   struct Row {
     const uint16_t* data;
@@ -23,10 +23,10 @@ struct TokenRows {
   };
   uint32_t groups = 0;
   uint32_t rows = 0;
-  std::array<uint32_t, base::kMaxLocalRanks> group_end;
-  std::array<Row, base::kMaxLocalRanks> row;
+  std::array<uint32_t, base::kMaxRanks> group_end;
+  std::array<Row, base::kMaxRanks> row;
 };
-static_assert(base::kMaxLocalRanks >= base::kMaxTopK, "a token has at most one row per rank or per lane");
+static_assert(base::kMaxRanks >= base::kMaxTopK, "a token has at most one row per rank or per lane");
 
 /// One token's tables: a handle's, or those of a message.
 struct TokenRouting {
