@@ -254,6 +254,7 @@ NodeFacts Nodes::facts() {
   facts.now_ns = base::now_ns();
   base::Result<fabric::FabricSnapshot> snapshot = fabric_->snapshot();
   facts.answered = snapshot.status();
+  facts.measured = mesh_ == nullptr ? decltype(facts.measured){} : mesh_->measured();
   const std::lock_guard<std::mutex> lock(mutex_);
   if (snapshot.is_ok()) {
     last_ = std::move(snapshot).value();
