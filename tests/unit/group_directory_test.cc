@@ -159,7 +159,7 @@ TEST_P(DirectoryLimit, NamesTheFieldOutOfRange) {
 INSTANTIATE_TEST_SUITE_P(
     EveryField, DirectoryLimit,
     testing::Values(Limit{"expert_parallel_size", [](auto& c) { c.expert_parallel_size = 0; }},
-                    Limit{"expert_parallel_size__65", [](auto& c) { c.expert_parallel_size = 65; }},
+                    Limit{"expert_parallel_size__513", [](auto& c) { c.expert_parallel_size = 513; }},
                     Limit{"num_experts__few", [](auto& c) { c.num_experts = 1; }},
                     Limit{"num_experts__many", [](auto& c) { c.num_experts = 2050; }},
                     Limit{"num_experts__uneven", [](auto& c) { c.num_experts = 7; }},
@@ -333,14 +333,23 @@ TEST_F(DirectoryTest, DropsThePendingJoinsOfASessionThatEnds) {
   EXPECT_TRUE(join(0, config_of(2), 7).status.is_ok()) << "the place is free again";
 }
 
+TEST_F(DirectoryTest, OneNodeHasAtMost64Ranks) {
+  EXPECT_TRUE(join(0, config_of(64)).status.is_ok());
+  const session::ErrorDetail error = join(0, config_of(65));
+  EXPECT_EQ(error.status.reason(), EXPERTD_REASON_ARGUMENT_RANGE);
+  EXPECT_EQ(error.field, "expert_parallel_size");
+  EXPECT_EQ(check_config(config_of(512), 511).status.reason(), EXPERTD_REASON_NONE) << "over several nodes";
+  EXPECT_EQ(check_config(config_of(513), 0).status.reason(), EXPERTD_REASON_ARGUMENT_RANGE);
+}
+
 TEST_F(DirectoryTest, MarksTheRanksOfAnEndedSessionLost) {
   (void)join(0, config_of(2));
   (void)join(1, config_of(2));
   EXPECT_TRUE(directory_.session_ended(base::SessionId{2}).empty());
-  EXPECT_EQ(formation_->shared->lost(), 2U);
+  EXPECT_EQ(formation_->shared->lost(), base::RankSet(2));
   const auto groups = directory_.snapshot();
   ASSERT_EQ(groups.size(), 1U);
-  EXPECT_EQ(groups[0].joined, 1U);
+  EXPECT_EQ(groups[0].joined, base::RankSet(1));
   EXPECT_EQ(groups[0].lost, base::RankSet(2));
 }
 
@@ -353,7 +362,7 @@ TEST_F(DirectoryTest, LetsTheRanksJoinAnewAfterALoss) {
   EXPECT_TRUE(join(1, config_of(2), 9).status.is_ok());
   ASSERT_NE(formation_, nullptr);
   EXPECT_NE(formation_->shared->settings().shape.id, old->shared->settings().shape.id);
-  EXPECT_EQ(formation_->shared->lost(), 0U);
+  EXPECT_TRUE(formation_->shared->lost().empty());
 }
 
 TEST_F(DirectoryTest, ForgetsAGroupThatEveryRankLeft) {
