@@ -49,8 +49,8 @@ struct OpEntry {
   /// (number << 2) | kDeciding/kLaunchTag/kFailedTag; CAS decides, then a release store publishes.
   std::atomic<uint64_t> verdict{0};
   /// By place, as all tables here. 2n: the rank submitted operation n; its request was written before (release/acquire
-  /// pair). 2n + 1: it withdrew from operation n since. Grows only, so a rank whose word is beyond 2n takes no part in n,
-  /// whoever decides about it.
+  /// pair). 2n + 1: it withdrew from operation n since. Grows only, so a rank whose word is beyond 2n takes no part in
+  /// n, whoever decides about it.
   std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> posted{};
   /// Who submitted last, (number << 8) | place: for people, and for nothing that is decided.
   std::atomic<uint64_t> last_posted{0};
@@ -153,8 +153,8 @@ class GroupShared {
   /// A rank's session ended, or its node is lost. `through`, of a rank of another node: the last operation whose
   /// messages it had all sent. Any thread; the loops of the other ranks must be woken afterwards.
   void set_lost(uint32_t rank, uint64_t through = 0);
-  /// Mask by request: `exclude` and then `readmit`, none to leave it; only with mask_on_loss and of a group on one node.
-  /// Any thread; two at a time both count.
+  /// Mask by request: `exclude` and then `readmit`, none to leave it; only with mask_on_loss and of a group on one
+  /// node. Any thread; two at a time both count.
   void change_excluded(const base::RankSet& exclude, const base::RankSet& readmit);
 
   /// Rank `rank` submits operation `number`. Only by that rank's loop thread, in order.
@@ -169,8 +169,8 @@ class GroupShared {
   Verdict try_decide(uint64_t number, bool* changed);
   /// Nobody has begun to decide `number`; asked after set_lost(rank) this means the rank will not take part in it.
   bool undecided(uint64_t number) const;
-  /// Ends `number` before launch, on behalf of `ranks` (none: of the group); false when something else was decided first,
-  /// all of `ranks` are excluded, or the entry still serves an older operation. `changed` as above.
+  /// Ends `number` before launch, on behalf of `ranks` (none: of the group); false when something else was decided
+  /// first, all of `ranks` are excluded, or the entry still serves an older operation. `changed` as above.
   bool fail(uint64_t number, const base::RankSet& ranks, const Failure& failure, bool* changed);
   /// Rank `rank`, which submitted `number`, takes no part in it whatever the mask becomes: the rank may end it on its
   /// own. False when it is being decided or was: then that counts. Only by the rank's loop thread, with mask_on_loss.
@@ -227,7 +227,7 @@ class GroupShared {
   base::RankSet local_ranks_;
   std::vector<std::atomic<uint64_t>> lost_through_;                             // by rank; of those of other nodes
   std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> released_through_{};  // by place
-  base::AtomicRankSet lost_;           // grows only
+  base::AtomicRankSet lost_;                                                    // grows only
   std::atomic<uint64_t> excluded_{0};  // without views: of ranks on one node, one bit each
   std::atomic<uint64_t> epoch_{1};
   std::atomic<uint64_t> launched_ops_{0};

@@ -85,9 +85,8 @@ session::ErrorDetail Directory::join(const session::JoinRequest& request, Member
   // Where a rendezvous places the ranks, no node has more of them than devices.
   if (member.attempt == 0 && request.config.expert_parallel_size > base::kMaxLocalRanks) {
     error = refused(EXPERTD_REASON_ARGUMENT_RANGE,
-                    "expert_parallel_size = " + std::to_string(request.config.expert_parallel_size) +
-                        ", allowed 1.." + std::to_string(base::kMaxLocalRanks) +
-                        " on one node; for more set fabric.enabled on several",
+                    "expert_parallel_size = " + std::to_string(request.config.expert_parallel_size) + ", allowed 1.." +
+                        std::to_string(base::kMaxLocalRanks) + " on one node; for more set fabric.enabled on several",
                     -1);
     error.field = "expert_parallel_size";
     return error;

@@ -16,13 +16,13 @@
 
 namespace expertd::group {
 
-inline constexpr uint32_t kMaxNodes = base::kMaxNodes;  // of a rendezvous; fabric.max_nodes is at most this
+inline constexpr uint32_t kMaxNodes = base::kMaxNodes;       // of a rendezvous; fabric.max_nodes is at most this
 inline constexpr uint32_t kMaxGroupRanks = base::kMaxRanks;  // of a group over all nodes
-inline constexpr uint32_t kMaxLanes = 24;        // of a node, with rails
-inline constexpr size_t kMaxLaneBytes = 4096;    // address of one lane
-inline constexpr size_t kMaxLanesBytes = 16384;  // addresses of a node
-inline constexpr size_t kMaxNameBytes = 64;      // of groups and nodes, printable ASCII
-inline constexpr size_t kMaxAddressBytes = 300;  // "host:port"
+inline constexpr uint32_t kMaxLanes = 24;                    // of a node, with rails
+inline constexpr size_t kMaxLaneBytes = 4096;                // address of one lane
+inline constexpr size_t kMaxLanesBytes = 16384;              // addresses of a node
+inline constexpr size_t kMaxNameBytes = 64;                  // of groups and nodes, printable ASCII
+inline constexpr size_t kMaxAddressBytes = 300;              // "host:port"
 inline constexpr uint64_t kMaxJoinNs = 3'600'000'000'000;
 
 struct LaneAddress {

@@ -39,8 +39,8 @@ class GroupViews {
   void node_lost(uint64_t node_id);
   void receive(uint64_t group_key, uint32_t node, const engine::ViewMessage& message);
   /// Asks for a mask and waits until a view has it, until the deadline. PEER_LOST when this node's part has ended.
-  base::Status change_mask(const engine::GroupShared& group, const base::RankSet& exclude,
-                           const base::RankSet& readmit, uint64_t deadline_ns);
+  base::Status change_mask(const engine::GroupShared& group, const base::RankSet& exclude, const base::RankSet& readmit,
+                           uint64_t deadline_ns);
   /// Asks again what was not answered, and forgets groups; when to be called next, UINT64_MAX: when something changes.
   uint64_t tend(uint64_t now_ns);
   /// Forgets all groups: the fabric ends.

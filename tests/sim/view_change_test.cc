@@ -245,7 +245,7 @@ class ViewWorld {
         const auto ranks = base::RankSet::one(pick(node_of_.size()));
         ++nodes_[node]->wishes;
         (void)nodes_[node]->change->ask(chance(60) ? ranks : base::RankSet(), chance(40) ? ranks : base::RankSet(),
-                                         now_ns_);
+                                        now_ns_);
       }
     }
   }
