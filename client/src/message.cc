@@ -17,6 +17,13 @@ std::string timeout_text(const expertd_completion& completion) {
     case EXPERTD_MISSING_DOORBELL:
       return who(completion) + " had submitted, but its stream had not reached the operation";
     case EXPERTD_MISSING_COUNTS:
+      // A node whose ranks have not all submitted: only there is known which of them is late.
+      if (completion.rank < 0 && completion.maximum > completion.minimum) {
+        return format(
+            "nothing came of the node of ranks %lld to %lld: one of its ranks had not submitted the operation, "
+            "and the results of the others name it",
+            static_cast<long long>(completion.minimum), static_cast<long long>(completion.maximum));
+      }
       return who(completion) + " had not delivered its row counts";
     case EXPERTD_MISSING_ROWS:
       return who(completion) + " had not delivered its rows";

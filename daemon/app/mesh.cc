@@ -45,24 +45,33 @@ uint64_t random_id() {
   return id;  // 0, which the fabric refuses, when there is no randomness
 }
 
-std::vector<fabric::ProbeRun> runs() {
+std::vector<fabric::ProbeRun> runs(const std::vector<std::string>& latency,
+                                   const std::vector<std::string>& throughput) {
   std::vector<fabric::ProbeRun> runs;
   for (const engine::FabricLane lane : {engine::FabricLane::kLatency, engine::FabricLane::kThroughput}) {
-    runs.push_back({lane, kSmallBytes, 1, kSmallMessages, kRunNs});
-    runs.push_back({lane, kLargeBytes, kLargeWindow, kLargeMessages, kRunNs});
+    const size_t rails = lane == engine::FabricLane::kLatency ? latency.size() : throughput.size();
+    for (uint32_t rail = 0; rail < rails; ++rail) {
+      const uint64_t run_ns = kRunNs / rails;  // a lane takes the same time however many devices it has
+      runs.push_back({lane, kSmallBytes, 1, kSmallMessages, run_ns, rail});
+      runs.push_back({lane, kLargeBytes, kLargeWindow, kLargeMessages, run_ns, rail});
+    }
   }
   return runs;
 }
 
-// Two runs per lane: small messages, then large ones.
-std::vector<fabric::LaneSpeed> speeds_of(const std::vector<fabric::ProbeFigures>& figures) {
+// Two runs per rail of a lane: small messages, then large ones.
+std::vector<fabric::LaneSpeed> speeds_of(const std::vector<fabric::ProbeFigures>& figures,
+                                         const std::vector<std::string>& latency,
+                                         const std::vector<std::string>& throughput) {
   std::vector<fabric::LaneSpeed> speeds;
   for (size_t i = 0; i + 1 < figures.size(); i += 2) {
     const fabric::ProbeFigures& small = figures[i];
     const fabric::ProbeFigures& large = figures[i + 1];
     const double seconds = static_cast<double>(std::max<uint64_t>(large.elapsed_ns, 1)) / 1e9;
+    const std::vector<std::string>& devices = small.lane == engine::FabricLane::kLatency ? latency : throughput;
     speeds.push_back({static_cast<uint32_t>(fabric::lane_of(small.lane)), small.p50_ns / 2, small.p99_ns / 2,
-                      static_cast<uint64_t>(static_cast<double>(uint64_t{large.bytes} * large.messages) / seconds)});
+                      static_cast<uint64_t>(static_cast<double>(uint64_t{large.bytes} * large.messages) / seconds),
+                      small.rail < devices.size() ? devices[small.rail] : std::string()});
   }
   return speeds;
 }
@@ -181,8 +190,8 @@ base::Result<std::vector<session::PairLaneSnapshot>> Mesh::relay(uint64_t source
   std::vector<session::PairLaneSnapshot> lanes;
   for (const fabric::LaneSpeed& speed : speeds.value()) {
     if (speed.lane < fabric::kLanes) {
-      lanes.push_back(
-          {fabric::kLaneNames[speed.lane], "", speed.latency_p50_ns, speed.latency_p99_ns, speed.bytes_per_second});
+      lanes.push_back({fabric::kLaneNames[speed.lane], speed.device, speed.latency_p50_ns, speed.latency_p99_ns,
+                       speed.bytes_per_second});
     }
   }
   return lanes;
@@ -240,10 +249,56 @@ Mesh::Speeds Mesh::ask(const group::NodeIdentity& to, uint64_t timeout_ns) {
   group::NodeIdentity known = other.value();
   known.address = to.address;
   EXPERTD_RETURN_IF_ERROR(surroundings_.connect(known, deadline_ns));
-  return run_probe({known.id, opening.probe, runs(), deadline_ns});
+  const base::Result<Devices> devices = rails();
+  if (!devices.is_ok()) {
+    return devices.status();
+  }
+  const auto& [latency, throughput] = devices.value();
+  base::Result<std::vector<fabric::ProbeFigures>> figures =
+      run_probe({known.id, opening.probe, runs(latency, throughput), deadline_ns});
+  if (!figures.is_ok()) {
+    return figures.status();
+  }
+  std::vector<fabric::LaneSpeed> speeds = speeds_of(figures.value(), latency, throughput);
+  keep(to.name, speeds);
+  return speeds;
 }
 
-Mesh::Speeds Mesh::run_probe(const fabric::ProbePlan& plan) const {
+// A lane with one rail has no device to tell apart; of equal names the second has its number.
+base::Result<Mesh::Devices> Mesh::rails() const {
+  base::Result<fabric::FabricSnapshot> snapshot = surroundings_.fabric->snapshot();
+  if (!snapshot.is_ok()) {
+    return snapshot.status();
+  }
+  Devices devices;
+  for (const fabric::RailSnapshot& rail : snapshot.value().rails) {
+    std::vector<std::string>& names = rail.lane == fabric::LaneKind::kLatency ? devices.first : devices.second;
+    const bool known = std::find(names.begin(), names.end(), rail.device) != names.end();
+    names.push_back((known || rail.device.empty() ? rail.device + "#" + std::to_string(names.size()) : rail.device)
+                        .substr(0, fabric::kDeviceBytesMax));
+  }
+  for (std::vector<std::string>* names : {&devices.first, &devices.second}) {
+    if (names->size() <= 1) {
+      *names = {""};
+    }
+  }
+  return devices;
+}
+
+void Mesh::keep(const std::string& node, const std::vector<fabric::LaneSpeed>& speeds) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (measured_.size() >= group::kMaxNodes && !measured_.contains(node)) {
+    measured_.clear();  // of nodes that went; those that are there are measured again with the next mesh
+  }
+  measured_[node] = speeds;
+}
+
+std::map<std::string, std::vector<fabric::LaneSpeed>> Mesh::measured() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return measured_;
+}
+
+base::Result<std::vector<fabric::ProbeFigures>> Mesh::run_probe(const fabric::ProbePlan& plan) const {
   struct Outcome {
     std::mutex mutex;
     std::condition_variable ended;
@@ -273,7 +328,7 @@ Mesh::Speeds Mesh::run_probe(const fabric::ProbePlan& plan) const {
   if (!outcome->status.is_ok()) {
     return outcome->status;
   }
-  return speeds_of(outcome->figures);
+  return outcome->figures;
 }
 
 }  // namespace expertd::app

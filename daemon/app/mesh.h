@@ -9,6 +9,8 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "daemon/app/one_job.h"
 #include "daemon/fabric/bootstrap/probe_calls.h"
@@ -38,6 +40,9 @@ class Mesh final : public session::MeshApi, public fabric::ProbePort {
   /// Cancels what is on; nothing is called back after it.
   void stop();
 
+  /// What this daemon measured last, by the name of the other node; at most group::kMaxNodes of them.
+  std::map<std::string, std::vector<fabric::LaneSpeed>> measured() const;
+
   std::string node() const override;
   void list_nodes(Listed done) override;
   void measure_pair(uint64_t source_id, uint64_t destination_id, uint64_t timeout_ns,
@@ -56,11 +61,16 @@ class Mesh final : public session::MeshApi, public fabric::ProbePort {
                                                              uint64_t timeout_ns);
   base::Status let_ask(const fabric::ProbeOpening& opening);
   Speeds ask(const group::NodeIdentity& to, uint64_t timeout_ns);
-  Speeds run_probe(const fabric::ProbePlan& plan) const;
+  base::Result<std::vector<fabric::ProbeFigures>> run_probe(const fabric::ProbePlan& plan) const;
+  /// Names of the rails of the latency lane and of the throughput lane; one that is empty where there is one rail.
+  using Devices = std::pair<std::vector<std::string>, std::vector<std::string>>;
+  base::Result<Devices> rails() const;
+  void keep(const std::string& node, const std::vector<fabric::LaneSpeed>& speeds);
 
   const MeshSurroundings surroundings_;
-  mutable std::mutex mutex_;                       // what follows
-  group::NodeIdentity own_;                        // without an id: not introduced yet
+  mutable std::mutex mutex_;  // what follows
+  group::NodeIdentity own_;   // without an id: not introduced yet
+  std::map<std::string, std::vector<fabric::LaneSpeed>> measured_;
   std::map<uint64_t, group::NodeIdentity> nodes_;  // as last listed; at most group::kMaxNodes
   std::atomic<bool> stopping_{false};              // looked at by who waits; orders nothing
   fabric::ProbeCalls operator_calls_;

@@ -134,6 +134,14 @@ metrics::FabricGauges fabric_gauges(const NodeFacts& facts) {
     gauges.lanes[lane] = {traffic.sent_messages,  traffic.sent_bytes, traffic.received_messages,
                           traffic.received_bytes, traffic.in_flight,  traffic.deferred};
   }
+  for (const auto& [node, speeds] : facts.measured) {
+    for (const fabric::LaneSpeed& speed : speeds) {
+      if (speed.lane < fabric::kLanes) {
+        gauges.mesh.push_back({node, fabric::kLaneNames[speed.lane], speed.device, speed.latency_p50_ns,
+                               speed.latency_p99_ns, speed.bytes_per_second});
+      }
+    }
+  }
   gauges.rtt = facts.fabric.rtt.buckets;
   gauges.rtt_sum_ns = facts.fabric.rtt.sum_ns;
   return gauges;

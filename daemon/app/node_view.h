@@ -6,9 +6,11 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "daemon/base/status.h"
 #include "daemon/fabric/backend.h"
+#include "daemon/fabric/bootstrap/probe_port.h"
 #include "daemon/fabric/bootstrap/rendezvous_client.h"
 #include "daemon/fabric/options.h"
 #include "daemon/metrics/collector.h"
@@ -31,6 +33,7 @@ struct NodeFacts {
   std::map<uint64_t, std::string> addresses;  // of other nodes by id, where they are known
   base::Status answered;                      // error: the fabric did not, and `fabric` is its last answer
   fabric::FabricSnapshot fabric;
+  std::map<std::string, std::vector<fabric::LaneSpeed>> measured;  // ways from here by node (Mesh::measured)
   uint64_t now_ns = 0;
 };
 

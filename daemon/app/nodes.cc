@@ -9,6 +9,7 @@
 #include "daemon/app/fabric_setup.h"
 #include "daemon/base/clock.h"
 #include "daemon/base/log.h"
+#include "daemon/device/nodes/node_messages.h"
 #include "daemon/fabric/bootstrap/address.h"
 #include "daemon/fabric/bootstrap/node_facts.h"
 #include "daemon/fabric/ucx_probe.h"
@@ -88,11 +89,12 @@ Nodes::~Nodes() {
 }
 
 base::Status Nodes::open_fabric(engine::WakePort* wake, device::Device* gpu) {
-  EXPERTD_RETURN_IF_ERROR(choose_backend());
+  EXPERTD_RETURN_IF_ERROR(choose_backend(gpu));
   fabric::FabricOptions options = fabric_options(config_, identity_.name, gpu != nullptr);
   if (gpu != nullptr) {
     memory_ = std::make_unique<FabricMemory>(gpu);
     options.memory = memory_.get();
+    options.gpu_memory = gpu_memory_.get();
   }
   base::Result<std::unique_ptr<fabric::Fabric>> created = fabric::Fabric::create(options, wake, this);
   if (!created.is_ok()) {
@@ -104,14 +106,17 @@ base::Status Nodes::open_fabric(engine::WakePort* wake, device::Device* gpu) {
   return base::Status::ok();
 }
 
-base::Status Nodes::choose_backend() {
-  // Kernels have messages in pinned memory of the host; the fabric is given none of a GPU, so nothing can prove it yet.
-  fabric::UcxProbe probe(nullptr);
+base::Status Nodes::choose_backend(device::Device* gpu) {
+  ProbeGpuMemory memory(gpu);
+  fabric::UcxProbe probe(gpu == nullptr ? nullptr : &memory);
   base::Result<fabric::BackendChoice> choice = fabric::choose_backend(config_.require_direct, probe);
   if (!choice.is_ok()) {
     return choice.status();
   }
   backend_ = std::move(choice).value();
+  if (backend_.live == fabric::Backend::kDirect) {
+    gpu_memory_ = std::make_unique<FabricGpuMemory>(gpu);
+  }
   base::log_info("backend of the fabric",
                  {{"backend", fabric::backend_name(backend_.live)}, {"cause", backend_.cause}});
   return base::Status::ok();
@@ -249,6 +254,7 @@ NodeFacts Nodes::facts() {
   facts.now_ns = base::now_ns();
   base::Result<fabric::FabricSnapshot> snapshot = fabric_->snapshot();
   facts.answered = snapshot.status();
+  facts.measured = mesh_ == nullptr ? decltype(facts.measured){} : mesh_->measured();
   const std::lock_guard<std::mutex> lock(mutex_);
   if (snapshot.is_ok()) {
     last_ = std::move(snapshot).value();
@@ -294,8 +300,14 @@ base::Status Nodes::wait_up(const group::NodeIdentity& node, uint64_t deadline_n
       return base::Status::ok();
     }
     if (stop_ || base::now_ns() >= deadline_ns) {
-      return base::Status(EXPERTD_REASON_PEER_LOST,
-                          "node " + node.name + " at " + node.address + " did not answer on the fabric");
+      return base::Status(
+          EXPERTD_REASON_PEER_LOST,
+          "node " + node.name + " at " + node.address +
+              " gave its addresses but no sign of life over the fabric (transports " +
+              (config_.transports.empty() ? "auto" : joined(config_.transports)) +
+              "): one was expected from it by the control lane before the join's deadline; look whether "
+              "fabric.transports and fabric.devices fit both nodes and whether packets pass both ways "
+              "(expertctl doctor on each, expertctl mesh)");
     }
     changed_.wait_for(lock, kLook);
   }
@@ -339,7 +351,14 @@ base::Result<std::shared_ptr<engine::FabricPort>> Nodes::open(const group::Place
   link.devices.assign(settings.shape.devices.begin(), settings.shape.devices.begin() + places);
   link.lanes = settings.fabric_lanes;
   link.weight = settings.fabric_weight;
-  size_messages(config_, static_cast<uint32_t>(placed.nodes.size()), placed.ranks.front().facts.cuda, &link);
+  const bool on_gpus = placed.ranks.front().facts.cuda;
+  size_messages(config_, static_cast<uint32_t>(placed.nodes.size()), on_gpus, &link);
+  if (on_gpus) {
+    // So that one message holds a low latency operation's rows or sums for a node.
+    const uint64_t wanted = device::low_latency_message_bytes(settings.shape, link.placement);
+    link.message_bytes = std::min(std::max(link.message_bytes, wanted), fabric::kMaxMessageBytes);
+    link.gpu_memory = gpu_memory_ != nullptr;
+  }
   base::Result<std::unique_ptr<engine::FabricPort>> port = fabric_->open_group(link);
   if (!port.is_ok()) {
     return port.status();

@@ -14,6 +14,7 @@
 #include <thread>
 #include <variant>
 
+#include "daemon/app/fabric_gpu_memory.h"
 #include "daemon/app/fabric_memory.h"
 #include "daemon/app/mesh.h"
 #include "daemon/app/node_view.h"
@@ -76,7 +77,7 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   using Event = std::variant<RankGone, NodeLost, ViewSaid>;
 
   Nodes(const config::FabricConfig& config, const Beats& beats) : config_(config), beats_(beats) {}
-  base::Status choose_backend();
+  base::Status choose_backend(device::Device* gpu);
   base::Status open_fabric(engine::WakePort* wake, device::Device* gpu);
   base::Status open_services();
   base::Status connect(const group::NodeIdentity& node);
@@ -115,7 +116,8 @@ class Nodes final : public session::GroupFabric, private fabric::FabricObserver 
   fabric::FabricSnapshot last_;  // what the fabric last told: counters must not fall when it does not answer
   bool stop_ = false;
   std::thread teller_;
-  std::unique_ptr<FabricMemory> memory_;  // null: the fabric's own
+  std::unique_ptr<FabricMemory> memory_;         // null: the fabric's own
+  std::unique_ptr<FabricGpuMemory> gpu_memory_;  // null: the backend is not `direct`
   std::unique_ptr<fabric::Fabric> fabric_;
   std::unique_ptr<Mesh> mesh_;
   std::unique_ptr<fabric::PeerServer> server_;

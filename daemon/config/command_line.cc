@@ -17,7 +17,7 @@
 #define EXPERTD_VERSION "0.1.0"
 #endif
 #ifndef EXPERTD_ABI_VERSION
-#define EXPERTD_ABI_VERSION "1.3"
+#define EXPERTD_ABI_VERSION "1.4"
 #endif
 #ifndef EXPERTD_BUILD_DETAIL
 #define EXPERTD_BUILD_DETAIL ""

@@ -92,6 +92,16 @@ class Device {
   /// ends; page-aligned. Nothing is to be done on host devices. POOL_EXHAUSTED, UNSUPPORTED, CUDA.
   virtual base::Status share_host_memory(void* /*data*/, uint64_t /*bytes*/) { return base::Status::ok(); }
 
+  /// Memory of a GPU that kernels of all GPUs that reach it and network adapters read and write; zeroed. UNSUPPORTED on
+  /// host devices, CUDA where the GPU or its driver has no such memory, POOL_EXHAUSTED.
+  virtual base::Result<std::unique_ptr<HeldMemory>> create_fabric_memory(uint64_t /*bytes*/) {
+    return base::Status(EXPERTD_REASON_UNSUPPORTED, "a host device has no memory of a GPU");
+  }
+  /// Copies between such memory and the host's, and waits for it.
+  virtual base::Status copy_and_wait(void* /*to*/, const void* /*from*/, uint64_t /*bytes*/) {
+    return base::Status(EXPERTD_REASON_UNSUPPORTED, "a host device has no memory of a GPU");
+  }
+
   virtual base::Result<Window> create_window(uint64_t bytes) = 0;
   /// Bytes that create_window(bytes) would take: rounded up as the device does it. Nothing is allocated.
   virtual base::Result<uint64_t> window_size(uint64_t bytes) const = 0;

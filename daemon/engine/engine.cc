@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <iterator>
 
+#include "daemon/engine/late_ranks.h"
+
 namespace expertd::engine {
 
 namespace {
@@ -331,7 +333,8 @@ bool Engine::advance_running(EngineSession& session, Op& op, bool may_work, uint
   } else if (now_ns >= op.request.deadline_ns) {
     base::RankSet ranks;
     const uint32_t missing = port_->missing(op.part, &ranks);
-    group.request_abort(op.number, {.reason = EXPERTD_REASON_TIMEOUT, .missing = missing, .rank = ranks.lowest()});
+    const base::RankSet active = group.entry(op.number).active.load(std::memory_order_acquire);
+    group.request_abort(op.number, late_failure(group.settings().placement.get(), active, missing, ranks));
     wake_group(group);
   }
   if (group.abort_requested(op.number, &op.failure)) {

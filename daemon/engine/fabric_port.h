@@ -47,6 +47,9 @@ enum class MessageKind : uint32_t {
 enum class FabricLane : uint32_t { kLatency = 0, kThroughput = 1 };
 inline constexpr uint32_t kFabricLanes = 2;
 
+/// A message of rows, pulls or sums begins with a head of so many bytes, and entries follow.
+inline constexpr uint32_t kMessageHeadBytes = 16;
+
 struct MessageHeader {
   MessageKind kind = MessageKind::kCounts;
   FabricLane lane = FabricLane::kThroughput;
@@ -65,12 +68,14 @@ struct SendBuffer {
   uint64_t capacity = 0;                      // bytes
   FabricLane lane = FabricLane::kThroughput;  // that it goes by, which need not be the one asked for
   uint32_t id = 0;
+  std::byte* entries = nullptr;  // not null: memory of a GPU, for entries in place of behind the head
 };
 
 /// A message that arrived for one local rank; several ranks of the node may be looking at the same bytes.
 struct Arrival {
   MessageHeader header;
   const std::byte* data = nullptr;
+  const std::byte* entries = nullptr;  // not null: memory of a GPU, where they lie in place of behind the head
   uint64_t bytes = 0;
   uint64_t arrived_ns = 0;  // base::now_ns clock: when it was whole, however late the rank looks
   uint32_t id = 0;          // for release()
@@ -82,6 +87,8 @@ class FabricPort {
   virtual ~FabricPort() = default;
   /// Bytes that every message of the group may have: the capacity of each SendBuffer.
   virtual uint64_t message_bytes() const = 0;
+  /// Whether entries lie in memory of a GPU.
+  virtual bool has_gpu_memory() const { return false; }
   /// A buffer for a message to `node`; data is null while all of the rank's buffers for the lane are under way.
   virtual SendBuffer take(uint32_t rank, FabricLane lane) = 0;
   /// Sends the first `bytes` bytes. Never fails towards the caller: a node that is gone is told as a lost node.

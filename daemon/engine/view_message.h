@@ -14,8 +14,8 @@ inline constexpr uint32_t kViewNodes = base::kMaxNodes;
 struct View {
   uint64_t epoch = 1;
   uint64_t from = 1;
-  base::RankSet lost;      // gone, or of lost nodes
-  base::RankSet excluded;  // by request
+  base::RankSet lost{};      // gone, or of lost nodes
+  base::RankSet excluded{};  // by request
   base::RankSet out() const { return lost | excluded; }
   friend bool operator==(const View&, const View&) = default;
 };

@@ -139,6 +139,7 @@ class Fabric::Port final : public engine::FabricPort {
   }
 
   uint64_t message_bytes() const override { return channel_->link().message_bytes; }
+  bool has_gpu_memory() const override { return channel_->link().gpu_memory; }
   engine::SendBuffer take(uint32_t rank, engine::FabricLane lane) override { return channel_->take(rank, lane); }
   void send(uint32_t rank, const engine::SendBuffer& buffer, const engine::MessageHeader& header,
             uint64_t bytes) override {
@@ -237,7 +238,7 @@ base::Status Fabric::disconnect(uint64_t node_id) {
 
 base::Result<std::unique_ptr<engine::FabricPort>> Fabric::open_group(const GroupLink& link) {
   MemoryPort* memory = state_->options.memory != nullptr ? state_->options.memory : &state_->anonymous;
-  ChannelSurroundings surroundings{.lanes = {}, .memory = memory};
+  ChannelSurroundings surroundings{.lanes = {}, .memory = memory, .gpu_memory = state_->options.gpu_memory};
   for (uint32_t i = 0; i < engine::kFabricLanes; ++i) {
     surroundings.lanes[i] = {.own_node_id = state_->identity.node_id,
                              .loads = state_->lanes[i]->core.loads(),

@@ -39,11 +39,15 @@ GroupChannel::GroupChannel(GroupLink link, const ChannelSurroundings& surroundin
     : link_(std::move(link)),
       own_node_id_(surroundings.lanes[0].own_node_id),
       memory_port_(surroundings.memory),
+      gpu_memory_port_(surroundings.gpu_memory),
       control_(link_, own_node_id_) {}
 
 GroupChannel::~GroupChannel() {
   if (memory_ != nullptr) {
     memory_port_->free(memory_, memory_bytes_);
+  }
+  if (gpu_memory_ != nullptr) {
+    gpu_memory_port_->free(gpu_memory_, gpu_memory_bytes_);
   }
 }
 
@@ -66,6 +70,9 @@ base::Status GroupChannel::check() const {
   }
   if (link_.key == 0) {
     return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, "the key of the group is 0; make a random one");
+  }
+  if (link_.gpu_memory && gpu_memory_port_ == nullptr) {
+    return base::Status(EXPERTD_REASON_UNSUPPORTED, "the fabric has no memory of a GPU; open it with such");
   }
   return check_placement();
 }
@@ -109,12 +116,21 @@ base::Status GroupChannel::take_memory(const ChannelSurroundings& surroundings) 
     return memory.status();
   }
   memory_ = memory.value();
-  std::byte* next = memory_;
+  if (link_.gpu_memory) {
+    gpu_memory_bytes_ = LaneChannel::gpu_bytes_needed(link_) * link_.lanes;
+    base::Result<std::byte*> gpu_memory = gpu_memory_port_->allocate(gpu_memory_bytes_);
+    if (!gpu_memory.is_ok()) {
+      return gpu_memory.status();
+    }
+    gpu_memory_ = gpu_memory.value();
+  }
+  LaneChannel::Memory next{memory_, gpu_memory_, link_.gpu_memory && gpu_memory_port_->is_gpu_memory()};
   for (const auto lane : {engine::FabricLane::kLatency, engine::FabricLane::kThroughput}) {
     if (uses(lane)) {
       const auto i = static_cast<uint32_t>(lane);
       lanes_[i] = std::make_unique<LaneChannel>(link_, lane, surroundings.lanes[i], next);
-      next += lane_bytes;
+      next.host += lane_bytes;
+      next.gpu += link_.gpu_memory ? LaneChannel::gpu_bytes_needed(link_) : 0;
     }
   }
   return base::Status::ok();

@@ -19,6 +19,7 @@ namespace expertd::fabric {
 struct ChannelSurroundings {
   std::array<LaneSurroundings, engine::kFabricLanes> lanes;  // by engine::FabricLane
   MemoryPort* memory = nullptr;
+  MemoryPort* gpu_memory = nullptr;  // of groups whose link says so
 };
 
 /// PEER_LOST: a node of a group is not connected.
@@ -65,8 +66,11 @@ class GroupChannel {
   const GroupLink link_;
   const uint64_t own_node_id_;
   MemoryPort* const memory_port_;
+  MemoryPort* const gpu_memory_port_;
   std::byte* memory_ = nullptr;
+  std::byte* gpu_memory_ = nullptr;
   uint64_t memory_bytes_ = 0;
+  uint64_t gpu_memory_bytes_ = 0;
   std::array<std::unique_ptr<LaneChannel>, engine::kFabricLanes> lanes_;
   ControlChannel control_;
   std::atomic<bool> closing_{false};

@@ -27,6 +27,7 @@ struct Incoming {
   void* data = nullptr;  // the payload, or with rendezvous its descriptor
   size_t bytes = 0;
   bool rendezvous = false;
+  uint32_t rail = 0;  // that of `worker`, where LaneCore has looked it up
 };
 
 /// What every message begins with. False: it is no message of this protocol, for `cause`.

@@ -3,6 +3,8 @@
 #include "daemon/fabric/lane_channel.h"
 
 #include <algorithm>
+#include <cstring>
+#include <utility>
 
 namespace expertd::fabric {
 
@@ -17,8 +19,11 @@ uint64_t aligned(uint64_t bytes) {
 }  // namespace
 
 LaneChannel::LaneChannel(const GroupLink& link, engine::FabricLane lane, const LaneSurroundings& surroundings,
-                         std::byte* memory)
-    : link_(link), lane_(lane), surroundings_(surroundings) {
+                         Memory memory)
+    : link_(link),
+      lane_(lane),
+      surroundings_(surroundings),
+      entries_type_(memory.is_gpu ? UCS_MEMORY_TYPE_CUDA : UCS_MEMORY_TYPE_HOST) {
   make_send_slots(&memory);
   make_receive_slots(&memory);
 }
@@ -30,7 +35,16 @@ uint64_t LaneChannel::bytes_needed(const GroupLink& link) {
   return (sends + sources * link.receive_buffers) * message + sources * link.eager_messages * aligned(link.eager_bytes);
 }
 
-void LaneChannel::make_send_slots(std::byte** memory) {
+uint64_t LaneChannel::gpu_bytes_needed(const GroupLink& link) {
+  const uint64_t sends = uint64_t{link.placement.ranks_on(link.placement.own_node)} * link.send_buffers;
+  return (sends + uint64_t{link.placement.nodes() - 1} * link.receive_buffers) * aligned(link.message_bytes);
+}
+
+std::byte* LaneChannel::next_entries(Memory* memory) const {
+  return memory->gpu == nullptr ? nullptr : std::exchange(memory->gpu, memory->gpu + aligned(link_.message_bytes));
+}
+
+void LaneChannel::make_send_slots(Memory* memory) {
   const uint32_t receive_slots = (link_.placement.nodes() - 1) * (link_.receive_buffers + link_.eager_messages);
   const uint32_t count = own_ranks() * link_.send_buffers;
   send_slots_.resize(count);
@@ -43,14 +57,15 @@ void LaneChannel::make_send_slots(std::byte** memory) {
       slot.channel = this;
       slot.id = id;
       slot.rank_index = index;
-      slot.data = *memory;
-      *memory += aligned(link_.message_bytes);
+      slot.data = memory->host;
+      memory->host += aligned(link_.message_bytes);
+      slot.entries = next_entries(memory);
       (void)ranks_.back()->free.push(id);
     }
   }
 }
 
-void LaneChannel::make_receive_slots(std::byte** memory) {
+void LaneChannel::make_receive_slots(Memory* memory) {
   const engine::Placement& placement = link_.placement;
   const uint32_t per_link = link_.receive_buffers + link_.eager_messages;
   receive_slots_.resize(uint64_t{placement.nodes() - 1} * per_link);
@@ -76,8 +91,9 @@ void LaneChannel::make_receive_slots(std::byte** memory) {
       slot.id = id;
       slot.from = &from;
       slot.eager = i >= link_.receive_buffers;
-      slot.data = *memory;
-      *memory += aligned(slot.eager ? link_.eager_bytes : link_.message_bytes);
+      slot.data = memory->host;
+      memory->host += aligned(slot.eager ? link_.eager_bytes : link_.message_bytes);
+      slot.entries = slot.eager ? nullptr : next_entries(memory);
       (slot.eager ? from.free_eager : from.free).push_back(id);
     }
   }
@@ -92,14 +108,15 @@ engine::SendBuffer LaneChannel::take(uint32_t rank) {
   } else if (!own.free.pop(&id)) {
     return {};
   }
-  return {.data = send_slots_[id].data, .capacity = link_.message_bytes, .lane = lane_, .id = id};
+  const SendSlot& slot = send_slots_[id];
+  return {.data = slot.data, .capacity = link_.message_bytes, .lane = lane_, .id = id, .entries = slot.entries};
 }
 
 void LaneChannel::send(uint32_t rank, const engine::SendBuffer& buffer, const engine::MessageHeader& header,
                        uint64_t bytes) {
   SendSlot& slot = send_slots_[buffer.id];
   slot.node = header.node;
-  slot.header = WireMessage{};
+  slot.header = WireHeadedMessage{};
   slot.header.prefix.source_node = surroundings_.own_node_id;
   slot.header.group_key = link_.key;
   slot.header.epoch = link_.epoch;
@@ -112,6 +129,12 @@ void LaneChannel::send(uint32_t rank, const engine::SendBuffer& buffer, const en
   slot.header.view = header.view;
   slot.header.lane = static_cast<uint32_t>(lane_);
   slot.header.bytes = static_cast<uint32_t>(std::min(bytes, link_.message_bytes));
+  if (slot.entries != nullptr && header.kind != engine::MessageKind::kCounts) {
+    // The head goes with the header, since UCX sends from one kind of memory.
+    slot.header.head_bytes = engine::kMessageHeadBytes;
+    slot.header.bytes -= std::min(slot.header.bytes, engine::kMessageHeadBytes);
+    std::memcpy(slot.header.head.data(), slot.data, engine::kMessageHeadBytes);
+  }
   (void)queues(rank).submitted.push(buffer.id);  // has room for every buffer
   surroundings_.waker->wake();
 }
@@ -133,7 +156,8 @@ bool LaneChannel::receive(uint32_t rank, engine::Arrival* arrival) {
                      .sequence = slot.header.sequence,
                      .view = slot.header.view};
   arrival->data = slot.data;
-  arrival->bytes = slot.header.bytes;
+  arrival->entries = slot.header.head_bytes != 0 ? slot.entries : nullptr;
+  arrival->bytes = slot.header.bytes + slot.header.head_bytes;
   arrival->arrived_ns = slot.arrived_ns;
   arrival->id = id;
   return true;

@@ -34,12 +34,18 @@ struct LaneSurroundings {
 
 class LaneChannel {
  public:
-  /// `link` outlives it; `memory` has bytes_needed(link).
-  LaneChannel(const GroupLink& link, engine::FabricLane lane, const LaneSurroundings& surroundings, std::byte* memory);
+  struct Memory {
+    std::byte* host = nullptr;
+    std::byte* gpu = nullptr;  // null: entries lie behind their heads
+    bool is_gpu = false;       // what `gpu` is: in tests it is the host's as well
+  };
+  /// `link` outlives it; `memory` has bytes_needed(link), and gpu_bytes_needed(link) if there is such.
+  LaneChannel(const GroupLink& link, engine::FabricLane lane, const LaneSurroundings& surroundings, Memory memory);
   LaneChannel(const LaneChannel&) = delete;
   LaneChannel& operator=(const LaneChannel&) = delete;
 
   static uint64_t bytes_needed(const GroupLink& link);
+  static uint64_t gpu_bytes_needed(const GroupLink& link);
 
   // As of engine::FabricPort.
   engine::SendBuffer take(uint32_t rank);
@@ -55,7 +61,7 @@ class LaneChannel {
   const std::vector<LanePeer*>& peers() const { return peers_; }
   /// A message of `node`'s daemon, whose key and epoch are this group's. False: not taken, for `cause`, described by
   /// `detail` when only a broken daemon does that. `kept` says that a rendezvous's descriptor is kept.
-  bool accept(uint32_t node, const WireMessage& header, const Incoming& incoming, bool* kept, DropCause* cause,
+  bool accept(uint32_t node, const WireHeadedMessage& header, const Incoming& incoming, bool* kept, DropCause* cause,
               const char** detail);
   /// False: more credits than were ever given out, or not of this lane.
   bool credit(uint32_t node, const WireCredit& header);
@@ -99,10 +105,11 @@ class LaneChannel {
     uint32_t id = 0;
     uint32_t rank_index = 0;
     std::byte* data = nullptr;
+    std::byte* entries = nullptr;  // of GroupLink::gpu_memory
     uint32_t node = 0;
     uint32_t rail = 0;
     ucs_status_t status = UCS_OK;
-    WireMessage header;  // UCX reads it until the send has ended
+    WireHeadedMessage header;  // UCX reads it until the send has ended
   };
   struct PeerLink;
   /// A receive buffer and what lies in it. Written by the lane's thread before it is queued to ranks, read by them.
@@ -112,13 +119,14 @@ class LaneChannel {
     PeerLink* from = nullptr;
     bool eager = false;
     std::byte* data = nullptr;
-    uint32_t holders = 0;  // ranks that have not released it; lane's thread
+    std::byte* entries = nullptr;  // of GroupLink::gpu_memory; eager slots have none
+    uint32_t holders = 0;          // ranks that have not released it; lane's thread
     ucs_status_t status = UCS_OK;
     uint64_t arrived_ns = 0;
-    WireMessage header;
+    WireHeadedMessage header;
   };
   struct Deferred {
-    WireMessage header;
+    WireHeadedMessage header;
     void* descriptor = nullptr;
     ucp_worker_h worker = nullptr;  // of the rail it came by
   };
@@ -146,12 +154,13 @@ class LaneChannel {
     std::array<CreditSlot, 2> credit_slots;
   };
 
-  void make_send_slots(std::byte** memory);
-  void make_receive_slots(std::byte** memory);
+  std::byte* next_entries(Memory* memory) const;
+  void make_send_slots(Memory* memory);
+  void make_receive_slots(Memory* memory);
   uint32_t own_ranks() const { return link_.placement.ranks_on(link_.placement.own_node); }
   RankQueues& queues(uint32_t rank) { return *ranks_[link_.placement.index_of[rank]]; }
 
-  const char* bad_field(uint32_t node, const WireMessage& header, const Incoming& incoming) const;
+  const char* bad_field(uint32_t node, const WireHeadedMessage& header, const Incoming& incoming) const;
   bool pump_released();
   bool pump_submitted();
   bool end_sends();
@@ -173,6 +182,7 @@ class LaneChannel {
   const GroupLink& link_;
   const engine::FabricLane lane_;
   const LaneSurroundings surroundings_;
+  const ucs_memory_type_t entries_type_;  // of what slots have for entries
   std::vector<std::unique_ptr<RankQueues>> ranks_;
   std::vector<SendSlot> send_slots_;
   std::vector<ReceiveSlot> receive_slots_;

@@ -29,7 +29,7 @@ void LaneChannel::let_peers_go() {
   }
 }
 
-const char* LaneChannel::bad_field(uint32_t node, const WireMessage& header, const Incoming& incoming) const {
+const char* LaneChannel::bad_field(uint32_t node, const WireHeadedMessage& header, const Incoming& incoming) const {
   const engine::Placement& placement = link_.placement;
   if (header.lane != static_cast<uint32_t>(lane_)) {
     return "lane";
@@ -48,12 +48,17 @@ const char* LaneChannel::bad_field(uint32_t node, const WireMessage& header, con
   if (header.credited != (incoming.rendezvous ? 0U : 1U)) {
     return "credited";
   }
-  const uint64_t most = incoming.rendezvous ? link_.message_bytes : link_.eager_bytes;
+  if (header.head_bytes != 0 &&
+      (!incoming.rendezvous || header.kind == static_cast<uint32_t>(engine::MessageKind::kCounts) ||
+       link_.message_bytes < header.head_bytes)) {
+    return "head_bytes";
+  }
+  const uint64_t most = incoming.rendezvous ? link_.message_bytes - header.head_bytes : link_.eager_bytes;
   const uint64_t carried = incoming.rendezvous ? std::max(header.bytes, 1U) : header.bytes;
   return header.bytes > most || incoming.bytes != carried ? "bytes" : nullptr;
 }
 
-bool LaneChannel::accept(uint32_t node, const WireMessage& header, const Incoming& incoming, bool* kept,
+bool LaneChannel::accept(uint32_t node, const WireHeadedMessage& header, const Incoming& incoming, bool* kept,
                          DropCause* cause, const char** detail) {
   *detail = bad_field(node, header, incoming);
   if (*detail != nullptr) {
@@ -174,14 +179,15 @@ void LaneChannel::start_send(SendSlot& slot) {
     return;
   }
   PeerLink& to = *links_[slot.node];
-  const bool eager = slot.header.bytes <= link_.eager_bytes && to.credits > 0;
+  const bool headed = slot.header.head_bytes != 0;
+  const bool eager = !headed && slot.header.bytes <= link_.eager_bytes && to.credits > 0;
   slot.header.credited = eager ? 1 : 0;
   to.credits -= eager ? 1 : 0;
   ucp_request_param_t param{};
   param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_FLAGS |
                        UCP_OP_ATTR_FIELD_MEMORY_TYPE;
   param.flags = eager ? UCP_AM_SEND_FLAG_EAGER : UCP_AM_SEND_FLAG_RNDV;
-  param.memory_type = UCS_MEMORY_TYPE_HOST;
+  param.memory_type = headed ? entries_type_ : UCS_MEMORY_TYPE_HOST;
   param.cb.send = on_sent;
   param.user_data = &slot;
   const size_t bytes = eager ? slot.header.bytes : std::max(slot.header.bytes, 1U);
@@ -193,8 +199,9 @@ void LaneChannel::start_send(SendSlot& slot) {
   traffic.sent_bytes += slot.header.bytes;
   ++traffic.in_flight;
   ++sends_in_flight_;
-  const ucs_status_ptr_t sent = ucp_am_send_nbx(peer->endpoint(slot.rail), kWireMessage, &slot.header,
-                                                sizeof(slot.header), slot.data, bytes, &param);
+  const ucs_status_ptr_t sent =
+      ucp_am_send_nbx(peer->endpoint(slot.rail), kWireMessage, &slot.header,
+                      sizeof(WireMessage) + slot.header.head_bytes, headed ? slot.entries : slot.data, bytes, &param);
   if (!UCS_PTR_IS_PTR(sent)) {
     --sends_in_flight_;
     --traffic.in_flight;
@@ -256,12 +263,17 @@ void LaneChannel::start_receive(PeerLink& from, const Deferred& deferred) {
   slot.header = deferred.header;
   ucp_request_param_t param{};
   param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMORY_TYPE;
-  param.memory_type = UCS_MEMORY_TYPE_HOST;
+  std::byte* target = slot.data;
+  if (slot.header.head_bytes != 0) {
+    std::memcpy(slot.data, slot.header.head.data(), slot.header.head_bytes);
+    target = slot.entries != nullptr ? slot.entries : slot.data + slot.header.head_bytes;
+  }
+  param.memory_type = target == slot.entries ? entries_type_ : UCS_MEMORY_TYPE_HOST;
   param.cb.recv_am = on_received;
   param.user_data = &slot;
   ++receives_in_flight_;
   const ucs_status_ptr_t received =
-      ucp_am_recv_data_nbx(deferred.worker, deferred.descriptor, slot.data, std::max(slot.header.bytes, 1U), &param);
+      ucp_am_recv_data_nbx(deferred.worker, deferred.descriptor, target, std::max(slot.header.bytes, 1U), &param);
   if (!UCS_PTR_IS_PTR(received)) {
     slot.status = UCS_PTR_RAW_STATUS(received);
     receives_ended_.push_back(&slot);

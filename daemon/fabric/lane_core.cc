@@ -216,11 +216,14 @@ GroupChannel* LaneCore::group_of(uint64_t key, uint32_t epoch, const LanePeer* f
 }
 
 bool LaneCore::take_message(const Incoming& message, LanePeer* from) {
-  WireMessage header;
-  if (message.header_bytes != sizeof(header)) {
+  WireHeadedMessage header;
+  if (message.header_bytes != sizeof(WireMessage) && message.header_bytes != sizeof(header)) {
     return drop(DropCause::kMalformed, from, "the header's size");
   }
-  std::memcpy(&header, message.header, sizeof(header));
+  std::memcpy(static_cast<void*>(&header), message.header, message.header_bytes);
+  if (header.head_bytes != message.header_bytes - sizeof(WireMessage)) {
+    return drop(DropCause::kMalformed, from, "the size of the head");
+  }
   uint32_t node = 0;
   DropCause cause = DropCause::kUnknownGroup;
   GroupChannel* group = group_of(header.group_key, header.epoch, from, &node, &cause);

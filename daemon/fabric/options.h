@@ -47,6 +47,8 @@ class MemoryPort {
   /// Page-aligned and zeroed.
   virtual base::Result<std::byte*> allocate(uint64_t bytes) = 0;
   virtual void free(std::byte* data, uint64_t bytes) = 0;
+  /// UCX is told so of it. Else it is the host's.
+  virtual bool is_gpu_memory() const { return false; }
 };
 
 struct FabricOptions {
@@ -61,6 +63,7 @@ struct FabricOptions {
   uint64_t task_limit_ns = 5'000'000'000;  // a control thread waits so long for a thread of the fabric
   uint64_t stop_limit_ns = 1'000'000'000;  // stop() waits so long for what is in flight
   MemoryPort* memory = nullptr;            // null: anonymous memory of the process
+  MemoryPort* gpu_memory = nullptr;        // of groups with GroupLink::gpu_memory; null: there are none
 };
 
 /// What another daemon needs to reach this one. It stays the same as long as the daemon runs.
@@ -85,6 +88,7 @@ struct GroupLink {
   uint64_t eager_bytes = 8 * 1024;        // a message up to this size goes at once while the receiver has credits
   uint32_t eager_messages = 16;           // per (node, lane): these credits, eager_bytes each
   uint32_t lanes = engine::kFabricLanes;  // 1: the throughput lane alone, and no buffers for the other
+  bool gpu_memory = false;                // entries of rows, pulls and sums lie in memory of FabricOptions::gpu_memory
   uint32_t weight = 1;                    // on the throughput lane beside other groups, 1..kMaxWeight
 };
 inline constexpr uint32_t kMaxWeight = base::kMaxBandwidthRatio;

@@ -24,7 +24,7 @@ bool ProbeSide::send(Sending* sending, const std::byte* payload) {
   header.destination_node = peer_->node_id();
   header.probe = probe_;
   header.lane = static_cast<uint32_t>(lane_);
-  const ucp_ep_h ep = peer_->endpoint();
+  const ucp_ep_h ep = peer_->endpoint(sending->rail);
   if (ep == nullptr || peer_->failed()) {
     return false;
   }
@@ -114,6 +114,7 @@ bool ProbeAsker::ask(WireProbeSignal signal, uint32_t bytes) {
     header.signal = signal;
     header.sequence = ++sequence_;
     header.bytes = bytes;
+    each.sending.rail = signal == kProbeAsk ? run().rail : 0;
     each.sent_ns = base::now_ns();  // not the turn's: several asks of a turn begin one after the other
     if (!send(&each.sending, payload_.data())) {
       return false;
@@ -147,7 +148,7 @@ bool ProbeAsker::answered(const WireProbe& header, uint64_t now_ns) {
 void ProbeAsker::finish_run() {
   std::sort(round_trips_ns_.begin(), round_trips_ns_.end());
   const size_t count = round_trips_ns_.size();
-  ProbeFigures figures{.lane = run().lane, .bytes = run().bytes};
+  ProbeFigures figures{.lane = run().lane, .bytes = run().bytes, .rail = run().rail};
   if (count != 0) {
     figures.messages = static_cast<uint32_t>(count);
     figures.elapsed_ns = last_ns_ - first_ns_;
@@ -202,6 +203,7 @@ bool ProbeAnswerer::asked(const WireProbe& header, const Incoming& message, bool
   free->worker = message.worker;
   free->status = UCS_OK;
   free->sending.header = header;
+  free->sending.rail = message.rail;
   end_asked_ |= header.signal == kProbeEnd;
   return true;
 }

@@ -39,6 +39,7 @@ class ProbeSide {
   /// A message and the slot that UCX names until it has gone.
   struct Sending {
     bool under_way = false;
+    uint32_t rail = 0;
     WireProbe header;
   };
   /// False: it cannot be sent.

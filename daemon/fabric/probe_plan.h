@@ -13,7 +13,7 @@ namespace expertd::fabric {
 
 inline constexpr uint32_t kProbeBytesMax = 1024 * 1024;
 inline constexpr uint32_t kProbeMessagesMax = 1024;        // of a run
-inline constexpr uint32_t kProbeRunsMax = 4;               // of a probe
+inline constexpr uint32_t kProbeRunsMax = 32;              // of a probe: two per rail of each data lane
 inline constexpr uint64_t kProbeNsMax = 10'000'000'000;    // from open to end
 inline constexpr uint64_t kProbeRunNsMax = 1'000'000'000;  // in which a run begins messages
 
@@ -24,6 +24,7 @@ struct ProbeRun {
   uint32_t window = 1;    // 1..8
   uint32_t messages = 2;  // 2..kProbeMessagesMax
   uint64_t limit_ns = 0;
+  uint32_t rail = 0;  // of the asker's lane; answers come by the rail of the other side that it leads to
 };
 
 /// The first answer counts for nothing: what has to be set up at a first message is no part of the lane's speed.
@@ -34,6 +35,7 @@ struct ProbeFigures {
   uint64_t elapsed_ns = 0;  // from the first answer to the last
   uint64_t p50_ns = 0;      // there and back
   uint64_t p99_ns = 0;
+  uint32_t rail = 0;
 };
 
 struct ProbePlan {

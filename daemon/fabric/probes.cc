@@ -136,6 +136,13 @@ base::Status LaneCore::open_probe(const ProbeOffer& offer, ProbeMemory memory) {
 }
 
 base::Status LaneCore::begin_probe(const ProbePlan& plan, ProbeMemory payload, ProbeDone done) {
+  const bool has_rails =
+      std::all_of(plan.runs.begin(), plan.runs.end(), [this](const ProbeRun& run) { return run.rail < rails_.size(); });
+  if (!has_rails) {
+    return base::Status(EXPERTD_REASON_ARGUMENT_RANGE, std::string("lane ") + kLaneNames[static_cast<size_t>(kind())] +
+                                                           " has no such rail to measure, only " +
+                                                           std::to_string(rails_.size()));
+  }
   const base::Result<LanePeer*> peer = peer_to_probe(plan.node_id);
   if (peer.is_ok()) {
     probes_.begin(std::make_unique<ProbeAsker>(setting_.node_id, setting_.lane, peer.value(), plan, std::move(payload),
@@ -153,10 +160,14 @@ bool LaneCore::take_probe(const Incoming& message, LanePeer* from) {
   if (header.destination_node != setting_.node_id) {
     return drop(DropCause::kUnknownNode);
   }
+  Incoming by_rail = message;
+  const auto rail = std::find_if(rails_.begin(), rails_.end(),
+                                 [&](const std::unique_ptr<Lane>& each) { return each->worker() == message.worker; });
+  by_rail.rail = rail == rails_.end() ? 0 : static_cast<uint32_t>(rail - rails_.begin());
   bool kept = false;
   DropCause cause = DropCause::kBadField;
   const char* detail = nullptr;
-  if (!probes_.incoming(header, message, from, &kept, &cause, &detail)) {
+  if (!probes_.incoming(header, by_rail, from, &kept, &cause, &detail)) {
     return detail == nullptr ? drop(cause) : drop(cause, from, detail);
   }
   return kept;

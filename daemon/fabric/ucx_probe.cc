@@ -107,7 +107,7 @@ base::Status UcxProbe::check_library() {
 base::Status UcxProbe::register_memory() {
   State& state = *state_;
   if (state.memory == nullptr) {
-    return base::Status(EXPERTD_REASON_UNAVAILABLE, "this daemon gives the fabric no memory of a GPU");
+    return base::Status(EXPERTD_REASON_UNAVAILABLE, "this daemon serves no GPU");
   }
   for (void** data : {&state.source, &state.target}) {
     base::Result<void*> allocated = state.memory->allocate(kBytes);

@@ -4,10 +4,12 @@
 // pointers. A receiver copies a header before it looks at it, since UCX promises no alignment.
 #pragma once
 
+#include <array>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
 
+#include "daemon/engine/fabric_port.h"
 #include "daemon/engine/view_message.h"
 
 namespace expertd::fabric {
@@ -46,12 +48,17 @@ struct WireMessage {
   uint32_t source_rank = 0;
   uint32_t entries = 0;
   uint32_t sequence = 0;
-  uint32_t lane = 0;      // engine::FabricLane
-  uint32_t bytes = 0;     // of the payload; a rendezvous of 0 bytes carries one byte that means nothing
-  uint32_t credited = 0;  // 1: sent at once on a credit, 0: by rendezvous
-  uint32_t view = 0;      // epoch of the view that the operation belongs to
-  uint32_t reserved = 0;
+  uint32_t lane = 0;        // engine::FabricLane
+  uint32_t bytes = 0;       // of the payload; a rendezvous of 0 bytes carries one byte that means nothing
+  uint32_t credited = 0;    // 1: sent at once on a credit, 0: by rendezvous
+  uint32_t view = 0;        // epoch of the view that the operation belongs to
+  uint32_t head_bytes = 0;  // of the message's head behind this header, where `bytes` are entries alone; or 0
 };
+/// With its head.
+struct WireHeadedMessage : WireMessage {
+  std::array<std::byte, engine::kMessageHeadBytes> head{};
+};
+static_assert(sizeof(WireHeadedMessage) == sizeof(WireMessage) + engine::kMessageHeadBytes);
 
 /// Gives back eager credits of a lane of a group.
 struct WireCredit {

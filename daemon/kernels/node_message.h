@@ -29,7 +29,7 @@ struct MessageHead {
   uint32_t side_elements = 0;
   uint32_t side_element_bytes = 0;
   // In the last message to a node, how many there were, else 0: of pulls, and of rows from a GPU, whose messages go to
-  // all ranks of the node.
+  // all ranks of the node. In sums from a GPU: of which pulls of their source, counted from 1.
   uint32_t last = 0;
 };
 static_assert(sizeof(MessageHead) == 16);

@@ -74,6 +74,10 @@ enum class MetricType { kCounter, kGauge, kHistogram };
   X(FabricDropped, "expertd_fabric_dropped_total", Counter, "cause", "Messages that were not taken, by cause.")       \
   X(FabricHeartbeatRtt, "expertd_fabric_heartbeat_rtt_seconds", Histogram, "",                                        \
     "Heartbeats to other nodes, there and back.")                                                                     \
+  X(FabricMeshLatency, "expertd_fabric_mesh_latency_seconds", Gauge, "node,lane,device,quantile",                     \
+    "One way to another node as last measured from here (expertctl mesh); device is empty where the lane has one.")   \
+  X(FabricMeshBandwidth, "expertd_fabric_mesh_bytes_per_second", Gauge, "node,lane,device",                           \
+    "Bandwidth to another node as last measured from here (expertctl mesh).")                                         \
   X(GroupsSpanning, "expertd_groups_spanning", Gauge, "", "Groups over several nodes that are open.")                 \
   X(RendezvousUp, "expertd_rendezvous_up", Gauge, "",                                                                 \
     "1 while the rendezvous of groups over several nodes is known and answers; 0 also where the fabric is off.")      \

@@ -292,6 +292,15 @@ class Page {
     for (FamilyWriter* writer : {&messages, &bytes, &in_flight, &deferred}) {
       end(*writer);
     }
+    FamilyWriter latency = start(Metric::kFabricMeshLatency);
+    FamilyWriter bandwidth = start(Metric::kFabricMeshBandwidth);
+    for (const FabricGauges::Way& way : fabric.mesh) {
+      latency.put({way.node, way.lane, way.device, "0.5"}, static_cast<double>(way.latency_p50_ns) / 1e9);
+      latency.put({way.node, way.lane, way.device, "0.99"}, static_cast<double>(way.latency_p99_ns) / 1e9);
+      bandwidth.put({way.node, way.lane, way.device}, way.bytes_per_second);
+    }
+    end(latency);
+    end(bandwidth);
     put_single(Metric::kGroupsSpanning, uint64_t{fabric.groups});
     put_single(Metric::kRendezvousUp, uint64_t{fabric.rendezvous_up});
   }

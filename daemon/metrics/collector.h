@@ -37,7 +37,17 @@ struct FabricGauges {
     uint64_t in_flight = 0;
     uint64_t deferred = 0;
   };
+  /// To another node as last measured from here, by lane and device; at most a cluster's nodes and a lane's rails.
+  struct Way {
+    std::string node;
+    std::string lane;
+    std::string device;
+    uint64_t latency_p50_ns = 0;
+    uint64_t latency_p99_ns = 0;
+    uint64_t bytes_per_second = 0;
+  };
   bool enabled = false;
+  std::vector<Way> mesh;
   std::string backend = "staged";
   std::string transports;
   bool rendezvous_up = false;

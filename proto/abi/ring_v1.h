@@ -225,7 +225,8 @@ enum expertd_completion_flag {
   EXPERTD_COMPLETION_DEGRADED = 1u /* computed under a rank mask */
 };
 
-/* What a TIMEOUT waited for. */
+/* What a TIMEOUT waited for. COUNTS with rank -1: of a whole node, whose ranks are minimum to maximum, and which of
+   them is late is known there. */
 enum expertd_missing {
   EXPERTD_MISSING_NONE = 0,
   EXPERTD_MISSING_SUBMISSION = 1,

@@ -158,6 +158,7 @@ Outcome Rounds::join(const std::string& name, uint32_t rank, uint32_t ranks, con
   options.capture_lanes = mode.ends_with("captured") ? 2 : 0;
   options.on_rank_loss = mode.starts_with("mask-") ? EXPERTD_RANK_LOSS_MASK : EXPERTD_RANK_LOSS_FAIL;
   options.executor = executor;
+  options.communication.use_nvlink = mode.starts_with("no-nvlink-") ? EXPERTD_USE_NO : EXPERTD_USE_DEFAULT;
   options.op_timeout_ns = op_ns;
   options.first_op_timeout_ns = op_ns;
   return outcome_of(expertd_group_join(session_, &options, &group_));

@@ -47,7 +47,7 @@ class Rounds {
   /// auto-sm-normal and auto-copy-normal, of no chosen executor, which must say that they had the one named; captured,
   /// which is ll with two capture lanes; or mixed-sm and mixed-copy, which are ll of no chosen executor with every
   /// second round in halves: those are by copy engines, the others as named. mask-ll, mask-normal and mask-captured are
-  /// ll, normal and captured with on_rank_loss = mask.
+  /// ll, normal and captured with on_rank_loss = mask, no-nvlink-ll and no-nvlink-normal those with use_nvlink = NO.
   support::Outcome join(const std::string& name, uint32_t rank, uint32_t ranks, const std::string& mode,
                         uint64_t op_ns);
   support::Outcome leave();

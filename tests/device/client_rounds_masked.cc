@@ -13,7 +13,7 @@ using support::OpEnd;
 using support::Outcome;
 using support::outcome_of;
 
-constexpr double kMostMs = 40'000;  // until a mask comes
+constexpr double kMostMs = 12'000;  // until a mask comes
 
 /// Good operations in a row that had the same mask.
 struct Span {
@@ -29,6 +29,7 @@ class Tally {
     if (!end.outcome.ok()) {
       ++failures_;
       last_failure_ = expertd_reason_name(end.outcome.status.reason);
+      last_message_ = end.outcome.message;
       return;
     }
     gap_ms_ = std::max(gap_ms_, support::elapsed_ms(good_ns_));
@@ -53,6 +54,7 @@ class Tally {
     for (const Span& span : spans_) {
       text << span.first << "-" << span.last << ":" << span.mask << ",";
     }
+    text << " last failure: " << last_message_;
     return text.str();
   }
 
@@ -60,6 +62,7 @@ class Tally {
   std::vector<Span> spans_;
   uint64_t failures_ = 0;
   std::string last_failure_ = "NONE";
+  std::string last_message_;
   double gap_ms_ = 0;
   uint64_t good_ns_ = support::monotonic_ns();
 };
@@ -105,7 +108,9 @@ std::string Rounds::masked(uint64_t count, uint64_t before, std::string* text) {
     OpEnd back;
     const std::string wrong = masked_round(&sent, &back);
     if (!wrong.empty()) {
-      return wrong + " in round " + std::to_string(round);
+      return wrong + " in round " + std::to_string(round) + ", dispatch under mask " +
+             std::to_string(sent.result.rank_mask) + ", combine under " + std::to_string(back.result.rank_mask) +
+             tally.text();
     }
     tally.note(2 * round + 1, sent);
     tally.note(2 * round + 2, back);

@@ -51,7 +51,7 @@ class CudaCaptures : public GpuTest {
         request.admit_ns = base::now_ns();
         request.deadline_ns = request.admit_ns + deadline_ns_;
       }
-      auto parts = group_->launch(&requests, all);
+      auto parts = group_->launch(&requests, all.low());
       ASSERT_TRUE(group_->drain(&parts));
       Entry entry;
       entry.lane = i % kLanes;

@@ -6,73 +6,19 @@
 #include <map>
 #include <sstream>
 
-#include "tests/device/process_fixture.h"
-#include "tests/support/daemon_cluster.h"
+#include "tests/device/process_nodes_fixture.h"
 
 namespace expertd::device_test {
 namespace {
 
-constexpr seconds kDaemonStart(60);
-constexpr seconds kAnswer(90);
+constexpr seconds kAnswer(20);
 constexpr double kMostFailed = 20;  // operations of one rank, of those that a loss ends
 
-class ProcessNodesMask : public ProcessTest {
+class ProcessNodesMask : public NodesTest {
  protected:
-  ProcessNodesMask() : ProcessNodesMask(1, 3) {}
-  /// `ranks_each`: GPUs of each daemon, and ranks.
-  ProcessNodesMask(uint32_t ranks_each, uint32_t nodes)
-      : ProcessTest(ranks_each, seconds(155)), ranks_each_(ranks_each), nodes_(nodes) {}
+  ProcessNodesMask() : NodesTest(1, 3) {}
+  ProcessNodesMask(uint32_t ranks_each, uint32_t nodes) : NodesTest(ranks_each, nodes) {}
 
-  void SetUp() override {
-    ProcessTest::SetUp();
-    if (IsSkipped()) {
-      return;
-    }
-    cluster_ = std::make_unique<support::DaemonCluster>(nodes_, machine().host ? 2 : 0);
-    cluster_->set_start_limit(kDaemonStart);
-    for (uint32_t node = 0; node < nodes_ && !machine().host; ++node) {
-      std::string gpus;
-      for (uint32_t i = 0; i < ranks_each_; ++i) {
-        gpus += (i == 0 ? "" : ",") + std::to_string(gpu_of(node, i));
-      }
-      cluster_->add_flags(node, {"--device-gpus=" + gpus});
-    }
-    ASSERT_TRUE(cluster_->start());
-    for (uint32_t rank = 0; rank < ranks_each_ * nodes_; ++rank) {
-      clients_.push_back(make_client());
-      const uint32_t node = rank / ranks_each_;
-      ASSERT_TRUE(is_ok(expect_ok(*clients_.back(), "attach " + cluster_->node(node).attach_socket() + " " +
-                                                        device(gpu_of(node, rank % ranks_each_)) + " rank" +
-                                                        std::to_string(rank))));
-      ASSERT_TRUE(is_ok(expect_ok(*clients_.back(), "memory malloc")));
-    }
-  }
-
-  /// Devices of the host are each daemon's own.
-  uint32_t gpu_of(uint32_t node, uint32_t index) const {
-    const auto count = static_cast<uint32_t>(machine().uuids.size());
-    return machine().host ? index : (node * ranks_each_ + index) % count;
-  }
-  FaultClient& client(uint32_t rank) { return *clients_[rank]; }
-  std::vector<FaultClient*> some(const std::vector<uint32_t>& ranks) {
-    std::vector<FaultClient*> found;
-    for (const uint32_t rank : ranks) {
-      found.push_back(clients_[rank].get());
-    }
-    return found;
-  }
-  std::vector<FaultClient*> all() {
-    std::vector<FaultClient*> found;
-    for (const auto& client : clients_) {
-      found.push_back(client.get());
-    }
-    return found;
-  }
-
-  void join(const std::string& mode) {
-    const std::string count = std::to_string(clients_.size());
-    ASSERT_TRUE(all_ok(all(), "join masked # " + count + " " + mode));
-  }
   /// Rounds that end behind the next loss; the answer says that the ranks are at work.
   void begin(const std::vector<uint32_t>& ranks) {
     uint64_t mask = 0;
@@ -112,15 +58,10 @@ class ProcessNodesMask : public ProcessTest {
   }
 
   void lose_a_client(const std::string& mode);
-
-  const uint32_t ranks_each_;
-  const uint32_t nodes_;
-  std::unique_ptr<support::DaemonCluster> cluster_;
-  std::vector<std::unique_ptr<FaultClient>> clients_;
 };
 
 void ProcessNodesMask::lose_a_client(const std::string& mode) {
-  ASSERT_NO_FATAL_FAILURE(join(mode));
+  ASSERT_NO_FATAL_FAILURE(join(mode + " 3000"));
   ASSERT_NO_FATAL_FAILURE(begin({0, 1, 2}));
   client(1).signal_kill();
   expect_masked({0, 2}, 0b101, "a client of three nodes killed, " + mode);
@@ -135,7 +76,7 @@ TEST_F(ProcessNodesMask, AKilledClientIsLeftOutOfHighThroughput) {
 }
 
 TEST_F(ProcessNodesMask, AKilledDaemonIsLeftOutAndTheNextClientToo) {
-  ASSERT_NO_FATAL_FAILURE(join("mask-ll"));
+  ASSERT_NO_FATAL_FAILURE(join("mask-ll 3000"));
   ASSERT_NO_FATAL_FAILURE(begin({0, 1, 2}));
   cluster_->node(2).kill();
   expect_masked({0, 1}, 0b011, "a daemon of three killed");
@@ -146,7 +87,7 @@ TEST_F(ProcessNodesMask, AKilledDaemonIsLeftOutAndTheNextClientToo) {
 }
 
 TEST_F(ProcessNodesMask, AKilledHostOfTheRendezvousIsLeftOut) {
-  ASSERT_NO_FATAL_FAILURE(join("mask-normal"));
+  ASSERT_NO_FATAL_FAILURE(join("mask-normal 3000"));
   ASSERT_NO_FATAL_FAILURE(begin({0, 1, 2}));
   cluster_->node(0).kill();
   expect_masked({1, 2}, 0b110, "the first daemon of three killed");
@@ -154,7 +95,7 @@ TEST_F(ProcessNodesMask, AKilledHostOfTheRendezvousIsLeftOut) {
 
 // A rank that is left out by request fails its own operations, and takes part again when it is let in.
 TEST_F(ProcessNodesMask, ARankIsLeftOutByRequestAndComesBack) {
-  ASSERT_NO_FATAL_FAILURE(join("mask-ll"));
+  ASSERT_NO_FATAL_FAILURE(join("mask-ll 3000"));
   const auto run = [&](uint64_t mask) {
     ASSERT_TRUE(all_ok(all(), "masked 20", seconds(60)));
     for (uint32_t rank = 0; rank < 3; ++rank) {
@@ -179,7 +120,7 @@ TEST_F(ProcessNodesMask, ALossEndsReplaysAndNotCalls) {
   if (machine().host) {
     GTEST_SKIP() << "host devices capture nothing";
   }
-  ASSERT_NO_FATAL_FAILURE(join("mask-captured"));
+  ASSERT_NO_FATAL_FAILURE(join("mask-captured 3000"));
   ASSERT_TRUE(all_ok(all(), "capture", seconds(60)));
   ASSERT_TRUE(all_ok(all(), "replay 1 5", seconds(60)));
   ASSERT_NO_FATAL_FAILURE(begin({0, 1, 2}));
@@ -200,7 +141,7 @@ class ProcessNodePairsMask : public ProcessNodesMask {
 
 // First one of two ranks of a node, so that the other serves for both, then the rest of the node.
 TEST_F(ProcessNodePairsMask, AKilledClientAndThenItsDaemon) {
-  ASSERT_NO_FATAL_FAILURE(join("mask-normal"));
+  ASSERT_NO_FATAL_FAILURE(join("mask-normal 3000"));
   ASSERT_NO_FATAL_FAILURE(begin({0, 1, 2, 3}));
   client(3).signal_kill();
   expect_masked({0, 1, 2}, 0b0111, "one of two ranks of a node killed");
@@ -210,7 +151,7 @@ TEST_F(ProcessNodePairsMask, AKilledClientAndThenItsDaemon) {
 }
 
 TEST_F(ProcessNodePairsMask, AKilledClientIsLeftOutOfLowLatency) {
-  ASSERT_NO_FATAL_FAILURE(join("mask-ll"));
+  ASSERT_NO_FATAL_FAILURE(join("mask-ll 3000"));
   ASSERT_NO_FATAL_FAILURE(begin({0, 1, 2, 3}));
   client(0).signal_kill();
   expect_masked({1, 2, 3}, 0b1110, "one of two ranks of a node killed, low latency");

@@ -116,6 +116,22 @@ TEST_F(ProcessNodes, APeerThatIsKilledEndsTheOperation) {
   EXPECT_NE(answer.find("PEER_LOST"), std::string::npos) << answer;
 }
 
+// What the nodes find out about each other ends the operation on both: no end of a chain takes it for a good one.
+TEST_F(ProcessNodes, OperationsThatDifferEndOnBothNodes) {
+  ASSERT_TRUE(all_ok(both(), "join differ # 2 normal 5000"));
+  for (int i = 0; i < 10; ++i) {
+    second_->send("rounds 1 1");  // two operations
+    for (int op = 0; op < 2; ++op) {
+      const std::string answer = first_->ask("barrier", seconds(20));
+      // The combine of a dispatch that failed is refused before it is compared.
+      EXPECT_NE(answer.find(op == 0 ? "failed OP_MISMATCH" : "failed "), std::string::npos) << answer;
+    }
+    const std::string answer = second_->answer(seconds(20)).value_or("no answer");
+    EXPECT_NE(answer.find("failed OP_MISMATCH"), std::string::npos) << answer;
+  }
+  EXPECT_TRUE(all_ok(both(), "rounds 10 2", seconds(20)));
+}
+
 TEST_F(ProcessNodes, ADaemonThatIsKilledEndsTheOperation) {
   ASSERT_TRUE(all_ok(both(), "join daemon # 2 ll"));
   EXPECT_TRUE(all_ok(both(), "loop 4", seconds(60)));

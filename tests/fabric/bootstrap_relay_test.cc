@@ -37,8 +37,8 @@ class BootstrapRelay : public ::testing::Test {
     }
     return support::elapsed_ms(begin);
   }
-  /// A join of half a second at `node` ends at its deadline, by name.
-  static void expect_unavailable(TestNode* node, const std::string& name) {
+  /// A join of half a second at `node` ends at its deadline, by name; returns the message.
+  static std::string expect_unavailable(TestNode* node, const std::string& name) {
     const uint64_t begin = support::monotonic_ns();
     const JoinEnd end = take(node->join(name, 1, config_of(2), kSecond / 2));
     const double ms = support::elapsed_ms(begin);
@@ -47,6 +47,13 @@ class BootstrapRelay : public ::testing::Test {
     std::printf("%s: %.0f ms: %s\n", name.c_str(), ms, end.error.status.message().c_str());
     EXPECT_GE(ms, 499);
     EXPECT_LT(ms, support::worst_bound_ms(1000));
+    return end.error.status.message();
+  }
+  /// Where nothing answered, what was expected and what to look at.
+  void expect_silent(const std::string& message, const std::string& call) const {
+    EXPECT_NE(message.find(relay_.address() + ": "), std::string::npos) << message;
+    EXPECT_NE(message.find("no answer to " + call), std::string::npos) << message;
+    EXPECT_NE(message.find("fabric.listen"), std::string::npos) << message;
   }
 
   TestNode host_{{.name = "a", .id = 11}};
@@ -172,7 +179,7 @@ TEST_F(BootstrapRelay, HalfOpenConnectionsHoldUpNoOtherJoin) {
   }
   std::printf("groups beside a half-open connection: at most %.0f ms\n", worst_ms);
   EXPECT_LT(worst_ms, support::worst_bound_ms(500));
-  expect_unavailable(&second_, "half-open");
+  expect_silent(expect_unavailable(&second_, "half-open"), "the greeting");
   EXPECT_EQ(stuck.wait_for(std::chrono::milliseconds(0)), std::future_status::timeout);
   relay_.set_mute(false);
   relay_.cut();
@@ -185,7 +192,7 @@ TEST_F(BootstrapRelay, AnOpenConnectionThatFallsSilentEndsTheJoinAtItsDeadline) 
   expect_group(&second_, "before");
   relay_.set_rule(Way::kToDaemon, {.held = true});
   relay_.set_rule(Way::kToCaller, {.held = true});
-  expect_unavailable(&second_, "silent");
+  expect_silent(expect_unavailable(&second_, "silent"), "this call");
   expect_group(&third_, "beside");
   relay_.set_rule(Way::kToDaemon, {});
   relay_.set_rule(Way::kToCaller, {});

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <thread>
 
+#include "daemon/base/clock.h"
 #include "daemon/fabric/lane_options.h"
 #include "daemon/fabric/rail_loads.h"
 #include "tests/fabric/fabric_pair.h"
@@ -184,6 +185,43 @@ TEST_P(FabricRailsOf, NodesOfOtherNumbersOfRailsReachEachOther) {
     EXPECT_EQ(wrong_bytes(arrival), 0U);
     world.node(0).port->release(1, arrival);
   }
+}
+
+TEST_P(FabricRailsOf, EveryRailIsMeasuredByItself) {
+  constexpr uint64_t kProbe = 77;
+  constexpr uint32_t kRails = 3;
+  World world({2, 1});
+  ASSERT_NO_FATAL_FAILURE(start(world, kRails, 2));
+  const uint64_t deadline_ns = base::now_ns() + 9'000'000'000;
+  fabric::ProbePlan plan{
+      .node_id = world.node(1).fabric->identity().node_id, .probe = kProbe, .runs = {}, .deadline_ns = deadline_ns};
+  for (uint32_t rail = 0; rail < kRails; ++rail) {
+    plan.runs.push_back({FabricLane::kThroughput, 8, 1, 10, 1'000'000'000, rail});
+    plan.runs.push_back({FabricLane::kThroughput, 100'000, 4, 10, 1'000'000'000, rail});
+  }
+  const uint64_t own = world.node(0).fabric->identity().node_id;
+  ASSERT_TRUE(world.node(1).fabric->open_probe({own, kProbe, 100'000, deadline_ns}).is_ok());
+  std::atomic<bool> done{false};
+  base::Status status;
+  std::vector<fabric::ProbeFigures> figures;
+  ASSERT_TRUE(world.node(0)
+                  .fabric
+                  ->begin_probe(plan,
+                                [&](const base::Status& ended, const std::vector<fabric::ProbeFigures>& found) {
+                                  status = ended;
+                                  figures = found;
+                                  done.store(true, std::memory_order_release);
+                                })
+                  .is_ok());
+  ASSERT_TRUE(world.node(0).bell->wait([&] { return done.load(std::memory_order_acquire); }));
+  ASSERT_TRUE(status.is_ok()) << status.message();
+  ASSERT_EQ(figures.size(), 2 * kRails);
+  for (uint32_t i = 0; i < figures.size(); ++i) {
+    EXPECT_EQ(figures[i].rail, i / 2);
+    EXPECT_EQ(figures[i].messages, 9U);
+    EXPECT_GT(figures[i].p50_ns, 0U);
+  }
+  EXPECT_TRUE(world.node(0).bell->lost().empty() && world.node(1).bell->lost().empty());
 }
 
 }  // namespace

@@ -59,7 +59,7 @@ TEST(FabricWire, HeadersLieAsDocumented) {
             EXPERTD_ROW(WireMessage, op), EXPERTD_ROW(WireMessage, targets), EXPERTD_ROW(WireMessage, source_rank),
             EXPERTD_ROW(WireMessage, entries), EXPERTD_ROW(WireMessage, sequence), EXPERTD_ROW(WireMessage, lane),
             EXPERTD_ROW(WireMessage, bytes), EXPERTD_ROW(WireMessage, credited), EXPERTD_ROW(WireMessage, view),
-            EXPERTD_ROW(WireMessage, reserved)}));
+            EXPERTD_ROW(WireMessage, head_bytes)}));
   EXPECT_EQ(documented("Credit"),
             (Rows{EXPERTD_ROW(WireCredit, group_key), EXPERTD_ROW(WireCredit, epoch), EXPERTD_ROW(WireCredit, lane),
                   EXPERTD_ROW(WireCredit, credits), EXPERTD_ROW(WireCredit, reserved)}));

@@ -76,6 +76,15 @@ TEST(ClientMessage, NamesTheRankAndWhatWasMissing) {
   EXPECT_EQ("TIMEOUT: rank 1 had not submitted the operation", message_of(completion));
   completion.missing = EXPERTD_MISSING_ROWS;
   EXPECT_EQ("TIMEOUT: rank 1 had not delivered its rows", message_of(completion));
+  completion.rank = -1;
+  completion.missing = EXPERTD_MISSING_COUNTS;
+  EXPECT_EQ("TIMEOUT: a rank had not delivered its row counts", message_of(completion));
+  completion.minimum = 2;
+  completion.maximum = 5;
+  EXPECT_EQ(
+      "TIMEOUT: nothing came of the node of ranks 2 to 5: one of its ranks had not submitted the operation, and the "
+      "results of the others name it",
+      message_of(completion));
   completion = completion_of(EXPERTD_REASON_PEER_REJECTED);
   completion.rank = 3;
   completion.peer_reason = EXPERTD_REASON_CAPACITY_EXCEEDED;

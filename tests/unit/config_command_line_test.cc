@@ -153,7 +153,7 @@ TEST(CommandLine, PrintsTheVersionOnOneLine) {
   EXPECT_EQ(startup.exit_code, 0);
   EXPECT_EQ(startup.output, version_line() + "\n");
   EXPECT_TRUE(startup.output.starts_with("expertd ")) << startup.output;
-  // A build with CUDA names it: "expertd 0.1.0 (abi 1.3, cuda 13.0)".
+  // A build with CUDA names it: "expertd 0.1.0 (abi 1.4, cuda 13.0)".
   const std::string abi = std::to_string(EXPERTD_ABI_MAJOR) + "." + std::to_string(EXPERTD_ABI_MINOR);
   EXPECT_NE(startup.output.find(" (abi " + abi), std::string::npos) << startup.output;
   EXPECT_TRUE(startup.output.ends_with(")\n")) << startup.output;

@@ -74,7 +74,7 @@ class FakeSessions final : public session::SessionApi {
   }
   base::Result<session::MaskReply> group_mask(base::SessionId, base::GroupId, const base::RankSet& exclude,
                                               const base::RankSet&) override {
-    return session::MaskReply{2, 1, exclude};
+    return session::MaskReply{2, base::RankSet(1), exclude};
   }
   base::Result<session::GroupPlan> plan_group(base::SessionId session, const session::GroupConfig& config) override {
     const uint64_t worst_rows = uint64_t{config.expert_parallel_size} * config.max_tokens;

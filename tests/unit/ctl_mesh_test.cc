@@ -69,6 +69,26 @@ TEST(Mesh, ASlowNodeIsInMostOutliers) {
   EXPECT_NE(text.find("Most of these have node node-3 in common."), std::string::npos) << text;
 }
 
+TEST(Mesh, ASlowDeviceOfALaneIsNamed) {
+  Mesh mesh = even_mesh(4);
+  for (MeshPair& pair : mesh.pairs) {
+    MeshLane second = pair.lanes[1];
+    pair.lanes[1].device = "mlx5_0:1";
+    second.device = "mlx5_1:1";
+    // A device that is slower everywhere is none that stands out, one that is slow on one way is.
+    second.bytes_per_second = pair.source == 2 && pair.destination == 1 ? 1'000'000'000 : 5'000'000'000;
+    pair.lanes.push_back(second);
+  }
+  EXPECT_EQ(mesh.lanes(), (std::vector<std::string>{"latency", "throughput mlx5_0:1", "throughput mlx5_1:1"}));
+  const std::vector<MeshOutlier> outliers = mesh_outliers(mesh);
+  ASSERT_EQ(outliers.size(), 1U);
+  EXPECT_EQ(outliers[0].lane, "throughput mlx5_1:1");
+  const std::string text = mesh_text(mesh);
+  EXPECT_NE(text.find("outlier: node-2 -> node-1, lane throughput mlx5_1:1: "), std::string::npos) << text;
+  EXPECT_NE(text.find("lane throughput mlx5_1:1: gigabytes per second"), std::string::npos) << text;
+  EXPECT_NE(mesh_svg(mesh).find("throughput mlx5_1:1"), std::string::npos);
+}
+
 TEST(Mesh, WhatIsBetterThanOthersIsNoOutlier) {
   Mesh mesh = even_mesh(4);
   pair_of(&mesh, 0, 1).lanes[0].latency_p50_ns = 100;

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "daemon/engine/late_ranks.h"
 #include "tests/support/fake_engine_group.h"
 
 namespace expertd::test {
@@ -417,6 +418,33 @@ TEST(EngineFailure, LaunchesOneOperationAtATimeWithOnePage) {
   ASSERT_TRUE(group.settle(3));
   EXPECT_EQ(group[0].port.parts().size(), 2U);
   EXPECT_EQ(group[1].port.parts().size(), 2U);
+}
+
+// Two ranks on the own node 0, three on node 1, one on node 2.
+TEST(EngineLateRanks, NobodyIsNamedWhoMayHaveWaitedForAnother) {
+  engine::Placement placement;
+  placement.ranks_of = {{0, 1}, {2, 3, 5}, {4}};
+  placement.node_of = {0, 0, 1, 1, 2, 1};
+  const auto late = [&placement](uint64_t active, uint64_t ranks) {
+    return engine::late_failure(&placement, base::RankSet(active), EXPERTD_MISSING_COUNTS, base::RankSet(ranks));
+  };
+  const engine::Failure whole = late(0b111111, 0b101100);
+  EXPECT_EQ(whole.reason, EXPERTD_REASON_TIMEOUT);
+  EXPECT_EQ(whole.missing, static_cast<uint32_t>(EXPERTD_MISSING_COUNTS));
+  EXPECT_EQ(whole.rank, -1);
+  EXPECT_EQ(whole.minimum, 2);
+  EXPECT_EQ(whole.maximum, 5);
+  EXPECT_EQ(late(0b111111, 0b100000).rank, 5) << "counts of its node came, so all ranks there have submitted";
+  EXPECT_EQ(late(0b111111, 0b111100).rank, 4) << "alone on its node";
+  EXPECT_EQ(late(0b111111, 0b101110).rank, 1) << "on the own node";
+  EXPECT_EQ(late(0b010111, 0b000100).rank, 2) << "the others of its node take no part";
+  EXPECT_EQ(
+      engine::late_failure(&placement, base::RankSet(0b111111), EXPERTD_MISSING_ROWS, base::RankSet(0b101100)).rank, 2)
+      << "all have begun";
+  EXPECT_EQ(
+      engine::late_failure(nullptr, base::RankSet(0b111111), EXPERTD_MISSING_COUNTS, base::RankSet(0b101100)).rank, 2)
+      << "one node";
+  EXPECT_EQ(late(0b111111, 0).rank, -1);
 }
 
 }  // namespace

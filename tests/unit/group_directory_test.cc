@@ -346,7 +346,7 @@ TEST_F(DirectoryTest, MarksTheRanksOfAnEndedSessionLost) {
   (void)join(0, config_of(2));
   (void)join(1, config_of(2));
   EXPECT_TRUE(directory_.session_ended(base::SessionId{2}).empty());
-  EXPECT_EQ(formation_->shared->lost(), base::RankSet(2));
+  EXPECT_EQ(formation_->shared->lost(), base::RankSet(2U));
   const auto groups = directory_.snapshot();
   ASSERT_EQ(groups.size(), 1U);
   EXPECT_EQ(groups[0].joined, base::RankSet(1));
@@ -362,7 +362,7 @@ TEST_F(DirectoryTest, LetsTheRanksJoinAnewAfterALoss) {
   EXPECT_TRUE(join(1, config_of(2), 9).status.is_ok());
   ASSERT_NE(formation_, nullptr);
   EXPECT_NE(formation_->shared->settings().shape.id, old->shared->settings().shape.id);
-  EXPECT_TRUE(formation_->shared->lost().empty());
+  EXPECT_EQ(formation_->shared->lost(), base::RankSet(0U));
 }
 
 TEST_F(DirectoryTest, ForgetsAGroupThatEveryRankLeft) {

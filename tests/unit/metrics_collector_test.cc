@@ -253,6 +253,12 @@ TEST(MetricsServer, TheFabricIsShownByStateLaneAndCause) {
                      .received_bytes = 10,
                      .in_flight = 11,
                      .deferred = 12};
+  fabric.mesh = {{.node = "b",
+                  .lane = "throughput",
+                  .device = "mlx5_0:1",
+                  .latency_p50_ns = 2'000'000,
+                  .latency_p99_ns = 4'000'000,
+                  .bytes_per_second = 13}};
   fabric.rtt[1] = 2;
   fabric.rtt.back() = 1;
   fabric.rtt_sum_ns = 2'000'000'000;
@@ -281,6 +287,9 @@ TEST(MetricsServer, TheFabricIsShownByStateLaneAndCause) {
            R"(expertd_fabric_heartbeat_rtt_seconds_bucket{le="5e-05"} 2)",
            R"(expertd_fabric_heartbeat_rtt_seconds_count 3)",
            R"(expertd_fabric_heartbeat_rtt_seconds_sum 2)",
+           R"(expertd_fabric_mesh_latency_seconds{node="b",lane="throughput",device="mlx5_0:1",quantile="0.5"} 0.002)",
+           R"(expertd_fabric_mesh_latency_seconds{node="b",lane="throughput",device="mlx5_0:1",quantile="0.99"} 0.004)",
+           R"(expertd_fabric_mesh_bytes_per_second{node="b",lane="throughput",device="mlx5_0:1"} 13)",
            R"(expertd_groups_spanning 3)",
            R"(expertd_rendezvous_up 1)",
            R"(expertd_op_bytes_total{op="dispatch",gpu="host",path="fabric"} 64)",

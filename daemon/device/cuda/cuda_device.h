@@ -68,6 +68,8 @@ class CudaDevice : public Device, public engine::DevicePort {
   DeviceInfo info() const override;
   engine::DevicePort& port() override { return *this; }
   base::Status share_host_memory(void* data, uint64_t bytes) override;
+  base::Result<std::unique_ptr<HeldMemory>> create_fabric_memory(uint64_t bytes) override;
+  base::Status copy_and_wait(void* to, const void* from, uint64_t bytes) override;
   base::Result<Window> create_window(uint64_t bytes) override;
   base::Result<uint64_t> window_size(uint64_t bytes) const override;
   base::Result<std::unique_ptr<HeldMemory>> import_fd(base::ScopedFd fd, uint64_t offset, uint64_t bytes,
@@ -234,7 +236,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   Part part_of(const GroupEntry& group, const NodeLane& lane) const;
   bool start_replay(GroupEntry* group, NodeLane* lane, uint64_t entry, uint64_t now_ns);
   bool abort_replay(GroupEntry* group, NodeLane* lane);
-  bool release_replay(GroupEntry* group, NodeLane* lane);
+  bool release_replay(GroupEntry* group, NodeLane* lane, bool tells);
   void note_replay(NodeLane* lane, uint64_t now_ns) const;
   bool turn_replay(GroupEntry* group, NodeLane* lane, uint64_t now_ns, bool* moved);
   bool turn_arm(GroupEntry* group, NodeLane* lane, uint64_t now_ns, bool* moved);
@@ -244,7 +246,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   bool launch_nodes(const engine::LaunchSpec& spec, Part* part);
   bool open_nodes(const engine::LaunchSpec& spec, Part* part);
   void advance_nodes(Part* part);
-  void close_nodes(Part* part);
+  bool close_nodes(Part* part);
   void drop_nodes(const Part& part);
   uint32_t missing_nodes(const Part& part, uint64_t* ranks) const;
 

@@ -264,8 +264,11 @@ bool CudaDevice::poll(engine::PartId id, engine::Outcome* outcome) {
     advance_nodes(&part);
   } else if (part.end_reason == 0 && ht_is_open(part)) {
     advance_ht(&part);
-  } else if (part.end_reason != 0) {
-    part.nodes ? close_nodes(&part) : close_ht(&part);
+  } else if (part.end_reason != 0 && !part.nodes) {
+    close_ht(&part);
+  }
+  if (part.end_reason != 0 && part.nodes && !close_nodes(&part)) {
+    return false;
   }
   if (!chain_drained(part)) {
     if (part.end_reason != 0 && !part.rescue_sent) {

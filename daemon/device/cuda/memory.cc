@@ -8,12 +8,13 @@
 namespace expertd::device::cuda {
 namespace {
 
-CUmemAllocationProp allocation_properties(const GpuView& home) {
+CUmemAllocationProp allocation_properties(const Reach& reach) {
   CUmemAllocationProp properties{};
   properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
   properties.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
   properties.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
-  properties.location.id = home.device;
+  properties.location.id = reach.home.device;
+  properties.allocFlags.gpuDirectRDMACapable = reach.adapters ? 1 : 0;
   return properties;
 }
 
@@ -21,7 +22,7 @@ CUmemAllocationProp allocation_properties(const GpuView& home) {
 
 base::Result<uint64_t> VmmMemory::allocation_bytes(const Reach& reach, uint64_t bytes) {
   const Driver& driver = *reach.driver;
-  const CUmemAllocationProp properties = allocation_properties(reach.home);
+  const CUmemAllocationProp properties = allocation_properties(reach);
   size_t granularity = 0;
   EXPERTD_DRIVER_CALL(driver,
                       cuMemGetAllocationGranularity(&granularity, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED));
@@ -34,7 +35,7 @@ base::Result<uint64_t> VmmMemory::allocation_bytes(const Reach& reach, uint64_t 
 
 base::Result<std::unique_ptr<VmmMemory>> VmmMemory::create(const Reach& reach, uint64_t bytes, Pool* pool) {
   const Driver& driver = *reach.driver;
-  const CUmemAllocationProp properties = allocation_properties(reach.home);
+  const CUmemAllocationProp properties = allocation_properties(reach);
   const auto wanted = allocation_bytes(reach, bytes);
   if (!wanted.is_ok()) {
     return wanted.status();

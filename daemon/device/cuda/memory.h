@@ -33,6 +33,7 @@ struct Reach {
   Closer* closer = nullptr;
   GpuView home;
   std::vector<GpuView> gpus;  // home included
+  bool adapters = false;      // and network adapters
 };
 
 /// A VMM allocation mapped at one address for all GPUs of `reach`.

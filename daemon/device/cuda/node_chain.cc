@@ -283,6 +283,7 @@ void CudaDevice::NodeChain::end_batch(Batch* batch) {
       end_served(batch);
       break;
     case Batch::Kind::kCombined:
+    case Batch::Kind::kKept:
     case Batch::Kind::kSums:
     case Batch::Kind::kSpread:
     case Batch::Kind::kFree:

@@ -104,6 +104,7 @@ class CudaDevice::NodeChain {
   // node_combine.cc
   void begin_pulls();
   bool take_pulls(const engine::Arrival& arrival, const kernels::MessageHead& head);
+  void keep_pulls(const engine::Arrival& arrival);
   bool take_sums(const engine::Arrival& arrival, const kernels::MessageHead& head);
   bool pack_pulls(bool* moved);
   bool serve_pulls(bool* moved);

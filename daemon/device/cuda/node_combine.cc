@@ -28,10 +28,11 @@ void CudaDevice::NodeChain::begin_pulls() {
 
 /// Opens the next window with a buffer for each node; false: there are none, or no window is free.
 bool CudaDevice::NodeChain::open_window(Batch* batch, cu::PackPullsJob* job) {
-  const auto free = std::find_if(nodes_.windows.begin(), nodes_.windows.end(),
+  const auto end_of_windows = nodes_.windows.begin() + nodes_.window_count;
+  const auto free = std::find_if(nodes_.windows.begin(), end_of_windows,
                                  [](const NodeWindow& window) { return window.stage == NodeWindow::Stage::kFree; });
   const uint32_t others = other_nodes();
-  if (free == nodes_.windows.end() || job->windows + others > cu::kPullWindows) {
+  if (free == end_of_windows || job->windows + others > cu::kPullWindows) {
     return false;
   }
   const uint32_t before = batch->filled_count;
@@ -59,7 +60,7 @@ bool CudaDevice::NodeChain::open_window(Batch* batch, cu::PackPullsJob* job) {
     window.begin = begin;
     window.end = end;
     window.layout = nodes_.layouts[filled.node];
-    window.entries = reinterpret_cast<char*>(filled.buffer.data) + sizeof(kernels::MessageHead);
+    window.entries = reinterpret_cast<char*>(message_entries(filled.buffer));
     window.packed = &nodes_.device_facts()->packed[index_of(*batch)][i];
   }
   *free = NodeWindow{.stage = NodeWindow::Stage::kPacking, .begin = begin, .end = end};
@@ -109,6 +110,7 @@ void CudaDevice::NodeChain::end_pulls(Batch* batch) {
     head.last = filled.last ? nodes_.messages[filled.node] : 0;
     std::memcpy(filled.buffer.data, &head, sizeof(head));
     window.asked[filled.node] = entries;
+    window.number[filled.node] = nodes_.messages[filled.node];
     window.waits |= entries != 0 && !spoiled(server) ? uint64_t{1} << filled.node : 0;
     send(filled.buffer, engine::MessageKind::kPulls, filled.node, entries, nodes_.op.place_bit(server),
          sizeof(head) + uint64_t{entries} * nodes_.layouts[filled.node].stride);
@@ -121,7 +123,30 @@ void CudaDevice::NodeChain::end_pulls(Batch* batch) {
   }
 }
 
-// A copy of the pulls waits in a place of their source, so that they hold no buffer of the fabric.
+/// Puts a copy of the pulls into a place of their source, so that they hold no buffer of the fabric while they wait.
+void CudaDevice::NodeChain::keep_pulls(const engine::Arrival& arrival) {
+  const uint32_t rank = arrival.header.source_rank;
+  NodeSource& source = nodes_.sources[rank];
+  const uint32_t index = source.arrived % kNodeWindows;
+  engine::Arrival copy = arrival;
+  std::byte* place = nodes_.pulls_place(rank, index);
+  std::memcpy(place, arrival.data, arrival.entries == nullptr ? arrival.bytes : engine::kMessageHeadBytes);
+  copy.data = place;
+  if (arrival.entries != nullptr) {
+    Batch* batch = take_batch(Batch::Kind::kKept);  // receive() has seen that there is one
+    batch->arrivals[batch->arrival_count++] = arrival;
+    copy.entries = nodes_.pulls_entries(rank, index);
+    driver_failed_ = driver_.cuMemcpyAsync(reinterpret_cast<CUdeviceptr>(copy.entries),
+                                           reinterpret_cast<CUdeviceptr>(arrival.entries),
+                                           arrival.bytes - engine::kMessageHeadBytes, stream_) != CUDA_SUCCESS ||
+                     driver_failed_;
+    driver_failed_ = !put_tick(batch) || driver_failed_;
+  }
+  ++source.arrived;
+  ++source.waiting;
+  nodes_.pulls_waiting[(nodes_.pulls_first + nodes_.pulls_count++) % nodes_.pulls_waiting.size()] = copy;
+}
+
 bool CudaDevice::NodeChain::take_pulls(const engine::Arrival& arrival, const kernels::MessageHead& head) {
   const uint32_t rank = arrival.header.source_rank;
   const uint32_t entries = arrival.header.entries;
@@ -139,16 +164,12 @@ bool CudaDevice::NodeChain::take_pulls(const engine::Arrival& arrival, const ker
     if (entries == 0) {
       ++source.served;
     } else {
-      engine::Arrival copy = arrival;
-      std::byte* place = nodes_.pulls_place(rank, source.arrived % kNodeWindows);
-      std::memcpy(place, arrival.data, arrival.bytes);
-      copy.data = place;
-      ++source.arrived;
-      ++source.waiting;
-      nodes_.pulls_waiting[(nodes_.pulls_first + nodes_.pulls_count++) % nodes_.pulls_waiting.size()] = copy;
+      keep_pulls(arrival);
     }
   }
-  nodes_.inbox.release(arrival);
+  if (!good || entries == 0 || arrival.entries == nullptr) {
+    nodes_.inbox.release(arrival);
+  }
   return good;
 }
 
@@ -176,12 +197,12 @@ bool CudaDevice::NodeChain::serve_pulls(bool* moved) {
       kernels::MessageHead head;
       std::memcpy(&head, pulls.data, sizeof(head));
       cu::ServePullsJob::Message& message = job.message[job.messages++];
-      message.pulls = reinterpret_cast<const char*>(pulls.data) + sizeof(head);
+      message.pulls = reinterpret_cast<const char*>(message_entries(pulls));
       message.count = pulls.header.entries;
       message.source = pulls.header.source_rank;
       message.flags = head.flags;
       message.layout = kernels::sums_layout(shape_, head);
-      message.sums = reinterpret_cast<char*>(buffer.data) + sizeof(head);
+      message.sums = reinterpret_cast<char*>(message_entries(buffer));
       batch->filled[batch->filled_count++] = {
           .buffer = buffer, .node = pulls.header.node, .pulls = pulls, .head = head};
     }
@@ -209,7 +230,8 @@ void CudaDevice::NodeChain::end_served(Batch* batch) {
       nodes_.op.fabric->drop(part_.rank, filled.buffer);
       continue;
     }
-    const kernels::MessageHead head{.flags = filled.head.flags & kernels::kMessageWeights};
+    const kernels::MessageHead head{.flags = filled.head.flags & kernels::kMessageWeights,
+                                    .last = filled.pulls.header.sequence + 1};
     std::memcpy(filled.buffer.data, &head, sizeof(head));
     send(filled.buffer, engine::MessageKind::kSums, filled.node, filled.pulls.header.entries, nodes_.op.place_bit(rank),
          sizeof(head) + uint64_t{filled.pulls.header.entries} * kernels::sums_layout(shape_, filled.head).stride);
@@ -225,11 +247,8 @@ bool CudaDevice::NodeChain::take_sums(const engine::Arrival& arrival, const kern
   if (combines() && nodes_.stage == Stage::kMoving && arrival.header.entries != 0 &&
       head.flags == (nodes_.head.flags & kernels::kMessageWeights) &&
       bytes == uint64_t{arrival.header.entries} * layout.stride) {
-    int32_t token = 0;
-    std::memcpy(&token, arrival.data + sizeof(head), sizeof(token));
     for (NodeWindow& window : nodes_.windows) {
-      const bool of_it = token >= 0 && static_cast<uint32_t>(token) >= window.begin &&
-                         static_cast<uint32_t>(token) < window.end && window.asked[node] == arrival.header.entries;
+      const bool of_it = window.number[node] == head.last && window.asked[node] == arrival.header.entries;
       if (window.stage == NodeWindow::Stage::kWaiting && (window.waits >> node & 1) != 0 && of_it) {
         found = &window;
       }
@@ -245,7 +264,7 @@ bool CudaDevice::NodeChain::take_sums(const engine::Arrival& arrival, const kern
   found->waits &= ~(uint64_t{1} << node);
   found->here |= uint64_t{1} << node;
   driver_failed_ = driver_failed_ || driver_.cuMemcpyAsync(reinterpret_cast<CUdeviceptr>(nodes_.sums(index, node)),
-                                                           reinterpret_cast<CUdeviceptr>(arrival.data + sizeof(head)),
+                                                           reinterpret_cast<CUdeviceptr>(message_entries(arrival)),
                                                            bytes, stream_) != CUDA_SUCCESS;
   driver_failed_ = !put_tick(batch) || driver_failed_;
   return true;

@@ -86,7 +86,7 @@ bool CudaDevice::NodeChain::spread_rows(bool* moved) {
       const engine::Arrival& arrival = nodes_.rows_waiting[taken];
       cu::SpreadRowsJob::Message& message = job.message[job.messages++];
       std::memcpy(&message.head, arrival.data, sizeof(message.head));
-      message.entries = reinterpret_cast<const char*>(arrival.data) + sizeof(message.head);
+      message.entries = reinterpret_cast<const char*>(message_entries(arrival));
       message.count = arrival.header.entries;
       message.source = arrival.header.source_rank;
       message.layout = kernels::rows_layout(shape_, message.head, nodes_.op.node_ranks(nodes_.op.placement->own_node));
@@ -154,7 +154,7 @@ void CudaDevice::NodeChain::fill_job(const Batch& batch, cu::PackRowsJob* job) c
   job->head = nodes_.head;
   for (uint32_t i = batch.filled_count; i-- != 0;) {
     job->first_buffer[batch.filled[i].node] = i;
-    job->buffers[i] = reinterpret_cast<char*>(batch.filled[i].buffer.data) + sizeof(kernels::MessageHead);
+    job->buffers[i] = reinterpret_cast<char*>(message_entries(batch.filled[i].buffer));
   }
   for (uint32_t node = 0; node < nodes_.nodes; ++node) {
     job->layout[node] = nodes_.layouts[node];

@@ -29,6 +29,7 @@ NodeGroup::NodeGroup(const engine::GroupShape& shape, uint64_t bytes_of_message)
       ranks(shape.ranks),
       row_ints(kernels::count_row_ints(shape.ranks, shape.experts)),
       message_bytes(bytes_of_message),
+      window_count(windows_of(shape, bytes_of_message, kNodeWindows)),
       inbox(shape.ranks, counts_message_bytes(shape.ranks, shape.experts)),
       outbox(shape.ranks),
       notices(shape.ranks),
@@ -55,14 +56,17 @@ base::Result<std::unique_ptr<NodeGroup>> NodeGroup::create(const Reach& reach, P
   group->totals_at = align_up((uint64_t{group->nodes} + 1) * sizeof(uint32_t));
   group->positions_at = align_up(group->totals_at + sizeof(kernels::cuda::NodeTotals));
   group->sums_at = align_up(group->positions_at + uint64_t{shape.max_tokens} * group->nodes * sizeof(int32_t));
-  const uint64_t device_bytes = group->sums_at + uint64_t{kNodeWindows} * group->nodes * group->message_bytes;
+  const uint32_t node_ranks = shape.placement->ranks_on(shape.placement->own_node);
+  group->pulls_bytes = align_up(most_pulls_bytes(shape, node_ranks));
+  group->pulls_entries_at =
+      align_up(group->sums_at + uint64_t{group->window_count} * group->nodes * group->message_bytes);
+  const uint64_t kept_pulls = shape.fabric->has_gpu_memory() ? uint64_t{shape.ranks} * kNodeWindows : 0;
+  const uint64_t device_bytes = group->pulls_entries_at + kept_pulls * group->pulls_bytes;
   auto memory = VmmMemory::create(reach, device_bytes, pool);
   if (!memory.is_ok()) {
     return memory.status().with_context("memory for what other nodes send");
   }
   group->memory = std::move(memory).value();
-  const uint32_t node_ranks = shape.placement->ranks_on(shape.placement->own_node);
-  group->pulls_bytes = align_up(most_pulls_bytes(shape, node_ranks));
   group->rows_at = align_up(sizeof(NodeFacts));
   group->pulls_at = align_up(group->rows_at + uint64_t{shape.ranks} * group->row_ints * sizeof(int32_t));
   const uint64_t pinned_bytes = group->pulls_at + uint64_t{shape.ranks} * kNodeWindows * group->pulls_bytes;

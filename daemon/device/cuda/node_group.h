@@ -13,14 +13,17 @@
 #include "daemon/device/cuda/group_layout.h"
 #include "daemon/device/cuda/memory.h"
 #include "daemon/device/nodes/node_inbox.h"
+#include "daemon/device/nodes/node_messages.h"
 #include "daemon/device/nodes/node_notice.h"
 #include "daemon/device/nodes/node_outbox.h"
 #include "daemon/kernels/cuda/node_jobs.h"
 
 namespace expertd::device::cuda {
 
-/// Windows of a combine under way: with 72 tokens each (rows of 7168 channels in messages of 1 MiB) 8 MiB of sums.
+/// Windows of a combine under way at most: with 72 tokens each (rows of 7168 channels in messages of 1 MiB) 8 MiB of
+/// sums per node.
 inline constexpr uint32_t kNodeWindows = 8;
+static_assert(kernels::cuda::kMostPullTokens == kMostWindowTokens);
 /// Launches that touch messages and have not ended. One that finds no place is made in a later turn.
 inline constexpr uint32_t kNodeBatches = 16;
 /// Rows that arrived and wait for a launch: all buffers that a node may fill at once.
@@ -38,7 +41,7 @@ struct alignas(128) NodeFacts {
 
 /// A launch that reads or writes messages, until it has ended.
 struct NodeBatch {
-  enum class Kind : uint32_t { kFree, kRows, kSpread, kPulls, kServed, kSums, kCombined };
+  enum class Kind : uint32_t { kFree, kRows, kSpread, kPulls, kKept, kServed, kSums, kCombined };
   struct Filled {
     engine::SendBuffer buffer{};
     uint32_t node = 0;
@@ -66,7 +69,8 @@ struct NodeWindow {
   uint32_t end = 0;
   uint64_t waits = 0;  // nodes whose sums have not arrived
   uint64_t here = 0;   // nodes whose sums are in the device, or on their way before whatever is launched next
-  std::array<uint32_t, kernels::cuda::kMaxGpuNodes> asked{};  // entries
+  std::array<uint32_t, kernels::cuda::kMaxGpuNodes> asked{};   // entries
+  std::array<uint32_t, kernels::cuda::kMaxGpuNodes> number{};  // of the pulls, from 1
 };
 
 /// What another rank owes this one, or has pulled from it.
@@ -101,6 +105,11 @@ struct NodeGroup {
   std::byte* pulls_place(uint32_t rank, uint32_t place) const {
     return static_cast<std::byte*>(pinned->host()) + pulls_at + (uint64_t{rank} * kNodeWindows + place) * pulls_bytes;
   }
+  /// The same of entries that arrived in memory of a GPU.
+  std::byte* pulls_entries(uint32_t rank, uint32_t place) const {
+    const uint64_t at = pulls_entries_at + (uint64_t{rank} * kNodeWindows + place) * pulls_bytes;
+    return reinterpret_cast<std::byte*>(memory->address() + at);
+  }
   uint32_t* counters() const { return reinterpret_cast<uint32_t*>(memory->address()); }
   kernels::cuda::NodeTotals* totals() const {
     return reinterpret_cast<kernels::cuda::NodeTotals*>(memory->address() + totals_at);
@@ -118,12 +127,14 @@ struct NodeGroup {
   uint32_t ranks;
   uint32_t row_ints;
   uint64_t message_bytes;
+  uint32_t window_count;  // of `windows`
   uint64_t pulls_bytes = 0;
   uint64_t rows_at = 0;
   uint64_t pulls_at = 0;
   uint64_t totals_at = 0;
   uint64_t positions_at = 0;
   uint64_t sums_at = 0;
+  uint64_t pulls_entries_at = 0;
   std::unique_ptr<VmmMemory> memory;
   std::unique_ptr<PinnedMemory> pinned;
   kernels::cuda::NodeTable table;

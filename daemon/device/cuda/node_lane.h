@@ -34,7 +34,8 @@ struct NodeLane {
     uint64_t taken = 0;  // arm << 32 | what the doorbell held, cut to 32 bits
     uint64_t swapped = 0;
     uint64_t released = 0;  // the part whose words were written
-    uint64_t reserved[13] = {};
+    uint64_t aborted = 0;   // the part whose kernels know that they were aborted
+    uint64_t reserved[12] = {};
     kernels::cuda::PartFacts facts{};
   };
   struct Entry {

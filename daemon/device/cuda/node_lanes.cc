@@ -187,7 +187,7 @@ bool CudaDevice::start_replay(GroupEntry* group, NodeLane* lane, uint64_t entry,
   lane->closed = false;
   lane->stage = Stage::kRunning;
   if (lane->running == nullptr) {
-    return release_replay(group, lane);
+    return release_replay(group, lane, true);
   }
   const NodeLane::Entry& taken = *lane->running;
   NodeGroup& nodes = *lane->nodes;
@@ -242,14 +242,13 @@ bool CudaDevice::abort_replay(GroupEntry* group, NodeLane* lane) {
       batch.write(&part.page->moved[s], EXPERTD_ABORT_WORD);
     }
   }
-  const bool sent = batch.send(driver_, rescue_stream_);
-  const bool closed = lane->closed || NodeChain(*this, part, lane->nodes.get(), lane->stream).close();
-  lane->closed = true;
-  return sent && closed;
+  batch.write(&lane->device_facts()->aborted, lane->part);
+  return batch.send(driver_, rescue_stream_);
 }
 
 /// Lets the graph of an operation that failed go on, and puts the words of the exchange as a normal end leaves them.
-bool CudaDevice::release_replay(GroupEntry* group, NodeLane* lane) {
+/// `tells`: its end has not done so.
+bool CudaDevice::release_replay(GroupEntry* group, NodeLane* lane, bool tells) {
   const Part part = part_of(*group, *lane);
   lane->stage = Stage::kReleasing;
   WordBatch batch;
@@ -259,8 +258,10 @@ bool CudaDevice::release_replay(GroupEntry* group, NodeLane* lane) {
       batch.write(&part.page->moved[s], lane->number);
     }
   }
-  batch.write(lane->word(EXPERTD_CAPTURE_RESULT_OFFSET(lane->words)), lane->broken);
-  batch.write(lane->word(EXPERTD_CAPTURE_COMPLETION_OFFSET(lane->words)), 1);
+  if (tells) {
+    batch.write(lane->word(EXPERTD_CAPTURE_RESULT_OFFSET(lane->words)), lane->broken);
+    batch.write(lane->word(EXPERTD_CAPTURE_COMPLETION_OFFSET(lane->words)), 1);
+  }
   batch.write(&lane->device_facts()->released, lane->part);
   return batch.send(driver_, rescue_stream_);
 }
@@ -299,10 +300,16 @@ bool CudaDevice::turn_replay(GroupEntry* group, NodeLane* lane, uint64_t now_ns,
     return true;
   }
   if (lane->stage == Stage::kAborting) {
+    if (!lane->closed && load_word(lane->facts()->aborted) == lane->part) {
+      *moved = true;
+      lane->closed = true;
+      return chain.close();  // not before, or the end would take the part for a good one
+    }
     if (done) {
       *moved = true;
       chain.drop();
-      return release_replay(group, lane);
+      // With that verdict its end had come before, and let the graph go on.
+      return release_replay(group, lane, lane->facts()->facts.verdict != kernels::cuda::kVerdictGo);
     }
     return true;
   }

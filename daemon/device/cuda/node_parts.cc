@@ -4,6 +4,7 @@
 #include <string>
 
 #include "daemon/base/clock.h"
+#include "daemon/device/cuda/host_word.h"
 #include "daemon/device/cuda/node_chain.h"
 #include "daemon/engine/fabric_port.h"
 #include "proto/abi/expertd_reason.h"
@@ -113,6 +114,28 @@ base::Status CudaDevice::share_host_memory(void* data, uint64_t bytes) {
   return base::Status::ok();
 }
 
+base::Result<std::unique_ptr<HeldMemory>> CudaDevice::create_fabric_memory(uint64_t bytes) {
+  const std::lock_guard<std::mutex> lock(control_mutex_);
+  const ScopedContext context(driver_, gpu_.view.context);
+  Reach everybody = reach(true);
+  everybody.adapters = true;
+  auto memory = VmmMemory::create(everybody, bytes, &pool_);
+  if (!memory.is_ok()) {
+    return memory.status();
+  }
+  EXPERTD_RETURN_IF_ERROR(zero(*memory.value()));
+  return std::unique_ptr<HeldMemory>(std::move(memory).value());
+}
+
+base::Status CudaDevice::copy_and_wait(void* to, const void* from, uint64_t bytes) {
+  const std::lock_guard<std::mutex> lock(control_mutex_);
+  const ScopedContext context(driver_, gpu_.view.context);
+  EXPERTD_DRIVER_CALL(driver_, cuMemcpyAsync(reinterpret_cast<CUdeviceptr>(to), reinterpret_cast<CUdeviceptr>(from),
+                                             bytes, control_stream_));
+  EXPERTD_DRIVER_CALL(driver_, cuStreamSynchronize(control_stream_));
+  return base::Status::ok();
+}
+
 /// One rank has one queue of messages and operations in several orders.
 void CudaDevice::share_inboxes(GroupEntry* entry) {
   if (entry->nodes == nullptr) {
@@ -147,7 +170,6 @@ bool CudaDevice::launch_nodes(const engine::LaunchSpec& spec, Part* part) {
   ht_spin_until_ns_ = part->launch_ns + kSpinNs;
   const ScopedContext context(driver_, gpu_.view.context);
   if (!NodeChain(*this, *part, part->group->nodes.get(), part->session->stream).begin()) {
-    close_nodes(part);
     part->chain_broken = true;
     fail_launch(part, EXPERTD_REASON_CUDA);
   }
@@ -164,7 +186,6 @@ void CudaDevice::advance_nodes(Part* part) {
     ht_spin_until_ns_ = base::now_ns() + kSpinNs;
   }
   if (!enqueued) {
-    close_nodes(part);
     part->chain_broken = true;
     fail_launch(part, EXPERTD_REASON_CUDA);
     return;
@@ -178,18 +199,25 @@ void CudaDevice::advance_nodes(Part* part) {
   }
   if (part->group->nodes->report.reason != 0) {
     part->end_reason = part->group->nodes->report.reason;
-    part->chain_broken = !chain.close();
     send_rescue(part);
+    return;
   }
   part->session->open_part = 0;
   --ht_open_;
   part->nodes_open = false;
 }
 
-/// A part that ends before its chain is whole gets its end.
-void CudaDevice::close_nodes(Part* part) {
+/// A part that ends before its chain is whole gets its end, once its kernels know of the abort: before that the end
+/// would take it for a good one. True when it has it.
+bool CudaDevice::close_nodes(Part* part) {
   if (!part->nodes_open) {
-    return;
+    return true;
+  }
+  if (!part->rescue_sent) {
+    send_rescue(part);
+  }
+  if (load_word(host_facts(part->id)->rescued) != part->id) {
+    return false;
   }
   const ScopedContext context(driver_, gpu_.view.context);
   part->nodes_open = false;
@@ -197,6 +225,7 @@ void CudaDevice::close_nodes(Part* part) {
   --ht_open_;
   part->chain_broken =
       !NodeChain(*this, *part, part->group->nodes.get(), part->session->stream).close() || part->chain_broken;
+  return true;
 }
 
 /// Behind the last kernel of the part.

@@ -13,7 +13,8 @@ namespace {
 constexpr uint32_t kMostWindowTokens = 256;
 }  // namespace
 
-NodePulls::NodePulls(uint32_t nodes) : memory_(uint64_t{nodes} * 2, kSumsBytes), messages_(nodes), partials_(nodes) {
+NodePulls::NodePulls(uint32_t nodes)
+    : memory_(uint64_t{nodes} * kWindows, kSumsBytes), messages_(nodes), partials_(nodes) {
   for (Window& window : windows_) {
     window.asked.resize(nodes);
   }
@@ -45,12 +46,16 @@ void NodePulls::begin(std::span<const uint32_t> capacities) {
     const kernels::EntryLayout pulls = kernels::pulls_layout(params.shape, op_->node_ranks(node));
     fitting = std::min(fitting, (std::min(op_->message_bytes, kPullsBytes) - sizeof(head_)) / pulls.stride);
   }
+  most_windows_ = op_->lane == engine::FabricLane::kLatency ? kWindows : kThroughputWindows;
+  if (op_->lane == engine::FabricLane::kLatency) {
+    fitting = std::min<uint64_t>(fitting, params.shape.tokens / kWindows);  // so that all of them are used
+  }
   window_tokens_ = static_cast<uint32_t>(std::clamp<uint64_t>(fitting, 1, kMostWindowTokens));
 }
 
 bool NodePulls::advance(uint32_t tokens, kernels::OpReport* report) {
   bool moved = false;
-  if (in_flight_ < windows_.size() && !all_sent_) {
+  if (in_flight_ < most_windows_ && !all_sent_) {
     Window& window = windows_[(oldest_ + in_flight_) % windows_.size()];
     if (!opening_) {
       const uint32_t end = std::min(op_->params->shape.tokens, sent_tokens_ + window_tokens_);
@@ -188,7 +193,7 @@ bool NodePulls::take(const engine::Arrival& arrival, const kernels::MessageHead&
     Asked& asked = window.asked[node];
     if ((window.waits >> node & 1) != 0 && fits(window, asked, entries)) {
       engine::Arrival sums = arrival;
-      if (!memory_.keep(uint64_t{(oldest_ + i) % 2} * partials_.size() + node, &sums)) {
+      if (!memory_.keep(uint64_t{(oldest_ + i) % kWindows} * partials_.size() + node, &sums)) {
         return false;
       }
       window.waits &= ~(uint64_t{1} << node);

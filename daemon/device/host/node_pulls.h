@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// NodePulls: a rank's combine as far as it concerns other nodes. Its tokens are taken in windows, two at a time: for
+// NodePulls: a rank's combine as far as it concerns other nodes. Its tokens are taken in windows, a few at a time: for
 // each the nodes are sent what to sum, and when all their sums are there the window's tokens are finished. A window is
-// such that what one node sends for it is one message, so copies of no more than two messages per node are ever kept.
+// such that what one node sends for it is one message, so copies of no more than kWindows messages per node are ever
+// kept.
 // Loop thread.
 #pragma once
 
@@ -18,6 +19,11 @@ namespace expertd::device {
 /// 7168 channels. Memory is there for two of each per rank and node, of which only what is used is ever touched.
 inline constexpr uint64_t kPullsBytes = uint64_t{16} * 1024;
 inline constexpr uint64_t kSumsBytes = uint64_t{256} * 1024;
+/// Windows under way at once in low latency: what is asked, summed elsewhere, under way and finished here are different
+/// ones. In high throughput, where a window fills a message, two keep everybody busy, and more only make the fabric's
+/// thread hold more messages that have begun.
+inline constexpr uint32_t kWindows = 4;
+inline constexpr uint32_t kThroughputWindows = 2;
 
 class NodePulls {
  public:
@@ -64,7 +70,8 @@ class NodePulls {
   uint64_t pulled_bytes_ = 0;
   kernels::EntryLayout sums_;
   uint32_t window_tokens_ = 1;
-  std::array<Window, 2> windows_;
+  uint32_t most_windows_ = kThroughputWindows;
+  std::array<Window, kWindows> windows_;
   NodeMemory memory_;  // per window and node
   uint32_t oldest_ = 0;
   uint32_t in_flight_ = 0;    // whole windows

@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "daemon/device/host/node_pulls.h"
-
 namespace expertd::device {
 
 namespace host = kernels::host;

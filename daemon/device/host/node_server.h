@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // NodeServer: sums rows of this node for ranks of other nodes that combine. Copies of their pulls wait here, at most
-// two per rank from an honest one, until there is a buffer for the sums. Loop thread of the serving rank; nothing
+// kWindows per rank from an honest one, until there is a buffer for the sums. Loop thread of the serving rank; nothing
 // allocates.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "daemon/device/host/node_pulls.h"
 #include "daemon/device/nodes/node_memory.h"
 #include "daemon/device/nodes/node_outbox.h"
 
@@ -33,7 +34,7 @@ class NodeServer {
 
  private:
   bool awaits(uint32_t rank) const;
-  static constexpr uint32_t kPullsPerRank = 2;  // windows of NodePulls
+  static constexpr uint32_t kPullsPerRank = kWindows;
   struct Source {
     uint32_t waiting = 0;  // messages
     uint32_t taken = 0;

@@ -7,9 +7,20 @@
 
 #include "daemon/engine/ports.h"
 #include "daemon/kernels/host/node_ops.h"
+#include "daemon/kernels/node_message.h"
 #include "daemon/kernels/op_params.h"
 
 namespace expertd::device {
+
+static_assert(sizeof(kernels::MessageHead) == engine::kMessageHeadBytes);
+
+/// Where the entries of a message go, or lie: behind its head, or in memory of a GPU.
+inline std::byte* message_entries(const engine::SendBuffer& buffer) {
+  return buffer.entries != nullptr ? buffer.entries : buffer.data + engine::kMessageHeadBytes;
+}
+inline const std::byte* message_entries(const engine::Arrival& arrival) {
+  return arrival.entries != nullptr ? arrival.entries : arrival.data + engine::kMessageHeadBytes;
+}
 
 struct NodeOp {
   engine::FabricPort* fabric = nullptr;

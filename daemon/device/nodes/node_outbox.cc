@@ -9,6 +9,10 @@ namespace expertd::device {
 
 namespace {
 constexpr uint32_t kKinds = 4;
+// Rows of low latency leave in so many messages per node, none smaller than so many bytes: what is under way, the
+// copies that are still to be made here and the spreading of what arrived overlap.
+constexpr uint64_t kPieces = 4;
+constexpr uint64_t kLeastPieceBytes = uint64_t{16} * 1024;
 }  // namespace
 
 NodeOutbox::NodeOutbox(uint32_t ranks) : open_(ranks), sequences_(size_t{ranks} * kKinds) {}
@@ -56,6 +60,10 @@ void NodeOutbox::begin_rows(std::span<const uint32_t> capacities) {
   }
   for (uint32_t node = 0; node < op_->placement->nodes(); ++node) {
     open_[node].layout = kernels::rows_layout(params.shape, head_, op_->node_ranks(node));
+    const uint64_t all_bytes = uint64_t{params.shape.tokens} * open_[node].layout.stride;
+    open_[node].most_bytes = op_->lane == engine::FabricLane::kLatency
+                                 ? std::max(all_bytes / kPieces + sizeof(head_), kLeastPieceBytes)
+                                 : UINT64_MAX;
   }
 }
 
@@ -114,7 +122,7 @@ bool NodeOutbox::pack(const kernels::host::LandingRow& row) {
     open.targets |= kernels::host::pack_row(params, op_->nodes, node, open.layout, row, open.buffer.data + open.bytes);
     open.bytes += open.layout.stride;
     ++open.entries;
-    if (open.bytes + open.layout.stride > open.buffer.capacity) {
+    if (open.bytes >= open.most_bytes || open.bytes + open.layout.stride > open.buffer.capacity) {
       send_open(node);
     }
   }

@@ -168,6 +168,7 @@ class PeerService final : public peer::v1::Peer::CallbackService {
                                shown->set_latency_p50_ns(lane.latency_p50_ns);
                                shown->set_latency_p99_ns(lane.latency_p99_ns);
                                shown->set_bytes_per_second(lane.bytes_per_second);
+                               shown->set_device(lane.device);
                              }
                              call->finish(ended, std::move(out));
                            });

@@ -20,7 +20,7 @@ namespace expertd::fabric {
 namespace {
 
 constexpr int kAnswerBytesMax = 2 << 20;
-constexpr uint32_t kLanesMax = 8;
+constexpr uint32_t kLanesMax = 16;  // eight devices of each data lane
 
 // A connection of its own each time: what an earlier one learned of a node that was away is not waited for.
 std::shared_ptr<grpc::Channel> open_channel(const std::string& address) {
@@ -139,7 +139,8 @@ base::Result<std::vector<LaneSpeed>> ProbeCalls::measure(const group::NodeIdenti
   std::vector<LaneSpeed> lanes;
   for (const peer::v1::LaneSpeed& lane : response.lanes()) {
     if (lanes.size() < kLanesMax) {
-      lanes.push_back({lane.lane(), lane.latency_p50_ns(), lane.latency_p99_ns(), lane.bytes_per_second()});
+      lanes.push_back({lane.lane(), lane.latency_p50_ns(), lane.latency_p99_ns(), lane.bytes_per_second(),
+                       lane.device().substr(0, kDeviceBytesMax)});
     }
   }
   return lanes;

@@ -12,13 +12,15 @@
 
 namespace expertd::fabric {
 
-/// Of one lane, from one daemon to another.
+/// Of one lane, or of one device of it, from one daemon to another.
 struct LaneSpeed {
   uint32_t lane = 0;            // as in group::LaneAddress
   uint64_t latency_p50_ns = 0;  // one way
   uint64_t latency_p99_ns = 0;
   uint64_t bytes_per_second = 0;
+  std::string device;  // of the measuring daemon, where the lane has several; at most kDeviceBytesMax
 };
+inline constexpr size_t kDeviceBytesMax = 64;
 
 struct ProbeOpening {
   group::NodeIdentity asker;

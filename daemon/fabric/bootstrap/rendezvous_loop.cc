@@ -274,9 +274,11 @@ void RendezvousLoop::expire(uint64_t now_ns) {
     }
   }
   for (const std::shared_ptr<PeerCall>& call : late) {
-    const std::string why = host_ == Host::kFound ? "it gave no answer to this call"
-                            : cause_.empty()      ? "it is still being looked for"
-                                                  : cause_;
+    const char* const asked = host_ == Host::kFound ? "this call" : host_ == Host::kProbing ? "the greeting" : nullptr;
+    const std::string before = cause_.empty() ? "it is still being looked for" : cause_;
+    const std::string why =
+        asked == nullptr ? before
+                         : place_text() + ": " + silent_text(asked) + (cause_.empty() ? "" : "; before: " + cause_);
     finish(call, ended(EXPERTD_REASON_RENDEZVOUS_UNAVAILABLE, "rendezvous " + who() + " does not answer: " + why));
   }
 }
@@ -287,6 +289,13 @@ std::string RendezvousLoop::who() const {
     out += (out.empty() ? "" : ", ") + entry;
   }
   return out;
+}
+
+// A connection that is open on one side only, or whose answers get lost, looks like this.
+std::string RendezvousLoop::silent_text(const char* call) {
+  return std::string("the connection was accepted or is still being made, but no answer to ") + call +
+         " came in time; look whether expertd runs there and serves its peers at this address (fabric.listen), and "
+         "whether its answers reach this node (firewall, route, proxy)";
 }
 
 std::string RendezvousLoop::place_text() const {
@@ -366,9 +375,10 @@ void RendezvousLoop::probed(const std::shared_ptr<HelloCall>& hello, const grpc:
   hello_.reset();
   std::string cause;
   if (!status.ok()) {
-    cause = status.error_code() == grpc::StatusCode::UNIMPLEMENTED ? "what listens there is no expertd"
-            : status.error_message().empty()                       ? "no answer"
-                                                                   : status.error_message().substr(0, kCauseBytesMax);
+    cause = status.error_code() == grpc::StatusCode::UNIMPLEMENTED       ? "what listens there is no expertd"
+            : status.error_code() == grpc::StatusCode::DEADLINE_EXCEEDED ? silent_text("the greeting")
+            : status.error_message().empty()                             ? "no answer"
+                                             : status.error_message().substr(0, kCauseBytesMax);
   } else if (!error.status.is_ok()) {
     cause = error.status.message();
     if (error.status.reason() != EXPERTD_REASON_RENDEZVOUS_UNAVAILABLE) {

@@ -64,6 +64,7 @@ class RendezvousLoop {
   void search_failed();
   void lose_host(const std::string& cause);
   std::string place_text() const;
+  static std::string silent_text(const char* call);
   std::string who() const;
   uint64_t jittered(uint64_t longest_ns);
   void publish();

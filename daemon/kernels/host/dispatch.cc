@@ -56,61 +56,61 @@ void count_row(const OpShape& shape, uint32_t rank, Sent* sent) {
   (rank == shape.rank ? sent->local : sent->remote) += 1;
 }
 
-void dispatch_token(Dispatcher* run, uint32_t token) {
+/// The id of a lane whose row goes to an active rank; -1: none does.
+int32_t lane_id(const OpParams& params, size_t at) {
+  const OpShape& shape = params.shape;
+  const int32_t id = params.routing.topk[at];
+  if (id < 0 || id >= static_cast<int32_t>(shape.experts) || params.routing.token_expert[at] < 0) {
+    return -1;
+  }
+  return is_active(shape, static_cast<uint32_t>(id) / shape.local_experts) ? id : -1;
+}
+
+/// Adds the bases to the row numbers of a token, once.
+void number_rows(Dispatcher* run, uint32_t token) {
   const OpParams& params = run->params;
   const OpShape& shape = params.shape;
-  int32_t* rows = params.routing.token_rank + size_t{token} * shape.ranks;
+  if (shape.cached != 0) {
+    return;
+  }
+  if (!rows_by_expert(shape)) {
+    int32_t* rows = params.routing.token_rank + size_t{token} * shape.ranks;
+    for (uint32_t rank = 0; rank < shape.ranks; ++rank) {
+      rows[rank] += rows[rank] >= 0 && is_active(shape, rank) ? run->bases.rank[rank] : 0;
+    }
+    return;
+  }
+  for (size_t at = size_t{token} * shape.top_k; at < (size_t{token} + 1) * shape.top_k; ++at) {
+    const int32_t id = lane_id(params, at);
+    params.routing.token_expert[at] += id >= 0 ? run->bases.expert[static_cast<size_t>(id)] : 0;
+  }
+}
+
+void land_in_ranks(Dispatcher* run, uint32_t token) {
+  const OpShape& shape = run->params.shape;
+  const int32_t* rows = run->params.routing.token_rank + size_t{token} * shape.ranks;
   for (uint32_t rank = 0; rank < shape.ranks; ++rank) {
-    if (rows[rank] < 0 || !is_active(shape, rank)) {
-      continue;
-    }
-    if (shape.cached == 0) {
-      rows[rank] += static_cast<int32_t>(run->bases.rank[rank]);
-    }
-    if (land_token(shape, run->row, run->peers[rank], rank, static_cast<uint64_t>(rows[rank]))) {
+    if (rows[rank] >= 0 && is_active(shape, rank) &&
+        land_token(shape, run->row, run->peers[rank], rank, static_cast<uint64_t>(rows[rank]))) {
       count_row(shape, rank, &run->sent);
     }
   }
 }
 
-/// One (token, lane) row of the expanded form or of LL.
-void dispatch_lane(Dispatcher* run, uint32_t token, uint32_t lane) {
-  const OpParams& params = run->params;
-  const OpShape& shape = params.shape;
-  const size_t at = size_t{token} * shape.top_k + lane;
-  const int32_t id = params.routing.topk[at];
-  if (id < 0 || id >= static_cast<int32_t>(shape.experts) || params.routing.token_expert[at] < 0) {
-    return;
-  }
-  const auto expert = static_cast<uint32_t>(id);
-  const uint32_t rank = expert / shape.local_experts;
-  if (!is_active(shape, rank)) {
-    return;
-  }
-  if (shape.cached == 0) {
-    params.routing.token_expert[at] += static_cast<int32_t>(run->bases.expert[expert]);
-  }
-  if (land_lane(shape, run->row, run->peers[rank], lane, static_cast<uint64_t>(params.routing.token_expert[at]))) {
-    count_row(shape, rank, &run->sent);
-  }
-}
-
-/// The largest magnitude of a group. Magnitudes order like their bits, and integer maxima vectorise; NaNs count as
-/// zero.
-float group_amax(const uint16_t* __restrict in) {
-  int32_t largest = 0;
-  for (uint32_t i = 0; i < kScaleGroup; ++i) {
-    const int32_t magnitude = in[i] & 0x7fff;
-    const int32_t counted = magnitude > 0x7f80 ? 0 : magnitude;
-    largest = counted > largest ? counted : largest;
-  }
-  return bf16_to_float(static_cast<uint16_t>(largest));
-}
-
-/// A function of its own, so that the compiler believes `restrict` and vectorises without checks for overlap.
-void encode_group(const uint16_t* __restrict in, float scale, uint8_t* __restrict out) {
-  for (uint32_t i = 0; i < kScaleGroup; ++i) {
-    out[i] = float_to_e4m3(divide_exact(bf16_to_float(in[i]), scale));
+/// The (token, lane) rows of the expanded form or of LL.
+void land_in_experts(Dispatcher* run, uint32_t token) {
+  const OpShape& shape = run->params.shape;
+  for (uint32_t lane = 0; lane < shape.top_k; ++lane) {
+    const size_t at = size_t{token} * shape.top_k + lane;
+    const int32_t id = lane_id(run->params, at);
+    if (id < 0) {
+      continue;
+    }
+    const uint32_t rank = static_cast<uint32_t>(id) / shape.local_experts;
+    const auto row = static_cast<uint64_t>(run->params.routing.token_expert[at]);
+    if (land_lane(shape, run->row, run->peers[rank], lane, row)) {
+      count_row(shape, rank, &run->sent);
+    }
   }
 }
 
@@ -146,27 +146,7 @@ void take_token(Dispatcher* run, uint32_t token) {
   }
 }
 
-void land_rows(Dispatcher* run, uint32_t token) {
-  const OpShape& shape = run->params.shape;
-  if (!rows_by_expert(shape)) {
-    dispatch_token(run, token);
-    return;
-  }
-  for (uint32_t lane = 0; lane < shape.top_k; ++lane) {
-    dispatch_lane(run, token, lane);
-  }
-}
-
 }  // namespace
-
-void quantise_row(const uint16_t* row, uint32_t hidden, ScaleForm form, uint8_t* payload, float* scales) {
-  for (uint32_t group = 0; group < hidden / kScaleGroup; ++group) {
-    const size_t at = size_t{group} * kScaleGroup;
-    const float exact = group_scale(group_amax(row + at));
-    scales[group] = form == ScaleForm::kFloat32 ? exact : round_scale(exact);
-    encode_group(row + at, scales[group], payload + at);
-  }
-}
 
 uint32_t dispatch_range(const OpParams& params, const PeerView* peers, const TokenRange& tokens, RowPacker* packer,
                         OpReport* report) {
@@ -179,10 +159,16 @@ uint32_t dispatch_range(const OpParams& params, const PeerView* peers, const Tok
   for (; token < tokens.end; ++token) {
     take_token(&run, token);
     if (packer == nullptr || !packer->resumes(token)) {
-      land_rows(&run, token);
+      number_rows(&run, token);
     }
+    // First what has a long way to go.
     if (packer != nullptr && !packer->pack(run.row)) {
       break;
+    }
+    if (rows_by_expert(shape)) {
+      land_in_experts(&run, token);
+    } else {
+      land_in_ranks(&run, token);
     }
   }
   report->local_bytes += run.sent.local * landed_row_bytes(shape);

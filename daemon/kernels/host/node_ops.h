@@ -58,7 +58,7 @@ struct TokenRange {
 class RowPacker {
  public:
   virtual ~RowPacker() = default;
-  /// Whether the token stopped the last call, so that its rows on this node are where they belong.
+  /// Whether the token stopped the last call, so that its rows are numbered.
   virtual bool resumes(uint32_t token) const = 0;
   /// Packs what of the row goes to other nodes; its routing is final. False: some of it has to be offered again.
   virtual bool pack(const LandingRow& row) = 0;

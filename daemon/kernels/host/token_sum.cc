@@ -5,57 +5,9 @@
 #include <utility>
 
 #include "daemon/kernels/host/tables.h"
-#include "daemon/kernels/numerics.h"
 
 namespace expertd::kernels::host {
 namespace {
-
-constexpr uint32_t kBlock = 128;  // H is a multiple of it, so that the inner loops have a constant length
-
-void add_block(const uint16_t* __restrict in, float* __restrict sum) {
-  for (uint32_t i = 0; i < kBlock; ++i) {
-    sum[i] += bf16_to_float(in[i]);
-  }
-}
-
-void add_weighted_block(const uint16_t* __restrict in, float weight, float* __restrict sum) {
-  for (uint32_t i = 0; i < kBlock; ++i) {
-    sum[i] += weight * bf16_to_float(in[i]);
-  }
-}
-
-/// Adds a partial sum as it would cross the wire: rounded to bf16 once.
-void add_rounded_block(const float* __restrict partial, float* __restrict sum) {
-  for (uint32_t i = 0; i < kBlock; ++i) {
-    sum[i] += bf16_to_float(float_to_bf16(partial[i]));
-  }
-}
-
-void store_block(const float* __restrict sum, uint16_t* __restrict out) {
-  for (uint32_t i = 0; i < kBlock; ++i) {
-    out[i] = float_to_bf16(sum[i]);
-  }
-}
-
-void begin_block(const SumTerms& terms, uint32_t at, float* __restrict sum) {
-  if (terms.bias0 == nullptr) {
-    std::fill_n(sum, kBlock, 0.0f);
-  } else {
-    for (uint32_t i = 0; i < kBlock; ++i) {
-      sum[i] = bf16_to_float(terms.bias0[at + i]);
-    }
-  }
-  if (terms.bias1 != nullptr) {
-    add_block(terms.bias1 + at, sum);
-  }
-}
-
-void end_block(const SumTerms& terms, uint32_t at, float* sum, uint16_t* out) {
-  for (const uint16_t* partial : terms.partials) {
-    add_block(partial + at, sum);
-  }
-  store_block(sum, out + at);
-}
 
 using RankOrder = std::array<uint16_t, base::kMaxRanks>;
 
@@ -173,46 +125,6 @@ void collect_lanes(const OpShape& shape, const PeerView* peers, const TokenRouti
     if (report != nullptr) {
       count_pulled(shape, rank, 1, report);
     }
-  }
-}
-
-void sum_rows(const OpShape& shape, const TokenRows& rows, const SumTerms& terms, uint16_t* out) {
-  alignas(64) std::array<float, kBlock> sum;
-  alignas(64) std::array<float, kBlock> partial;
-  for (uint32_t at = 0; at < shape.hidden; at += kBlock) {
-    begin_block(terms, at, sum.data());
-    if (shape.expanded == 0) {
-      for (uint32_t row = 0; row < rows.rows; ++row) {
-        add_block(rows.row[row].data + at, sum.data());
-      }
-    } else {
-      uint32_t row = 0;
-      for (uint32_t group = 0; group < rows.groups; ++group) {
-        std::fill_n(partial.data(), kBlock, 0.0f);
-        for (; row < rows.group_end[group]; ++row) {
-          add_block(rows.row[row].data + at, partial.data());
-        }
-        add_rounded_block(partial.data(), sum.data());
-      }
-    }
-    end_block(terms, at, sum.data(), out);
-  }
-}
-
-void sum_lanes(const OpShape& shape, const TokenRows& rows, const SumTerms& terms, uint16_t* out) {
-  alignas(64) std::array<float, kBlock> sum;
-  alignas(64) std::array<float, kBlock> partial;
-  for (uint32_t at = 0; at < shape.hidden; at += kBlock) {
-    begin_block(terms, at, sum.data());
-    for (uint32_t row = 0; row < rows.rows;) {
-      const uint32_t rank = rows.row[row].rank;
-      std::fill_n(partial.data(), kBlock, 0.0f);
-      for (; row < rows.rows && rows.row[row].rank == rank; ++row) {
-        add_weighted_block(rows.row[row].data + at, rows.row[row].weight, partial.data());
-      }
-      add_rounded_block(partial.data(), sum.data());
-    }
-    end_block(terms, at, sum.data(), out);
   }
 }
 
