@@ -333,8 +333,7 @@ typedef struct expertd_op_result {
   uint64_t local_bytes, remote_bytes;
   uint32_t executor; /* expertd_executor_t */
   uint32_t sms;      /* multiprocessors that its largest kernel takes; 0 on host devices */
-  /* Ranks 64..511 that took part, rank 64 + 64 i + b as bit b of word i. Not there in a struct_size that ends before.
-   */
+  /* Ranks 64..511: rank 64 + 64 i + b is bit b of word i. Not there in a struct_size that ends before it. */
   uint64_t rank_mask_more[7];
 } expertd_op_result_t;
 
