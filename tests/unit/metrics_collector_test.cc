@@ -336,10 +336,10 @@ TEST(MetricsServer, BusyPortIsNamed) {
 }
 
 TEST(MetricsCatalog, NamesFollowTheRules) {
-  const std::set<std::string> allowed_labels = {
-      "version", "commit", "cuda",  "ucx",    "abi",     "state",    "op",      "gpu",        "result", "reason",
-      "phase",   "path",   "cause", "thread", "missing", "executor", "backend", "transports", "lane",   "direction",
-      "node",    "device", "quantile"};
+  const std::set<std::string> allowed_labels = {"version", "commit",    "cuda",    "ucx",      "abi",     "state",
+                                                "op",      "gpu",       "result",  "reason",   "phase",   "path",
+                                                "cause",   "thread",    "missing", "executor", "backend", "transports",
+                                                "lane",    "direction", "node",    "device",   "quantile"};
   std::set<std::string_view> names;
   for (const MetricInfo& metric : kCatalog) {
     const std::string name(metric.name);
