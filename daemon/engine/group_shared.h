@@ -90,6 +90,10 @@ struct GroupSettings {
   uint32_t fabric_lanes = kFabricLanes;  // 1: everything goes by the throughput lane
   uint32_t fabric_weight = 1;            // beside other groups on the throughput lane
   std::shared_ptr<FabricPort> fabric;
+  /// Of the successor of a group: ranks that are lost from the start, and what its epochs are counted from.
+  base::RankSet born_lost{};
+  base::RankSet returning{};  // ranks that joined anew
+  uint64_t epoch_base = 0;
 };
 
 class GroupShared {
@@ -157,6 +161,30 @@ class GroupShared {
   /// node. Any thread; two at a time both count.
   void change_excluded(const base::RankSet& exclude, const base::RankSet& readmit);
 
+  /// The group is to go on as `successor`, which all its nodes have formed: at an operation that begins something, with
+  /// no handle outstanding on any rank, it decides nothing any more until it was moved over (or, where all ranks are on
+  /// this node, is moved over at once). stay() takes that back. Any thread, one at a time.
+  void go_over_to(std::shared_ptr<GroupShared> successor);
+  void stay();
+  bool has_ended() const { return views_ended_.load(std::memory_order_acquire); }
+  bool goes_over() const { return goes_over_.load(std::memory_order_acquire); }
+  /// The operation that it holds at, 0 while there is none; and the last one that was decided or is being decided.
+  uint64_t held_at() const { return goes_over() ? at_.load(std::memory_order_acquire) : 0; }
+  uint64_t last_decided() const;
+  /// Operations from `from` on are those of the successor, there numbered from 1. The loops must be woken afterwards.
+  void move_over(uint64_t from);
+  uint64_t moved_from() const { return moved_from_.load(std::memory_order_acquire); }
+  /// Once it was moved over. Kept as long as this.
+  GroupShared* successor() const { return successor_.get(); }
+  /// The rank's operation was posted here and is the successor's. Only by that rank's loop thread.
+  void take_back(uint32_t rank);
+  /// The rank, of this node, has submitted an operation. Any thread.
+  bool has_submitted(uint32_t rank) const {
+    return outstanding_[place_of(rank)].load(std::memory_order_acquire) != 0 || released_through(rank) != 0;
+  }
+  /// The rank has gone over, and none of its operations is outstanding here. Any thread.
+  bool has_gone_over(uint32_t rank) const;
+
   /// Rank `rank` submits operation `number`. Only by that rank's loop thread, in order.
   void post(uint64_t number, uint32_t rank, const Request* request);
   /// Of the ranks of this node the one that submitted `number` last; -1: not known, since one that ran ahead has the
@@ -204,6 +232,8 @@ class GroupShared {
  private:
   Verdict verdict_of(uint64_t number) const;
   bool claim(uint64_t number, uint64_t* before, bool* changed);
+  bool stops_at(uint64_t number);
+  bool begins(uint64_t number) const;
   base::RankSet participants(uint64_t number, const base::RankSet& lost_ranks) const;
   bool reusable(const OpEntry& entry, uint64_t decided_word) const;
   bool agree(uint64_t number, const base::RankSet& active, Failure* failure) const;
@@ -236,6 +266,13 @@ class GroupShared {
   std::atomic<uint64_t> views_there_{1};  // after that
   std::atomic<bool> held_{false};
   std::atomic<bool> views_ended_{false};
+  std::shared_ptr<GroupShared> successor_;  // set before goes_over_
+  std::atomic<bool> goes_over_{false};
+  std::atomic<uint64_t> at_{0};
+  std::atomic<uint64_t> not_before_{0};  // an operation that it may hold at
+  std::atomic<uint64_t> moved_from_{0};
+  std::array<std::atomic<uint32_t>, base::kMaxLocalRanks> outstanding_{};  // operations of a rank of this node
+  std::array<std::atomic<bool>, base::kMaxLocalRanks> gone_over_{};
   std::vector<OpEntry> entries_;
 };
 
