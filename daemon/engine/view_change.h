@@ -59,8 +59,7 @@ struct ViewOptions {
 class ViewChange {
  public:
   /// The placement and the host outlive it; at most kViewNodes nodes.
-  ViewChange(const Placement& placement, const ViewOptions& options, ViewHost* host,
-             const base::RankSet& lost = {});
+  ViewChange(const Placement& placement, const ViewOptions& options, ViewHost* host, const base::RankSet& lost = {});
 
   /// A rank of a living node is gone: told by its own daemon, or by this one. Operations that it was through with are
   /// not touched by that, so all nodes must have been told before a view leaves it out.

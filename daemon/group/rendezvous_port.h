@@ -73,8 +73,8 @@ struct Placed {
   /// Of a group that follows a running one: the key of that one, which ranks join it anew, and which ones nobody has,
   /// so that it begins without them. Lanes are there for every rank.
   uint64_t predecessor = 0;
-  std::vector<uint32_t> returning;
-  std::vector<uint32_t> lost;
+  std::vector<uint32_t> returning{};
+  std::vector<uint32_t> lost{};
 };
 
 /// A formed group that takes lost ranks back, as its nodes tell of it: enough for a rendezvous that began after it.
