@@ -147,8 +147,8 @@ std::string groups_text(const v1::GetStatusResponse& status) {
     table.add({group.name(), mode_text(group), std::to_string(group.expert_parallel_size()),
                std::to_string(group.num_experts()), std::to_string(group.hidden()), std::to_string(group.top_k()),
                std::to_string(group.max_tokens()), dtypes_text(group), or_dash(group.executor()),
-               std::to_string(group.epoch()), std::to_string(group.ops()), mask_text(group.joined(), words(group.joined_more())),
-               mask_text(group.lost(), words(group.lost_more())),
+               std::to_string(group.epoch()), std::to_string(group.ops()),
+               mask_text(group.joined(), words(group.joined_more())), mask_text(group.lost(), words(group.lost_more())),
                mask_text(group.excluded(), words(group.excluded_more()))});
   }
   return table.text();

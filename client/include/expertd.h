@@ -150,7 +150,7 @@ typedef enum expertd_group_mode {
 
 /* FAIL: operations that need a lost rank end with PEER_LOST; the ranks leave and join again. MASK: the lost rank is
  * skipped and results are DEGRADED; the operation that ran when the rank was lost may end with PEER_LOST on one rank
- * and well on another, after which every rank goes on with the operation that follows it. */
+ * and well on another, after which every rank goes on with the operation that follows it. It may join again. */
 typedef enum expertd_on_rank_loss { EXPERTD_RANK_LOSS_FAIL = 1, EXPERTD_RANK_LOSS_MASK = 2 } expertd_on_rank_loss_t;
 
 /* What the rows of a dispatch are. Rows that come back (combine, ll_combine) are BF16 always. */
@@ -227,8 +227,7 @@ typedef struct expertd_group_plan_s {
   uint64_t handle_bytes; /* all handles per rank */
   uint64_t worst_rows;   /* rows of a dispatch output that can never overflow (R * max_tokens) */
   uint64_t handles;      /* that a rank may have at once (HANDLE_LIMIT beyond): fewer for large groups */
-  uint64_t
-      pinned_bytes; /* of the host per rank, if a rank is on a GPU that this GPU does not reach; 0: there is none */
+  uint64_t pinned_bytes; /* of the host per rank, if a rank is on a GPU that this one does not reach; else 0 */
 } expertd_group_plan_t;
 
 /* What a rank of the group would take on the session's device, to the byte as it is allocated; nothing is.
@@ -236,7 +235,8 @@ typedef struct expertd_group_plan_s {
  * front of it. */
 EXPERTD_API expertd_status_t expertd_group_plan(expertd_session_t* session, const expertd_group_options_t* options,
                                                 expertd_group_plan_t* plan);
-/* Blocks until every rank has joined. CONFIG_MISMATCH names field and both values; DUPLICATE_RANK; JOIN_TIMEOUT. */
+/* Blocks until every rank has joined. CONFIG_MISMATCH names field and both values; DUPLICATE_RANK; JOIN_TIMEOUT. Under
+ * MASK a lost rank (host devices) joins while the others run, and begins with a later dispatch of theirs. */
 EXPERTD_API expertd_status_t expertd_group_join(expertd_session_t* session, const expertd_group_options_t* options,
                                                 expertd_group_t** group);
 EXPERTD_API expertd_status_t expertd_group_leave(expertd_group_t* group);
@@ -333,7 +333,7 @@ typedef struct expertd_op_result {
   uint64_t local_bytes, remote_bytes;
   uint32_t executor; /* expertd_executor_t */
   uint32_t sms;      /* multiprocessors that its largest kernel takes; 0 on host devices */
-  /* Ranks 64..511 that took part, rank 64 + 64 i + b as bit b of word i. Not there in a struct_size that ends before. */
+  /* Ranks 64..511: rank 64 + 64 i + b is bit b of word i. Not there in a struct_size that ends before it. */
   uint64_t rank_mask_more[7];
 } expertd_op_result_t;
 

@@ -333,8 +333,9 @@ Converted<MaskRequest> from_proto(const v1::GroupMaskRequest& message) {
                {"readmit_more", message.readmit(), message.readmit_more(), &converted.value.readmit}};
   for (const auto& mask : masks) {
     if (mask.more.size() >= static_cast<int>(base::RankSet::kWords)) {
-      converted.error = field_error(EXPERTD_REASON_ARGUMENT_RANGE, mask.field, std::to_string(mask.more.size()) + " words",
-                                    "at most " + std::to_string(base::RankSet::kWords - 1) + " words name ranks");
+      converted.error =
+          field_error(EXPERTD_REASON_ARGUMENT_RANGE, mask.field, std::to_string(mask.more.size()) + " words",
+                      "at most " + std::to_string(base::RankSet::kWords - 1) + " words name ranks");
       return converted;
     }
     *mask.ranks = base::RankSet(mask.low);

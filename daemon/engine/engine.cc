@@ -81,6 +81,7 @@ void Engine::wake_group(const GroupShared& group) {
 void Engine::submit(EngineSession* session, uint32_t slot, RankState* rank) {
   Op& op = session->ops_[slot];
   op.rank = rank;
+  op.group = rank == nullptr ? nullptr : rank->group;
   op.number = rank == nullptr ? 0 : rank->next_number++;
   op.stage = EngineSession::Stage::kQueued;
   op.ticket = 0;
@@ -106,7 +107,7 @@ void Engine::submit(EngineSession* session, uint32_t slot, RankState* rank) {
 // in both modes: they would wait for rows that never come. Every rank sees to that itself, but one that looks just
 // while another does finds nothing to do and sleeps, so whoever did it wakes the others.
 void Engine::check_loss(Op& op) {
-  GroupShared& group = *op.rank->group;
+  GroupShared& group = *op.group;
   const base::RankSet lost = group.lost();
   if (lost.empty()) {
     return;
@@ -134,7 +135,7 @@ void Engine::check_loss(Op& op) {
 // part in it, and one that ran ahead of its peers while it was excluded, by so much that they still need the entry.
 // Once it withdrew the rank stays out, whatever the mask becomes.
 bool Engine::stands_alone(Op& op) {
-  const GroupShared& group = *op.rank->group;
+  const GroupShared& group = *op.group;
   if (group.excluded_from(op.number).contains(op.rank->rank)) {
     op.failure = {.reason = EXPERTD_REASON_BAD_STATE, .rank = static_cast<int32_t>(op.rank->rank)};
     op.withdrawn = true;
@@ -149,7 +150,7 @@ bool Engine::stands_alone(Op& op) {
 
 // What is decided about an operation by now; `alone` is set when it ended at its deadline for this rank only.
 Verdict Engine::gather(Op& op, uint64_t now_ns, bool* changed, bool* alone) {
-  GroupShared& group = *op.rank->group;
+  GroupShared& group = *op.group;
   const Verdict verdict = group.try_decide(op.number, changed);
   if (verdict != Verdict::kOpen || now_ns < op.request.deadline_ns) {
     return verdict;
@@ -179,7 +180,8 @@ bool Engine::advance_queued(EngineSession& session, Op& op, uint64_t now_ns) {
     op.ticket = op.ticket != 0 ? op.ticket : ++tickets_;
     return false;
   }
-  GroupShared& group = *op.rank->group;
+  go_over(op);
+  GroupShared& group = *op.group;
   const int32_t rank = static_cast<int32_t>(op.rank->rank);
   check_loss(op);
   const bool left = session.closing_ || group.is_lost(op.rank->rank);
@@ -214,7 +216,7 @@ bool Engine::advance_queued(EngineSession& session, Op& op, uint64_t now_ns) {
 }
 
 bool Engine::advance_agreed(EngineSession& session, Op& op, uint64_t now_ns) {
-  GroupShared& group = *op.rank->group;
+  GroupShared& group = *op.group;
   Failure abort;
   const bool late = now_ns >= op.request.deadline_ns;
   if (late) {
@@ -250,10 +252,10 @@ bool Engine::try_launch(EngineSession& session, Op& op, uint64_t now_ns, bool* m
     return launch(session, op, now_ns);
   }
   bool changed = false;
-  const bool launched = op.rank->group->page_free(op.number, &changed) && launch(session, op, now_ns);
+  const bool launched = op.group->page_free(op.number, &changed) && launch(session, op, now_ns);
   if (changed) {
     *moved = true;
-    wake_group(*op.rank->group);
+    wake_group(*op.group);
   }
   return launched;
 }
@@ -262,7 +264,7 @@ bool Engine::launch(EngineSession& session, Op& op, uint64_t now_ns) {
   LaunchSpec spec;
   spec.own = &op.request;
   if (op.rank != nullptr) {
-    GroupShared& group = *op.rank->group;
+    GroupShared& group = *op.group;
     OpEntry& entry = group.entry(op.number);
     spec.group = group.settings().shape.id;
     spec.group_op = op.number;
@@ -297,14 +299,14 @@ bool Engine::advance_running(EngineSession& session, Op& op, bool may_work, uint
     if (op.rank != nullptr) {
       if (ends_alone(op.outcome.report.reason) && !op.abort_sent) {
         // The others would wait for this rank's rows until their deadline.
-        op.rank->group->request_abort(
-            op.number, {.reason = op.outcome.report.reason, .rank = static_cast<int32_t>(op.rank->rank)});
+        op.group->request_abort(op.number,
+                                {.reason = op.outcome.report.reason, .rank = static_cast<int32_t>(op.rank->rank)});
         op.abort_sent = true;
-        wake_group(*op.rank->group);
+        wake_group(*op.group);
       }
-      op.rank->group->part_finished(op.number);
-      if (op.rank->group->entry(op.number).unfinished.load(std::memory_order_acquire) == 0) {
-        wake_group(*op.rank->group);  // others may wait for the exchange page, or to complete what was aborted
+      op.group->part_finished(op.number);
+      if (op.group->entry(op.number).unfinished.load(std::memory_order_acquire) == 0) {
+        wake_group(*op.group);  // others may wait for the exchange page, or to complete what was aborted
       }
     }
     // An aborted operation completes only when every rank's part has ended: peers read this request until then.
@@ -325,7 +327,7 @@ bool Engine::advance_running(EngineSession& session, Op& op, bool may_work, uint
     }
     return false;
   }
-  GroupShared& group = *op.rank->group;
+  GroupShared& group = *op.group;
   check_loss(op);
   if (session.closing_) {
     group.request_abort(op.number, {.reason = EXPERTD_REASON_PEER_LOST, .rank = static_cast<int32_t>(op.rank->rank)});
@@ -347,7 +349,7 @@ bool Engine::advance_running(EngineSession& session, Op& op, bool may_work, uint
 
 bool Engine::advance_ending(EngineSession& session, Op& op, uint64_t now_ns) {
   if (op.rank != nullptr) {
-    GroupShared& group = *op.rank->group;
+    GroupShared& group = *op.group;
     const bool aborted = op.abort_sent || op.part == 0;
     // Nothing runs on a lost GPU, and the process is about to end: the loops of the others may not come back from the
     // driver before that.
@@ -385,7 +387,7 @@ HeldUp Engine::held_up(const Op& op) {
   if (op.rank == nullptr || op.part == 0 || op.request.captured) {
     return held;
   }
-  const GroupShared& group = *op.rank->group;
+  const GroupShared& group = *op.group;
   const Exchanged& exchanged = op.outcome.exchanged;
   held.group = group.settings().shape.id;
   held.rank = op.rank->rank;
@@ -429,10 +431,10 @@ void Engine::complete(EngineSession& session, Op& op, uint64_t now_ns) {
     fill_from_failure(op.failure, &completion);
   }
   if (op.rank != nullptr) {
-    GroupShared& group = *op.rank->group;
+    GroupShared& group = *op.group;
     const OpEntry& entry = group.entry(op.number);
     completion.group_op = op.number;
-    completion.epoch = op.part != 0 ? entry.epoch : group.epoch();
+    completion.epoch = group.settings().epoch_base + (op.part != 0 ? entry.epoch : group.epoch());
     if (op.part != 0) {
       const base::RankSet active = entry.active.load(std::memory_order_relaxed);
       fill_ranks(active, &completion);

@@ -23,6 +23,11 @@ struct RankState {
   GroupShared* group = nullptr;
   uint32_t rank = 0;
   uint64_t next_number = 1;
+  uint32_t open_handles = 0;    // made by dispatches, with no combine yet
+  bool has_dispatched = false;  // since it joined
+  /// Where its group is the successor of another: that one, and the operation that became the first of this one.
+  base::GroupId before{};
+  uint64_t before_from = 0;
 };
 
 /// Per-session part of the engine. Owned by the loop's session; its requests live here, one per ring slot.
@@ -46,7 +51,8 @@ class EngineSession {
   enum class Stage : uint32_t { kIdle, kQueued, kRunning, kEnding, kDone };
   struct Op {
     Request request;
-    RankState* rank = nullptr;  // null: local operation
+    RankState* rank = nullptr;     // null: local operation
+    GroupShared* group = nullptr;  // that it was posted to; the rank may have gone over to its successor since
     uint64_t number = 0;
     uint64_t ticket = 0;     // not 0: complete, so that it may be launched
     uint64_t agreed_ns = 0;  // when it was seen to be
@@ -98,6 +104,7 @@ class Engine {
     Traffic traffic = Traffic::kThroughput;
   };
   // engine_turn.cc: one turn, and the choice between sessions.
+  static void go_over(Op& op);
   bool settle(uint64_t now_ns);
   bool launch_ready(uint64_t now_ns);
   bool advance_launched(uint64_t now_ns);

@@ -50,6 +50,35 @@ bool Engine::run_once(uint64_t now_ns) {
   return moved;
 }
 
+// An operation behind the last one of its group is its successor's, which counts from 1. The first one takes the rank
+// along, so that what the rank submits from now on is posted there. A handle that stays behind is good for nothing.
+void Engine::go_over(Op& op) {
+  const uint64_t from = op.group->moved_from();
+  if (from == 0 || op.number < from) {
+    return;
+  }
+  GroupShared& next = *op.group->successor();
+  RankState& rank = *op.rank;
+  if (rank.group == op.group) {
+    rank.before = op.group->settings().shape.id;
+    rank.before_from = from;
+    rank.next_number = rank.next_number - from + 1;
+    rank.group = &next;
+  }
+  Request& request = op.request;
+  if (request.handle_made != 0 && request.handle_made < from && request.rejected_reason == 0) {
+    request.rejected_reason = EXPERTD_REASON_STALE_HANDLE;
+    request.rejected_argument = EXPERTD_ARGUMENT_HANDLE;
+    request.rejected_value = request.handle_generation;
+  }
+  request.handle_made = request.handle_made < from ? 0 : request.handle_made - from + 1;
+  request.begins = false;  // the next place to go over is behind what is under way
+  op.group->take_back(rank.rank);
+  op.group = &next;
+  op.number = op.number - from + 1;
+  next.post(op.number, rank.rank, &op.request);
+}
+
 bool Engine::settle(uint64_t now_ns) {
   bool moved = false;
   for (EngineSession* session : sessions_) {

@@ -30,6 +30,8 @@ GroupShared::GroupShared(const GroupSettings& settings)
       all_ranks_(base::RankSet::first(settings.shape.ranks)),
       lost_through_(settings.shape.ranks),
       entries_(kEntries) {
+  lost_.store(settings.born_lost, std::memory_order_relaxed);
+  views_[0].lost.store(settings.born_lost, std::memory_order_relaxed);
   settings_.shape.placement = settings_.placement.get();
   for (uint32_t place = 0; place < places(); ++place) {
     local_ranks_.add(rank_at(place));
@@ -72,6 +74,7 @@ void GroupShared::post(uint64_t number, uint32_t rank, const Request* request) {
   op.requests[place] = request;
   op.last_posted_ns.store(request->admit_ns, std::memory_order_relaxed);
   op.last_posted.store(number << 8 | place, std::memory_order_relaxed);  // published by the store below
+  outstanding_[place].store(outstanding_[place].load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   op.posted[place].store(submitted(number), std::memory_order_seq_cst);  // also publishes the request to who decides
 }
 
@@ -194,9 +197,16 @@ Verdict GroupShared::try_decide(uint64_t number, bool* changed) {
   if (now != Verdict::kOpen || held_.load(std::memory_order_seq_cst) || not_posted(number).any()) {
     return now;
   }
+  if (const uint64_t at = held_at(); at != 0 && number >= at) {
+    return now;
+  }
   uint64_t before = 0;
   if (!claim(number, &before, changed)) {
     return verdict_of(number);
+  }
+  if (stops_at(number)) {
+    entry(number).verdict.store(before, std::memory_order_seq_cst);
+    return Verdict::kOpen;
   }
   if (has_views()) {
     return decide_in_view(number, before);
@@ -266,6 +276,9 @@ bool GroupShared::ahead(uint64_t number) const {
 bool GroupShared::fail(uint64_t number, const base::RankSet& ranks, const Failure& failure, bool* changed) {
   *changed = false;
   uint64_t before = 0;
+  if (const uint64_t from = moved_from(); from != 0 && number >= from) {
+    return false;  // it is the successor's
+  }
   if (ahead(number) || !claim(number, &before, changed)) {
     return false;
   }
@@ -346,6 +359,7 @@ bool GroupShared::release(uint64_t number, uint32_t rank) {
   OpEntry& op = entry(number);
   const uint32_t place = place_of(rank);
   op.released[place].store(number, std::memory_order_seq_cst);
+  outstanding_[place].store(outstanding_[place].load(std::memory_order_relaxed) - 1, std::memory_order_release);
   if (released_through(rank) < number) {  // only the rank's loop thread writes it
     released_through_[place].store(number, std::memory_order_release);
   }

@@ -49,8 +49,8 @@ struct OpEntry {
   /// (number << 2) | kDeciding/kLaunchTag/kFailedTag; CAS decides, then a release store publishes.
   std::atomic<uint64_t> verdict{0};
   /// By place, as all tables here. 2n: the rank submitted operation n; its request was written before (release/acquire
-  /// pair). 2n + 1: it withdrew from operation n since. Grows only, so a rank whose word is beyond 2n takes no part in n,
-  /// whoever decides about it.
+  /// pair). 2n + 1: it withdrew from operation n since. Grows only, so a rank whose word is beyond 2n takes no part in
+  /// n, whoever decides about it.
   std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> posted{};
   /// Who submitted last, (number << 8) | place: for people, and for nothing that is decided.
   std::atomic<uint64_t> last_posted{0};
@@ -90,6 +90,10 @@ struct GroupSettings {
   uint32_t fabric_lanes = kFabricLanes;  // 1: everything goes by the throughput lane
   uint32_t fabric_weight = 1;            // beside other groups on the throughput lane
   std::shared_ptr<FabricPort> fabric;
+  /// Of the successor of a group: ranks that are lost from the start, and what its epochs are counted from.
+  base::RankSet born_lost{};
+  base::RankSet returning{};  // ranks that joined anew
+  uint64_t epoch_base = 0;
 };
 
 class GroupShared {
@@ -153,9 +157,33 @@ class GroupShared {
   /// A rank's session ended, or its node is lost. `through`, of a rank of another node: the last operation whose
   /// messages it had all sent. Any thread; the loops of the other ranks must be woken afterwards.
   void set_lost(uint32_t rank, uint64_t through = 0);
-  /// Mask by request: `exclude` and then `readmit`, none to leave it; only with mask_on_loss and of a group on one node.
-  /// Any thread; two at a time both count.
+  /// Mask by request: `exclude` and then `readmit`, none to leave it; only with mask_on_loss and of a group on one
+  /// node. Any thread; two at a time both count.
   void change_excluded(const base::RankSet& exclude, const base::RankSet& readmit);
+
+  /// The group is to go on as `successor`, which all its nodes have formed: at an operation that begins something, with
+  /// no handle outstanding on any rank, it decides nothing any more until it was moved over (or, where all ranks are on
+  /// this node, is moved over at once). stay() takes that back. Any thread, one at a time.
+  void go_over_to(std::shared_ptr<GroupShared> successor);
+  void stay();
+  bool has_ended() const { return views_ended_.load(std::memory_order_acquire); }
+  bool goes_over() const { return goes_over_.load(std::memory_order_acquire); }
+  /// The operation that it holds at, 0 while there is none; and the last one that was decided or is being decided.
+  uint64_t held_at() const { return goes_over() ? at_.load(std::memory_order_acquire) : 0; }
+  uint64_t last_decided() const;
+  /// Operations from `from` on are those of the successor, there numbered from 1. The loops must be woken afterwards.
+  void move_over(uint64_t from);
+  uint64_t moved_from() const { return moved_from_.load(std::memory_order_acquire); }
+  /// Once it was moved over. Kept as long as this.
+  GroupShared* successor() const { return successor_.get(); }
+  /// The rank's operation was posted here and is the successor's. Only by that rank's loop thread.
+  void take_back(uint32_t rank);
+  /// The rank, of this node, has submitted an operation. Any thread.
+  bool has_submitted(uint32_t rank) const {
+    return outstanding_[place_of(rank)].load(std::memory_order_acquire) != 0 || released_through(rank) != 0;
+  }
+  /// The rank has gone over, and none of its operations is outstanding here. Any thread.
+  bool has_gone_over(uint32_t rank) const;
 
   /// Rank `rank` submits operation `number`. Only by that rank's loop thread, in order.
   void post(uint64_t number, uint32_t rank, const Request* request);
@@ -169,8 +197,8 @@ class GroupShared {
   Verdict try_decide(uint64_t number, bool* changed);
   /// Nobody has begun to decide `number`; asked after set_lost(rank) this means the rank will not take part in it.
   bool undecided(uint64_t number) const;
-  /// Ends `number` before launch, on behalf of `ranks` (none: of the group); false when something else was decided first,
-  /// all of `ranks` are excluded, or the entry still serves an older operation. `changed` as above.
+  /// Ends `number` before launch, on behalf of `ranks` (none: of the group); false when something else was decided
+  /// first, all of `ranks` are excluded, or the entry still serves an older operation. `changed` as above.
   bool fail(uint64_t number, const base::RankSet& ranks, const Failure& failure, bool* changed);
   /// Rank `rank`, which submitted `number`, takes no part in it whatever the mask becomes: the rank may end it on its
   /// own. False when it is being decided or was: then that counts. Only by the rank's loop thread, with mask_on_loss.
@@ -204,6 +232,8 @@ class GroupShared {
  private:
   Verdict verdict_of(uint64_t number) const;
   bool claim(uint64_t number, uint64_t* before, bool* changed);
+  bool stops_at(uint64_t number);
+  bool begins(uint64_t number) const;
   base::RankSet participants(uint64_t number, const base::RankSet& lost_ranks) const;
   bool reusable(const OpEntry& entry, uint64_t decided_word) const;
   bool agree(uint64_t number, const base::RankSet& active, Failure* failure) const;
@@ -227,7 +257,7 @@ class GroupShared {
   base::RankSet local_ranks_;
   std::vector<std::atomic<uint64_t>> lost_through_;                             // by rank; of those of other nodes
   std::array<std::atomic<uint64_t>, base::kMaxLocalRanks> released_through_{};  // by place
-  base::AtomicRankSet lost_;           // grows only
+  base::AtomicRankSet lost_;                                                    // grows only
   std::atomic<uint64_t> excluded_{0};  // without views: of ranks on one node, one bit each
   std::atomic<uint64_t> epoch_{1};
   std::atomic<uint64_t> launched_ops_{0};
@@ -236,6 +266,13 @@ class GroupShared {
   std::atomic<uint64_t> views_there_{1};  // after that
   std::atomic<bool> held_{false};
   std::atomic<bool> views_ended_{false};
+  std::shared_ptr<GroupShared> successor_;  // set before goes_over_
+  std::atomic<bool> goes_over_{false};
+  std::atomic<uint64_t> at_{0};
+  std::atomic<uint64_t> not_before_{0};  // an operation that it may hold at
+  std::atomic<uint64_t> moved_from_{0};
+  std::array<std::atomic<uint32_t>, base::kMaxLocalRanks> outstanding_{};  // operations of a rank of this node
+  std::array<std::atomic<bool>, base::kMaxLocalRanks> gone_over_{};
   std::vector<OpEntry> entries_;
 };
 

@@ -62,6 +62,8 @@ void GroupShared::install(const View& view, bool held) {
   kept.excluded.store(view.excluded, std::memory_order_relaxed);
   views_there_.store(there, std::memory_order_release);
   epoch_.store(view.epoch, std::memory_order_release);
+  not_before_.store(view.from, std::memory_order_seq_cst);  // some node may have passed what this one held at
+  at_.store(0, std::memory_order_seq_cst);
   lost_.add(view.lost, std::memory_order_seq_cst);
   held_.store(false, std::memory_order_seq_cst);
   if (held || (lost() - view.lost).any() || views_ended_.load(std::memory_order_seq_cst)) {

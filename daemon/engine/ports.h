@@ -57,6 +57,8 @@ struct Request {
   bool without_words = false;  // refused by the client, which rang no doorbell and has nothing waiting
   bool copies = false;         // by copy engines; its routing is in the exchange windows
   bool captured = false;       // kept for replays of a CUDA graph; nothing runs now, and there are no words
+  bool begins = false;         // a rank that comes back may begin with it: no combine is outstanding before it
+  uint64_t handle_made = 0;    // the group's operation that made the handle it uses; 0: it uses none
   uint32_t capture_lane = 0;
   uint32_t rejected_reason = 0;  // refused, at admission or by the client, but counted as this rank's operation
   uint32_t rejected_argument = 0;

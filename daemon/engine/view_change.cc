@@ -33,8 +33,11 @@ const char* view_end_text(ViewEnd end) {
   return "unknown";
 }
 
-ViewChange::ViewChange(const Placement& placement, const ViewOptions& options, ViewHost* host)
-    : placement_(placement), options_(options), host_(host) {}
+ViewChange::ViewChange(const Placement& placement, const ViewOptions& options, ViewHost* host,
+                       const base::RankSet& lost)
+    : placement_(placement), options_(options), host_(host) {
+  committed_.view.lost = lost;
+}
 
 base::RankSet ViewChange::ranks_of(uint64_t nodes) const {
   base::RankSet ranks;
@@ -105,14 +108,19 @@ void ViewChange::tend(uint64_t now_ns) {
 
 uint64_t ViewChange::next_ns() const {
   if (ended_ != ViewEnd::kNone || since_ns_ == 0) {
-    return UINT64_MAX;
+    const bool tells = ready_ && ended_ == ViewEnd::kNone && (members() >> placement_.own_node & 1) != 0;
+    return tells ? tell_ready_ns_ : UINT64_MAX;
   }
   return std::min(retry_at_ns_, since_ns_ + options_.limit_ns);
 }
 
 void ViewChange::advance(uint64_t now_ns) {
   const uint32_t own = placement_.own_node;
-  if (ended_ != ViewEnd::kNone || !wants_change() || (members() >> own & 1) == 0) {
+  const bool takes_part = ended_ == ViewEnd::kNone && (members() >> own & 1) != 0;
+  if (takes_part && !wants_change()) {
+    tend_ready(now_ns);
+  }
+  if (!takes_part || !wants_change()) {
     since_ns_ = 0;
     return;
   }
@@ -210,6 +218,13 @@ ViewValue ViewChange::next_value(uint64_t nodes) const {
   }
   value.view.excluded -= readmit;
   value.view.from = last + 1;
+  if (value.view.lost == all_ranks()) {
+    value.view.excluded = {};  // nobody is left, and with all of them it would be the successor's view
+  }
+  const bool same_ranks = nodes == members() && value.view.lost == view().lost && value.view.excluded.empty();
+  if (same_ranks && promised_to_move(nodes, value.view.from)) {
+    value.view = View::of_successor(value.view.epoch, value.view.from, all_ranks());
+  }
   return value;
 }
 
@@ -218,7 +233,7 @@ void ViewChange::propose_if_complete(uint64_t now_ns) {
   if (phase_ != Phase::kPreparing || (living() & ~promises_) != 0) {
     return;
   }
-  promise_of_[own] = {report_, accepted_, accepted_value_};
+  promise_of_[own] = {report_, accepted_, promised_value()};
   const uint64_t nodes = mutual_nodes();
   if (!is_majority(nodes)) {
     end(ViewEnd::kMinority);  // whom this node misses may be a majority without it
@@ -260,6 +275,9 @@ void ViewChange::accepted_by(uint32_t node, uint64_t now_ns) {
 
 // What was accepted before may leave out the node that brings it to its end.
 bool ViewChange::leaves_out(const View& next) const {
+  if (next.is_of_successor(all_ranks())) {
+    return next.epoch != view().epoch + 1;  // it was left out in between
+  }
   const base::RankSet own = ranks_of(bit(placement_.own_node));
   return (own - next.lost).empty() && (own - report_.gone).any();
 }
@@ -282,6 +300,9 @@ void ViewChange::install(const ViewValue& value, uint64_t now_ns) {
   told_ballot_ = 0;
   since_ns_ = 0;
   retry_at_ns_ = now_ns;
+  ready_of_ = {};
+  tell_ready_ns_ = now_ns;
+  ready_ = ready_ && !has_moved();
   const bool held = (report_.lost_nodes & members()) != 0 || (report_.gone - view().lost).any();
   host_->install(value.view, held);
 }
@@ -320,6 +341,7 @@ bool ViewChange::receive(uint32_t node, const ViewMessage& message, uint64_t now
     node_lost(node, now_ns);
     return true;
   }
+  heard_ready_ |= message.kind == ViewKind::kReady ? bit(node) : 0;
   if (message.kind == ViewKind::kCommit) {
     take_commit(message, now_ns);
     return true;
@@ -330,6 +352,11 @@ bool ViewChange::receive(uint32_t node, const ViewMessage& message, uint64_t now
   }
   if (message.epoch > view().epoch + 1) {
     send_to(bit(node), message_of(ViewKind::kReport));  // this node has
+    return true;
+  }
+  if (message.kind == ViewKind::kReady) {
+    ready_of_[node] = {true, message.accepted, message.ballot};
+    advance(now_ns);
     return true;
   }
   top_ballot_ = std::max(top_ballot_, message.ballot);
@@ -429,7 +456,9 @@ ViewMessage ViewChange::message_of(ViewKind kind) const {
   message.ballot = ballot_;
   if (kind == ViewKind::kCommit) {
     message.value = committed_;
-  } else if (kind == ViewKind::kPromise || kind == ViewKind::kAccept) {
+  } else if (kind == ViewKind::kPromise) {
+    message.value = promised_value();
+  } else if (kind == ViewKind::kAccept) {
     message.value = accepted_value_;
   }
   return message;

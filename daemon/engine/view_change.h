@@ -13,6 +13,11 @@
 // votes are the ranks of the view before that are not lost: of two halves that have lost each other one goes on, the
 // one with more of them, or with the lowest of them where both have as many. The other half ends, by name. Messages
 // may be lost, repeated and reordered: what is not answered is sent again with the next tend().
+//
+// The last view of a group may be that all go over to its successor (a group with the same ranks, which lost ones have
+// joined anew). Each node then holds at an operation that begins something, and says which; when all that live hold at
+// the same, a change begins, and that operation is the view's first. Nodes that came to hold at different ones, because
+// an operation failed on some of them, agree on an ordinary view, behind which they hold anew.
 #pragma once
 
 #include <array>
@@ -54,7 +59,8 @@ struct ViewOptions {
 class ViewChange {
  public:
   /// The placement and the host outlive it; at most kViewNodes nodes.
-  ViewChange(const Placement& placement, const ViewOptions& options, ViewHost* host);
+  ViewChange(const Placement& placement, const ViewOptions& options, ViewHost* host,
+             const base::RankSet& lost = {});
 
   /// A rank of a living node is gone: told by its own daemon, or by this one. Operations that it was through with are
   /// not touched by that, so all nodes must have been told before a view leaves it out.
@@ -65,11 +71,29 @@ class ViewChange {
   /// returned.
   uint64_t ask(const base::RankSet& exclude, const base::RankSet& readmit, uint64_t now_ns);
   uint64_t granted() const { return granted_; }
+  /// All nodes have formed the group's successor. This one holds at operation `at`, 0: at none yet, and has decided
+  /// `last`. To be called whenever one of them changes.
+  void ready(uint64_t at, uint64_t last, uint64_t now_ns);
+  /// The ranks that came back to this node have submitted their first operations: all others are told, who wait for
+  /// that before they call ready() for the group that this one succeeds.
+  void tell_returned();
+  bool heard_ready(uint32_t node) const { return (heard_ready_ >> node & 1) != 0; }
+  /// It does not go over. False while a change is under way, whose view may be that of the successor: to be called
+  /// again.
+  bool stay() {
+    ready_ = ready_ && promised_ != 0;
+    return !ready_;
+  }
+  /// The view is that of the successor.
+  bool has_moved() const { return committed_.view.is_of_successor(all_ranks()); }
   /// False: nothing that a daemon sends.
   bool receive(uint32_t node, const ViewMessage& message, uint64_t now_ns);
   void tend(uint64_t now_ns);
   /// When tend() has something to do; UINT64_MAX: nothing.
   uint64_t next_ns() const;
+
+  /// Something is being agreed on.
+  bool is_changing() const { return ended_ == ViewEnd::kNone && since_ns_ != 0; }
 
   const View& view() const { return committed_.view; }
   ViewEnd ended() const { return ended_; }
@@ -84,7 +108,17 @@ class ViewChange {
     ViewValue value;
   };
 
+  struct Readiness {
+    bool told = false;
+    uint64_t at = 0;
+    uint64_t last = 0;
+  };
+
+  base::RankSet all_ranks() const { return ranks_of(~uint64_t{0}); }
   bool needs_change() const;
+  void tend_ready(uint64_t now_ns);
+  bool all_hold_at(uint64_t nodes, uint64_t at) const;
+  bool hold_apart() const;
   bool wants_change() const { return needs_change() || asked_ || promised_ != 0; }
   bool is_lost(uint32_t node) const { return (report_.lost_nodes >> node & 1) != 0; }
   uint64_t members_of(const base::RankSet& lost_ranks) const;
@@ -101,6 +135,8 @@ class ViewChange {
   uint64_t mutual_nodes() const;
   bool told_alike(uint64_t nodes) const;
   ViewValue next_value(uint64_t nodes) const;
+  ViewValue promised_value() const;
+  bool promised_to_move(uint64_t nodes, uint64_t from) const;
   void accepted_by(uint32_t node, uint64_t now_ns);
   bool leaves_out(const View& next) const;
   void step_back(uint64_t ballot, uint64_t now_ns);
@@ -139,6 +175,10 @@ class ViewChange {
   uint64_t accepts_ = 0;   // nodes
   std::array<Promise, kViewNodes> promise_of_{};
   bool asked_ = false;  // another node wants a change
+  bool ready_ = false;
+  uint64_t heard_ready_ = 0;                      // nodes that ever told
+  std::array<Readiness, kViewNodes> ready_of_{};  // told since the last view
+  uint64_t tell_ready_ns_ = 0;
   uint64_t since_ns_ = 0;
   uint64_t retry_at_ns_ = 0;
 };

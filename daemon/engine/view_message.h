@@ -17,6 +17,11 @@ struct View {
   base::RankSet lost{};      // gone, or of lost nodes
   base::RankSet excluded{};  // by request
   base::RankSet out() const { return lost | excluded; }
+  /// The last one of a group that goes on as another: from here on all its ranks are in its successor.
+  static View of_successor(uint64_t epoch, uint64_t from, const base::RankSet& all_ranks) {
+    return {epoch, from, all_ranks, all_ranks};
+  }
+  bool is_of_successor(const base::RankSet& all_ranks) const { return lost == all_ranks && excluded == all_ranks; }
   friend bool operator==(const View&, const View&) = default;
 };
 
@@ -28,10 +33,12 @@ enum class ViewKind : uint32_t {
   kAccepted = 5,  // the ballot's view
   kCommit = 6,    // the view is decided
   kOut = 7,       // the sender takes no part in the group any more
+  kReady = 8,     // the sender may go over to the group's successor; `accepted` and `ballot` as below
 };
-inline constexpr uint32_t kViewKinds = 7;
+inline constexpr uint32_t kViewKinds = 8;
 
-/// A view that was proposed, and the ballot that it was first proposed with: whose promises it is made of.
+/// A view that was proposed, and the ballot that it was first proposed with: whose promises it is made of. In a promise
+/// without one `made` is the operation that the sender holds at to go over to the group's successor, 0: it does not.
 struct ViewValue {
   View view;
   uint64_t made = 0;
@@ -49,8 +56,9 @@ struct ViewReport {
 struct ViewMessage {
   ViewKind kind = ViewKind::kReport;
   uint64_t epoch = 0;     // of the view that is to be agreed on; kCommit: of the one that was
-  uint64_t ballot = 0;    // grows; the low bits are the node whose it is
-  uint64_t accepted = 0;  // kPromise: the ballot with which `value` was accepted; 0: none was
+  uint64_t ballot = 0;    // grows; the low bits are the node whose it is. kReady: the last operation decided there
+  uint64_t accepted = 0;  // kPromise: the ballot with which `value` was accepted; 0: none was. kReady: the operation
+                          // that the sender holds at; 0: there is none yet
   ViewValue value;        // kPromise, kAccept, kCommit
   ViewReport report;      // kPromise
 };

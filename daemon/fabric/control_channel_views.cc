@@ -11,7 +11,8 @@ namespace expertd::fabric {
 
 namespace {
 
-static_assert(base::RankSet::kWords == kWireRankWords, "ranks of a view: another number of words is a new kWireVersion");
+static_assert(base::RankSet::kWords == kWireRankWords,
+              "ranks of a view: another number of words is a new kWireVersion");
 
 void fill(const base::RankSet& ranks, uint64_t* words) {
   std::copy(std::begin(ranks.words), std::end(ranks.words), words);

@@ -246,30 +246,15 @@ bool Core::incoming(const Incoming& message) {
 }
 
 GroupChannel* Core::group_of(uint64_t key, uint32_t epoch, const Peer* from, uint32_t* node, DropCause* cause) {
-  *cause = DropCause::kUnknownGroup;
-  const auto found = open_groups_.find(key);
-  if (found == open_groups_.end()) {
-    return nullptr;
-  }
-  GroupChannel* group = found->second;
-  *cause = DropCause::kEpoch;
-  if (group->link().epoch != epoch) {
-    return nullptr;
-  }
-  // A group of this key that the sender is no member of is unknown to it as well.
-  *cause = DropCause::kUnknownGroup;
-  const std::vector<Peer*>& peers = group->control().peers();
-  const auto member = std::find(peers.begin(), peers.end(), from);
-  *node = static_cast<uint32_t>(member - peers.begin());
-  return member == peers.end() ? nullptr : group;
+  const auto peers_of = [](GroupChannel& group) -> const std::vector<Peer*>& { return group.control().peers(); };
+  return open_groups_.find(key, epoch, from, peers_of, node, cause);
 }
 
 bool Core::take_gone(const Incoming& message, Peer* from) {
   WireGone header;
-  if (message.header_bytes != sizeof(header) || message.bytes != 0) {
+  if (!read_header(message, &header) || message.bytes != 0) {
     return drop(DropCause::kMalformed, from, "the header's size");
   }
-  std::memcpy(&header, message.header, sizeof(header));
   uint32_t node = 0;
   DropCause cause = DropCause::kUnknownGroup;
   GroupChannel* group = group_of(header.group_key, header.epoch, from, &node, &cause);
@@ -287,10 +272,9 @@ bool Core::take_gone(const Incoming& message, Peer* from) {
 
 bool Core::take_view(const Incoming& message, Peer* from) {
   WireView header;
-  if (message.header_bytes != sizeof(header) || message.bytes != 0) {
+  if (!read_header(message, &header) || message.bytes != 0) {
     return drop(DropCause::kMalformed, from, "the header's size");
   }
-  std::memcpy(&header, message.header, sizeof(header));
   uint32_t node = 0;
   DropCause cause = DropCause::kUnknownGroup;
   if (group_of(header.group_key, header.epoch, from, &node, &cause) == nullptr) {
@@ -307,10 +291,9 @@ bool Core::take_view(const Incoming& message, Peer* from) {
 
 bool Core::take_heartbeat(const Incoming& message, Peer* from) {
   WireHeartbeat header;
-  if (message.header_bytes != sizeof(header) || message.bytes != 0) {
+  if (!read_header(message, &header) || message.bytes != 0) {
     return drop(DropCause::kMalformed, from, "the header's size");
   }
-  std::memcpy(&header, message.header, sizeof(header));
   if (header.destination_node != setting_.node_id) {
     return drop(DropCause::kUnknownNode);
   }

@@ -9,13 +9,13 @@
 #include <array>
 #include <memory>
 #include <string>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "daemon/fabric/crossing.h"
 #include "daemon/fabric/group_channel.h"
 #include "daemon/fabric/lane.h"
+#include "daemon/fabric/open_groups.h"
 #include "daemon/fabric/options.h"
 #include "daemon/fabric/peer.h"
 #include "daemon/fabric/progress_thread.h"
@@ -88,9 +88,9 @@ class Core final : public Progressed, public IncomingSink {
   std::vector<std::unique_ptr<Peer>> peers_;           // of each node id the last one, and older ones still in use
   std::vector<std::shared_ptr<GroupChannel>> groups_;  // open and closing ones
   Rails rails_;                                        // one
-  std::unordered_map<uint64_t, GroupChannel*> open_groups_;  // by key
-  bool attention_ = false;                                   // a peer failed or waits for an answer
-  uint64_t next_ns_ = 0;                                     // when a peer wants tending
+  OpenGroups open_groups_;
+  bool attention_ = false;  // a peer failed or waits for an answer
+  uint64_t next_ns_ = 0;    // when a peer wants tending
   std::array<uint64_t, kDropCauses> dropped_{};
   std::array<uint64_t, kLossCauses> lost_{};
   RttHistogram rtt_;

@@ -8,6 +8,7 @@
 #include <ucp/api/ucp.h>
 
 #include <array>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -32,6 +33,16 @@ struct Incoming {
 
 /// What every message begins with. False: it is no message of this protocol, for `cause`.
 bool read_prefix(const Incoming& message, WirePrefix* prefix, DropCause* cause);
+
+/// Copies the header, since UCX promises no alignment. False: it has another size.
+template <typename Header>
+bool read_header(const Incoming& message, Header* header) {
+  if (message.header_bytes != sizeof(*header)) {
+    return false;
+  }
+  std::memcpy(header, message.header, sizeof(*header));
+  return true;
+}
 
 /// Where a lane's messages go. Called within progress(): looks, copies, enqueues, and calls nothing of UCX.
 class IncomingSink {

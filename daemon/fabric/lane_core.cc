@@ -197,22 +197,10 @@ bool LaneCore::incoming(const Incoming& message) {
 }
 
 GroupChannel* LaneCore::group_of(uint64_t key, uint32_t epoch, const LanePeer* from, uint32_t* node, DropCause* cause) {
-  *cause = DropCause::kUnknownGroup;
-  const auto found = open_groups_.find(key);
-  if (found == open_groups_.end()) {
-    return nullptr;
-  }
-  GroupChannel* group = found->second;
-  *cause = DropCause::kEpoch;
-  if (group->link().epoch != epoch) {
-    return nullptr;
-  }
-  // A group of this key that the sender is no member of is unknown to it as well.
-  *cause = DropCause::kUnknownGroup;
-  const std::vector<LanePeer*>& peers = group->lane(setting_.lane).peers();
-  const auto member = std::find(peers.begin(), peers.end(), from);
-  *node = static_cast<uint32_t>(member - peers.begin());
-  return member == peers.end() ? nullptr : group;
+  const auto peers_of = [this](GroupChannel& group) -> const std::vector<LanePeer*>& {
+    return group.lane(setting_.lane).peers();
+  };
+  return open_groups_.find(key, epoch, from, peers_of, node, cause);
 }
 
 bool LaneCore::take_message(const Incoming& message, LanePeer* from) {
@@ -240,10 +228,9 @@ bool LaneCore::take_message(const Incoming& message, LanePeer* from) {
 
 bool LaneCore::take_credit(const Incoming& message, LanePeer* from) {
   WireCredit header;
-  if (message.header_bytes != sizeof(header) || message.bytes != 0) {
+  if (!read_header(message, &header) || message.bytes != 0) {
     return drop(DropCause::kMalformed, from, "the header's size");
   }
-  std::memcpy(&header, message.header, sizeof(header));
   uint32_t node = 0;
   DropCause cause = DropCause::kUnknownGroup;
   GroupChannel* group = group_of(header.group_key, header.epoch, from, &node, &cause);

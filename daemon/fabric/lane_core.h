@@ -6,13 +6,13 @@
 
 #include <array>
 #include <memory>
-#include <unordered_map>
 #include <vector>
 
 #include "daemon/fabric/crossing.h"
 #include "daemon/fabric/group_channel.h"
 #include "daemon/fabric/lane.h"
 #include "daemon/fabric/lane_peer.h"
+#include "daemon/fabric/open_groups.h"
 #include "daemon/fabric/options.h"
 #include "daemon/fabric/probe.h"
 #include "daemon/fabric/progress_thread.h"
@@ -103,7 +103,7 @@ class LaneCore final : public Progressed, public IncomingSink {
   Probes probes_;
   Rails rails_;
   RailLoads loads_;
-  std::unordered_map<uint64_t, GroupChannel*> open_groups_;  // by key
+  OpenGroups open_groups_;
   std::array<uint64_t, kDropCauses> dropped_{};
   LaneTraffic forgotten_;  // with peers that are in the list no more
   Settling settling_;

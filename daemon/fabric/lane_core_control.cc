@@ -48,15 +48,13 @@ base::Status LaneCore::open(const std::shared_ptr<GroupChannel>& channel) {
     peers.push_back(peer);
   }
   part(channel).use_peers(std::move(peers));
-  open_groups_.emplace(link.key, channel.get());
+  open_groups_.add(channel.get());
   groups_.push_back(channel);
   return base::Status::ok();
 }
 
 void LaneCore::close(GroupChannel* channel) {
-  const auto open = open_groups_.find(channel->link().key);
-  if (open != open_groups_.end() && open->second == channel) {
-    open_groups_.erase(open);
+  if (open_groups_.remove(channel)) {
     channel->lane(setting_.lane).begin_close();
   }
 }

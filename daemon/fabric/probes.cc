@@ -153,10 +153,9 @@ base::Status LaneCore::begin_probe(const ProbePlan& plan, ProbeMemory payload, P
 
 bool LaneCore::take_probe(const Incoming& message, LanePeer* from) {
   WireProbe header;
-  if (message.header_bytes != sizeof(header)) {
+  if (!read_header(message, &header)) {
     return drop(DropCause::kMalformed, from, "the header's size");
   }
-  std::memcpy(&header, message.header, sizeof(header));
   if (header.destination_node != setting_.node_id) {
     return drop(DropCause::kUnknownNode);
   }

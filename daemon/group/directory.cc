@@ -45,14 +45,15 @@ session::ErrorDetail Directory::check_place(const session::JoinRequest& request,
   for (const auto& [id, formed] : formed_) {
     const std::shared_ptr<engine::GroupShared> shared = formed.shared.lock();
     const bool whole = shared != nullptr && shared->lost().empty() && formed.present == shared->local_ranks();
-    if (formed.name == request.name && whole) {
+    const bool runs = whole || (&formed == running(request.name) && formed.present.contains(request.rank));
+    if (formed.name == request.name && runs && shared->moved_from() == 0) {
       const Placed* placed = formed.placed.get();
       const bool elsewhere = placed != nullptr && request.rank < placed->ranks.size();
       const std::string where =
           elsewhere ? " by node \"" + placed->nodes[placed->ranks[request.rank].node].name + "\"" : "";
       return refused(EXPERTD_REASON_DUPLICATE_RANK,
                      "rank " + std::to_string(request.rank) + " of group \"" + request.name + "\" is taken" + where +
-                         "; the group is complete",
+                         (whole ? "; the group is complete" : "; the group is running"),
                      rank);
     }
   }
@@ -85,9 +86,8 @@ session::ErrorDetail Directory::join(const session::JoinRequest& request, Member
   // Where a rendezvous places the ranks, no node has more of them than devices.
   if (member.attempt == 0 && request.config.expert_parallel_size > base::kMaxLocalRanks) {
     error = refused(EXPERTD_REASON_ARGUMENT_RANGE,
-                    "expert_parallel_size = " + std::to_string(request.config.expert_parallel_size) +
-                        ", allowed 1.." + std::to_string(base::kMaxLocalRanks) +
-                        " on one node; for more set fabric.enabled on several",
+                    "expert_parallel_size = " + std::to_string(request.config.expert_parallel_size) + ", allowed 1.." +
+                        std::to_string(base::kMaxLocalRanks) + " on one node; for more set fabric.enabled on several",
                     -1);
     error.field = "expert_parallel_size";
     return error;
@@ -174,27 +174,7 @@ void Directory::placed(const std::string& name, uint32_t rank, uint64_t attempt,
   if (const auto member = members.find(rank); member != members.end() && member->second.attempt == attempt) {
     member->second.placed = placed;
   }
-  auto placement = std::make_shared<const engine::Placement>(placement_of(*placed, node_id));
-  const std::vector<uint32_t>& own = placement->ranks_of[placement->own_node];
-  const bool complete = std::all_of(own.begin(), own.end(), [&](uint32_t local) {
-    const auto member = members.find(local);
-    return member != members.end() && member->second.placed != nullptr && member->second.placed->key == placed->key;
-  });
-  if (!complete) {
-    return;
-  }
-  // The addresses of the nodes came with the placement of the lowest rank.
-  std::shared_ptr<const Placed> whole = members.at(own.front()).placed;
-  Pending taken;
-  taken.config = found->second.config;
-  for (const uint32_t local : own) {
-    taken.members.insert(members.extract(local));
-  }
-  if (members.empty()) {
-    pending_.erase(found);
-  }
-  const bool alone = placement->nodes() == 1;
-  *formation = form(name, std::move(taken), alone ? nullptr : std::move(placement), std::move(whole));
+  (void)complete(name, placed, node_id, formation);
 }
 
 std::vector<Member> Directory::take(const std::string& name, uint32_t rank, uint64_t attempt) {
@@ -230,7 +210,7 @@ std::vector<std::pair<std::shared_ptr<engine::GroupShared>, std::shared_ptr<cons
 
 std::unique_ptr<Formation> Directory::form(const std::string& name, Pending&& pending,
                                            std::shared_ptr<const engine::Placement> placement,
-                                           std::shared_ptr<const Placed> placed) {
+                                           std::shared_ptr<const Placed> placed, const Formed* predecessor) {
   auto formation = std::make_unique<Formation>();
   formation->name = name;
   formation->placed = placed;
@@ -248,6 +228,26 @@ std::unique_ptr<Formation> Directory::form(const std::string& name, Pending&& pe
   settings.inference = config.mode != session::GroupMode::kNormal;
   settings.dispatch_dtypes = config.dispatch_dtypes;
   settings.dynamic_ll_tokens = config.dynamic_ll_tokens;
+  if (predecessor != nullptr || (placed != nullptr && placed->predecessor != 0)) {
+    settings.epoch_base = (placed != nullptr ? placed->epoch : settings.shape.id.value) << 32;
+  }
+  if (placed != nullptr) {
+    for (const uint32_t rank : placed->lost) {
+      settings.born_lost.add(rank);
+    }
+    for (const uint32_t rank : placed->returning) {
+      settings.returning.add(rank);
+    }
+  } else if (predecessor != nullptr) {
+    for (uint32_t rank = 0; rank < settings.shape.ranks; ++rank) {
+      const auto member = pending.members.find(rank);
+      if (member == pending.members.end()) {
+        settings.born_lost.add(rank);
+      } else if (member->second.done) {
+        settings.returning.add(rank);
+      }
+    }
+  }
   settings.group_key = placed == nullptr ? 0 : placed->key;
   settings.placement = std::move(placement);
   settings.fabric_lanes = config.communication.virtual_lanes;
@@ -258,9 +258,10 @@ std::unique_ptr<Formation> Directory::form(const std::string& name, Pending&& pe
     formation->members.push_back(std::move(member));
   }
   formation->shared = std::make_shared<engine::GroupShared>(settings);
+  formation->predecessor = predecessor == nullptr ? nullptr : predecessor->shared.lock();
   std::erase_if(formed_, [](const auto& entry) { return entry.second.shared.expired(); });
   formed_[settings.shape.id.value] = {
-      name, config, formation->shared, formation->shared->local_ranks(), std::move(placed), {}};
+      name, config, formation->shared, formation->shared->local_ranks() - settings.born_lost, std::move(placed), {}};
   return formation;
 }
 
@@ -349,7 +350,7 @@ std::vector<session::GroupSnapshot> Directory::snapshot() const {
     groups.push_back({.name = formed.name,
                       .id = base::GroupId{id},
                       .config = formed.config,
-                      .epoch = shared->epoch(),
+                      .epoch = shared->settings().epoch_base + shared->epoch(),
                       .joined = formed.present,
                       .lost = shared->has_views() ? shared->view().lost : shared->lost(),
                       .excluded = shared->excluded(),

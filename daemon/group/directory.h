@@ -31,7 +31,8 @@ struct Member {
   std::shared_ptr<const std::atomic<bool>> cancelled = nullptr;  // as in JoinRequest
   /// Not 0: waits for a placement over several nodes under this name of the join (RankJoin::attempt).
   uint64_t attempt = 0;
-  std::shared_ptr<const Placed> placed = nullptr;  // the placement, once it is known
+  std::shared_ptr<std::atomic<uint64_t>> attempt_now = nullptr;  // the same, where `done` sees it
+  std::shared_ptr<const Placed> placed = nullptr;                // the placement, once it is known
   bool is_cancelled() const { return cancelled != nullptr && cancelled->load(std::memory_order_acquire); }
 };
 
@@ -46,8 +47,9 @@ struct Formation {
   std::string name;
   session::GroupConfig config;
   std::shared_ptr<engine::GroupShared> shared;
-  std::vector<Member> members;           // of this node
+  std::vector<Member> members;           // of this node; those that go over from the predecessor have no `done`
   std::shared_ptr<const Placed> placed;  // null: nobody but this node knows of it
+  std::shared_ptr<engine::GroupShared> predecessor;  // that runs and has ranks of this node; null: there is none
 };
 
 struct Defaults {
@@ -74,6 +76,12 @@ class Directory {
   /// have been. A rank that does not wait any more is ignored: its withdrawal makes the group fail to form.
   void placed(const std::string& name, uint32_t rank, uint64_t attempt, uint64_t node_id,
               const std::shared_ptr<const Placed>& placed, std::unique_ptr<Formation>* formation);
+  /// A successor of the group with the key was placed for this node's ranks of it. `formation` is filled when all ranks
+  /// that come back to this node have been placed as well. PEER_LOST: a rank that was to go over is gone.
+  session::ErrorDetail succeed(const std::shared_ptr<const Placed>& placed, uint64_t node_id,
+                               std::unique_ptr<Formation>* formation);
+  /// Groups of this node alone whose lost ranks wait to come back, ready to be formed beside the running ones.
+  [[nodiscard]] std::vector<std::unique_ptr<Formation>> rejoins();
   /// The rendezvous refused the rank that joined with `attempt`: takes it out. Empty when it does not wait any more.
   [[nodiscard]] std::vector<Member> take(const std::string& name, uint32_t rank, uint64_t attempt);
   /// The groups, formed here, that have ranks on another node, with their placements.
@@ -100,10 +108,17 @@ class Directory {
     std::shared_ptr<const Placed> placed;
     std::string executor;
   };
+  using Groups = std::map<uint64_t, Formed>;  // by id
+  /// The group of the name that takes ranks back, on this node alone; null: there is none.
+  const Formed* running(const std::string& name) const;
+  bool may_rejoin(const Formed& group, const Pending& pending) const;
+  bool add_carried(const Formed& group, uint32_t rank, const std::string& name, Pending* pending) const;
+  session::ErrorDetail complete(const std::string& name, const std::shared_ptr<const Placed>& placed, uint64_t node_id,
+                                std::unique_ptr<Formation>* formation);
   session::ErrorDetail check_place(const session::JoinRequest& request, const Member& member, const Pending* pending);
   std::unique_ptr<Formation> form(const std::string& name, Pending&& pending,
                                   std::shared_ptr<const engine::Placement> placement = nullptr,
-                                  std::shared_ptr<const Placed> placed = nullptr);
+                                  std::shared_ptr<const Placed> placed = nullptr, const Formed* predecessor = nullptr);
   static void take_cancelled(std::map<uint32_t, Member>* members, std::vector<EndedJoin>* ended);
   session::ErrorDetail place(const session::JoinRequest& request, Member&& member,
                              std::unique_ptr<Formation>* formation, std::vector<EndedJoin>* ended);
@@ -112,7 +127,8 @@ class Directory {
   mutable std::mutex mutex_;
   uint64_t next_group_ = 1;
   std::map<std::string, Pending> pending_;
-  std::map<uint64_t, Formed> formed_;
+  Groups formed_;
+  std::map<uint64_t, std::shared_ptr<const Placed>> successors_;  // placed for ranks that are here, by predecessor
   std::map<uint64_t, std::vector<std::pair<uint64_t, uint32_t>>> by_session_;  // session -> (group, rank)
 };
 

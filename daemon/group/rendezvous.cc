@@ -143,10 +143,12 @@ CallId Rendezvous::join(const RankJoin& join, const NodeIdentity& node, uint64_t
     if (error.status.is_ok() && placed == nullptr) {
       Waiting& waiting = waiting_[join.group];
       waiting.epoch = std::max(waiting.epoch, epoch);
-      waiting.ranks[join.rank] = {join, node, now_ns + join.timeout_ns, call, std::move(done)};
+      waiting.ranks[join.rank] = {join, node, now_ns + join.timeout_ns, call, std::move(done), now_ns};
       calls_[call] = {join.group, join.rank};
       if (waiting.ranks.size() == join.config.expert_parallel_size) {
         place(join.group, now_ns, &answers);
+      } else {
+        rejoin(join.group, now_ns, &answers);
       }
     }
   }
@@ -178,6 +180,7 @@ session::ErrorDetail Rendezvous::admit_node(const NodeIdentity& node, uint64_t n
   }
   if (const auto found = nodes_.find(node.id); found != nodes_.end()) {
     found->second.seen_ns = std::max(found->second.seen_ns, now_ns);
+    found->second.lanes = node.lanes;
     return {};
   }
   const auto same = std::ranges::find_if(nodes_, [&](const auto& entry) { return entry.second.name == node.name; });
@@ -193,7 +196,7 @@ session::ErrorDetail Rendezvous::admit_node(const NodeIdentity& node, uint64_t n
     }
     node_gone(same->first, "was started again", answers);
   }
-  nodes_[node.id] = {node.name, node.address, now_ns};
+  nodes_[node.id] = {node.name, node.address, now_ns, node.lanes};
   return {};
 }
 
@@ -206,7 +209,7 @@ session::ErrorDetail Rendezvous::make_room(const RankJoin& join, const NodeIdent
       continue;
     }
     *epoch = std::max(*epoch, group.placed.epoch + 1);
-    if (group.phase == Phase::kFailed) {
+    if (group.phase == Phase::kFailed || group.followed) {
       continue;
     }
     Holder* const holder = join.rank < group.holders.size() ? &group.holders[join.rank] : nullptr;
@@ -223,16 +226,21 @@ session::ErrorDetail Rendezvous::make_room(const RankJoin& join, const NodeIdent
       }
       continue;
     }
+    if (holder != nullptr && group.placed.nodes[group.placed.ranks[join.rank].node].name == node.name) {
+      holder->gone = true;  // of an earlier daemon of this node
+    }
     const bool whole = std::ranges::none_of(group.holders, [](const Holder& other) { return other.gone; });
-    if (group.phase == Phase::kForming || whole) {
+    const bool free = holder != nullptr && holder->gone;
+    if (takes_back(group) ? !free : group.phase == Phase::kForming || whole) {
       const std::string who = holder == nullptr ? ""
                                                 : "rank " + std::to_string(join.rank) + " is on node " +
                                                       quoted(name_of(holder->node_id)) + "; ";
       return refused(EXPERTD_REASON_DUPLICATE_RANK,
-                     "group " + quoted(join.group) + ": " + who + "the group is complete", rank);
+                     "group " + quoted(join.group) + ": " + who + (whole ? "the group is complete" : "it is running"),
+                     rank);
     }
   }
-  forget_gone();
+  forget_gone(answers);
   return {};
 }
 
@@ -280,12 +288,10 @@ session::ErrorDetail Rendezvous::check_waiting(const RankJoin& join, const NodeI
 void Rendezvous::place(const std::string& name, uint64_t now_ns, Answers* answers) {
   Waiting waiting = std::move(waiting_[name]);
   waiting_.erase(name);
-  uint64_t key = random_();
-  while (key == 0 || groups_.contains(key)) {
-    key = random_() + 1;
-  }
+  const uint64_t key = new_key();
   Group& group = groups_[key];
   group.name = name;
+  group.config = waiting.ranks.begin()->second.join.config;
   group.deadline_ns = now_ns + options_.form_timeout_ns;
   group.placed.key = key;
   group.placed.epoch = waiting.epoch;
@@ -309,6 +315,14 @@ void Rendezvous::place(const std::string& name, uint64_t now_ns, Answers* answer
   }
 }
 
+uint64_t Rendezvous::new_key() {
+  uint64_t key = random_();
+  while (key == 0 || groups_.contains(key)) {
+    key = random_() + 1;
+  }
+  return key;
+}
+
 std::shared_ptr<const Placed> Rendezvous::placed_for(const Group& group, uint32_t rank, uint64_t left_ns) {
   auto out = std::make_shared<Placed>();
   const Placed& placed = group.placed;
@@ -316,10 +330,13 @@ std::shared_ptr<const Placed> Rendezvous::placed_for(const Group& group, uint32_
   out->epoch = placed.epoch;
   out->ranks = placed.ranks;
   out->form_timeout_ns = left_ns;
+  out->predecessor = placed.predecessor;
+  out->returning = placed.returning;
+  out->lost = placed.lost;
   const uint32_t node = placed.ranks[rank].node;
   const auto lowest =
       std::ranges::find_if(placed.ranks, [node](const PlacedRank& other) { return other.node == node; });
-  const bool with_lanes = lowest - placed.ranks.begin() == rank;
+  const bool with_lanes = placed.predecessor != 0 || lowest - placed.ranks.begin() == rank;
   for (const NodeIdentity& identity : placed.nodes) {
     out->nodes.push_back({identity.id, identity.name, identity.address, {}});
     if (with_lanes) {
@@ -331,6 +348,13 @@ std::shared_ptr<const Placed> Rendezvous::placed_for(const Group& group, uint32_
 
 void Rendezvous::dropped(CallId call) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  if (const auto await = awaits_.find(call); await != awaits_.end()) {
+    if (const auto group = groups_.find(await->second.first); group != groups_.end()) {
+      group->second.awaits.erase(await->second.second);
+    }
+    awaits_.erase(await);
+    return;
+  }
   const auto found = calls_.find(call);
   if (found == calls_.end()) {
     return;
@@ -375,7 +399,7 @@ void Rendezvous::withdraw(const std::string& group, uint32_t rank, uint64_t node
                    &answers);
       }
     }
-    forget_gone();
+    forget_gone(&answers);
   }
   for (const std::function<void()>& answer : answers) {
     answer();
@@ -423,6 +447,9 @@ void Rendezvous::report_formed(const FormedReport& report, uint64_t node_id, uin
         for (NodeIdentity& identity : group.placed.nodes) {
           identity.lanes.clear();  // nobody asks for them any more
         }
+        if (const auto before = groups_.find(group.placed.predecessor); before != groups_.end()) {
+          before->second.followed = true;
+        }
       }
     }
   }
@@ -431,7 +458,7 @@ void Rendezvous::report_formed(const FormedReport& report, uint64_t node_id, uin
   }
 }
 
-void Rendezvous::report_gone(uint64_t key, uint64_t node_id, const std::vector<uint32_t>& ranks) {
+void Rendezvous::report_gone(uint64_t key, uint64_t node_id, const std::vector<uint32_t>& ranks, uint64_t now_ns) {
   Answers answers;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -452,7 +479,10 @@ void Rendezvous::report_gone(uint64_t key, uint64_t node_id, const std::vector<u
                          static_cast<int32_t>(ranks.front())),
                  &answers);
     }
-    forget_gone();
+    fail_successor_without(group, ranks, &answers);
+    const std::string name = group.name;
+    forget_gone(&answers);
+    rejoin(name, now_ns, &answers);
   }
   for (const std::function<void()>& answer : answers) {
     answer();

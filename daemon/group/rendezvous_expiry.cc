@@ -86,15 +86,40 @@ void Rendezvous::node_gone(uint64_t node_id, const std::string& why, Answers* an
       fail_group(&group, ended(EXPERTD_REASON_PEER_LOST, who, lowest), answers);
     }
   }
+  for (auto& [key, group] : groups_) {
+    if (const auto await = group.awaits.find(node_id); await != group.awaits.end()) {
+      answers->push_back(
+          [done = std::move(await->second.done), who] { done(ended(EXPERTD_REASON_PEER_LOST, who, -1), {}); });
+      awaits_.erase(await->second.call);
+      group.awaits.erase(await);
+    }
+  }
   nodes_.erase(node_id);
-  forget_gone();
+  forget_gone(answers);
 }
 
-void Rendezvous::forget_gone() {
-  std::erase_if(groups_, [](const auto& entry) {
-    return entry.second.phase == Phase::kFormed &&
-           std::ranges::all_of(entry.second.holders, [](const Holder& holder) { return holder.gone; });
-  });
+// Who awaits a successor of a group that nobody is in, or in which it has no rank, awaits nothing.
+void Rendezvous::forget_gone(Answers* answers) {
+  for (auto entry = groups_.begin(); entry != groups_.end();) {
+    Group& group = entry->second;
+    std::erase_if(group.awaits, [&](auto& await) {
+      const bool there = std::ranges::any_of(
+          group.holders, [&await](const Holder& holder) { return holder.node_id == await.first && !holder.gone; });
+      if (!there) {
+        awaits_.erase(await.second.call);
+        answers->push_back([done = std::move(await.second.done)] {
+          done(ended(EXPERTD_REASON_NO_SUCH_GROUP, "all ranks of this node have left the group", -1), {});
+        });
+      }
+      return !there;
+    });
+    const bool over = group.phase == Phase::kFormed &&
+                      std::ranges::all_of(group.holders, [](const Holder& holder) { return holder.gone; });
+    if (const auto before = groups_.find(group.placed.predecessor); over && before != groups_.end()) {
+      before->second.followed = false;  // it was let go: the group that runs is that one
+    }
+    entry = over ? groups_.erase(entry) : std::next(entry);
+  }
 }
 
 void Rendezvous::expire_waiting(const std::string& name, Waiting* waiting, uint64_t now_ns, Answers* answers) {
@@ -112,16 +137,18 @@ void Rendezvous::expire_waiting(const std::string& name, Waiting* waiting, uint6
     }
   }
   missing += count > kMaxNamedRanks ? " and " + std::to_string(count - kMaxNamedRanks) + " more" : "";
+  const Group* const group = running(name);
+  const std::string cause = group == nullptr
+                                ? "rank(s) " + missing + " had not joined at the deadline"
+                                : "it runs without this rank, and at the deadline " + what_is_missing(*group, *waiting);
   std::erase_if(waiting->ranks, [&](const auto& place) {
     const Waiter& waiter = place.second;
     if (waiter.deadline_ns > now_ns) {
       return false;
     }
     calls_.erase(waiter.call);
-    answers->push_back([done = waiter.done, name, missing, first] {
-      done(ended(EXPERTD_REASON_JOIN_TIMEOUT,
-                 "group " + quoted(name) + ": rank(s) " + missing + " had not joined at the deadline", first),
-           {});
+    answers->push_back([done = waiter.done, name, cause, first] {
+      done(ended(EXPERTD_REASON_JOIN_TIMEOUT, "group " + quoted(name) + ": " + cause, first), {});
     });
     return true;
   });
@@ -134,6 +161,13 @@ void Rendezvous::expire(uint64_t now_ns) {
     for (auto entry = waiting_.begin(); entry != waiting_.end();) {
       expire_waiting(entry->first, &entry->second, now_ns, &answers);
       entry = entry->second.ranks.empty() ? waiting_.erase(entry) : std::next(entry);
+    }
+    std::vector<std::string> names;
+    for (const auto& [name, waiting] : waiting_) {
+      names.push_back(name);
+    }
+    for (const std::string& name : names) {
+      rejoin(name, now_ns, &answers);
     }
     std::erase_if(groups_, [now_ns](const auto& entry) {
       return entry.second.phase == Phase::kFailed && entry.second.deadline_ns <= now_ns;
@@ -176,6 +210,10 @@ uint64_t Rendezvous::next_deadline_ns() const {
     for (const auto& [rank, waiter] : waiting.ranks) {
       next = std::min(next, waiter.deadline_ns);
     }
+    const Group* const group = running(name);
+    if (group != nullptr && groups_.size() < options_.max_groups && what_is_missing(*group, waiting).empty()) {
+      next = std::min(next, collected_ns(*group, waiting));
+    }
   }
   for (const auto& [key, group] : groups_) {
     next = group.phase == Phase::kFormed ? next : std::min(next, group.deadline_ns);
@@ -204,9 +242,14 @@ void Rendezvous::close(const base::Status& status) {
               [done = std::move(report.done), status] { done(ended(status.reason(), status.message(), -1)); });
         }
       }
+      for (auto& [id, await] : group.awaits) {
+        answers.push_back(
+            [done = std::move(await.done), status] { done(ended(status.reason(), status.message(), -1), {}); });
+      }
     }
     waiting_.clear();
     calls_.clear();
+    awaits_.clear();
     groups_.clear();
     nodes_.clear();
     replaced_.clear();

@@ -16,13 +16,13 @@
 
 namespace expertd::group {
 
-inline constexpr uint32_t kMaxNodes = base::kMaxNodes;  // of a rendezvous; fabric.max_nodes is at most this
+inline constexpr uint32_t kMaxNodes = base::kMaxNodes;       // of a rendezvous; fabric.max_nodes is at most this
 inline constexpr uint32_t kMaxGroupRanks = base::kMaxRanks;  // of a group over all nodes
-inline constexpr uint32_t kMaxLanes = 24;        // of a node, with rails
-inline constexpr size_t kMaxLaneBytes = 4096;    // address of one lane
-inline constexpr size_t kMaxLanesBytes = 16384;  // addresses of a node
-inline constexpr size_t kMaxNameBytes = 64;      // of groups and nodes, printable ASCII
-inline constexpr size_t kMaxAddressBytes = 300;  // "host:port"
+inline constexpr uint32_t kMaxLanes = 24;                    // of a node, with rails
+inline constexpr size_t kMaxLaneBytes = 4096;                // address of one lane
+inline constexpr size_t kMaxLanesBytes = 16384;              // addresses of a node
+inline constexpr size_t kMaxNameBytes = 64;                  // of groups and nodes, printable ASCII
+inline constexpr size_t kMaxAddressBytes = 300;              // "host:port"
 inline constexpr uint64_t kMaxJoinNs = 3'600'000'000'000;
 
 struct LaneAddress {
@@ -70,6 +70,19 @@ struct Placed {
   std::vector<NodeIdentity> nodes;  // in the order of their lowest ranks; lanes for the lowest rank of a node alone
   std::vector<PlacedRank> ranks;    // by rank
   uint64_t form_timeout_ns = 0;     // within which every node must report it formed
+  /// Of a group that follows a running one: the key of that one, which ranks join it anew, and which ones nobody has,
+  /// so that it begins without them. Lanes are there for every rank.
+  uint64_t predecessor = 0;
+  std::vector<uint32_t> returning;
+  std::vector<uint32_t> lost;
+};
+
+/// A formed group that takes lost ranks back, as its nodes tell of it: enough for a rendezvous that began after it.
+struct KeptGroup {
+  std::string name;
+  session::GroupConfig config;
+  Placed placed;  // without lanes
+  std::vector<uint32_t> gone;
 };
 
 /// The engine's view of it from the node `node_id`, which must be one of the nodes.
@@ -96,6 +109,11 @@ class RendezvousPort {
   /// Takes a join of this node back: it ends with CANCELLED. One that was placed already makes its group fail to form,
   /// one of a formed group counts as gone.
   virtual void withdraw(const std::string& group, uint32_t rank, uint64_t attempt) = 0;
+  /// This node has ranks in the group, which runs; waits until lost ranks of it have joined anew, and a successor is
+  /// placed whose part this node is to form as for a join. A later call for the same group takes the earlier one's
+  /// place, which ends with CANCELLED. NO_SUCH_GROUP: the group is not to be waited for any more; UNSUPPORTED: the
+  /// rendezvous is of a release that takes no ranks back. Other ends: to be called again.
+  virtual void await_successor(const KeptGroup& group, PlacedCallback done) = 0;
   /// To be called once per node for every placed group; waits for the other nodes' reports.
   virtual void report_formed(const FormedReport& report, FormedCallback done) = 0;
   /// Ranks of a formed group left or were lost. Repeated in the background while the rendezvous is away.

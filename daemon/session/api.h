@@ -120,8 +120,8 @@ class SessionApi {
   virtual base::Result<BufferGrant> create_window(base::SessionId session, uint64_t size) = 0;
   virtual void join_group(base::SessionId session, const JoinRequest& request, JoinCallback done) = 0;
   virtual base::Status leave_group(base::SessionId session, base::GroupId group, uint64_t deadline_ns) = 0;
-  virtual base::Result<MaskReply> group_mask(base::SessionId session, base::GroupId group,
-                                             const base::RankSet& exclude, const base::RankSet& readmit) = 0;
+  virtual base::Result<MaskReply> group_mask(base::SessionId session, base::GroupId group, const base::RankSet& exclude,
+                                             const base::RankSet& readmit) = 0;
   /// Asks the session's device; nothing is allocated. ARGUMENT_RANGE where a join would be refused with it.
   virtual base::Result<GroupPlan> plan_group(base::SessionId session, const GroupConfig& config) = 0;
 };

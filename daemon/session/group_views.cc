@@ -14,7 +14,10 @@ namespace expertd::session {
 namespace {
 
 constexpr std::chrono::milliseconds kLook(5);
-constexpr uint64_t kReleaseNs = 50'000'000;  // a group whose ranks have left is looked at so often
+constexpr uint64_t kTellReturnedNs = 20'000'000;  // ranks that came back are told of so often, until they are in
+constexpr uint64_t kGoesOverNs = 500'000;         // one that is to go over, so often
+constexpr uint64_t kMovedNs = 10'000'000'000;  // one that went over answers nodes that have not heard so, for so long
+constexpr uint64_t kReleaseNs = 50'000'000;    // a group whose ranks have left is looked at so often
 
 std::string ranks_text(const base::RankSet& ranks) {
   std::string text;
@@ -33,7 +36,7 @@ class GroupViews::Member final : public engine::ViewHost {
          const Wake* wake)
       : group_(std::move(group)),
         node_ids_(std::move(node_ids)),
-        change_(*group_->settings().placement, options, this),
+        change_(*group_->settings().placement, options, this, group_->settings().born_lost),
         wake_(wake) {}
 
   engine::GroupShared& group() { return *group_; }
@@ -45,6 +48,19 @@ class GroupViews::Member final : public engine::ViewHost {
 
   uint64_t hold() override { return group_->hold(); }
   void install(const engine::View& view, bool held) override {
+    if (change_.has_moved()) {
+      moved_ns_ = base::now_ns();
+      if (group_->successor() == nullptr) {
+        return;  // no rank of this node is left
+      }
+      group_->move_over(view.from);
+      base::log_info("a group goes on with ranks that came back",
+                     {{"group", std::to_string(group_->settings().shape.id.value)},
+                      {"successor", std::to_string(group_->successor()->settings().shape.id.value)},
+                      {"last_operation", std::to_string(view.from - 1)}});
+      (*wake_)(*group_);
+      return;
+    }
     group_->install(view, held);
     base::log_info("a group's view", {{"group", std::to_string(group_->settings().shape.id.value)},
                                       {"epoch", std::to_string(view.epoch)},
@@ -62,6 +78,54 @@ class GroupViews::Member final : public engine::ViewHost {
   }
   void send(uint32_t node, const engine::ViewMessage& message) override { to_send_.emplace_back(node, message); }
 
+  bool stay() {
+    const bool stays = !change_.has_moved() && change_.stay();
+    if (stays) {
+      group_->stay();
+    }
+    return stays;
+  }
+  /// When to look again; UINT64_MAX: it does not go over.
+  uint64_t tend_successor(uint64_t now_ns) {
+    if (!group_->goes_over() || change_.has_moved() || change_.ended() != engine::ViewEnd::kNone) {
+      return UINT64_MAX;
+    }
+    change_.ready(group_->held_at(), group_->last_decided(), now_ns);
+    return now_ns + kGoesOverNs;
+  }
+  /// Tells the others of ranks that came back to this node, until an operation of theirs has ended: then all are in.
+  /// When to look again.
+  uint64_t tend_returned(uint64_t now_ns) {
+    const base::RankSet here = (group_->settings().returning & group_->local_ranks()) - group_->lost();
+    bool submitted = true;
+    bool in = true;
+    for (const uint32_t rank : here) {
+      submitted = submitted && group_->has_submitted(rank);
+      in = in && group_->released_through(rank) != 0;
+    }
+    if (here.empty() || in) {
+      return UINT64_MAX;
+    }
+    if (submitted && now_ns >= tell_returned_ns_) {
+      tell_returned_ns_ = now_ns + kTellReturnedNs;
+      change_.tell_returned();
+    }
+    return now_ns + kGoesOverNs;
+  }
+  bool have_returned() const {
+    for (const uint32_t rank : group_->settings().returning - group_->lost()) {
+      const engine::Placement& placement = *group_->settings().placement;
+      const bool told =
+          placement.is_local(rank) ? group_->has_submitted(rank) : change_.heard_ready(placement.node_of[rank]);
+      if (!told) {
+        return false;
+      }
+    }
+    return true;
+  }
+  /// When it was moved over; 0: not yet.
+  uint64_t moved_ns() const { return moved_ns_; }
+
   void send_all() {
     for (const auto& [node, message] : to_send_) {
       group_->settings().fabric->tell_view(node, message);
@@ -74,6 +138,8 @@ class GroupViews::Member final : public engine::ViewHost {
   std::vector<uint64_t> node_ids_;  // by node of the group
   engine::ViewChange change_;
   const Wake* wake_;
+  uint64_t moved_ns_ = 0;
+  uint64_t tell_returned_ns_ = 0;
   std::vector<std::pair<uint32_t, engine::ViewMessage>> to_send_;
 };
 
@@ -139,6 +205,26 @@ void GroupViews::node_lost(uint64_t node_id) {
   }
 }
 
+void GroupViews::goes_over(uint64_t group_key) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (Member* member = find(group_key)) {
+    (void)member->tend_successor(base::now_ns());
+    moved(member);
+  }
+}
+
+bool GroupViews::stays(uint64_t group_key) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Member* const member = find(group_key);
+  return member == nullptr || member->stay();
+}
+
+bool GroupViews::have_returned(const engine::GroupShared& group) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const Member* const member = find(group.settings().group_key);
+  return member != nullptr && member->have_returned();
+}
+
 void GroupViews::receive(uint64_t group_key, uint32_t node, const engine::ViewMessage& message) {
   const std::lock_guard<std::mutex> lock(mutex_);
   Member* member = find(group_key);
@@ -185,7 +271,8 @@ base::Status GroupViews::change_mask(const engine::GroupShared& group, const bas
 // The last user's end closes the group on the fabric; until the others have a view without this node's ranks they ask
 // it, and it has to answer.
 bool GroupViews::is_over(const Member& member) {
-  return !member.is_used() && member.change().next_ns() == UINT64_MAX;
+  const bool answers = member.moved_ns() != 0 && base::now_ns() < member.moved_ns() + kMovedNs;
+  return !member.is_used() && member.change().next_ns() == UINT64_MAX && !answers;
 }
 
 uint64_t GroupViews::tend(uint64_t now_ns) {
@@ -196,6 +283,7 @@ uint64_t GroupViews::tend(uint64_t now_ns) {
     for (auto entry = members_.begin(); entry != members_.end();) {
       Member& member = *entry->second;
       member.change().tend(now_ns);
+      next_ns = std::min({next_ns, member.tend_successor(now_ns), member.tend_returned(now_ns)});
       member.send_all();
       next_ns = std::min(next_ns, member.change().next_ns());
       if ((member.group().local_ranks() - member.group().lost()).empty()) {
@@ -223,7 +311,7 @@ void GroupViews::clear() {
 
 void GroupViews::settle(uint64_t deadline_ns) {
   std::unique_lock<std::mutex> lock(mutex_);
-  const auto settled = [](const auto& entry) { return entry.second->change().next_ns() == UINT64_MAX; };
+  const auto settled = [](const auto& entry) { return !entry.second->change().is_changing(); };
   while (!std::all_of(members_.begin(), members_.end(), settled) && base::now_ns() < deadline_ns) {
     changed_.wait_for(lock, kLook);
   }

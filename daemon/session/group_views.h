@@ -37,10 +37,16 @@ class GroupViews {
   /// A rank is gone, one of this node or of another that lives. After its set_lost().
   void rank_gone(uint64_t group_key, uint32_t rank);
   void node_lost(uint64_t node_id);
+  /// The group holds where it may go over to its successor (GroupShared::go_over_to), so that its nodes agree on where;
+  /// or it does no more.
+  void goes_over(uint64_t group_key);
+  bool stays(uint64_t group_key);  // false while they are agreeing: to be called again
+  /// Of a successor: all ranks that joined it anew, and are not lost again, have submitted something.
+  bool have_returned(const engine::GroupShared& group);
   void receive(uint64_t group_key, uint32_t node, const engine::ViewMessage& message);
   /// Asks for a mask and waits until a view has it, until the deadline. PEER_LOST when this node's part has ended.
-  base::Status change_mask(const engine::GroupShared& group, const base::RankSet& exclude,
-                           const base::RankSet& readmit, uint64_t deadline_ns);
+  base::Status change_mask(const engine::GroupShared& group, const base::RankSet& exclude, const base::RankSet& readmit,
+                           uint64_t deadline_ns);
   /// Asks again what was not answered, and forgets groups; when to be called next, UINT64_MAX: when something changes.
   uint64_t tend(uint64_t now_ns);
   /// Forgets all groups: the fabric ends.

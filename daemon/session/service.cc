@@ -290,6 +290,7 @@ void SessionService::housekeeper_main() {
     for (std::unique_ptr<group::Formation>& formation : formations) {
       form_group(std::move(formation));
     }
+    const bool going_over = tend_rejoins(base::now_ns());
     std::vector<SessionRef> reclaimed;
     for (const SessionRef& session : waiting) {
       if (try_reclaim(session)) {
@@ -309,7 +310,7 @@ void SessionService::housekeeper_main() {
       break;
     }
     if (formations_.empty() && placements_.empty() && formed_.empty()) {
-      housekeeper_signal_.wait_for(lock, ended_.empty() ? kJoinPoll : kReclaimPoll);
+      housekeeper_signal_.wait_for(lock, ended_.empty() && !going_over ? kJoinPoll : kReclaimPoll);
     }
   }
   lock.unlock();

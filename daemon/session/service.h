@@ -158,6 +158,47 @@ class SessionService final : public SessionApi, public AttachApi {
   ErrorDetail open_fabric(const group::Formation& formation);
   base::Status open_port(const group::Formation& formation);
   void report_formed(Formed formed);
+  GroupConfig with_defaults(GroupConfig config) const;
+  // service_rejoin.cc: ranks that come back to running groups.
+  struct Leaving {
+    base::GroupId id;
+    std::shared_ptr<engine::GroupShared> group;
+    uint32_t rank = 0;
+  };
+  /// A group that is to go over to its successor, or has, with ranks of this node that are still in both.
+  struct GoingOver {
+    std::string name;
+    std::shared_ptr<engine::GroupShared> from;
+    std::shared_ptr<engine::GroupShared> to;
+    std::vector<std::pair<base::SessionId, uint32_t>> ranks;
+    bool begun = false;           // those that come back have submitted something, and the group may go over
+    uint64_t apart_since_ns = 0;  // a rank left the successor alone; 0: none did
+  };
+  struct Kept {
+    group::KeptGroup group;
+    base::RankSet local_ranks;
+    uint64_t successor = 0;  // the key of the one that was placed last, so that it is formed once
+    uint64_t again_ns = 0;   // when to await anew; 0: it is awaited, or not to be
+  };
+  static std::vector<Leaving> parts_of(Session& session, base::GroupId named);
+  void begin_leaving(const Leaving& part);
+  static base::Status add_coming(Session& session, const group::Formation& formation, uint32_t rank);
+  void drop_coming(base::SessionId id, base::GroupId group);
+  bool join_again(const group::Formation& formation, const group::Member& member, const ErrorDetail& error);
+  void after_formation(const group::Formation& formation, const ErrorDetail& error);
+  void keep(const group::Formation& formation);
+  void await_successor(uint64_t key);
+  void successor_answered(uint64_t key, const ErrorDetail& error, const std::shared_ptr<const group::Placed>& placed);
+  void await_later(uint64_t key);
+  void place_successor(const std::shared_ptr<const group::Placed>& placed);
+  void note_gone(uint64_t key, const std::vector<uint32_t>& ranks);
+  bool tend_rejoins(uint64_t now_ns);
+  bool tend_going_over(GoingOver* going, uint64_t now_ns);
+  bool have_returned(const engine::GroupShared& group);
+  void begin_going_over(GoingOver* going);
+  bool stay(const GoingOver& going, const std::string& cause);
+  bool finish_going_over(const GoingOver& going, base::SessionId id, uint32_t rank);
+  void await_again(uint64_t now_ns);
   void tell_gone(const engine::GroupShared& group, uint32_t rank);
   static void forget(const engine::GroupShared& group, uint32_t rank);
   static void mark_formed(Session& session, base::GroupId group);
@@ -185,6 +226,9 @@ class SessionService final : public SessionApi, public AttachApi {
   std::deque<std::unique_ptr<group::Formation>> formations_;  // complete groups to set up; each has a join of a session
   std::deque<Placement> placements_;                          // answers of the rendezvous to joins that wait here
   std::deque<Formed> formed_;                                 // groups whose other nodes have reported
+  std::vector<GoingOver> going_over_;                         // at most one for each group
+  std::mutex kept_mutex_;                                     // kept_
+  std::map<uint64_t, Kept> kept_;                             // groups with ranks here that take others back, by key
   std::deque<SessionRef> ended_;  // waiting for their last operations; bounded by max_sessions
   uint64_t next_session_ = 1;
   bool draining_ = false;

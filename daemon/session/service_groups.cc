@@ -74,7 +74,10 @@ base::Status SessionService::take_ticket(Session& session, uint64_t* ticket) {
   if (session.ended) {
     return base::Status(EXPERTD_REASON_NO_SUCH_SESSION);
   }
-  if (session.memberships.size() + session.joins.size() >= std::min(options_.max_groups, base::kMaxGroupsPerSession)) {
+  const auto groups =
+      static_cast<size_t>(std::count_if(session.memberships.begin(), session.memberships.end(),
+                                        [](const auto& entry) { return entry.second.part == Session::Part::kNow; }));
+  if (groups + session.joins.size() >= std::min(options_.max_groups, base::kMaxGroupsPerSession)) {
     return base::Status(EXPERTD_REASON_GROUP_LIMIT, "session.max_groups = " + std::to_string(options_.max_groups) +
                                                         " groups are joined or being joined");
   }
@@ -120,15 +123,16 @@ void SessionService::join_group(base::SessionId id, const JoinRequest& request, 
   }
   group::Member member;
   member.attempt = rendezvous_ == nullptr ? 0 : random_attempt();
+  member.attempt_now = std::make_shared<std::atomic<uint64_t>>(member.attempt);
   const JoinCallback answer = [this, session, ticket, name = request.name, rank = request.rank,
-                               attempt = member.attempt,
+                               attempt = member.attempt_now,
                                done = std::move(done)](const ErrorDetail& end, const JoinGrant& grant) {
     {
       const std::lock_guard<std::mutex> lock(session->mutex);
       session->joins.erase(ticket);
     }
-    if (attempt != 0 && !end.status.is_ok()) {
-      rendezvous_->withdraw(name, rank, attempt);  // whoever refused it: the other nodes must not wait for it
+    if (*attempt != 0 && !end.status.is_ok()) {
+      rendezvous_->withdraw(name, rank, *attempt);  // whoever refused it: the other nodes must not wait for it
     }
     done(end, grant);
   };
@@ -269,13 +273,18 @@ void SessionService::answer_formation(Formed formed) {
   for (size_t i = 0; i < formation->members.size(); ++i) {
     const group::Member& member = formation->members[i];
     const base::Result<SessionRef> found = find(member.session);
+    if (member.done == nullptr) {
+      continue;  // it goes over, or stays
+    }
     // All or none: a rank that could not be set up leaves a group that nobody may use. A rank whose join was cancelled
     // meanwhile would never submit anything: its peers are to see a lost rank at once.
     if (!found.is_ok()) {
       member.done(error, grants[i]);  // the session's connection is over as well
     } else if (!error.status.is_ok()) {
       (void)remove_membership(found.value(), group, base::now_ns()).is_ok();
-      member.done(error, {});
+      if (!join_again(*formation, member, error)) {
+        member.done(error, {});
+      }
     } else if (member.is_cancelled()) {
       (void)remove_membership(found.value(), group, base::now_ns()).is_ok();
       ErrorDetail cancelled;
@@ -286,6 +295,7 @@ void SessionService::answer_formation(Formed formed) {
       member.done(error, grants[i]);
     }
   }
+  after_formation(*formation, error);
 }
 
 void SessionService::mark_formed(Session& session, base::GroupId group) {
@@ -310,10 +320,17 @@ base::Status SessionService::form_member(const group::Formation& formation, cons
   shape.fabric = settings.fabric.get();
   shape.lost = formation.shared->lost_set();
   EXPERTD_RETURN_IF_ERROR(session->place.device->create_group(shape, options_.handles_per_session));
+  if (member.done == nullptr) {
+    const base::Status added = add_coming(*session, formation, member.rank);
+    if (!added.is_ok()) {
+      session->place.device->destroy_group(shape.id, base::Rank{member.rank});
+    }
+    return added;
+  }
   {
     const std::lock_guard<std::mutex> lock(session->mutex);
     session->joins.erase(member.ticket);  // the membership takes its place
-    session->memberships[shape.id.value] = {formation.shared, member.rank, 0, false};
+    session->memberships[shape.id.value] = {formation.shared, member.rank, 0, false, shape.id, Session::Part::kNow};
   }
   if (const uint64_t bytes = window_bytes_of(formation.config); bytes != 0) {
     base::Result<BufferGrant> window = create_window(member.session, bytes);
@@ -332,7 +349,7 @@ base::Status SessionService::form_member(const group::Formation& formation, cons
     EXPERTD_RETURN_IF_ERROR(grant_exchange(formation, member, grant));
   }
   grant->group = shape.id;
-  grant->epoch = formation.shared->epoch();
+  grant->epoch = settings.epoch_base + formation.shared->epoch();
   grant->op_timeout_ns = settings.op_timeout_ns;
   grant->first_op_timeout_ns = settings.first_op_timeout_ns;
   const uint32_t handle_limit = session->place.device->handle_capacity(shape.id, base::Rank{member.rank});
@@ -355,34 +372,28 @@ base::Status SessionService::form_member(const group::Formation& formation, cons
   return base::Status::ok();
 }
 
-base::Status SessionService::remove_membership(const SessionRef& session, base::GroupId group, uint64_t deadline_ns) {
-  std::shared_ptr<engine::GroupShared> shared;
-  uint32_t rank = 0;
-  {
-    const std::lock_guard<std::mutex> lock(session->mutex);
-    const auto found = session->memberships.find(group.value);
-    if (found == session->memberships.end()) {
-      return base::Status(EXPERTD_REASON_NO_SUCH_GROUP, "group " + std::to_string(group.value));
-    }
-    shared = found->second.group;
-    rank = found->second.rank;
+// What the client knows by one name may be two groups for a while, and is left as one.
+base::Status SessionService::remove_membership(const SessionRef& session, base::GroupId named, uint64_t deadline_ns) {
+  std::vector<Leaving> parts = parts_of(*session, named);
+  if (parts.empty()) {
+    return base::Status(EXPERTD_REASON_NO_SUCH_GROUP, "group " + std::to_string(named.value));
   }
-  directory_.left(group, rank);
-  shared->set_lost(rank);
-  tell_gone(*shared, rank);
-  wake_group(*shared);
+  for (const Leaving& part : parts) {
+    begin_leaving(part);
+  }
   // Operations of the group that this session still has in flight end with PEER_LOST; nothing new is admitted.
   LoopPort* loop = session->place.loop;
   auto idle = std::make_shared<bool>(false);
   do {
-    EXPERTD_RETURN_IF_ERROR(loop->run([session, shared, group, loop, idle] {
-      JoinedGroup* joined = session->tables.find_group(group.value);
+    EXPERTD_RETURN_IF_ERROR(loop->run([session, parts, named, loop, idle] {
+      JoinedGroup* joined = session->tables.find_group(named.value);
       *idle = joined == nullptr || !loop->uses_group(session->id, &joined->rank);
       if (*idle && joined != nullptr) {
         *joined = JoinedGroup{};
       }
     }));
-    *idle = *idle && shared->quiet(rank);
+    *idle = *idle &&
+            std::all_of(parts.begin(), parts.end(), [](const Leaving& part) { return part.group->quiet(part.rank); });
     if (!*idle) {
       if (base::now_ns() >= deadline_ns) {
         return base::Status(EXPERTD_REASON_TIMEOUT, "operations of the group did not end before the deadline");
@@ -394,15 +405,24 @@ base::Status SessionService::remove_membership(const SessionRef& session, base::
   {
     // Whoever takes the membership out gives its tables back: another Leave, or the reclaim of a session that ended.
     const std::lock_guard<std::mutex> lock(session->mutex);
-    const auto found = session->memberships.find(group.value);
-    if (found == session->memberships.end()) {
-      return base::Status::ok();
-    }
-    window = found->second.window_buffer;
-    session->memberships.erase(found);
+    parts.clear();
+    std::erase_if(session->memberships, [&](const auto& entry) {
+      const Session::Membership& membership = entry.second;
+      if (membership.named != named) {
+        return false;
+      }
+      window = std::max(window, membership.window_buffer);
+      parts.push_back({base::GroupId{entry.first}, membership.group, membership.rank});
+      return true;
+    });
   }
-  session->place.device->destroy_group(group, base::Rank{rank});
-  forget(*shared, rank);
+  for (const Leaving& part : parts) {
+    if (!part.group->is_lost(part.rank)) {
+      begin_leaving(part);  // it was formed meanwhile
+    }
+    session->place.device->destroy_group(part.id, base::Rank{part.rank});
+    forget(*part.group, part.rank);
+  }
   return window == 0 ? base::Status::ok() : remove_buffer(session, window, deadline_ns);
 }
 
@@ -413,7 +433,7 @@ base::Status SessionService::leave_group(base::SessionId id, base::GroupId group
   }
   {
     const std::lock_guard<std::mutex> lock(found.value()->mutex);
-    const auto entry = found.value()->memberships.find(group.value);
+    const auto entry = found.value()->find_group(group);
     if (entry == found.value()->memberships.end() || !entry->second.formed) {
       return base::Status(EXPERTD_REASON_NO_SUCH_GROUP, "group " + std::to_string(group.value));
     }
@@ -431,12 +451,19 @@ base::Result<MaskReply> SessionService::group_mask(base::SessionId id, base::Gro
   std::shared_ptr<engine::GroupShared> shared;
   {
     const std::lock_guard<std::mutex> lock(session.mutex);
-    const auto entry = session.memberships.find(group.value);
+    const auto entry = session.find_group(group);
     if (entry == session.memberships.end()) {
       return base::Status(EXPERTD_REASON_NO_SUCH_GROUP, "group " + std::to_string(group.value));
     }
     shared = entry->second.group;
+    if (const auto next = shared->moved_from() == 0
+                              ? session.memberships.end()
+                              : session.memberships.find(shared->successor()->settings().shape.id.value);
+        next != session.memberships.end()) {
+      shared = next->second.group;
+    }
   }
+  const uint64_t base = shared->settings().epoch_base;
   if ((exclude | readmit).any()) {
     if (!shared->settings().mask_on_loss) {
       return base::Status(EXPERTD_REASON_BAD_STATE, "the group was joined with on_rank_loss = fail");
@@ -453,9 +480,9 @@ base::Result<MaskReply> SessionService::group_mask(base::SessionId id, base::Gro
   }
   if (shared->has_views()) {
     const engine::View view = shared->view();
-    return MaskReply{view.epoch, view.lost, view.excluded};
+    return MaskReply{base + view.epoch, view.lost, view.excluded};
   }
-  return MaskReply{shared->epoch(), shared->lost(), shared->excluded()};
+  return MaskReply{base + shared->epoch(), shared->lost(), shared->excluded()};
 }
 
 }  // namespace expertd::session

@@ -63,19 +63,20 @@ uint64_t SessionService::join_timeout_ns(const JoinRequest& request) {
   return request.timeout_ns != 0 ? request.timeout_ns : kDefaultJoinNs;
 }
 
+// Of this node; another node's are another configuration.
+GroupConfig SessionService::with_defaults(GroupConfig config) const {
+  if (config.first_op_timeout_ns == 0) {
+    config.first_op_timeout_ns = config.op_timeout_ns != 0 ? config.op_timeout_ns : options_.first_op_timeout_ns;
+  }
+  config.op_timeout_ns = config.op_timeout_ns != 0 ? config.op_timeout_ns : options_.op_timeout_ns;
+  return config;
+}
+
 void SessionService::ask_rendezvous(const JoinRequest& request, uint64_t attempt, const device::DeviceInfo& info) {
   group::RankJoin join;
   join.group = request.name;
   join.rank = request.rank;
-  join.config = request.config;
-  // Defaults of this node; another node's are another configuration.
-  if (join.config.first_op_timeout_ns == 0) {
-    join.config.first_op_timeout_ns =
-        join.config.op_timeout_ns != 0 ? join.config.op_timeout_ns : options_.first_op_timeout_ns;
-  }
-  if (join.config.op_timeout_ns == 0) {
-    join.config.op_timeout_ns = options_.op_timeout_ns;
-  }
+  join.config = with_defaults(request.config);
   join.facts = {info.is_cuda, info.mps_active, info.kernels == "bulk"};
   join.attempt = attempt;
   join.timeout_ns = std::min(join_timeout_ns(request), group::kMaxJoinNs);
@@ -129,6 +130,10 @@ void SessionService::answer_rest() {
 }
 
 void SessionService::place(const Placement& placement) {
+  if (placement.attempt == 0) {
+    place_successor(placement.placed);
+    return;
+  }
   std::unique_ptr<group::Formation> formation;
   directory_.placed(placement.name, placement.rank, placement.attempt, fabric_->node_id(), placement.placed,
                     &formation);
@@ -192,6 +197,7 @@ void SessionService::tell_gone(const engine::GroupShared& group, uint32_t rank) 
   if (group.settings().group_key != 0) {
     rendezvous_->report_gone(group.settings().group_key, {rank});
     views_.rank_gone(group.settings().group_key, rank);
+    note_gone(group.settings().group_key, {rank});
   }
 }
 
@@ -209,6 +215,7 @@ void SessionService::remote_rank_gone(uint64_t group_key, uint32_t rank, uint64_
       wake_group(*shared);
     }
   }
+  note_gone(group_key, {rank});
   views_.rank_gone(group_key, rank);  // also of one whose ranks of this node have all left
 }
 
@@ -224,6 +231,7 @@ void SessionService::node_lost(uint64_t node_id) {
     wake_group(*shared);
     if (!gone.empty()) {
       rendezvous_->report_gone(shared->settings().group_key, gone);
+      note_gone(shared->settings().group_key, gone);
     }
   }
   views_.node_lost(node_id);

@@ -25,6 +25,9 @@ struct HandleState {
   uint32_t expert_alignment = 1;
   uint32_t tokens = 0;
   uint32_t top_k = 0;
+  base::GroupId made_in{};  // the group as it was: of a group that goes over to a successor, one of the two
+  uint64_t made = 0;        // by this operation of it
+  bool open = false;        // no combine has used it yet
 };
 
 struct JoinedGroup {
@@ -60,6 +63,14 @@ struct SessionTables {
       }
     }
     return nullptr;
+  }
+  /// Nothing may use the handle any more, or a combine has.
+  void close_handle(HandleState* handle) {
+    JoinedGroup* const joined = handle->open ? find_group(handle->group.value) : nullptr;
+    if (joined != nullptr && joined->rank.open_handles != 0) {
+      --joined->rank.open_handles;
+    }
+    handle->open = false;
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "daemon/transport/begin_check.h"
 #include "daemon/transport/capture_check.h"
 #include "daemon/transport/client_refusal.h"
 #include "daemon/transport/executor_check.h"
@@ -47,6 +48,7 @@ class Admission {
   bool routing_inputs();
   bool new_handle(bool low_latency);
   bool known_handle(bool low_latency, session::HandleState** handle);
+  bool still_there(const session::HandleState& handle) const;
   bool cached_alignment(const session::HandleState& handle);
   bool dispatch_outputs();
 
@@ -231,6 +233,10 @@ bool Admission::new_handle(bool low_latency) {
   if (slot_.handle_generation == 0) {
     return check_.refuse(EXPERTD_REASON_STALE_HANDLE, EXPERTD_ARGUMENT_HANDLE, 0, 1, UINT32_MAX);
   }
+  engine::RankState& rank = tables_->find_group(slot_.group)->rank;
+  tables_->close_handle(&tables_->handles[slot_.handle_index]);
+  ++rank.open_handles;
+  rank.has_dispatched = true;
   tables_->handles[slot_.handle_index] = {.generation = slot_.handle_generation,
                                           .group = base::GroupId{slot_.group},
                                           .low_latency = low_latency,
@@ -238,8 +244,19 @@ bool Admission::new_handle(bool low_latency) {
                                           .copy_engine = (slot_.flags & EXPERTD_SLOT_COPY_ENGINE) != 0,
                                           .expert_alignment = request_->shape.expert_alignment,
                                           .tokens = slot_.tokens,
-                                          .top_k = slot_.top_k};
+                                          .top_k = slot_.top_k,
+                                          .made_in = rank.group->settings().shape.id,
+                                          .made = number_,
+                                          .open = true};
   return true;
+}
+
+// What a dispatch left in a group that has gone over to its successor stayed there; those that went along did not run
+// before.
+bool Admission::still_there(const session::HandleState& handle) const {
+  const engine::RankState& rank = tables_->find_group(slot_.group)->rank;
+  return handle.made_in == rank.group->settings().shape.id ||
+         (handle.made_in == rank.before && handle.made >= rank.before_from);
 }
 
 bool Admission::known_handle(bool low_latency, session::HandleState** handle) {
@@ -249,7 +266,7 @@ bool Admission::known_handle(bool low_latency, session::HandleState** handle) {
   }
   session::HandleState& known = tables_->handles[slot_.handle_index];
   const bool matches = known.generation != 0 && known.generation == slot_.handle_generation &&
-                       known.group.value == slot_.group && known.low_latency == low_latency;
+                       known.group.value == slot_.group && known.low_latency == low_latency && still_there(known);
   if (!matches) {
     return check_.refuse(EXPERTD_REASON_STALE_HANDLE, EXPERTD_ARGUMENT_HANDLE, slot_.handle_generation,
                          known.generation, known.generation);
@@ -265,6 +282,12 @@ bool Admission::known_handle(bool low_latency, session::HandleState** handle) {
     return check_.refuse(EXPERTD_REASON_STALE_HANDLE, EXPERTD_ARGUMENT_FLAGS, slot_.flags, 0, EXPERTD_SLOT_FLAGS_ALL);
   }
   request_->shape.top_k = known.top_k;
+  // In the numbers of the group that the operation is posted to.
+  const engine::RankState& rank = tables_->find_group(slot_.group)->rank;
+  request_->handle_made = known.made_in == rank.before ? known.made - rank.before_from + 1 : known.made;
+  if (slot_.op == EXPERTD_OP_COMBINE || slot_.op == EXPERTD_OP_LL_COMBINE) {
+    tables_->close_handle(&known);
+  }
   *handle = &known;
   return true;
 }
@@ -455,6 +478,7 @@ engine::RankState* admit(const expertd_slot& slot, const AdmitContext& context, 
   request->admit_ns = context.now_ns;
   Admission admission(slot, tables, request);
   engine::RankState* const rank = admission.rank();
+  const bool outstanding = rank != nullptr && rank->open_handles != 0;
   uint64_t timeout_ns = context.default_timeout_ns;
   if (rank != nullptr) {
     const engine::GroupSettings& settings = rank->group->settings();
@@ -464,6 +488,7 @@ engine::RankState* admit(const expertd_slot& slot, const AdmitContext& context, 
   if (admission.frame(context) && admission.group(rank)) {
     (void)admission.operation(rank != nullptr ? rank->group : nullptr);
   }
+  request->begins = rank != nullptr && !outstanding && request->rejected_reason == 0 && may_begin(slot, *rank);
   constexpr uint64_t kLongest = 24ULL * 3600 * 1'000'000'000;
   const uint64_t asked_ns = slot.timeout_ns != 0 ? slot.timeout_ns : timeout_ns;
   request->deadline_ns = context.now_ns + std::min(asked_ns, kLongest);

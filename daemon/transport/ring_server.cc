@@ -112,6 +112,7 @@ void RingServer::drop_handle(const engine::Request& request) {
   }
   session::HandleState& handle = tables_->handles[request.handle_index];
   if (handle.generation == request.handle_generation) {
+    tables_->close_handle(&handle);
     handle.generation = 0;
   }
 }

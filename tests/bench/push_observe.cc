@@ -86,8 +86,8 @@ class LookingPort final : public engine::DevicePort {
   bool poll(engine::PartId /*part*/, engine::Outcome* /*outcome*/) override { return true; }
   void abort(engine::PartId /*part*/, uint32_t /*reason*/) override {}
   bool settle(engine::PartId /*part*/) override { return true; }
-  uint32_t missing(engine::PartId /*part*/, uint64_t* ranks) override {
-    *ranks = 0;
+  uint32_t missing(engine::PartId /*part*/, base::RankSet* ranks) override {
+    *ranks = {};
     return 0;
   }
   bool busy() const override { return true; }  // as while a part exchanges with other nodes

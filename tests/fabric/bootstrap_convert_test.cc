@@ -54,6 +54,36 @@ TEST(BootstrapConvert, LosesNoFieldOfAConfiguration) {
   EXPECT_EQ(back.SerializeAsString(), message.SerializeAsString());
 }
 
+TEST(BootstrapConvert, LosesNothingOfAGroupThatIsKept) {
+  group::KeptGroup kept{"moe", {}, {}, {1, 2}};
+  kept.config.expert_parallel_size = 3;
+  kept.placed.key = 7;
+  kept.placed.epoch = 3;
+  kept.placed.nodes = {{5, "a", "a:1", {}}, {6, "b", "b:1", {}}};
+  kept.placed.ranks = {{0, {}, false, 0}, {1, {}, false, 0}, {1, {true, true, true}, true, 3}};
+  kept.placed.predecessor = 4;
+  kept.placed.returning = {2};
+  kept.placed.lost = {1};
+  peer::v1::AwaitSuccessorRequest message;
+  to_proto(kept, {9, "c", "c:1", {{0, "x"}}}, &message);
+  const base::Result<group::KeptGroup> back = from_proto(message);
+  ASSERT_TRUE(back.is_ok()) << back.status().message();
+  EXPECT_EQ(back.value().name, "moe");
+  EXPECT_EQ(back.value().config, kept.config);
+  EXPECT_EQ(back.value().gone, kept.gone);
+  EXPECT_EQ(back.value().placed.key, 7U);
+  EXPECT_EQ(back.value().placed.epoch, 3U);
+  EXPECT_EQ(back.value().placed.nodes, kept.placed.nodes);
+  EXPECT_EQ(back.value().placed.ranks.size(), 3U);
+  EXPECT_EQ(back.value().placed.ranks[2].facts, kept.placed.ranks[2].facts);
+  EXPECT_EQ(back.value().placed.predecessor, 4U);
+  EXPECT_EQ(back.value().placed.returning, kept.placed.returning);
+  EXPECT_EQ(back.value().placed.lost, kept.placed.lost);
+  EXPECT_EQ(from_proto(message.node()), (group::NodeIdentity{9, "c", "c:1", {{0, "x"}}}));
+  message.mutable_placed()->add_lost(3);
+  EXPECT_EQ(from_proto(message).status().reason(), EXPERTD_REASON_BAD_MESSAGE);
+}
+
 TEST(BootstrapConvert, LosesNothingOfAJoin) {
   const group::NodeIdentity node{5, "a", "a:1", {{0, std::string("\0\xff", 2)}, {7, "x"}}};
   group::RankJoin join{"moe", 3, {}, {true, true, true}, 9, 10};

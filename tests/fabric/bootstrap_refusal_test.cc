@@ -174,8 +174,10 @@ TEST(BootstrapRefusal, NamesBothVersionsToACallerOfAnother) {
   ASSERT_TRUE(raw.join(request, &response).ok());
   const session::ErrorDetail error = from_proto(response.refusal());
   EXPECT_EQ(error.status.reason(), EXPERTD_REASON_PROTOCOL_VERSION);
-  EXPECT_TRUE(has(error.status, "speaks version " + std::to_string(kPeerProtocolVersion) + " ")) << error.status.message();
-  EXPECT_TRUE(has(error.status, "the caller version " + std::to_string(kPeerProtocolVersion + 6))) << error.status.message();
+  EXPECT_TRUE(has(error.status, "speaks version " + std::to_string(kPeerProtocolVersion) + " "))
+      << error.status.message();
+  EXPECT_TRUE(has(error.status, "the caller version " + std::to_string(kPeerProtocolVersion + 6)))
+      << error.status.message();
   EXPECT_EQ(response.protocol_version(), kPeerProtocolVersion);
 }
 
@@ -198,7 +200,8 @@ TEST(BootstrapRefusal, NamesBothVersionsOfAHostOfAnother) {
   const JoinEnd end = take(node.join("moe", 0, config_of(1)));
   EXPECT_EQ(end.error.status.reason(), EXPERTD_REASON_PROTOCOL_VERSION);
   EXPECT_TRUE(has(end.error.status, "it speaks version 9")) << end.error.status.message();
-  EXPECT_TRUE(has(end.error.status, "this daemon version " + std::to_string(kPeerProtocolVersion))) << end.error.status.message();
+  EXPECT_TRUE(has(end.error.status, "this daemon version " + std::to_string(kPeerProtocolVersion)))
+      << end.error.status.message();
 }
 
 TEST(BootstrapRefusal, ACallMustCarryADeadline) {

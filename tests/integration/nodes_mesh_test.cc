@@ -2,7 +2,6 @@
 // expertctl mesh over three real daemons on loopback, one of which is then stopped.
 #include <gtest/gtest.h>
 
-#include <map>
 #include <nlohmann/json.hpp>
 
 #include "tests/support/daemon_cluster.h"
@@ -72,38 +71,6 @@ TEST_F(NodesMesh, EveryPairHasFiguresAndAStoppedNodeIsNamed) {
     }
   }
   EXPECT_EQ(some["suspect"], "n3") << some;
-}
-
-TEST(NodesMeshRails, EachDeviceOfALaneHasFiguresAndMetrics) {
-  DaemonCluster cluster(2, 1, {"--fabric-throughput-devices=lo,lo"});
-  ASSERT_TRUE(cluster.start());
-  json all;
-  ASSERT_TRUE(wait_until(
-      [&] {
-        all = json::parse(mesh(cluster.node(0), {"--json"}).output, nullptr, false);
-        return all["nodes"].size() == 2;
-      },
-      seconds(20)));
-  ASSERT_EQ(all["pairs"].size(), 2U) << all;
-  for (const json& pair : all["pairs"]) {
-    ASSERT_EQ(pair["lanes"].size(), 3U) << pair;
-    std::map<std::string, std::vector<std::string>> devices;
-    for (const json& lane : pair["lanes"]) {
-      devices[lane["lane"]].push_back(lane["device"]);
-      EXPECT_GT(lane["latency_p50_ns"], 0) << pair;
-      EXPECT_GT(lane["bytes_per_second"], 0) << pair;
-    }
-    EXPECT_EQ(devices["latency"], (std::vector<std::string>{""})) << pair;
-    EXPECT_EQ(devices["throughput"], (std::vector<std::string>{"lo", "lo#1"})) << pair;
-  }
-  const std::string page = cluster.node(1).scrape();
-  for (const char* start : {
-           R"(expertd_fabric_mesh_latency_seconds{node="n1",lane="latency",device="",quantile="0.5"} )",
-           R"(expertd_fabric_mesh_latency_seconds{node="n1",lane="throughput",device="lo#1",quantile="0.99"} )",
-           R"(expertd_fabric_mesh_bytes_per_second{node="n1",lane="throughput",device="lo"} )",
-       }) {
-    EXPECT_NE(page.find(start), std::string::npos) << start;
-  }
 }
 
 TEST(NodesOff, ThereIsNothingToMeasure) {

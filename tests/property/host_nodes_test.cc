@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Random operations of groups over two to four simulated nodes (one in twenty: over 9 to 12, with more than 64 ranks),
-// against the same operations on one node: dispatches bit for bit, combines within what one rounding per node costs. Messages are delivered in a random order, through pools so
-// small that everybody waits for buffers all the time. A failing case prints its EXPERTD_SEED.
+// against the same operations on one node: dispatches bit for bit, combines within what one rounding per node costs.
+// Messages are delivered in a random order, through pools so small that everybody waits for buffers all the time. A
+// failing case prints its EXPERTD_SEED.
 #include <gtest/gtest.h>
 
 #include <set>

@@ -138,8 +138,7 @@ engine::Request EngineWorld::make_request(const Client& client, const Membership
   request.session = client.session->id();
   const uint64_t number = membership == nullptr ? pick(4) : membership->state.next_number * 7 + membership->group;
   request.traffic = number % 3 == 0 ? engine::Traffic::kLatency : engine::Traffic::kThroughput;
-  const bool excluded =
-      membership != nullptr && membership->state.group->excluded().contains(membership->state.rank);
+  const bool excluded = membership != nullptr && membership->state.group->excluded().contains(membership->state.rank);
   const bool near = strays_ ? excluded && chance(50) : deadlines_ && chance(20);
   request.deadline_ns = now_ns_ + (near ? 1 + pick(300) : kFarNs);
   if (membership == nullptr) {

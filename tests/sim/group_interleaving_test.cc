@@ -206,7 +206,8 @@ TEST(GroupInterleaving, LetsTwoChangeTheMaskAtATime) {
     GroupShared shared(group_settings(3, true));
     shared.change_excluded(base::RankSet(4), {});
     const bool ran = EveryInstruction::run(
-        at, [&] { shared.change_excluded(base::RankSet(1), {}); }, [&] { shared.change_excluded(base::RankSet(2), base::RankSet(4)); });
+        at, [&] { shared.change_excluded(base::RankSet(1), {}); },
+        [&] { shared.change_excluded(base::RankSet(2), base::RankSet(4)); });
     EXPECT_TRUE(!ran || shared.excluded() == base::RankSet(3));
     EXPECT_TRUE(!ran || shared.epoch() == 4U);
     return ran;

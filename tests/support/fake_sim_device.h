@@ -199,8 +199,7 @@ class SimDevice final : public engine::DevicePort {
         set_routed(part);
       }
     }
-    if (part.routed && !part.moved && now_ns >= part.moved_ns &&
-        all_routed(part)) {
+    if (part.routed && !part.moved && now_ns >= part.moved_ns && all_routed(part)) {
       part.moved = true;
       if (part.flags != nullptr) {
         set_moved(part);

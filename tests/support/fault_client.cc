@@ -60,7 +60,7 @@ class Client {
   std::string attach(std::istringstream& words);
   std::string join(std::istringstream& words);
   std::string rounds(uint64_t count, bool until_a_line);
-  std::string masked(uint64_t count);
+  std::string masked(uint64_t count, uint64_t mask = 0);
   OpEnd round(std::string* wrong);
   OpEnd dispatch(uint64_t number);
   OpEnd combine(uint32_t rows);
@@ -215,8 +215,8 @@ std::string Client::rounds(uint64_t count, bool until_a_line) {
 }
 
 // Every round is two operations, whatever becomes of the first, so that ranks that a loss ends at different operations
-// stay in step.
-std::string Client::masked(uint64_t count) {
+// stay in step. With a mask only rounds in a row that both had it count.
+std::string Client::masked(uint64_t count, uint64_t mask) {
   struct Span {
     uint64_t first, last, mask;
   };
@@ -238,7 +238,7 @@ std::string Client::masked(uint64_t count) {
   };
   std::string wrong;
   const uint64_t first = round_;
-  for (; wrong.empty() && round_ != first + count; ++round_) {
+  for (uint64_t done = 0; wrong.empty() && done != count; ++round_) {
     const OpEnd sent = dispatch(round_);
     note(2 * round_ + 1, sent);
     const OpEnd back = sent.outcome.ok() ? combine(sent.result.recv_rows) : barrier(group_);
@@ -247,6 +247,9 @@ std::string Client::masked(uint64_t count) {
       wrong = back.outcome.ok() ? check(round_, sent.result.rank_mask & back.result.rank_mask) : "";
       static_cast<void>(expertd_handle_free(group_, handle_));
     }
+    const bool counts =
+        sent.outcome.ok() && back.outcome.ok() && sent.result.rank_mask == mask && back.result.rank_mask == mask;
+    done = mask == 0 || counts ? done + 1 : 0;
     if (round_ == first) {
       std::cout << "ok looping" << std::endl;
     }
@@ -322,8 +325,10 @@ std::string Client::run(const std::string& verb, std::istringstream& words) {
   }
   uint64_t number = 0;
   words >> number;
-  if (verb == "masked") {
-    return masked(number);
+  if (verb == "masked" || verb == "until") {
+    uint64_t mask = 0;
+    words >> mask;
+    return masked(number, mask);
   }
   return verb == "rounds" ? rounds(number, false) : run_simple(verb, number);
 }

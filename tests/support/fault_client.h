@@ -27,6 +27,7 @@ struct ClientProgram {
 ///   loop                            rounds until one fails or a line arrives; "ok rounds=N degraded=N"
 ///   masked N                        N rounds, on through failures; "ok failed=N gap=MS masks=FIRST-LAST:MASK,...":
 ///                                   operations that failed, the longest time without a good one, and the good ones
+///   until N MASK                    the same until N rounds in a row had this mask
 ///   sync                            barriers until one succeeds, for ranks that a failure left apart
 ///   submit                          issues a barrier and does not wait
 ///   wait [MS]                       waits for it

@@ -38,7 +38,7 @@ struct RandomCase {
   bool optional_outputs = false;     // src_info, prefixes, counts and statistics are asked for
   uint32_t side_layout = 0;          // side strides: 0 row-major, 1 column-major, 2 both padded
   uint32_t token_bound = 0;          // given with every operation; 0: not given
-  base::RankSet later_active;         // active ranks of the operations that follow with the handle
+  base::RankSet later_active;        // active ranks of the operations that follow with the handle
 };
 
 /// A case of kLayout, kDispatch (HT) or kLlDispatch. Sizes are bounded so that a thousand cases run in seconds. Of so

@@ -73,7 +73,7 @@ class FakeSessions final : public session::SessionApi {
     return base::Status(EXPERTD_REASON_NO_SUCH_GROUP);
   }
   base::Result<session::MaskReply> group_mask(base::SessionId, base::GroupId, const base::RankSet& exclude,
-                                             const base::RankSet&) override {
+                                              const base::RankSet&) override {
     return session::MaskReply{2, base::RankSet(1), exclude};
   }
   base::Result<session::GroupPlan> plan_group(base::SessionId session, const session::GroupConfig& config) override {

@@ -33,7 +33,7 @@ class NoSessions final : public session::SessionApi {
   void join_group(base::SessionId, const session::JoinRequest&, session::JoinCallback) override {}
   base::Status leave_group(base::SessionId, base::GroupId, uint64_t) override { return nothing(); }
   base::Result<session::MaskReply> group_mask(base::SessionId, base::GroupId, const base::RankSet&,
-                                             const base::RankSet&) override {
+                                              const base::RankSet&) override {
     return nothing();
   }
   base::Result<session::GroupPlan> plan_group(base::SessionId, const session::GroupConfig&) override {

@@ -438,8 +438,12 @@ TEST(EngineLateRanks, NobodyIsNamedWhoMayHaveWaitedForAnother) {
   EXPECT_EQ(late(0b111111, 0b111100).rank, 4) << "alone on its node";
   EXPECT_EQ(late(0b111111, 0b101110).rank, 1) << "on the own node";
   EXPECT_EQ(late(0b010111, 0b000100).rank, 2) << "the others of its node take no part";
-  EXPECT_EQ(engine::late_failure(&placement, base::RankSet(0b111111), EXPERTD_MISSING_ROWS, base::RankSet(0b101100)).rank, 2) << "all have begun";
-  EXPECT_EQ(engine::late_failure(nullptr, base::RankSet(0b111111), EXPERTD_MISSING_COUNTS, base::RankSet(0b101100)).rank, 2) << "one node";
+  EXPECT_EQ(
+      engine::late_failure(&placement, base::RankSet(0b111111), EXPERTD_MISSING_ROWS, base::RankSet(0b101100)).rank, 2)
+      << "all have begun";
+  EXPECT_EQ(
+      engine::late_failure(nullptr, base::RankSet(0b111111), EXPERTD_MISSING_COUNTS, base::RankSet(0b101100)).rank, 2)
+      << "one node";
   EXPECT_EQ(late(0b111111, 0).rank, -1);
 }
 

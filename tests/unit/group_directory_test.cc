@@ -333,6 +333,15 @@ TEST_F(DirectoryTest, DropsThePendingJoinsOfASessionThatEnds) {
   EXPECT_TRUE(join(0, config_of(2), 7).status.is_ok()) << "the place is free again";
 }
 
+TEST_F(DirectoryTest, OneNodeHasAtMost64Ranks) {
+  EXPECT_TRUE(join(0, config_of(64)).status.is_ok());
+  const session::ErrorDetail error = join(0, config_of(65));
+  EXPECT_EQ(error.status.reason(), EXPERTD_REASON_ARGUMENT_RANGE);
+  EXPECT_EQ(error.field, "expert_parallel_size");
+  EXPECT_EQ(check_config(config_of(512), 511).status.reason(), EXPERTD_REASON_NONE) << "over several nodes";
+  EXPECT_EQ(check_config(config_of(513), 0).status.reason(), EXPERTD_REASON_ARGUMENT_RANGE);
+}
+
 TEST_F(DirectoryTest, MarksTheRanksOfAnEndedSessionLost) {
   (void)join(0, config_of(2));
   (void)join(1, config_of(2));

@@ -66,7 +66,7 @@ void run_random(uint32_t seed) {
                                  1 + below(9), now, [answer](const session::ErrorDetail&) { ++answer->count; });
         break;
       case 5:
-        rendezvous.report_gone(1 + below(static_cast<uint32_t>(key) + 1), 1 + below(9), {below(3)});
+        rendezvous.report_gone(1 + below(static_cast<uint32_t>(key) + 1), 1 + below(9), {below(3)}, now);
         break;
       case 6:
         (void)rendezvous.seen(any_node(), now).status.is_ok();

@@ -361,10 +361,10 @@ TEST_F(RendezvousTest, KeepsTheNameOfAWholeGroup) {
 
 TEST_F(RendezvousTest, AGroupWhoseRankIsGoneMayBeJoinedAnewInALaterEpoch) {
   const uint64_t key = formed_pair();
-  rendezvous_.report_gone(key, 3, {1});      // not of the group
-  rendezvous_.report_gone(key, 1, {2, 99});  // no such ranks
+  rendezvous_.report_gone(key, 3, {1}, now_);      // not of the group
+  rendezvous_.report_gone(key, 1, {2, 99}, now_);  // no such ranks
   EXPECT_EQ(join(1, 3)->reason(), EXPERTD_REASON_DUPLICATE_RANK);
-  rendezvous_.report_gone(key, 1, {1});  // of the other node
+  rendezvous_.report_gone(key, 1, {1}, now_);  // of the other node
   const auto moved = join(1, 3);
   EXPECT_EQ(moved->count, 0);
   const auto stayed = join(0, 1);  // its own node says that it joins anew
@@ -382,8 +382,8 @@ TEST_F(RendezvousTest, ANodeMayJoinItsOwnRankAnewWithoutTellingThatItLeft) {
 
 TEST_F(RendezvousTest, ForgetsAGroupThatAllRanksLeft) {
   const uint64_t key = formed_pair();
-  rendezvous_.report_gone(key, 1, {0});
-  rendezvous_.report_gone(key, 2, {1});
+  rendezvous_.report_gone(key, 1, {0}, now_);
+  rendezvous_.report_gone(key, 2, {1}, now_);
   EXPECT_EQ(report(key, 1)->reason(), EXPERTD_REASON_NO_SUCH_GROUP);
 }
 

@@ -119,6 +119,7 @@ struct Scoped {
 
 TEST(MetricsServer, AllSeriesExistFromTheStartWithinTheBudget) {
   FakeGauges gauges;
+  gauges.values.fabric.mesh = {{.node = "b", .lane = "latency", .device = ""}};  // there once it was measured
   const Scoped scoped(full_blocks(), gauges);
   const std::string page = scoped.server->render();
   const std::vector<std::string> all = samples(page);
@@ -335,9 +336,10 @@ TEST(MetricsServer, BusyPortIsNamed) {
 }
 
 TEST(MetricsCatalog, NamesFollowTheRules) {
-  const std::set<std::string> allowed_labels = {
-      "version", "commit", "cuda",  "ucx",    "abi",     "state",    "op",      "gpu",        "result", "reason",
-      "phase",   "path",   "cause", "thread", "missing", "executor", "backend", "transports", "lane",   "direction"};
+  const std::set<std::string> allowed_labels = {"version", "commit",    "cuda",    "ucx",      "abi",     "state",
+                                                "op",      "gpu",       "result",  "reason",   "phase",   "path",
+                                                "cause",   "thread",    "missing", "executor", "backend", "transports",
+                                                "lane",    "direction", "node",    "device",   "quantile"};
   std::set<std::string_view> names;
   for (const MetricInfo& metric : kCatalog) {
     const std::string name(metric.name);

@@ -216,7 +216,8 @@ bool CudaDevice::fill_peers(const LaunchSpec& spec, const Part& part, PartParams
 /// same answer: all have the same requests before them, and the same active ranks took part in the operation before.
 bool CudaDevice::fill_low_latency(const LaunchSpec& spec, const Part& part, PartParams* params) const {
   const OpShape& shape = params->op.shape;
-  const bool followed = part.group->last_op + 1 == spec.group_op && (spec.active_ranks.low() & ~part.group->last_active) == 0;
+  const bool followed =
+      part.group->last_op + 1 == spec.group_op && (spec.active_ranks.low() & ~part.group->last_active) == 0;
   if (!part.group->linked || !is_low_latency(shape) || (!followed && !spec.own->captured)) {
     return false;
   }

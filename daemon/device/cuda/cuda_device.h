@@ -124,7 +124,7 @@ class CudaDevice : public Device, public engine::DevicePort {
     uint64_t group_op = 0;
     uint32_t rank = 0;
     uint64_t active_ranks = 0;  // bits: GPUs have groups of at most kMaxGpuRanks over all nodes
-    uint64_t flag_ranks = 0;  // of them, those that write words of this GPU: the ones on this node
+    uint64_t flag_ranks = 0;    // of them, those that write words of this GPU: the ones on this node
     SessionEntry* session = nullptr;
     GroupEntry* group = nullptr;  // null for local operations
     kernels::cuda::SyncPage* page = nullptr;

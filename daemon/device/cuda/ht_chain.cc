@@ -339,7 +339,8 @@ bool CudaDevice::HtChain::tell_rows(const HtTable& table, const Capacities& give
   ChainWords words;
   for (uint32_t j = 0; j < spec_.ranks; ++j) {
     const uint64_t base = table.base(spec_.rank, j);
-    uint64_t rows = is_active(spec_.active_ranks.low(), j) ? ht_rows_inside(base, table.rows[spec_.rank][j], given[j]) : 0;
+    uint64_t rows =
+        is_active(spec_.active_ranks.low(), j) ? ht_rows_inside(base, table.rows[spec_.rank][j], given[j]) : 0;
     if (rows != 0 && spec_.request_of(j)->with_weights) {
       rows |= kWithWeights;
     }

@@ -104,8 +104,8 @@ class HostPart {
   HandleUse use_;              // what it must be, or becomes
   const engine::Placement* placement_ = nullptr;
   std::array<base::DeviceIndex, base::kMaxLocalRanks> devices_{};  // by place
-  uint32_t place_ = 0;                // of the own rank
-  uint64_t local_ = 0;                // places of active ranks of this node
+  uint32_t place_ = 0;                                             // of the own rank
+  uint64_t local_ = 0;                                             // places of active ranks of this node
   NodeExchange* exchange_ = nullptr;  // of a group over several nodes; open from the start of the part to its end
   NodePart node_;
   bool refused_ = false;      // at admission, which all nodes are told

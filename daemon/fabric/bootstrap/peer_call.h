@@ -30,7 +30,7 @@ struct PeerStubs {
   std::unique_ptr<peer::v1::Rendezvous::Stub> rendezvous;
 };
 
-enum class CallKind { kHello, kJoin, kWithdraw, kFormed, kGone };
+enum class CallKind { kHello, kJoin, kWithdraw, kFormed, kGone, kAwait };
 
 class PeerCall {
  public:

@@ -141,6 +141,29 @@ void to_proto(const group::Placed& placed, peer::v1::JoinRankResponse* message) 
     out->set_copy_kernels(rank.copy_kernels);
     out->set_copies(rank.copies);
   }
+  message->set_predecessor(placed.predecessor);
+  message->mutable_returning()->Add(placed.returning.begin(), placed.returning.end());
+  message->mutable_lost()->Add(placed.lost.begin(), placed.lost.end());
+}
+
+void to_proto(const group::KeptGroup& group, const group::NodeIdentity& node,
+              peer::v1::AwaitSuccessorRequest* message) {
+  message->set_protocol_version(kPeerProtocolVersion);
+  to_proto(node, message->mutable_node());
+  message->set_group(shown(group.name, group::kMaxNameBytes + 1));
+  to_proto(group.config, message->mutable_config());
+  to_proto(group.placed, message->mutable_placed());
+  message->mutable_gone()->Add(group.gone.begin(), group.gone.end());
+}
+
+base::Result<group::KeptGroup> from_proto(const peer::v1::AwaitSuccessorRequest& message) {
+  base::Result<std::shared_ptr<const group::Placed>> placed = from_proto(message.placed());
+  if (!placed.is_ok()) {
+    return placed.status();
+  }
+  group::KeptGroup group{message.group(), from_proto(message.config()), *placed.value(), {}};
+  group.gone.assign(message.gone().begin(), message.gone().end());
+  return group;
 }
 
 base::Result<std::shared_ptr<const group::Placed>> from_proto(const peer::v1::JoinRankResponse& message) {
@@ -164,6 +187,14 @@ base::Result<std::shared_ptr<const group::Placed>> from_proto(const peer::v1::Jo
                                                           std::to_string(rank.node()) + " of " + std::to_string(nodes));
     }
     placed->ranks.push_back({rank.node(), from_proto(rank.facts()), rank.copy_kernels(), rank.copies()});
+  }
+  placed->predecessor = message.predecessor();
+  placed->returning.assign(message.returning().begin(), message.returning().end());
+  placed->lost.assign(message.lost().begin(), message.lost().end());
+  const auto is_rank = [ranks](uint32_t rank) { return rank < ranks; };
+  if (!std::ranges::all_of(placed->returning, is_rank) || !std::ranges::all_of(placed->lost, is_rank)) {
+    return base::Status(EXPERTD_REASON_BAD_MESSAGE,
+                        "the rendezvous names a rank beyond the " + std::to_string(ranks) + " of the group");
   }
   return std::shared_ptr<const group::Placed>(std::move(placed));
 }

@@ -27,6 +27,8 @@ void to_proto(const group::RankJoin& join, const group::NodeIdentity& node, peer
 void to_proto(const group::Placed& placed, peer::v1::JoinRankResponse* message);
 /// BAD_MESSAGE for a placement that holds no such group: no node, too many, a rank on a node that is not there.
 base::Result<std::shared_ptr<const group::Placed>> from_proto(const peer::v1::JoinRankResponse& message);
+void to_proto(const group::KeptGroup& group, const group::NodeIdentity& node, peer::v1::AwaitSuccessorRequest* message);
+base::Result<group::KeptGroup> from_proto(const peer::v1::AwaitSuccessorRequest& message);
 
 /// Nothing for an ok status. Texts are cut to what a refusal may have.
 void to_proto(const session::ErrorDetail& error, peer::v1::Refusal* message);

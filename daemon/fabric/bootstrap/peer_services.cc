@@ -205,15 +205,27 @@ class RendezvousService final : public peer::v1::Rendezvous::CallbackService {
       call->finish(error);
       return reactor;
     }
-    const group::CallId id = peers_.rendezvous->join(
-        from_proto(*request), from_proto(request->node()), base::now_ns(),
-        [call](const session::ErrorDetail& ended, const std::shared_ptr<const group::Placed>& placed) {
-          peer::v1::JoinRankResponse out;
-          if (placed != nullptr) {
-            to_proto(*placed, &out);
-          }
-          call->finish(ended, std::move(out));
-        });
+    const group::CallId id =
+        peers_.rendezvous->join(from_proto(*request), from_proto(request->node()), base::now_ns(), answer_of(call));
+    call->on_cancel([rendezvous = peers_.rendezvous, id] { rendezvous->dropped(id); });
+    peers_.deadline_changed();
+    return reactor;
+  }
+
+  grpc::ServerUnaryReactor* AwaitSuccessor(grpc::CallbackServerContext* context,
+                                           const peer::v1::AwaitSuccessorRequest* request,
+                                           peer::v1::JoinRankResponse* response) override {
+    auto call = HeldCall<peer::v1::JoinRankResponse>::start(response);
+    grpc::ServerUnaryReactor* const reactor = call->reactor();
+    session::ErrorDetail error = admit_host(peers_, *context, request->protocol_version());
+    const base::Result<group::KeptGroup> kept = from_proto(*request);
+    error.status = error.status.is_ok() ? kept.status() : error.status;
+    if (!error.status.is_ok()) {
+      call->finish(error);
+      return reactor;
+    }
+    const group::CallId id =
+        peers_.rendezvous->await_successor(kept.value(), from_proto(request->node()), base::now_ns(), answer_of(call));
     call->on_cancel([rendezvous = peers_.rendezvous, id] { rendezvous->dropped(id); });
     peers_.deadline_changed();
     return reactor;
@@ -252,7 +264,7 @@ class RendezvousService final : public peer::v1::Rendezvous::CallbackService {
     return answer(context, *request, response, [this](const peer::v1::ReportGoneRequest& message) {
       std::vector<uint32_t> ranks(message.ranks().begin(), message.ranks().end());
       ranks.resize(std::min<size_t>(ranks.size(), group::kMaxGroupRanks));
-      peers_.rendezvous->report_gone(message.group_key(), message.node_id(), ranks);
+      peers_.rendezvous->report_gone(message.group_key(), message.node_id(), ranks, base::now_ns());
     });
   }
 
@@ -272,6 +284,16 @@ class RendezvousService final : public peer::v1::Rendezvous::CallbackService {
   }
 
  private:
+  static group::PlacedCallback answer_of(const std::shared_ptr<HeldCall<peer::v1::JoinRankResponse>>& call) {
+    return [call](const session::ErrorDetail& ended, const std::shared_ptr<const group::Placed>& placed) {
+      peer::v1::JoinRankResponse out;
+      if (placed != nullptr) {
+        to_proto(*placed, &out);
+      }
+      call->finish(ended, std::move(out));
+    };
+  }
+
   template <typename Request, typename Response, typename Work>
   grpc::ServerUnaryReactor* answer(grpc::CallbackServerContext* context, const Request& request, Response* response,
                                    const Work& work) {

@@ -18,7 +18,33 @@ using WithdrawCall = TypedCall<peer::v1::WithdrawRequest, peer::v1::WithdrawResp
 using FormedCall = TypedCall<peer::v1::ReportFormedRequest, peer::v1::ReportFormedResponse>;
 using GoneCall = TypedCall<peer::v1::ReportGoneRequest, peer::v1::ReportGoneResponse>;
 
+using AwaitCall = TypedCall<peer::v1::AwaitSuccessorRequest, peer::v1::JoinRankResponse>;
+
 constexpr size_t kMessageBytesMax = 1024;
+
+auto placed_or_error(group::PlacedCallback done) {
+  return [done = std::move(done)](session::ErrorDetail error, const peer::v1::JoinRankResponse& response) {
+    std::shared_ptr<const group::Placed> placed;
+    if (error.status.is_ok()) {
+      base::Result<std::shared_ptr<const group::Placed>> converted = from_proto(response);
+      error.status = converted.status();
+      placed = converted.is_ok() ? converted.value() : nullptr;
+    }
+    done(error, placed);
+  };
+}
+
+std::shared_ptr<PeerCall> await_call(const RendezvousClientOptions& options, const group::KeptGroup& group,
+                                     group::PlacedCallback done) {
+  peer::v1::AwaitSuccessorRequest request;
+  to_proto(group, options.identity, &request);
+  return std::make_shared<AwaitCall>(
+      CallKind::kAwait, base::now_ns() + options.await_timeout_ns, std::move(request),
+      [](PeerStubs* stubs, grpc::ClientContext* context, const auto* message, auto* response, auto returned) {
+        stubs->rendezvous->async()->AwaitSuccessor(context, message, response, std::move(returned));
+      },
+      placed_or_error(std::move(done)));
+}
 
 std::shared_ptr<PeerCall> join_call(const RendezvousClientOptions& options, const group::RankJoin& join,
                                     group::PlacedCallback done) {
@@ -29,15 +55,7 @@ std::shared_ptr<PeerCall> join_call(const RendezvousClientOptions& options, cons
       [](PeerStubs* stubs, grpc::ClientContext* context, const auto* message, auto* response, auto returned) {
         stubs->rendezvous->async()->JoinRank(context, message, response, std::move(returned));
       },
-      [done = std::move(done)](session::ErrorDetail error, const peer::v1::JoinRankResponse& response) {
-        std::shared_ptr<const group::Placed> placed;
-        if (error.status.is_ok()) {
-          base::Result<std::shared_ptr<const group::Placed>> converted = from_proto(response);
-          error.status = converted.status();
-          placed = converted.is_ok() ? converted.value() : nullptr;
-        }
-        done(error, placed);
-      });
+      placed_or_error(std::move(done)));
 }
 
 std::shared_ptr<PeerCall> withdraw_call(const RendezvousClientOptions& options, const std::string& group, uint32_t rank,
@@ -143,6 +161,10 @@ void RendezvousClient::withdraw(const std::string& group, uint32_t rank, uint64_
 
 void RendezvousClient::report_formed(const group::FormedReport& report, group::FormedCallback done) {
   parts_->loop.submit(formed_call(parts_->options, report, std::move(done)), {});
+}
+
+void RendezvousClient::await_successor(const group::KeptGroup& group, group::PlacedCallback done) {
+  parts_->loop.submit(await_call(parts_->options, group, std::move(done)), {});
 }
 
 void RendezvousClient::report_gone(uint64_t key, const std::vector<uint32_t>& ranks) {

@@ -28,9 +28,10 @@ struct RendezvousClientOptions {
   uint64_t look_again_ns = 10'000'000'000;  // names are resolved anew after so long, also while all is well
   uint64_t backoff_min_ns = 50'000'000;  // between searches, doubled up to the longest, each by a random part of itself
   uint64_t backoff_max_ns = 2'000'000'000;
-  uint64_t report_timeout_ns = 90'000'000'000;  // of report_formed: longer than the rendezvous gives a formation
-  uint64_t gone_timeout_ns = 60'000'000'000;    // report_gone and withdraw are repeated for so long
-  uint32_t calls_max = 4096;                    // outstanding at once; one more is refused with GROUP_LIMIT
+  uint64_t report_timeout_ns = 90'000'000'000;    // of report_formed: longer than the rendezvous gives a formation
+  uint64_t gone_timeout_ns = 60'000'000'000;      // report_gone and withdraw are repeated for so long
+  uint64_t await_timeout_ns = 3'600'000'000'000;  // of await_successor
+  uint32_t calls_max = 4096;                      // outstanding at once; one more is refused with GROUP_LIMIT
 };
 
 /// Where the client stands, for status and logs.
@@ -63,6 +64,7 @@ class RendezvousClient final : public group::RendezvousPort {
   void join_rank(const group::RankJoin& join, group::PlacedCallback done) override;
   void withdraw(const std::string& group, uint32_t rank, uint64_t attempt) override;
   void report_formed(const group::FormedReport& report, group::FormedCallback done) override;
+  void await_successor(const group::KeptGroup& group, group::PlacedCallback done) override;
   void report_gone(uint64_t key, const std::vector<uint32_t>& ranks) override;
 
   /// The election names another host or the same in another term, or can be asked again after it could not: the search

@@ -250,6 +250,10 @@ void RendezvousLoop::returned(const std::shared_ptr<PeerCall>& call, uint64_t co
   }
   // A place from the host of an earlier term is none: the join is the next one's to answer. That all nodes reported a
   // group formed is a fact, whoever tells it.
+  if (call->kind() == CallKind::kAwait && status.error_code() == grpc::StatusCode::UNIMPLEMENTED) {
+    finish(call, ended(EXPERTD_REASON_UNSUPPORTED, "the rendezvous is of a release that takes no ranks back"));
+    return;
+  }
   const bool stale = call->kind() == CallKind::kJoin && term < term_;
   const bool moved = status.ok() && (stale || error.status.reason() == EXPERTD_REASON_RENDEZVOUS_UNAVAILABLE);
   if (status.ok() && !moved) {
