@@ -68,6 +68,7 @@ struct Fabric::State {
       const LaneCore::Setting setting{.lane = static_cast<engine::FabricLane>(i),
                                       .node_id = node_id,
                                       .route = given.route,
+                                      .rail_idle_ns = given.rail_idle_ns,
                                       .window_bytes = std::max<uint64_t>(given.window_bytes, 1),
                                       .observer = observer,
                                       .crossing = &crossing,

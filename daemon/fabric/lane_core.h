@@ -41,13 +41,14 @@ class LaneCore final : public Progressed, public IncomingSink {
     engine::FabricLane lane = engine::FabricLane::kThroughput;
     uint64_t node_id = 0;
     Route route = Route::kAuto;
-    uint64_t window_bytes = 0;  // FabricOptions
+    uint64_t rail_idle_ns = 0;  // FabricOptions, as the next
+    uint64_t window_bytes = 0;
     FabricObserver* observer = nullptr;
     Crossing* crossing = nullptr;
     uint64_t stop_flush_ns = 500'000'000;  // how much of the time to stop may go to what is still to be sent
   };
 
-  explicit LaneCore(const Setting& setting) : setting_(setting), loads_(setting.route) {}
+  explicit LaneCore(const Setting& setting) : setting_(setting), loads_(setting.route, setting.rail_idle_ns) {}
 
   /// Before the thread starts.
   base::Status open_rails(const LaneOptionList& options);

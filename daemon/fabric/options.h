@@ -59,6 +59,8 @@ struct FabricOptions {
   /// Bytes of rendezvous on the throughput lane that move at once from one peer by one rail; one message at least.
   uint64_t window_bytes = 1024 * 1024;
   HeartbeatOptions heartbeat;
+  /// Nothing under way on a lane for so long, and what its rails took counts no more for the choice of one.
+  uint64_t rail_idle_ns = 20'000'000;
   uint64_t spin_ns = 50'000;               // a thread spins so long after the last work, then sleeps
   uint64_t task_limit_ns = 5'000'000'000;  // a control thread waits so long for a thread of the fabric
   uint64_t stop_limit_ns = 1'000'000'000;  // stop() waits so long for what is in flight
@@ -99,7 +101,7 @@ enum class PeerState : uint32_t { kConnecting, kUp, kLost };
 
 enum class LossCause : uint32_t {
   kTransport,      // UCX reported its connection broken
-  kSilent,         // no sign of life for so many intervals
+  kSilent,         // no sign of life, or no answer, for so many intervals
   kNeverAnswered,  // never a sign of life
   kGarbage,        // it sent what no daemon sends
   kLeft,           // it said that it stops

@@ -103,9 +103,11 @@ void Peer::tend(uint64_t now_ns) {
     (void)send(kSignalPing, now_ns);
   }
   if (heartbeat_.silent_too_long(now_ns)) {
-    const uint64_t silent_ms = (now_ns - heartbeat_.heard_ns()) / 1'000'000;
+    const bool unanswered = heartbeat_.only_unanswered(now_ns);
+    const uint64_t since_ns = unanswered ? heartbeat_.asked_ns() : heartbeat_.heard_ns();
     fail(heartbeat_.up() ? LossCause::kSilent : LossCause::kNeverAnswered,
-         "no sign of life for " + std::to_string(silent_ms) + " ms");
+         std::string(unanswered ? "no answer to pings" : "no sign of life") + " for " +
+             std::to_string((now_ns - since_ns) / 1'000'000) + " ms");
   }
 }
 

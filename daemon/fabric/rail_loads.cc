@@ -39,7 +39,7 @@ void RailLoads::ended(uint32_t rail, uint64_t bytes) {
 }
 
 void RailLoads::look(uint64_t now_ns) {
-  if (under_way_bytes_ == 0 && now_ns - busy_ns_ < kIdleNs) {
+  if (under_way_bytes_ == 0 && now_ns - busy_ns_ < idle_ns_) {
     return;
   }
   if (under_way_bytes_ == 0) {

@@ -14,11 +14,11 @@ namespace expertd::fabric {
 
 class RailLoads {
  public:
-  static constexpr uint64_t kIdleNs = 20'000'000;             // nothing under way for so long: all is forgotten
   static constexpr uint64_t kRecentBytes = 64 * 1024 * 1024;  // of a rail; more than that is halved on all
   static constexpr uint64_t kRailSlackBytes = 64 * 1024;      // small messages are no reason to leave a rail
 
-  explicit RailLoads(Route route = Route::kAuto) : route_(route) {}
+  /// `idle_ns`: nothing under way for so long, and all is forgotten.
+  RailLoads(Route route, uint64_t idle_ns) : route_(route), idle_ns_(idle_ns) {}
 
   void use_rails(uint32_t rails) { rails_ = rails; }
   uint32_t rails() const { return rails_; }
@@ -44,6 +44,7 @@ class RailLoads {
   uint64_t load(uint32_t rail) const { return loads_[rail].under_way_bytes + loads_[rail].recent_bytes; }
 
   const Route route_;
+  const uint64_t idle_ns_;
   uint32_t rails_ = 1;
   std::array<Load, kMaxRails> loads_{};
   uint64_t under_way_bytes_ = 0;  // on all

@@ -23,9 +23,10 @@ using fabric::RailLoads;
 using fabric::Route;
 
 constexpr uint64_t kMessage = 262144;
+constexpr uint64_t kIdleNs = 20'000'000;
 
 RailLoads loads_of(Route route, uint32_t rails) {
-  RailLoads loads(route);
+  RailLoads loads(route, kIdleNs);
   loads.use_rails(rails);
   return loads;
 }
@@ -54,9 +55,9 @@ TEST(FabricRails, AutoStaysOnTheOwnRailUntilItHasMuchMoreThanAnother) {
   EXPECT_NE(loads.choose(5, kMessage), 1U);
   loads.ended(1, 3 * kMessage);
   EXPECT_NE(loads.choose(5, kMessage), 1U) << "what it took just now counts";
-  loads.look(RailLoads::kIdleNs / 2);
+  loads.look(kIdleNs / 2);
   EXPECT_NE(loads.choose(5, kMessage), 1U);
-  loads.look(RailLoads::kIdleNs);
+  loads.look(kIdleNs);
   EXPECT_EQ(loads.choose(5, kMessage), 1U) << "nothing was under way for long";
 }
 
@@ -98,6 +99,9 @@ TEST(FabricRails, ALanesDevicesBecomeRailsButForTheControlLane) {
 fabric::FabricOptions options_with(uint32_t node, Route route, uint32_t rails) {
   fabric::FabricOptions options = options_for("tcp", "node" + std::to_string(node));
   options.route = route;
+  // Where the test's threads wait long for a processor, the lane is idle after every message, and would begin anew.
+  options.rail_idle_ns = UINT64_MAX;
+  options.heartbeat.misses = 200;  // and nobody is lost for it
   std::string devices = "lo";
   for (uint32_t rail = 1; rail < rails; ++rail) {
     devices += ",lo";
@@ -164,7 +168,7 @@ TEST_P(FabricRailsOf, OneHotRankUsesAsManyRailsAsItsRouteSays) {
   if (GetParam() == Route::kRail) {
     EXPECT_EQ(bytes[0], uint64_t{kMessages} * 100'000) << "rank 0 is on device 0";
   } else {
-    EXPECT_LE(slowest_over_mean(bytes), 1.2);
+    EXPECT_LE(slowest_over_mean(bytes), 1.05) << "with four buffers a rail is a few messages ahead at most";
   }
   EXPECT_TRUE(world.node(0).bell->wait([&] {
     const auto rails = world.snapshot(0).rails;
@@ -192,12 +196,15 @@ TEST_P(FabricRailsOf, EveryRailIsMeasuredByItself) {
   constexpr uint32_t kRails = 3;
   World world({2, 1});
   ASSERT_NO_FATAL_FAILURE(start(world, kRails, 2));
-  const uint64_t deadline_ns = base::now_ns() + 9'000'000'000;
+  // A probe has 10 s at most. Runs end after this, with two messages at least, so that a machine on which each takes
+  // half a second gets through all of them; how many a run has otherwise is tested with FabricProbe.
+  constexpr uint64_t kRunNs = 100'000'000;
+  const uint64_t deadline_ns = base::now_ns() + 9'900'000'000;
   fabric::ProbePlan plan{
       .node_id = world.node(1).fabric->identity().node_id, .probe = kProbe, .runs = {}, .deadline_ns = deadline_ns};
   for (uint32_t rail = 0; rail < kRails; ++rail) {
-    plan.runs.push_back({FabricLane::kThroughput, 8, 1, 10, 1'000'000'000, rail});
-    plan.runs.push_back({FabricLane::kThroughput, 100'000, 4, 10, 1'000'000'000, rail});
+    plan.runs.push_back({FabricLane::kThroughput, 8, 1, 10, kRunNs, rail});
+    plan.runs.push_back({FabricLane::kThroughput, 100'000, 4, 10, kRunNs, rail});
   }
   const uint64_t own = world.node(0).fabric->identity().node_id;
   ASSERT_TRUE(world.node(1).fabric->open_probe({own, kProbe, 100'000, deadline_ns}).is_ok());
@@ -218,7 +225,8 @@ TEST_P(FabricRailsOf, EveryRailIsMeasuredByItself) {
   ASSERT_EQ(figures.size(), 2 * kRails);
   for (uint32_t i = 0; i < figures.size(); ++i) {
     EXPECT_EQ(figures[i].rail, i / 2);
-    EXPECT_EQ(figures[i].messages, 9U);
+    EXPECT_GE(figures[i].messages, 1U);
+    EXPECT_LE(figures[i].messages, 9U);
     EXPECT_GT(figures[i].p50_ns, 0U);
   }
   EXPECT_TRUE(world.node(0).bell->lost().empty() && world.node(1).bell->lost().empty());
