@@ -118,7 +118,7 @@ TEST_F(ProcessNodes, APeerThatIsKilledEndsTheOperation) {
 
 // What the nodes find out about each other ends the operation on both: no end of a chain takes it for a good one.
 TEST_F(ProcessNodes, OperationsThatDifferEndOnBothNodes) {
-  ASSERT_TRUE(all_ok(both(), "join differ # 2 normal 5000"));
+  ASSERT_TRUE(all_ok(both(), "join differ # 2 normal 1000"));
   for (int i = 0; i < 10; ++i) {
     second_->send("rounds 1 1");  // two operations
     for (int op = 0; op < 2; ++op) {
