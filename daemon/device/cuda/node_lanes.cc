@@ -64,6 +64,14 @@ bool NodeLane::uses(const engine::Mapping* mapping) const {
 }
 
 base::Status CudaDevice::create_node_lane(SessionEntry* session, uint32_t index, uint32_t words, GroupEntry* entry) {
+  // With two ranks on a node replays ended without their outputs on the only machine that had the GPUs for it.
+  const std::vector<std::vector<uint32_t>>& ranks_of = entry->shape.placement->ranks_of;
+  if (std::any_of(ranks_of.begin(), ranks_of.end(), [](const auto& ranks) { return ranks.size() > 1; })) {
+    return base::Status(EXPERTD_REASON_UNSUPPORTED,
+                        "capture_lanes = " + std::to_string(entry->shape.capture_lanes) +
+                            ": a group over several nodes captures with one rank on each node alone; leave it 0, or "
+                            "use one GPU of each node");
+  }
   auto lane = std::make_unique<NodeLane>();
   lane->driver = &driver_;
   lane->view = gpu_.view;
