@@ -205,9 +205,8 @@ typedef struct expertd_group_options {
   uint32_t dynamic_ll_tokens; /* 1..max_tokens; 0: the lesser of 512 and max_tokens. Only with output_format */
   /* GPUs: how many low-latency operations of the group may be captured in CUDA graphs and outstanding at once, 0..2 (2:
    * both halves of a double batch); 0: none is captured. Each takes two more buffers of the group's low-latency staging
-   * and 12 MiB per rank, and two of the GPU's armed streams. Not with NORMAL; host devices refuse it, and so does a
-   * group over several nodes with more than one rank on a node (UNSUPPORTED). A struct_size that ends before this
-   * member means 0. */
+   * and 12 MiB per rank, and two of the GPU's armed streams. Not with NORMAL; UNSUPPORTED on host devices and over
+   * nodes with more than one rank each. A struct_size that ends before this member means 0. */
   uint32_t capture_lanes;
   /* AUTO, where every rank of the group can: without MPS COPY_ENGINE; under MPS COPY_ENGINE for split dispatches
    * (EXPERTD_ASYNC; of high throughput from 16 MiB on, by token_bound or max_tokens), if that takes at most 1 GiB, and
