@@ -62,7 +62,7 @@ class HostGroupTables {
   /// page at a time.
   kernels::PeerView* peers(uint32_t rank, uint32_t page) {
     std::vector<kernels::PeerView>& peers = per_rank_[rank].peers;
-    return peers.empty() ? nullptr : peers.data() + size_t{page} * ranks_;
+    return peers.empty() ? nullptr : peers.data() + static_cast<size_t>(page) * ranks_;
   }
   /// Null when the rank is not here. Lives until it leaves.
   NodeExchange* exchange(uint32_t rank) { return per_rank_[rank].exchange.get(); }

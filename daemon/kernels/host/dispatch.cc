@@ -80,7 +80,8 @@ void number_rows(Dispatcher* run, uint32_t token) {
     }
     return;
   }
-  for (size_t at = size_t{token} * shape.top_k; at < (size_t{token} + 1) * shape.top_k; ++at) {
+  const size_t first = static_cast<size_t>(token) * shape.top_k;
+  for (size_t at = first; at < first + shape.top_k; ++at) {
     const int32_t id = lane_id(params, at);
     params.routing.token_expert[at] += id >= 0 ? run->bases.expert[static_cast<size_t>(id)] : 0;
   }
