@@ -325,7 +325,7 @@ bool CudaDevice::fill_params(const LaunchSpec& spec, Part* taken, PartParams* pa
   return tensors.ok && fill_peers(spec, part, params) && kernels::cuda::validate(*params) == nullptr;
 }
 
-bool CudaDevice::enqueue_exchange_wait(const Part& part, bool moved) const {
+bool CudaDevice::enqueue_exchange_wait(const Part& part, CUstream stream, bool moved) const {
   std::array<CUstreamBatchMemOpParams, base::kMaxGpuRanks> waits{};
   uint32_t count = 0;
   for (uint32_t s = 0; s < part.ranks; ++s) {
@@ -341,13 +341,13 @@ bool CudaDevice::enqueue_exchange_wait(const Part& part, bool moved) const {
       wait.waitValue.flags |= CU_STREAM_WAIT_VALUE_FLUSH;
     }
   }
-  return count == 0 || driver_.cuStreamBatchMemOp(part.session->stream, count, waits.data(), 0) == CUDA_SUCCESS;
+  return count == 0 || driver_.cuStreamBatchMemOp(stream, count, waits.data(), 0) == CUDA_SUCCESS;
 }
 
 /// The same for the low latency kernels.
 bool CudaDevice::enqueue_flags(const Part& part, const PartParams& params, bool moved) {
   if (params.after_flags == 0) {
-    return enqueue_exchange_wait(part, moved);
+    return enqueue_exchange_wait(part, part.session->stream, moved);
   }
   const uint64_t others = part.active_ranks & ~(uint64_t{1} << part.rank);
   return kernels::cuda::launch_await_flags({moved ? part.page->moved : part.page->routed, others, part.group_op},
@@ -358,7 +358,7 @@ bool CudaDevice::enqueue_move(const Part& part, const PartParams& params) {
   using namespace kernels::cuda;
   CUstream stream = part.session->stream;
   const OpShape& shape = params.op.shape;
-  if (!enqueue_exchange_wait(part, false) || launch_plan(params, stream) != cudaSuccess ||
+  if (!enqueue_exchange_wait(part, stream, false) || launch_plan(params, stream) != cudaSuccess ||
       (is_dispatch(shape) ? launch_dispatch_move(params, stream) : launch_combine_pull(params, stream)) !=
           cudaSuccess) {
     return false;
@@ -366,7 +366,7 @@ bool CudaDevice::enqueue_move(const Part& part, const PartParams& params) {
   if (is_dispatch(shape) && params.relay.ranks != 0 && launch_relay_move(params, stream) != cudaSuccess) {
     return false;
   }
-  return launch_signal(params, SignalStep::kMoved, stream) == cudaSuccess && enqueue_exchange_wait(part, true);
+  return launch_signal(params, SignalStep::kMoved, stream) == cudaSuccess && enqueue_exchange_wait(part, stream, true);
 }
 
 /// Up to the routed flag. Numbering the rows hides behind the flag, unless other ranks read the numbers in the relay.
@@ -396,8 +396,8 @@ bool CudaDevice::enqueue_link(const Part& part, const PartParams& params) {
   CUstream stream = part.session->stream;
   const OpShape& shape = params.op.shape;
   const auto move = is_dispatch(shape) ? launch_link_dispatch : launch_link_combine;
-  return move(params, Entry::kWaits, stream) == cudaSuccess && enqueue_exchange_wait(part, false) &&
-         move(params, Entry::kBehindWait, stream) == cudaSuccess && enqueue_exchange_wait(part, true) &&
+  return move(params, Entry::kWaits, stream) == cudaSuccess && enqueue_exchange_wait(part, stream, false) &&
+         move(params, Entry::kBehindWait, stream) == cudaSuccess && enqueue_exchange_wait(part, stream, true) &&
          launch_finish(params, stream) == cudaSuccess;
 }
 
@@ -424,7 +424,7 @@ bool CudaDevice::enqueue_barrier(const Part& part, const PartParams& params) {
     return false;
   }
   const bool alone = part.active_ranks == uint64_t{1} << part.rank;
-  return alone || (enqueue_exchange_wait(part, false) && launch_finish(params, stream) == cudaSuccess);
+  return alone || (enqueue_exchange_wait(part, stream, false) && launch_finish(params, stream) == cudaSuccess);
 }
 
 /// Multiprocessors that the largest kernel of the part's chain takes. A link or low latency chain has one that counts;

@@ -178,7 +178,7 @@ class CudaDevice : public Device, public engine::DevicePort {
   /// Under MPS a thread that polls has the doorbell sooner than a stream's wait and disturbs nobody; without MPS it
   /// would hold the time slice. The kernel behind it starts early where the GPU can do that.
   bool awaits_by_kernel() const { return gpu_.mps && bulk_copies_; }
-  bool enqueue_exchange_wait(const Part& part, bool moved) const;
+  bool enqueue_exchange_wait(const Part& part, CUstream stream, bool moved) const;
   bool enqueue_link(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_low_latency(const Part& part, const kernels::cuda::PartParams& params);
   bool enqueue_barrier(const Part& part, const kernels::cuda::PartParams& params);

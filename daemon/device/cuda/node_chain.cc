@@ -170,7 +170,7 @@ bool CudaDevice::NodeChain::take(const engine::Arrival& arrival) {
 bool CudaDevice::NodeChain::begin_moving() {
   using namespace kernels::cuda;
   const auto* plan = nodes_.params.scratch.plan;
-  if (!put_rows() || !device_.enqueue_exchange_wait(part_, false) ||
+  if (!put_rows() || !device_.enqueue_exchange_wait(part_, stream_, false) ||
       launch_plan(nodes_.params, stream_) != cudaSuccess ||
       driver_.cuMemcpyAsync(address_of(&nodes_.device_facts()->plan_reason), address_of(&plan->reason),
                             sizeof(uint32_t), stream_) != CUDA_SUCCESS) {
@@ -225,7 +225,8 @@ bool CudaDevice::NodeChain::end() {
   if (combines() && launch_signal(nodes_.params, SignalStep::kMoved, stream_) != cudaSuccess) {
     return false;
   }
-  return device_.enqueue_exchange_wait(part_, !barrier) && launch_finish(nodes_.params, stream_) == cudaSuccess;
+  return device_.enqueue_exchange_wait(part_, stream_, !barrier) &&
+         launch_finish(nodes_.params, stream_) == cudaSuccess;
 }
 
 bool CudaDevice::NodeChain::close() {

@@ -64,7 +64,8 @@ bool NodeLane::uses(const engine::Mapping* mapping) const {
 }
 
 base::Status CudaDevice::create_node_lane(SessionEntry* session, uint32_t index, uint32_t words, GroupEntry* entry) {
-  // With two ranks on a node replays ended without their outputs on the only machine that had the GPUs for it.
+  // Replays with two ranks on a node ended the daemon on the one machine that ran them: ranks waited for each other on
+  // the stream of a session, of which a replay has none. That is repaired and has not run since.
   const std::vector<std::vector<uint32_t>>& ranks_of = entry->shape.placement->ranks_of;
   if (std::any_of(ranks_of.begin(), ranks_of.end(), [](const auto& ranks) { return ranks.size() > 1; })) {
     return base::Status(EXPERTD_REASON_UNSUPPORTED,
