@@ -131,7 +131,7 @@ class ControlTest(unittest.TestCase):
     def test_status_tells_what_runs(self):
         status = self.ask("GetStatus")
         self.assertEqual(status.state, "ready")
-        self.assertEqual((status.abi_major, status.abi_minor), (1, 3))
+        self.assertEqual((status.abi_major, status.abi_minor), (1, 4))
         self.assertEqual(status.pid, self.daemon.process.pid)
         self.assertEqual([device.uuid for device in status.devices], ["host:0", "host:1"])
         self.assertTrue(all(device.kind == "host" and device.healthy for device in status.devices))
